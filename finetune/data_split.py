@@ -1,0 +1,133 @@
+"""One split for every stage: the pooled rows, cut once, written as LLaMA-Factory data sets in the run folder.
+
+The split is the one that LLaMA-Factory makes with `val_size` and `seed` (`datasets`' train_test_split on all rows),
+so row i of our training split is row i of its train part, and published index lists fit. After it no stage splits
+again: `train`, `eval` and every coreset are data sets of their own in `<run folder>/data/dataset_info.json`.
+"""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune import llama_factory
+from selection.config import Experiment, from_repository
+from selection.errors import UserError
+from selection.files import atomic_path, digest, first_difference, read_json, write_json
+
+
+@dataclass(frozen=True)
+class TrainingSplit:
+    """The training split's identity. `ids[i]` is the content hash of row i, `fingerprint` that of all in order."""
+
+    rows: list[dict]
+    ids: list[str]
+    fingerprint: str
+
+
+def row_id(row: dict) -> str:
+    """Content hash of a raw row, 16 hex digits: the same wherever and in whatever order the row stands."""
+    return digest(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())[:16]
+
+
+def training_split(experiment: Experiment) -> TrainingSplit:
+    """Load the training split, making it on the first call.
+
+    Raises: UserError for a data file that cannot be read, without usable rows, with rows without a response, and
+    where the run folder holds the split of other data.
+    """
+    source = from_repository(experiment.dataset)
+    try:
+        content = digest(source.read_bytes())
+    except OSError as error:
+        raise UserError(f"dataset {experiment.dataset}: {error.strerror or error} (looked for {source})") from None
+    wanted = {
+        "dataset_sha256": content,
+        "dataset_format": experiment.dataset_format,
+        "max_samples": experiment.max_samples,
+        "eval_size": experiment.eval_size,
+        "split_seed": experiment.split_seed,
+    }
+    record_path = experiment.data_folder / "split.json"
+    if not record_path.exists():
+        _make_split(experiment, source, wanted)
+    record = read_json(record_path)
+    if difference := first_difference(record["made_from"], wanted):
+        raise UserError(
+            f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
+        )
+    split = _identify(read_json(experiment.data_folder / "train.json"))
+    if split.fingerprint != record["fingerprint"]:
+        raise UserError(f"{experiment.data_folder / 'train.json'} was changed by hand: remove {experiment.folder}")
+    return split
+
+
+def _identify(rows: list[dict]) -> TrainingSplit:
+    ids = [row_id(row) for row in rows]
+    return TrainingSplit(rows, ids, digest(*(i.encode() for i in ids)))
+
+
+def _make_split(experiment: Experiment, source: Path, made_from: dict) -> None:
+    from datasets import Dataset
+
+    rows = read_rows(source, experiment.dataset_format)[: experiment.max_samples]
+    if len(rows) < 2:
+        raise UserError(f"dataset {experiment.dataset} has {len(rows)} usable rows: at least 2 are needed to split it")
+    # The permutation depends on the number of rows and the seed alone, so splitting row numbers splits the rows.
+    parts = Dataset.from_dict({"row": range(len(rows))}).train_test_split(
+        test_size=experiment.eval_size, seed=experiment.split_seed
+    )
+    train, held_out = ([rows[i] for i in parts[name]["row"]] for name in ("train", "test"))
+    for name, part in (("train", train), ("eval", held_out)):
+        write_dataset(experiment, name, part)
+    record = {"made_from": made_from, "fingerprint": _identify(train).fingerprint, "train": len(train), "eval": len(held_out)}
+    write_json(experiment.data_folder / "split.json", record)
+    print(f"split {source.name}: {len(train)} training and {len(held_out)} evaluation rows -> {experiment.data_folder}")
+
+
+def write_dataset(experiment: Experiment, name: str, rows: list[dict]) -> Path:
+    """Write rows as a LLaMA-Factory data set with its `dataset_info.json` entry; returns the file."""
+    folder = experiment.data_folder
+    path = folder / f"{name}.json"
+    with atomic_path(path) as draft:
+        draft.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    info_path = folder / "dataset_info.json"
+    info = read_json(info_path) if info_path.exists() else {}
+    info[name] = {"file_name": path.name, **experiment.dataset_format}
+    write_json(info_path, info)
+    return path
+
+
+def write_coreset_dataset(experiment: Experiment, name: str, split: TrainingSplit, indices: np.ndarray) -> Path:
+    """The chosen rows of the training split, in its order, as the data set `name`."""
+    return write_dataset(experiment, name, [split.rows[i] for i in indices])
+
+
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_rows(path: Path, dataset_format: dict) -> list[dict]:
+    """Rows of a JSON, JSONL, CSV or Parquet file as `datasets` reads them, and so as LLaMA-Factory sees them.
+
+    Every row is put through LLaMA-Factory's converter: it drops rows without a response silently, which would shift
+    every later row number. Raises: UserError, naming the rows (counted from 0, as everywhere).
+    """
+    from datasets import load_dataset
+
+    if path.suffix not in _READERS:
+        raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            table = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache)
+            rows = table.to_list()
+        except Exception as error:  # each reader raises its own kinds
+            raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None
+    if unusable := llama_factory.rows_without_response(rows, dataset_format):
+        named = ", ".join(map(str, unusable[:5]))
+        raise UserError(
+            f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row {named}: "
+            "LLaMA-Factory would drop them; mend or remove them, or describe the columns with dataset_format"
+        )
+    return rows

@@ -1,0 +1,77 @@
+"""Evaluate tuned targets: greedy answers to the held-out split, ROUGE-1/2/L and BLEU-4.
+
+    CUDA_VISIBLE_DEVICES=0 python eval.py --config_path ../configs/demo.yaml
+
+Evaluates every tuned target of the run folder, or those named with --tuned ("untuned" is the target as it is).
+Writes <run folder>/eval/<name>/predictions.jsonl and metrics.json.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+from finetune import llama_factory  # noqa: E402
+from finetune.data_split import training_split  # noqa: E402
+from selection.config import Experiment, load_experiment  # noqa: E402
+from selection.device import choose_precision, device_name  # noqa: E402
+from selection.errors import UserError, run_stage  # noqa: E402
+from selection.files import building, code_version, model_fingerprint, read_json, reuse, write_json  # noqa: E402
+from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
+from selection.stage import add_experiment_arguments  # noqa: E402
+
+METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_experiment_arguments(parser)
+    parser.add_argument("--tuned", nargs="+", metavar="NAME", help="e.g. staff-0.2 full untuned; default: all there are")
+    arguments = parser.parse_args()
+    experiment = load_experiment(arguments.config_path, arguments.set)
+    names = arguments.tuned or sorted(p.name for p in experiment.tuned_target("").glob("[!.]*"))
+    if not names:
+        raise UserError(f"no tuned target in {experiment.tuned_target('')}: run finetune-select.py first")
+    training_split(experiment)
+    results = {name: evaluate(experiment, name) for name in names}
+    print(f"\n{'':<16}" + "".join(f"{metric:>10}" for metric in METRICS))
+    for name, metrics in results.items():
+        print(f"{name:<16}" + "".join(f"{metrics[metric]:>10.2f}" for metric in METRICS))
+
+
+def evaluate(experiment: Experiment, name: str) -> dict:
+    """Metrics of one tuned target, from its folder if it was evaluated before."""
+    tuned = None if name == "untuned" else experiment.tuned_target(name)
+    if tuned is not None and not tuned.exists():
+        raise UserError(f"--tuned {name}: no {tuned}: run finetune-select.py first")
+    precision = choose_precision(experiment.precision)
+    folder = experiment.folder / "eval" / name
+    identity = {
+        "model": model_fingerprint(llama_factory.model_path(experiment.target_model)),
+        "tuned": tuned and model_fingerprint(tuned),
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "max_new_tokens": experiment.evaluation.max_new_tokens,
+        "precision": precision,
+    }
+    if reuse(folder, identity):
+        print(f"evaluation: reusing {folder}")
+        return read_json(folder / "metrics.json")
+    cost = Cost(EVALUATION, name, device=device_name(), precision=precision)
+    with building(folder, identity) as draft, measured(experiment.folder, cost):
+        computed, predictions = llama_factory.predict(experiment, experiment.target_model, tuned, draft, precision)
+        cost.samples = len(predictions)
+        metrics = {metric: round(computed[f"predict_{metric}"], 4) for metric in METRICS}
+        metrics |= {"samples": len(predictions), "target": experiment.target_model, "tuned": name}
+        metrics |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "code_version": code_version()}
+        lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
+        (draft / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_json(draft / "metrics.json", metrics)
+    print(f"evaluation of {name}: ROUGE-L {metrics['rouge-l']:.2f}, BLEU-4 {metrics['bleu-4']:.2f} -> {folder}")
+    return metrics
+
+
+if __name__ == "__main__":
+    run_stage(main)

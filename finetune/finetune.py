@@ -1,0 +1,39 @@
+"""Speculative fine-tuning: tune the small model on the whole training split. With --model target, the target.
+
+    CUDA_VISIBLE_DEVICES=0 python finetune.py --config_path ../configs/demo.yaml
+
+Writes <run folder>/small (or <run folder>/target/full).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+from finetune.data_split import training_split  # noqa: E402
+from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
+from selection.config import load_experiment  # noqa: E402
+from selection.errors import run_stage  # noqa: E402
+from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING  # noqa: E402
+from selection.stage import add_experiment_arguments  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_experiment_arguments(parser)
+    add_report_arguments(parser)
+    parser.add_argument("--model", choices=["small", "target"], default="small", help="which model to tune on everything")
+    arguments = parser.parse_args()
+    report = report_keys(arguments)
+    experiment = load_experiment(arguments.config_path, arguments.set)
+    training_split(experiment)
+    if arguments.model == "small":
+        model, folder, keys, stage = experiment.small_model, experiment.tuned_small, experiment.small_training, SPECULATIVE_TUNING
+    else:
+        model, folder, keys, stage = experiment.target_model, experiment.tuned_target("full"), experiment.target_training, TARGET_TUNING
+    tune_once(experiment, model, "train", folder, keys, stage, report)
+
+
+if __name__ == "__main__":
+    run_stage(main)

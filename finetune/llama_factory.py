@@ -1,0 +1,228 @@
+"""The only place that calls LLaMA-Factory: its rows, its training, its generation, all through public functions."""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from selection.config import Experiment, from_repository
+from selection.errors import UserError
+from selection.files import read_json
+
+IGNORED_LABEL = -100
+
+
+def import_llama_factory() -> None:
+    """Import llamafactory; where torchaudio is missing or broken, an empty one stands in for it.
+
+    The registry's torchaudio is a CUDA build that does not load beside a CPU torch, and LLaMA-Factory imports it
+    even for text. transformers goes first: it must not take the stand-in for the real one.
+    """
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        importlib.import_module("torchaudio")
+    except (ImportError, OSError):
+        sys.path.insert(0, str(Path(__file__).parent / "no_torchaudio"))
+        sys.modules.pop("torchaudio", None)
+        importlib.import_module("torchaudio")
+        sys.path.pop(0)
+    importlib.import_module("llamafactory")
+
+
+def model_path(model: str) -> str:
+    """A local model folder as an absolute path, or the name of a model on the hub, as it is.
+
+    Raises: UserError for a local folder that is missing, is no model, or has no weights.
+    """
+    folder = from_repository(model)
+    looks_like_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "models/", "runs/"))
+    if not folder.exists() and looks_like_hub_name:
+        return model
+    if not folder.is_dir():
+        raise UserError(f"model {model}: no folder {folder}: download or make it first (README, 'Your own model')")
+    if not (folder / "config.json").exists():
+        raise UserError(f"model {model}: {folder} has no config.json: give the folder of a Hugging Face model")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"model {model}: {folder} has no weights (*.safetensors): finish the download")
+    return str(folder)
+
+
+def rows_without_response(rows: list[dict], dataset_format: dict[str, Any]) -> list[int]:
+    """Row numbers that LLaMA-Factory would drop, or whose response is blank.
+
+    Raises: UserError where a row lacks a column that `dataset_format` names.
+    """
+    import_llama_factory()
+    from llamafactory.data.converter import get_dataset_converter
+    from llamafactory.data.parser import DatasetAttr
+    from llamafactory.hparams import DataArguments
+
+    attributes = DatasetAttr("file", dataset_name="rows")
+    attributes.join(dataset_format)
+    try:
+        convert = get_dataset_converter(attributes.formatting, attributes, DataArguments())
+    except ValueError as error:
+        raise UserError(f"dataset_format.formatting: {error}") from None
+    unusable = []
+    for number, row in enumerate(rows):
+        try:
+            sample = convert(row)
+        except KeyError as error:
+            raise UserError(
+                f"row {number} of the data set has no column {error.args[0]!r} (it has {', '.join(row)}): "
+                "say under dataset_format.columns what the columns are called"
+            ) from None
+        except (TypeError, ValueError, AttributeError):
+            unusable.append(number)
+            continue
+        turns = sample["_prompt"] + sample["_response"]
+        texts = all(isinstance(turn["content"], str) for turn in turns)
+        paired = len(sample["_prompt"]) % 2 == 1 and len(sample["_response"]) == 1
+        if not (texts and paired and sample["_response"][0]["content"].strip()):
+            unusable.append(number)
+    return unusable
+
+
+def _arguments(experiment: Experiment, model: str, output_dir: Path, precision: str) -> dict[str, Any]:
+    """The keys that every call has in common."""
+    import torch
+
+    return {
+        "stage": "sft",
+        "model_name_or_path": model_path(model),
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "dataset_dir": str(experiment.data_folder),
+        "val_size": 0,  # split already, once for all stages
+        "overwrite_cache": True,
+        "output_dir": str(output_dir),
+        "overwrite_output_dir": True,  # without it a finished folder "resumes", trains 0 steps and exits 0
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "report_to": "none",
+    }
+
+
+@contextlib.contextmanager
+def _user_errors(what: str):
+    """Turn what LLaMA-Factory and transformers say about arguments, templates and model folders into one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+def tokenised_rows(experiment: Experiment, model: str, raw_rows: list[dict]):
+    """The training split exactly as LLaMA-Factory tokenises it for `model`: a `datasets.Dataset`, row by row.
+
+    Columns input_ids, attention_mask, labels (−100 on the prompt). Raises: UserError for an unknown template, a
+    broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
+    """
+    import_llama_factory()
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    arguments = _arguments(experiment, model, experiment.folder, "fp32") | {"dataset": "train", "do_train": True}
+    with _user_errors(f"model {model}, template {experiment.template}"):
+        model_args, data_args, training_args, _, _ = get_train_args(arguments)
+        training_args.log_level, training_args.log_level_replica = "error", "error"
+        tokenizer_module = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
+        with contextlib.redirect_stdout(None):  # it prints a sample
+            rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)["train_dataset"]
+    if len(rows) != len(raw_rows):
+        raise UserError(
+            f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of the training split: remove {experiment.data_folder}"
+        )
+    check_tokenizer(tokenizer_module["tokenizer"], [json.dumps(row, ensure_ascii=False) for row in raw_rows[:32]], model)
+    for number, labels in enumerate(rows["labels"]):
+        if all(label == IGNORED_LABEL for label in labels[1:]):
+            raise UserError(
+                f"row {number} of the training split: cutoff_len {experiment.cutoff_len} leaves no response token "
+                f"({len(labels)} tokens kept): raise cutoff_len or remove the row"
+            )
+    return rows
+
+
+def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
+    """Encode and decode real texts: a tokenizer that loses spaces or words would tune and score on noise.
+
+    Raises: UserError where the words of most texts do not come back.
+    """
+
+    def words(text: str) -> list[str]:
+        return unicodedata.normalize("NFKC", text).split()
+
+    def comes_back(text: str) -> bool:
+        return words(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))) == words(text)
+
+    if sum(map(comes_back, texts)) * 2 <= len(texts):
+        raise UserError(
+            f"the tokenizer of {model} changes the text of most rows (decode(encode(text)) differs from text): "
+            "check tokenizer_class in its tokenizer_config.json"
+        )
+
+
+def tune(
+    experiment: Experiment, model: str, dataset: str, output_dir: Path, precision: str, keys: dict[str, Any]
+) -> dict[str, Any]:
+    """Tune `model` on a data set of the run folder as `training:` and `keys` ask; returns the trainer's metrics."""
+    import_llama_factory()
+    from llamafactory.train.tuner import run_exp
+
+    arguments = _arguments(experiment, model, output_dir, precision) | {"dataset": dataset, "do_train": True}
+    arguments |= {"save_strategy": "no", "include_num_input_tokens_seen": "non_padding"} | experiment.training | keys
+    _check(arguments, f"tuning {model}")
+    run_exp(arguments)
+    return read_json(output_dir / "train_results.json") | {
+        "tokens": read_json(output_dir / "trainer_state.json")["num_input_tokens_seen"]
+    }
+
+
+def predict(
+    experiment: Experiment, model: str, adapter: Path | None, output_dir: Path, precision: str
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Greedy answers of `model` (with the tuned `adapter`) to the held-out split.
+
+    Returns LLaMA-Factory's metrics (ROUGE-1/2/L F-measure and BLEU-4 in percent, words cut by jieba, BLEU over
+    characters) and the predictions, each with `prompt`, `predict` and `label`.
+    """
+    import_llama_factory()
+    from llamafactory.train.tuner import run_exp
+
+    arguments = _arguments(experiment, model, output_dir, precision) | {
+        "eval_dataset": "eval",
+        "do_predict": True,
+        "predict_with_generate": True,
+        "per_device_eval_batch_size": experiment.evaluation.batch_size,
+        "max_new_tokens": experiment.evaluation.max_new_tokens,
+        "do_sample": False,
+        "seed": experiment.training.get("seed", 42),
+    }
+    if adapter is not None and (adapter / "adapter_config.json").exists():
+        arguments |= {"adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
+    elif adapter is not None:  # finetuning_type: full leaves a whole model
+        arguments["model_name_or_path"] = str(adapter)
+    _check(arguments, f"evaluating {model}")
+    run_exp(arguments)
+    metrics = read_json(output_dir / "predict_results.json")
+    lines = (output_dir / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return metrics, [json.loads(line) for line in lines]
+
+
+def _check(arguments: dict[str, Any], what: str) -> None:
+    """Let LLaMA-Factory parse the arguments, before anything is computed. Raises: UserError with its first objection."""
+    from llamafactory.hparams import get_train_args
+
+    with _user_errors(what):
+        get_train_args(dict(arguments))

@@ -1,0 +1,209 @@
+"""An experiment's YAML: every key, its type and its default. One file serves every stage of an experiment."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from selection.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Keys of LLaMA-Factory that a stage sets itself. Set by hand they would break a promise made here: that scores and
+# tuning see the same rows, that a coreset is never split again, that nothing resumes silently.
+_SET_BY_THE_STAGE = {
+    "model_name_or_path", "adapter_name_or_path", "stage", "do_train", "do_eval", "do_predict", "dataset",
+    "eval_dataset", "dataset_dir", "tokenized_path", "val_size", "max_samples", "template", "cutoff_len",
+    "output_dir", "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint", "predict_with_generate",
+    "bf16", "fp16", "use_cpu", "do_sample", "packing", "neat_packing", "streaming", "trust_remote_code",
+}  # fmt: skip
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Selection(_Section):
+    """Keys under `selection:`."""
+
+    mode: Literal["paper", "released"] = "paper"
+    """Follow the published method or the authors' code wherever the two differ (README, "Departures")."""
+    verify: Literal["by_mode", "sampled", "all"] = "by_mode"
+    """Which rows the target scores: the verified samples or the whole training split. Paper: sampled; released: all."""
+    methods: list[Literal["staff", "random"]] = Field(default=["staff", "random"], min_length=1)
+    """Coresets to cut."""
+    rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.8, 0.5, 0.3, 0.2, 0.1], min_length=1)
+    """Fractions of the training split to keep; the paper's pruning rate is 1 − rate."""
+    num_strata: int = Field(default=50, ge=1)
+    """K, equal-width score ranges."""
+    verify_per_stratum: int = Field(default=10, ge=1)
+    """b_v, samples of each stratum that the target scores."""
+    hardest_cutoff: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction with the highest scores that is dropped before stratifying."""
+    phi: Literal["v_lora_b", "v_weight"] = "v_lora_b"
+    """φ, the parameters of the gradient: B of a fresh LoRA on the last value projection, or its own weight."""
+    phi_rank: int = Field(default=81, ge=1)
+    """Rank r of the fresh LoRA, as released."""
+    phi_alpha: int = Field(default=16, ge=1)
+    """α of the fresh LoRA, as released."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of scoring; auto takes bf16 where the device computes in it."""
+    tokens_per_batch: int | None = Field(default=None, ge=1)
+    """Tokens of one scoring batch, padding included; absent: 2,048 on a CPU, 16,384 on a GPU."""
+    seed: int = Field(default=42, ge=0)
+    """Of the fresh LoRA's A, the verification draws, and every random choice of rows."""
+
+    @property
+    def verify_all(self) -> bool:
+        return self.verify == "all" or (self.verify == "by_mode" and self.mode == "released")
+
+
+class Evaluation(_Section):
+    """Keys under `evaluation:`."""
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Bound on a generated answer."""
+    batch_size: int = Field(default=16, ge=1)
+    """Answers generated at a time."""
+
+
+class Experiment(_Section):
+    """A whole experiment. Relative paths count from the repository, so no stage depends on the working directory."""
+
+    output_dir: str
+    """Run folder: split, tuned models, scores, coresets, evaluations and the cost ledger of this experiment."""
+    small_model: str
+    """θ_s: model folder or model-hub name of the speculative model."""
+    target_model: str
+    """θ_t: model folder or model-hub name."""
+    template: str
+    """LLaMA-Factory's chat template of the family."""
+    dataset: str
+    """JSON, JSONL, CSV or Parquet file; all rows are pooled and split once."""
+    dataset_format: dict[str, Any] = {}
+    """LLaMA-Factory's description of the file (`formatting`, `columns`, `tags`); empty: alpaca."""
+    max_samples: int | None = Field(default=None, ge=2)
+    """Take only the first rows of the file, before the split."""
+    eval_size: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction held out."""
+    split_seed: int = Field(default=42, ge=0)
+    """Seed of the split, `datasets`' train_test_split."""
+    cutoff_len: int = Field(default=1024, ge=2)
+    """Tokens of a sample at most, as LLaMA-Factory cuts them."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of tuning and generation; auto takes bf16 where the device computes in it."""
+    selection: Selection = Selection()
+    training: dict[str, Any] = {}
+    """LLaMA-Factory's keys for every tuning run, handed over as they are."""
+    small_training: dict[str, Any] = {"num_train_epochs": 3}
+    """Added for the speculative model."""
+    target_training: dict[str, Any] = {"num_train_epochs": 4}
+    """Added for the target."""
+    evaluation: Evaluation = Evaluation()
+
+    @field_validator("training", "small_training", "target_training")
+    @classmethod
+    def _leaves_the_stage_alone(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(_SET_BY_THE_STAGE & set(keys)):
+            raise ValueError(f"{', '.join(taken)} cannot be given here: the stage sets it from the other keys")
+        return keys
+
+    @property
+    def folder(self) -> Path:
+        return from_repository(self.output_dir)
+
+    @property
+    def data_folder(self) -> Path:
+        """What LLaMA-Factory gets as `dataset_dir`."""
+        return self.folder / "data"
+
+    @property
+    def tuned_small(self) -> Path:
+        return self.folder / "small"
+
+    def tuned_target(self, dataset: str) -> Path:
+        """The target tuned on a data set of the run folder: "full" or a coreset's name."""
+        return self.folder / "target" / dataset
+
+    @property
+    def small_scores(self) -> Path:
+        return self.folder / "scores" / "small"
+
+    @property
+    def target_scores(self) -> Path:
+        return self.folder / "scores" / "target"
+
+    @property
+    def verification(self) -> Path:
+        return self.folder / "verification.json"
+
+    @property
+    def coresets(self) -> Path:
+        return self.folder / "coresets"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4 and would make it text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def from_repository(path: str) -> Path:
+    """A path out of a configuration: relative ones count from the repository."""
+    return (REPOSITORY / Path(path).expanduser()).resolve()
+
+
+def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
+    """Read an experiment's YAML; `overrides` are the `--set key=value` texts (dots reach into sections).
+
+    Raises: UserError for a file that cannot be read, an unknown key, a wrong type or a value out of range.
+    """
+    try:
+        values = yaml.load(Path(config_path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"--config_path {config_path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{config_path} is no readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{config_path} holds no keys: write `key: value` lines as in configs/")
+    for text in overrides:
+        _override(values, text)
+    return _validate(Experiment, values, str(config_path))
+
+
+def validated(selection: Selection, changes: dict[str, Any]) -> Selection:
+    """A copy with some keys changed, checked like a file. Raises: UserError."""
+    return _validate(Selection, selection.model_dump() | changes, "command line")
+
+
+def _validate(section: type[_Section], values: dict, source: str):
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{source}: unknown key {key}: selection/config.py lists the keys") from None
+        if first["type"] == "missing":
+            raise UserError(f"{source}: key {key} is missing: add it, or give --set {key}=…") from None
+        raise UserError(f"{source}: key {key}: {first['msg']}, not {first['input']!r}") from None
+
+
+def _override(values: dict, text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text}: write it as --set key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {text}: {section} is a value, not a section")
+    try:
+        values[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is no readable YAML") from None

@@ -1,0 +1,98 @@
+"""Cut coresets from stored scores: pure arithmetic, no model.
+
+    python coreset.py --config_path ../configs/demo.yaml
+    python coreset.py --scores small.parquet --target_scores target.parquet --rate 0.1 0.2 --out coresets
+
+The first form takes scores and verification from the experiment's run folder. The second takes score folders, or
+Parquet or CSV files with columns index,effort (one row per row of the training split); each V_i comes from
+--verify_per_stratum drawn samples also where the target's scores are complete. Writes OUT/METHOD-RATE.json.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+import numpy as np  # noqa: E402
+
+from selection.config import Selection, validated  # noqa: E402
+from selection.coreset_files import write_coreset  # noqa: E402
+from selection.errors import UserError, run_stage  # noqa: E402
+from selection.score_files import Scores, read_scores  # noqa: E402
+from selection.staff import choose_random, choose_staff  # noqa: E402
+from selection.stage import add_experiment_arguments, load_experiment  # noqa: E402
+from selection.verification import Settings, StratumRecord, cut_strata, read_verification, verify  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_experiment_arguments(parser, required=False)
+    published = Selection()
+    parser.add_argument("--scores", type=Path, help="speculative scores of the whole training split")
+    parser.add_argument("--target_scores", type=Path, help="target scores, at least of the drawn samples")
+    parser.add_argument("--verification", type=Path, help="verification.json instead of --target_scores")
+    parser.add_argument("--method", nargs="+", choices=["staff", "random"], help="default: staff")
+    parser.add_argument("--mode", choices=["paper", "released"], help=f"default: {published.mode}")
+    parser.add_argument("--rate", type=float, nargs="+", help="fractions to keep")
+    parser.add_argument("--num_strata", type=int, help=f"K, default {published.num_strata}")
+    parser.add_argument("--verify_per_stratum", type=int, help=f"b_v, default {published.verify_per_stratum}")
+    parser.add_argument("--hardest_cutoff", type=float, help=f"default {published.hardest_cutoff}")
+    parser.add_argument("--seed", type=int, help=f"default {published.seed}")
+    parser.add_argument("--out", type=Path, help="folder for the coresets")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.config_path:
+        experiment = load_experiment(arguments.config_path, arguments.set)
+        selection = experiment.selection
+        arguments.scores = arguments.scores or experiment.small_scores
+        if not arguments.target_scores:
+            arguments.verification = arguments.verification or experiment.verification
+        arguments.out = arguments.out or experiment.coresets
+        arguments.method = arguments.method or selection.methods
+        arguments.rate = arguments.rate or selection.rates
+    else:
+        selection = Selection()
+        if arguments.scores is None or not arguments.rate or arguments.out is None:
+            raise UserError("give --config_path, or --scores, --rate and --out (see --help)")
+    methods = arguments.method or ["staff"]
+    given = {name: getattr(arguments, name) for name in Selection.model_fields if hasattr(arguments, name)}
+    settings = Settings.of(validated(selection, {k: v for k, v in given.items() if v is not None}))
+    scores = read_scores(arguments.scores)
+    speculative = scores.of_all_rows()
+
+    for method in methods:
+        records = verified_strata(arguments, scores, speculative, settings) if method == "staff" else []
+        for rate in arguments.rate:
+            if method == "random":
+                choice = choose_random(len(speculative), rate, settings.seed)
+                record = {"seed": settings.seed}
+            else:
+                ratios = [r.verification_ratio for r in records]
+                choice = choose_staff(speculative, cut_strata(speculative, settings), ratios, rate, settings.mode, settings.seed)
+                budgets = zip(records, choice.budgets, choice.filled, strict=True)
+                strata = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
+                record = {**asdict(settings), "strata": strata, "from_hardest": choice.from_hardest}
+            path = write_coreset(arguments.out, method, rate, choice, scores, record)
+            print(f"{method} at rate {rate:g}: {len(choice.rows)} of {len(speculative)} rows -> {path}")
+
+
+def verified_strata(
+    arguments: argparse.Namespace, scores: Scores, speculative: np.ndarray, settings: Settings
+) -> list[StratumRecord]:
+    if arguments.target_scores is None and arguments.verification is None:
+        raise UserError("STAFF needs --target_scores or --verification beside --scores")
+    if arguments.target_scores is None:
+        return read_verification(arguments.verification, settings, scores.fingerprint)
+    target = read_scores(arguments.target_scores)
+    if target.fingerprint != scores.fingerprint:
+        raise UserError(f"{target.source} and {scores.source} are scores of different data (fingerprints differ)")
+    return verify(speculative, target, settings)
+
+
+if __name__ == "__main__":
+    run_stage(main)

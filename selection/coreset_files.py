@@ -1,0 +1,97 @@
+"""Coresets on disk: our JSON, and the index lists that the authors published as `.pt`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selection.errors import UserError
+from selection.files import code_version, read_json, write_json
+from selection.score_files import Scores
+from selection.staff import Choice
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """Rows of the training split, with what is known of the data they were chosen from."""
+
+    name: str  # e.g. staff-0.1
+    indices: np.ndarray  # (m,) int64, ascending, unique
+    ids: list[str] | None
+    fingerprint: str | None
+
+
+def write_coreset(folder: Path, method: str, rate: float, choice: Choice, scores: Scores, record: dict[str, Any]) -> Path:
+    """Write METHOD-RATE.json, the keys of `record` in between; returns the file."""
+    path = folder / f"{method}-{rate:g}.json"
+    indices = choice.rows.tolist()
+    write_json(
+        path,
+        {
+            "method": method,
+            "rate": rate,
+            **record,
+            "num_rows": len(scores.effort),
+            "size": len(indices),
+            "data_fingerprint": scores.fingerprint,
+            "code_version": code_version(),
+            "indices": indices,
+            "ids": [scores.ids[i] for i in indices] if scores.ids else None,
+        },
+    )
+    return path
+
+
+def read_coreset(path: Path) -> Coreset:
+    """Read a coreset JSON or a published `.pt` index list (unpickled with weights_only=True: no code runs).
+
+    Raises: UserError for an unreadable file, and for indices that are no row numbers or not unique.
+    """
+    ids = fingerprint = None
+    if path.suffix == ".pt":
+        indices = _read_published(path)
+    else:
+        record = read_json(path)
+        if not isinstance(record, dict) or not isinstance(record.get("indices"), list):
+            raise UserError(f"{path} is no coreset: it has no list `indices`")
+        indices, ids, fingerprint = record["indices"], record.get("ids"), record.get("data_fingerprint")
+        if ids is not None and (not isinstance(ids, list) or len(ids) != len(indices)):
+            raise UserError(f"{path}: `ids` must name each of the {len(indices)} indices")
+    if not indices or not all(type(i) is int and i >= 0 for i in indices):
+        raise UserError(f"{path}: `indices` must be row numbers of the training split, at least one")
+    order = np.argsort(np.array(indices, dtype=np.int64), kind="stable")
+    ascending = np.array(indices, dtype=np.int64)[order]
+    if len(repeated := ascending[1:][ascending[1:] == ascending[:-1]]):
+        raise UserError(f"{path}: row {repeated[0]} is chosen more than once")
+    return Coreset(path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint)
+
+
+def _read_published(path: Path) -> list[int]:
+    import torch  # heavy, and only these files need it
+
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception:
+        raise UserError(f"{path} is no plain index list: a list or tensor of row numbers is expected") from None
+    return value.tolist() if isinstance(value, torch.Tensor) and value.ndim == 1 else list(value) if isinstance(value, list | tuple) else []
+
+
+def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) -> None:
+    """Refuse a coreset that was chosen from other data than the training split at hand (its `ids`, row by row)."""
+    if coreset.indices[-1] >= len(ids):
+        raise UserError(
+            f"{source}: row {coreset.indices[-1]} is outside the training split of {len(ids)} rows: "
+            "the coreset is for other data"
+        )
+    if coreset.ids is not None:
+        for row, stored in zip(coreset.indices, coreset.ids, strict=True):
+            if ids[row] != stored:
+                raise UserError(
+                    f"{source}: row {row} has id {ids[row]} in the data at hand and {stored} in the coreset: "
+                    "the coreset is for other data; cut it again"
+                )
+    if coreset.fingerprint is not None and coreset.fingerprint != fingerprint:
+        raise UserError(f"{source}: chosen from other data (fingerprint {coreset.fingerprint[:12]}…, at hand {fingerprint[:12]}…): cut it again")

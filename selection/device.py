@@ -1,0 +1,35 @@
+"""Where and in which number format to compute: decided here, printed with the reason."""
+
+from pathlib import Path
+
+import torch
+
+
+def device() -> torch.device:
+    """The first visible GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_precision(asked: str) -> str:
+    """fp32, bf16 or fp16: what was asked, or under `auto` bf16 where the device computes in it, else fp32."""
+    if asked != "auto":
+        print(f"precision {asked} on {device_name()}: as configured")
+        return asked
+    if torch.cuda.is_available():
+        native = torch.cuda.get_device_capability()[0] >= 8
+    else:
+        native = _cpu_has_bf16()
+    precision = "bf16" if native else "fp32"
+    print(f"precision {precision} on {device_name()}: the device {'computes' if native else 'does not compute'} in bf16")
+    return precision
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 matrices itself; emulated it is slower than fp32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"

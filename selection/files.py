@@ -1,0 +1,118 @@
+"""Writing files so that a reader never sees half of one, and hashing what they hold."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from selection import __version__
+from selection.config import REPOSITORY
+from selection.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to; renamed to `path` at the end, removed if anything is raised."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+def write_json(path: Path, value: object) -> None:
+    """One JSON document, atomically. NaN and infinity are refused: they are not JSON."""
+    with atomic_path(path) as draft:
+        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> object:
+    """Raises: UserError naming the file where it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no readable JSON: {error}") from None
+
+
+def digest(*chunks: bytes) -> str:
+    """SHA-256 over the chunks and their lengths, as 64 hex digits."""
+    sha = hashlib.sha256()
+    for chunk in chunks:
+        sha.update(len(chunk).to_bytes(8, "little"))
+        sha.update(chunk)
+    return sha.hexdigest()
+
+
+def code_version() -> str:
+    """The suite's version, with the commit where this is a checkout."""
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return f"{__version__}+{commit}" if commit else __version__
+
+
+def first_difference(stored: dict, wanted: dict) -> str | None:
+    """The first key in which two records differ, as "key: stored …, now …"; None if they agree."""
+    for key in [*wanted, *(k for k in stored if k not in wanted)]:
+        if stored.get(key) != wanted.get(key):
+            return f"{key}: stored {json.dumps(stored.get(key))}, now {json.dumps(wanted.get(key))}"
+    return None
+
+
+def reuse(folder: Path, identity: dict) -> bool:
+    """Whether `folder` is a finished product of exactly this `identity`; False where there is none.
+
+    Raises: UserError where it was made from something else: it is neither used nor overwritten.
+    """
+    if not folder.exists():
+        return False
+    record = read_json(folder / "made_from.json")
+    if difference := first_difference(record, identity):
+        raise UserError(f"{folder} was made otherwise ({difference}): remove it or give another output_dir")
+    return True
+
+
+@contextlib.contextmanager
+def building(folder: Path, identity: dict) -> Iterator[Path]:
+    """Gives an empty folder to fill; it becomes `folder`, with its identity, once all is done, or vanishes."""
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        write_json(draft / "made_from.json", identity)
+        draft.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def model_fingerprint(folder: str | Path) -> str:
+    """Identity of a model or adapter folder: its config, and size, first and last MiB of every weight file.
+
+    A name on the model hub stands for itself.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return str(folder)
+    chunks = []
+    for path in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            head = file.read(2**20)
+            file.seek(max(0, path.stat().st_size - 2**20))
+            chunks += [path.name.encode(), str(path.stat().st_size).encode(), head, file.read()]
+    return digest(*chunks)

@@ -1,0 +1,114 @@
+"""The cost ledger of a run folder: what each stage took, and what selection costs against tuning on everything."""
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from selection.errors import UserError
+
+SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION = "speculative tuning", "speculative scores", "verification"
+TARGET_TUNING, EVALUATION = "target tuning", "evaluation"
+SELECTION_STAGES = (SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION)
+
+
+@dataclass
+class Cost:
+    """One stage's entry. `tokens` without padding; `peak_memory_gb` of the process, on a GPU of the GPU."""
+
+    stage: str
+    what: str  # model or coreset
+    samples: int = 0
+    tokens: int = 0
+    parameters: int = 0  # of the model it ran
+    seconds: float = 0.0
+    peak_memory_gb: float = 0.0
+    device: str = ""
+    precision: str = ""
+    finished: str = field(default="")
+
+
+def ledger_path(run_folder: Path) -> Path:
+    return run_folder / "costs.jsonl"
+
+
+@contextlib.contextmanager
+def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
+    """Fill in wall time and peak memory of what runs inside, and append the entry when it is done."""
+    import torch
+
+    started = time.perf_counter()
+    yield cost
+    cost.seconds = round(time.perf_counter() - started, 2)
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cost.peak_memory_gb = round(peak / 1e9, 2)
+    cost.finished = time.strftime("%Y-%m-%dT%H:%M:%S")
+    with ledger_path(run_folder).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(cost)) + "\n")
+    print(
+        f"{cost.stage} of {cost.what}: {cost.samples} samples, {cost.tokens} tokens, {cost.seconds:.1f} s, "
+        f"peak memory {cost.peak_memory_gb:.2f} GB"
+    )
+
+
+def read_ledger(run_folder: Path) -> list[Cost]:
+    """All entries, oldest first. Raises: UserError where there is no ledger yet or a line is damaged."""
+    try:
+        lines = ledger_path(run_folder).read_text(encoding="utf-8").splitlines()
+        return [Cost(**json.loads(line)) for line in lines]
+    except OSError:
+        raise UserError(f"{run_folder} has no cost ledger yet: run a stage first") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{ledger_path(run_folder)} is damaged: {error}") from None
+
+
+@dataclass(frozen=True)
+class CostSummary:
+    selection_seconds: dict[str, float]  # by stage
+    full_tuning_seconds: float | None  # of the target on the whole training split
+    full_tuning_basis: str  # how that figure was come by
+
+    @property
+    def selection_total(self) -> float:
+        return sum(self.selection_seconds.values())
+
+
+def summarise(run_folder: Path, full_tokens: int | None) -> CostSummary:
+    """Selection cost by stage, and the cost of tuning the target on everything.
+
+    The latter is measured where it was run; else scaled by tokens from the target's tuning on coresets; else by
+    tokens and parameters from the tuning of the small model. `full_tokens`: training tokens of that tuning.
+    """
+    costs = read_ledger(run_folder)
+    selection = {stage: sum(c.seconds for c in costs if c.stage == stage) for stage in SELECTION_STAGES}
+    target = [c for c in costs if c.stage == TARGET_TUNING]
+    small = [c for c in costs if c.stage == SPECULATIVE_TUNING and c.tokens]
+    verified = [c for c in costs if c.stage == VERIFICATION]
+    if full := [c for c in target if c.what == "full"]:
+        return CostSummary(selection, full[-1].seconds, "measured")
+    if target and full_tokens:
+        per_token = sum(c.seconds for c in target) / sum(c.tokens for c in target)
+        return CostSummary(selection, per_token * full_tokens, "scaled by tokens from the tuning on coresets")
+    if small and verified and full_tokens:
+        ratio = verified[-1].parameters / small[-1].parameters
+        per_token = small[-1].seconds / small[-1].tokens * ratio
+        return CostSummary(selection, per_token * full_tokens, f"scaled from the small model by tokens and size ({ratio:.1f} ×)")
+    return CostSummary(selection, None, "unknown before something was tuned")
+
+
+def format_summary(summary: CostSummary) -> str:
+    lines = [f"  {stage:<20} {seconds:>9.1f} s" for stage, seconds in summary.selection_seconds.items()]
+    lines.append(f"  {'selection in all':<20} {summary.selection_total:>9.1f} s")
+    if summary.full_tuning_seconds:
+        share = summary.selection_total / summary.full_tuning_seconds
+        lines.append(
+            f"  tuning the target on everything: {summary.full_tuning_seconds:.1f} s ({summary.full_tuning_basis}); "
+            f"selection costs {share:.0%} of it"
+        )
+    return "\n".join(lines)

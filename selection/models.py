@@ -1,0 +1,50 @@
+"""Load a model for scoring: plain transformers and PEFT, weights in the asked number format, adapters unmerged."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as QUERY_AND_VALUE
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from selection.device import device
+from selection.errors import UserError
+from selection.value_projection import unwrap
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_for_scoring(model: str, tuned: Path | None, precision: str, reset_query_value: bool = False) -> nn.Module:
+    """`model` (a folder or hub name), with the outcome of its tuning: an adapter, or a whole model.
+
+    `reset_query_value` (released): take the tuned adapters of query and value projection out again. The released
+    code puts its scoring LoRA on the tuned model under the adapter's own name, which re-initialises them.
+    Raises: UserError where the folder cannot be loaded.
+    """
+    source = str(tuned) if tuned is not None and not (tuned / "adapter_config.json").exists() else model
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[precision]).to(device())
+        if tuned is not None and source == model:
+            loaded = PeftModel.from_pretrained(loaded, tuned)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load model {source}: {error}") from None
+    if reset_query_value:
+        _reset_query_value(loaded)
+    return loaded.eval()
+
+
+def _reset_query_value(model: nn.Module) -> None:
+    """Zero B of the adapters that the released LoRA replaces: PEFT's default targets, query and value projection."""
+    model_type = unwrap(model).config.get_text_config().model_type
+    if model_type not in QUERY_AND_VALUE:
+        raise UserError(f"mode released: PEFT names no default LoRA targets for {model_type} models: use mode paper")
+    for name, module in model.named_modules():
+        if name.endswith(tuple(f".{target}" for target in QUERY_AND_VALUE[model_type])) and hasattr(module, "lora_B"):
+            for matrix in module.lora_B.values():
+                nn.init.zeros_(matrix.weight)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights that a forward pass multiplies with, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,100 @@
+"""Score rows of the training split with one of an experiment's models, into its score folder."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from finetune import llama_factory
+from finetune.data_split import TrainingSplit
+from selection.config import Experiment
+from selection.device import choose_precision, device, device_name
+from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches
+from selection.errors import UserError
+from selection.files import model_fingerprint
+from selection.ledger import Cost, measured
+from selection.models import count_parameters, load_for_scoring
+from selection.score_files import ScoreFolder
+
+_ROWS_PER_PART = 256  # what a killed run loses at most
+
+
+def score_rows(
+    experiment: Experiment, split: TrainingSplit, model: str, tuned: Path | None, rows: np.ndarray, folder: Path, stage: str
+) -> None:
+    """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already.
+
+    Released: each score is doubled, as by the released code's two backward passes per sample; nothing that follows
+    depends on the factor. Raises: UserError for a score that is NaN or infinite, naming the row.
+    """
+    settings = experiment.selection
+    precision = choose_precision(settings.precision)
+    identity = {
+        "model": model_fingerprint(llama_factory.model_path(model)),
+        "tuned": model_fingerprint(tuned) if tuned else None,
+        "data_fingerprint": split.fingerprint,
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "mode": settings.mode,
+        "phi": {"name": settings.phi, "rank": settings.phi_rank, "alpha": settings.phi_alpha, "seed": settings.seed},
+        "precision": precision,
+    }
+    store = ScoreFolder(folder, identity, num_rows=len(split.rows))
+    if not len(store.missing(rows)):
+        print(f"{stage}: reusing {folder}")
+        return
+    tokenised = llama_factory.tokenised_rows(experiment, model, split.rows)
+    lengths = [len(ids) for ids in tokenised["input_ids"]]
+    with measured(experiment.folder, Cost(stage, model, device=device_name(), precision=precision)) as cost:
+        loaded = load_for_scoring(
+            llama_factory.model_path(model), tuned, precision, settings.mode == "released" and tuned is not None
+        )
+        cost.parameters = count_parameters(loaded)
+        scorer = EffortScorer(loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed)
+        tokens_per_batch = settings.tokens_per_batch or (16384 if device().type == "cuda" else 2048)
+        parts = store.plan(rows, lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, tokens_per_batch)))
+        with tqdm(total=sum(len(b) for part in parts for b in part), unit="samples", desc=stage) as progress:
+            for part in parts:
+                started, columns = time.perf_counter(), []
+                for batch in part:
+                    columns.append(_score_batch(scorer, tokenised, split, batch))
+                    progress.update(len(batch))
+                joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+                joined["effort"] *= 2 if settings.mode == "released" else 1
+                tokens = int((joined["n_prompt_tokens"] + joined["n_response_tokens"]).sum())
+                store.write_part(part, joined, time.perf_counter() - started, tokens)
+                cost.samples += len(joined["index"])
+                cost.tokens += tokens
+        store.finish()
+    print(f"{stage}: {len(rows)} rows -> {folder}")
+
+
+def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: list[int]) -> dict[str, np.ndarray]:
+    samples = tokenised[batch]
+    scores = scorer.score(samples["input_ids"], samples["labels"])
+    for row, loss, effort in zip(batch, scores.loss.tolist(), scores.effort.tolist(), strict=True):
+        if not np.isfinite(loss) or not np.isfinite(effort):
+            raise UserError(
+                f"row {row} of the training split (id {split.ids[row]}) has loss {loss}, effort {effort}: "
+                "look at the row, or score in fp32 (selection.precision)"
+            )
+    responses = [sum(label != IGNORED_LABEL for label in labels[1:]) for labels in samples["labels"]]
+    return {
+        "index": np.array(batch),
+        "id": np.array([split.ids[row] for row in batch]),
+        "n_prompt_tokens": np.array([len(i) - r for i, r in zip(samples["input_ids"], responses, strict=True)]),
+        "n_response_tokens": np.array(responses),
+        "loss": scores.loss.numpy(),
+        "effort": scores.effort.numpy(),
+    }
+
+
+def _cut_parts(batches: list[list[int]]) -> list[list[list[int]]]:
+    """Consecutive batches joined to parts of about `_ROWS_PER_PART` rows."""
+    parts: list[list[list[int]]] = [[]]
+    for batch in batches:
+        if sum(map(len, parts[-1])) >= _ROWS_PER_PART:
+            parts.append([])
+        parts[-1].append(batch)
+    return parts

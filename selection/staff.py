@@ -1,0 +1,183 @@
+"""STAFF's arithmetic (arXiv 2410.01296): strata, verification ratios, budgets, coreset. Only numpy.
+
+A *row* is a row number of the training split. Two modes run through this file: "paper" is what is published,
+"released" is what the authors' code does; the README tabulates where they part.
+"""
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+
+from selection.errors import UserError
+
+# One independent random stream per purpose (and stratum): what is drawn in one place never shifts another.
+_VERIFICATION, _WITHIN_STRATUM, _FILL, _RANDOM = range(4)
+
+
+def _random_stream(seed: int, purpose: int, stratum: int = 0) -> np.random.Generator:
+    return np.random.default_rng([seed, purpose, stratum])
+
+
+def floor_share(share: float, count: int) -> int:
+    """⌊share · count⌋ in exact decimal arithmetic: 0.29 of 100 is 29, where floats give 28."""
+    return math.floor(Fraction(str(share)) * count)
+
+
+def coreset_size(rate: float, num_rows: int) -> int:
+    """m = ⌊rate · N⌋; `rate` is the fraction kept, the paper's pruning rate is 1 − rate."""
+    if not 0 < rate <= 1:
+        raise UserError(f"rate {rate:g} is outside (0, 1]: give the fraction of the training split to keep")
+    m = floor_share(rate, num_rows)
+    if m == 0:
+        raise UserError(f"rate {rate:g} of {num_rows} rows keeps none: give a rate of {1 / num_rows:.3g} or more")
+    return m
+
+
+def min_max_normalise(scores: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """(scores − min) / (max − min) with the minimum and maximum of `reference`; all ones if they are equal."""
+    low, high = float(np.min(reference)), float(np.max(reference))
+    return (scores - low) / (high - low) if high > low else np.ones_like(scores, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Strata:
+    """The training split cut by speculative score. Stratum 0 has the lowest scores; none is empty."""
+
+    members: list[np.ndarray]  # rows of each stratum, ascending
+    score_ranges: list[tuple[float, float]]  # low (inclusive) and high edge of each, in units of the score
+    hardest: np.ndarray  # rows dropped before stratifying, lowest score first
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(rows) for rows in self.members]
+
+    @property
+    def smallest_first(self) -> list[int]:
+        """The order of Algorithm 1: strata by size, of equal ones the lower-scored first."""
+        return sorted(range(len(self.members)), key=lambda i: (self.sizes[i], i))
+
+
+def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Strata:
+    """Step 3: drop the hardest ⌊hardest_cutoff · N⌋ rows, cut the rest into K equal-width score ranges.
+
+    Args: scores (N,), any scale (equal-width cuts do not depend on it); K = `num_strata`.
+    Of equal scores at the cut the earlier rows stay. Empty strata vanish.
+    """
+    order = np.argsort(scores, kind="stable")
+    num_kept = len(scores) - floor_share(hardest_cutoff, len(scores))
+    kept, hardest = np.sort(order[:num_kept]), order[num_kept:]
+    if num_kept == 0:
+        raise UserError(f"hardest_cutoff {hardest_cutoff:g} leaves none of {len(scores)} rows: give a smaller one")
+    kept_scores = scores[kept].astype(np.float64)
+    low, high = kept_scores.min(), kept_scores.max()
+    if high > low:
+        stratum = np.minimum(((kept_scores - low) / (high - low) * num_strata).astype(np.int64), num_strata - 1)
+    else:
+        stratum, num_strata = np.zeros(num_kept, dtype=np.int64), 1
+    edges = np.linspace(low, high, num_strata + 1)
+    by_stratum = np.split(kept[np.argsort(stratum, kind="stable")], np.cumsum(np.bincount(stratum, minlength=num_strata))[:-1])
+    return Strata(
+        members=[rows for rows in by_stratum if len(rows)],
+        score_ranges=[(float(edges[i]), float(edges[i + 1])) for i, rows in enumerate(by_stratum) if len(rows)],
+        hardest=hardest,
+    )
+
+
+def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str, seed: int) -> list[np.ndarray]:
+    """Step 4: the rows B*_i of each stratum that the target scores; at most K · b_v in all.
+
+    b_v = `verify_per_stratum` rows at random, or the whole stratum where it is smaller. Released: a stratum of at
+    most b_v rows is not verified (an empty array).
+    """
+    draws = []
+    for i, rows in enumerate(strata.members):
+        if mode == "released" and len(rows) <= verify_per_stratum:
+            draws.append(rows[:0])
+        else:
+            draws.append(np.sort(_random_stream(seed, _VERIFICATION, i).permutation(rows)[:verify_per_stratum]))
+    return draws
+
+
+def verification_ratio(target_scores: np.ndarray, speculative_scores: np.ndarray) -> float:
+    """V_i = Σ S^t_d / Σ S^s_d over the verified samples of stratum i, step 4 of the method.
+
+    Both arrays are min–max normalised, so a stratum that holds nothing but the easiest row can sum to 0: with no
+    target effort either the models agree (1), otherwise the ratio is taken against the smallest positive float32.
+    """
+    target, speculative = float(np.sum(target_scores)), float(np.sum(speculative_scores))
+    if speculative == 0:
+        return 1.0 if target == 0 else target / float(np.finfo(np.float32).tiny)
+    return target / speculative
+
+
+def allocate_budgets(sizes: list[int], ratios: list[float | None], m: int, mode: str) -> list[int]:
+    """Step 5: the budget m_i of each stratum, smallest stratum first; what one cannot use flows to the later ones.
+
+    published: m_i = min(|B_i|, ⌊(m − |D'|) · V_i / (strata left)⌋)
+    released:  m_i = min(|B_i|, ⌊(m − |D'|) · V_i / Σ_{strata left} V⌋); unverified (None): ⌊(m − |D'|) / (strata left)⌋
+    An overshoot (published budgets follow the scale of V) is cut at m. The sum is at most m; the rest is filled at
+    random by `choose_staff`.
+    """
+    budgets = [0] * len(sizes)
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+    remaining = m
+    for position, i in enumerate(order):
+        left = order[position:]
+        if ratios[i] is None or mode == "paper":
+            weight = (1.0 if ratios[i] is None else ratios[i]) / len(left)
+        else:
+            total = sum(ratios[j] for j in left if ratios[j] is not None)
+            weight = ratios[i] / total if total > 0 else 1 / len(left)
+        # The tiny factor keeps a whole number whole: 30 · (0.7 / 2.1) is 9.999… in floats.
+        budgets[i] = min(sizes[i], remaining, math.floor(min(remaining * weight * (1 + 1e-12), m)))
+        remaining -= budgets[i]
+    return budgets
+
+
+@dataclass
+class Choice:
+    """A coreset and how each stratum came by its part. Σ budgets + from_hardest = len(rows) = m."""
+
+    rows: np.ndarray  # ascending
+    budgets: list[int] = field(default_factory=list)  # rows taken from each stratum, the random fill included
+    filled: list[int] = field(default_factory=list)  # of which by the random fill at the end
+    from_hardest: int = 0
+
+
+def choose_staff(
+    scores: np.ndarray, strata: Strata, ratios: list[float | None], rate: float, mode: str, seed: int
+) -> Choice:
+    """Steps 5 and 6's input: budgets, then the rows of each stratum, then the random fill up to m.
+
+    published: rows at random in the stratum; released: its highest scores (of equal ones the earlier row).
+    The fill draws from the unchosen rows of all strata. Only where m is more than all strata hold (a rate above
+    1 − hardest_cutoff, on which the paper is silent) rows come back from the hardest, the easiest of them first.
+    """
+    m = coreset_size(rate, len(scores))
+    chosen, spare = [], []
+    for i, budget in enumerate(allocate_budgets(strata.sizes, ratios, m, mode)):
+        rows = strata.members[i]
+        if mode == "released":
+            ranked = rows[np.argsort(-scores[rows], kind="stable")]
+        else:
+            ranked = _random_stream(seed, _WITHIN_STRATUM, i).permutation(rows)
+        chosen.append(ranked[:budget])
+        spare.append(ranked[budget:])
+    missing = m - sum(map(len, chosen))
+    fill = np.sort(_random_stream(seed, _FILL).permutation(np.sort(np.concatenate(spare)))[:missing])
+    filled = [int(np.isin(rows, fill, assume_unique=True).sum()) for rows in spare]
+    from_hardest = strata.hardest[: missing - len(fill)]
+    return Choice(
+        rows=np.sort(np.concatenate([*chosen, fill, from_hardest])),
+        budgets=[len(rows) + extra for rows, extra in zip(chosen, filled, strict=True)],
+        filled=filled,
+        from_hardest=len(from_hardest),
+    )
+
+
+def choose_random(num_rows: int, rate: float, seed: int) -> Choice:
+    """The Random baseline: m of N rows, uniformly without replacement."""
+    m = coreset_size(rate, num_rows)
+    return Choice(rows=np.sort(_random_stream(seed, _RANDOM).permutation(num_rows)[:m]))

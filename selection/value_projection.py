@@ -1,0 +1,115 @@
+"""Find φ in a model without knowing its family: the last decoder layer's value projection."""
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from selection.errors import UserError
+
+
+@dataclass(frozen=True)
+class ValueProjection:
+    name: str
+    module: nn.Module  # (B, T, d_in) -> (B, T, d_out); in a fused projection d_out holds more than the values
+    value_columns: torch.Tensor | None  # columns of the output that are values; None: all of them
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper (its adapters stay in place)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def last_decoder_layer(model: nn.Module) -> tuple[str, nn.Module]:
+    """The last element of the decoder's layer list: the longest list of modules in the text decoder."""
+    decoder = unwrap(model).get_decoder()
+    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    # Lists inside a layer (experts) are no candidates.
+    outermost = [(name, layers) for name, layers in lists if not any(name.startswith(outer + ".") for outer, _ in lists)]
+    if not outermost:
+        raise UserError(f"found no list of decoder layers in {type(decoder).__name__}: it has {', '.join(name for name, _ in decoder.named_children())}")
+    name, layers = max(outermost, key=lambda item: len(item[1]))
+    return f"{name}.{len(layers) - 1}", layers[-1]
+
+
+def is_projection(module: nn.Module) -> bool:
+    """A linear map, plain, transposed as in GPT-2, or wrapped by PEFT."""
+    return isinstance(module, nn.Linear | Conv1D) or (
+        isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
+    )
+
+
+def projections(layer: nn.Module) -> dict[str, nn.Module]:
+    """The layer's linear maps by name; those inside a PEFT wrapper count as the wrapper alone."""
+    found: dict[str, nn.Module] = {}
+    for name, module in layer.named_modules():
+        if is_projection(module) and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = module
+    return found
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def find_value_projection(model: nn.Module) -> ValueProjection:
+    """Find it by what it does, not by what it is called.
+
+    In a sequence of one token attention has one weight, 1, whatever query and key say: their gradient vanishes and
+    the values' does not. So the value projection is the one that reads the same input as a projection (or a part of
+    itself, where query, key and value are fused) whose output has no gradient.
+
+    Raises: UserError naming the linear maps of the layer where none behaves so.
+    """
+    layer_name, layer = last_decoder_layer(model)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # name -> input and output (1, 1, d), in calling order
+
+    def watch(name: str):
+        def hook(module, inputs, output):
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            seen[name] = inputs[0], output
+            return output
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in projections(layer).items()]
+    training = model.training
+    model.eval()  # dropout would zero columns too
+    try:
+        # The composed softmax, whose gradient is exactly 0 here; fused attention kernels leave rounding noise.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            token = torch.ones((1, 1), dtype=torch.long, device=model.device)
+            hidden = unwrap(model).get_decoder()(input_ids=token, use_cache=False).last_hidden_state
+            direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+            outputs = [output for _, output in seen.values()]
+            gradients = torch.autograd.grad(hidden, outputs, direction, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    alive = {  # which columns of each projection's output reach the hidden state; (d_out,)
+        name: torch.zeros(output.shape[-1], dtype=torch.bool) if g is None else (g != 0).reshape(-1, g.shape[-1]).any(0).cpu()
+        for (name, (_, output)), g in zip(seen.items(), gradients, strict=True)
+    }
+
+    # The first with dead columns is the query, alone or fused; what it stands in is the attention.
+    query = next((name for name, columns in alive.items() if not columns.all()), None)
+    values = [
+        name
+        for name, columns in alive.items()
+        if query is not None
+        and name.rpartition(".")[0] == query.rpartition(".")[0]
+        and columns.any()
+        and (not columns.all() or _equal(seen[name][0], seen[query][0]))
+    ]
+    if not values:
+        raise UserError(
+            f"found no value projection in {layer_name} of {type(unwrap(model)).__name__}: looked at {', '.join(seen) or 'no linear map'}"
+        )
+    name = values[-1]  # in compressed attention the last of the chain makes the values
+    columns = None if alive[name].all() else alive[name].nonzero().squeeze(1)
+    return ValueProjection(f"{layer_name}.{name}", layer.get_submodule(name), columns)

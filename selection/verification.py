@@ -1,0 +1,97 @@
+"""Step 4 on stored scores: the verification ratio V_i of each stratum, and the record of what it is made of."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selection.config import Selection
+from selection.errors import UserError
+from selection.files import first_difference, read_json, write_json
+from selection.score_files import Scores
+from selection.staff import Strata, draw_verification_samples, min_max_normalise, stratify, verification_ratio
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What strata and draws depend on; a verification serves any rate, but no other settings than its own."""
+
+    mode: str
+    num_strata: int
+    verify_per_stratum: int
+    hardest_cutoff: float
+    seed: int
+
+    @classmethod
+    def of(cls, selection: Selection) -> "Settings":
+        return cls(**{field.name: getattr(selection, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class StratumRecord:
+    """One stratum; the sums are over its verified samples, after normalisation. Not verified: no sums, no ratio."""
+
+    stratum: int
+    score_range: tuple[float, float]  # of the raw speculative effort score
+    size: int
+    verified: list[int]
+    speculative_sum: float | None
+    target_sum: float | None
+    verification_ratio: float | None
+
+
+def cut_strata(speculative: np.ndarray, settings: Settings) -> Strata:
+    return stratify(speculative, settings.num_strata, settings.hardest_cutoff)
+
+
+def draw(strata: Strata, settings: Settings) -> list[np.ndarray]:
+    return draw_verification_samples(strata, settings.verify_per_stratum, settings.mode, settings.seed)
+
+
+def verify(speculative: np.ndarray, target: Scores, settings: Settings) -> list[StratumRecord]:
+    """V_i for every verified stratum. `speculative` (N,); `target` holds at least the drawn rows.
+
+    Scores are min–max normalised first, as in the paper, each model's by its own minimum and maximum. Where the
+    target has scored all of D these are taken over D, as released. Where it has scored only the verified samples
+    its extremes over D are unknown; then both models' extremes are taken over the same rows, the verified ones, so
+    that models which agree up to scale and offset still give V = 1, which published budgets rely on. (Released
+    budgets do not depend on the scale of V.)
+    """
+    strata = cut_strata(speculative, settings)
+    draws = draw(strata, settings)
+    known = np.arange(len(speculative)) if len(target.index) == len(speculative) else np.concatenate(draws)
+    records = []
+    for i, rows in enumerate(draws):
+        sums: tuple[Any, Any, Any] = (None, None, None)
+        if len(rows):
+            ours = min_max_normalise(speculative[rows], reference=speculative[known])
+            theirs = min_max_normalise(target.at(rows), reference=target.at(known))
+            sums = float(ours.sum()), float(theirs.sum()), verification_ratio(theirs, ours)
+        records.append(StratumRecord(i, strata.score_ranges[i], strata.sizes[i], rows.tolist(), *sums))
+    return records
+
+
+def write_verification(path: Path, settings: Settings, fingerprint: str | None, records: list[StratumRecord]) -> None:
+    write_json(
+        path,
+        {
+            "settings": asdict(settings),
+            "data_fingerprint": fingerprint,
+            "verified_samples": sum(len(record.verified) for record in records),
+            "strata": [asdict(record) for record in records],
+        },
+    )
+
+
+def read_verification(path: Path, settings: Settings, fingerprint: str | None) -> list[StratumRecord]:
+    """Raises: UserError where it was made under other settings or for other data."""
+    value = read_json(path)
+    try:
+        stored = {**value["settings"], "data_fingerprint": value["data_fingerprint"]}
+        records = [StratumRecord(**{**r, "score_range": tuple(r["score_range"])}) for r in value["strata"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is no verification: run verify.py") from None
+    if difference := first_difference(stored, {**asdict(settings), "data_fingerprint": fingerprint}):
+        raise UserError(f"{path} was made otherwise ({difference}): run verify.py again under the settings of now")
+    return records

@@ -1,0 +1,46 @@
+"""Verify the strata on the target, which is not tuned: score the drawn samples, write V_i.
+
+    python verify.py --config_path ../configs/demo.yaml
+
+Needs the speculative scores (effort_score.py). Scores at most num_strata x verify_per_stratum samples, or all under
+verify: all. Writes <run folder>/scores/target and <run folder>/verification.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+import numpy as np  # noqa: E402
+
+from finetune.data_split import training_split  # noqa: E402
+from selection.errors import run_stage  # noqa: E402
+from selection.ledger import VERIFICATION  # noqa: E402
+from selection.score_files import read_scores  # noqa: E402
+from selection.scoring import score_rows  # noqa: E402
+from selection.stage import load_experiment_from_arguments  # noqa: E402
+from selection.verification import Settings, cut_strata, draw, verify, write_verification  # noqa: E402
+
+
+def main() -> None:
+    experiment = load_experiment_from_arguments(argparse.ArgumentParser(description=__doc__))
+    split = training_split(experiment)
+    settings = Settings.of(experiment.selection)
+    speculative = read_scores(experiment.small_scores).of_all_rows()
+    if experiment.selection.verify_all:
+        rows = np.arange(len(split.rows))
+    else:
+        rows = np.sort(np.concatenate(draw(cut_strata(speculative, settings), settings)))
+    score_rows(experiment, split, experiment.target_model, None, rows, experiment.target_scores, VERIFICATION)
+    records = verify(speculative, read_scores(experiment.target_scores), settings)
+    write_verification(experiment.verification, settings, split.fingerprint, records)
+    ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]
+    print(
+        f"{len(records)} strata, {len(rows)} of {len(speculative)} samples scored on the target, "
+        f"V between {min(ratios, default=1):.3f} and {max(ratios, default=1):.3f} -> {experiment.verification}"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main)

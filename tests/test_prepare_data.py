@@ -1,0 +1,351 @@
+"""scripts/prepare_data.py on small files of the real schemas, and the two committed slices. No network."""
+
+import csv
+import importlib.util
+import json
+import sqlite3
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from selection.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+KEYS = ["id", "instruction", "input", "output"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module; it puts the repository root at sys.path[0], which is undone here."""
+    path_before = sys.path.copy()
+    spec = importlib.util.spec_from_file_location("prepare_data", REPOSITORY / "scripts" / "prepare_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = path_before
+    return module
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    """Runs the script's main on --source tmp_path/source and gives the rows that it wrote."""
+
+    def run(name: str, *options: str) -> list[dict]:
+        out = tmp_path / "out" / f"{name}.jsonl"
+        script.main([name, "--source", str(tmp_path / "source"), "--out", str(out), *options])
+        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+    (tmp_path / "source").mkdir()
+    return run
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Rows as .json (one list), .jsonl, .csv or .parquet, by the ending of the path."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as handle:
+            writer = csv.DictWriter(handle, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def write_mo(path: Path, messages: dict[str, str]) -> None:
+    """A gettext catalogue: header, two tables of (length, offset), the texts with a zero after each."""
+    messages = {"": "Content-Type: text/plain; charset=UTF-8\n", **messages}
+    texts = [text.encode() for text in (*sorted(messages), *(messages[key] for key in sorted(messages)))]
+    offset, tables = 28 + 8 * len(texts), b""
+    for text in texts:
+        tables += struct.pack("<2I", len(text), offset)
+        offset += len(text) + 1
+    header = struct.pack("<7I", 0x950412DE, 0, len(messages), 28, 28 + 8 * len(messages), 0, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + tables + b"".join(text + b"\0" for text in texts))
+
+
+def write_go(path: Path, terms: list[tuple]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE go_term (go_id TEXT, term TEXT, ontology TEXT, definition TEXT)")
+        database.executemany("INSERT INTO go_term VALUES (?, ?, ?, ?)", terms)
+    database.close()
+
+
+def bio(*outputs: str) -> list[dict]:
+    return [{"instruction": f"Do {text}.", "input": "", "output": text} for text in outputs]
+
+
+def dialogue(*summaries: str) -> list[dict]:
+    return [
+        {"id": f"x_{text}", "dialogue": f"#Person1#: {text}\n#Person2#: Yes.", "summary": text, "topic": "t"}
+        for text in summaries
+    ]
+
+
+def translation(*pairs: tuple[str, str]) -> list[dict]:
+    return [{"translation": {"kk": kk, "en": en}} for kk, en in pairs]
+
+
+# The paper's data
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
+def test_splits_are_pooled_in_order(run, tmp_path, script, monkeypatch, ending):
+    for split, text in (("test", "c"), ("validation", "None"), ("train", "a")):
+        write_table(tmp_path / "source" / f"{split}-00000{ending}", dialogue(text))
+    (tmp_path / "source" / "README.md").write_text("no data: train test")
+    monkeypatch.setitem(script.FULL_ROWS, "dialogsum", 3)  # the count check stays on
+    rows = run("dialogsum")
+    assert [row["output"] for row in rows] == ["a", "None", "c"]  # "None" is text, in a .csv too
+    assert [row["id"] for row in rows] == ["dialogsum:0", "dialogsum:1", "dialogsum:2"]
+    assert list(rows[0]) == KEYS
+    assert rows[0]["instruction"] == "Summarize the following dialogue."
+    assert rows[0]["input"] == "#Person1#: a\n#Person2#: Yes."
+
+
+def test_bioinstruct_keeps_its_own_prompt(run, tmp_path):
+    rows = [{"instruction": "Name it.", "input": "a cell", "output": "Cell."}, {**bio("b")[0], "input": None}]
+    write_table(tmp_path / "source" / "train.json", rows)
+    written = run("bioinstruct", "--any_count")
+    assert written[0] == {"id": "bioinstruct:0", **rows[0]}
+    assert written[1]["input"] == ""
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_wmt_goes_from_kazakh_to_english(run, tmp_path, ending):
+    write_table(tmp_path / "source" / f"wmt_train{ending}", translation(("Сәлем", "Hello"), ("", "Blank")))
+    rows = run("wmt19_kk_en", "--any_count")
+    assert [(row["input"], row["output"]) for row in rows] == [("Сәлем", "Hello"), ("", "Blank")]
+    assert rows[0]["instruction"] == "Translate the following Kazakh sentence into English."
+
+
+def test_another_count_is_refused(run, tmp_path):
+    write_table(tmp_path / "source" / "train.jsonl", bio("a", "b"))
+    with pytest.raises(UserError, match=r"2 rows, but the published data set has 25,005; .*--any_count"):
+        run("bioinstruct")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("dialogsum", [{"dialogue": "Hi"}], r"train.json: column summary is missing \(there are dialogue\)"),
+        ("dialogsum", dialogue("a", " ", "c", ""), r"2 rows have an empty response .* first rows: 1, 3 \("),
+        ("bioinstruct", bio("", "", "x", "", ""), r"4 rows have an empty response .* first rows: 0, 1, 3 \("),
+        ("bioinstruct", [{**bio("a")[0], "output": 5}], "first rows: 0 "),
+        ("dialogsum", [{"dialogue": None, "summary": "a"}, *dialogue("b")], "first rows: 0 "),
+        ("wmt19_kk_en", [{"translation": {"kk": "a", "ru": "b"}}], "first rows: 0 "),
+        ("wmt19_kk_en", [{"translation": "a"}], "first rows: 0 "),
+    ],
+)
+def test_bad_rows_are_refused(run, tmp_path, name, rows, message):
+    write_table(tmp_path / "source" / "train.json", rows)
+    with pytest.raises(UserError, match=message):
+        run(name, "--any_count")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders_are_refused(run, tmp_path):
+    source = tmp_path / "source"
+    with pytest.raises(UserError, match=r"holds no .json, .jsonl, .csv, .parquet file"):
+        run("dialogsum")
+    (source / "train.json").write_text('{"dialogue": ')
+    with pytest.raises(UserError, match=r"train.json cannot be read as json .*; mend or replace it"):
+        run("dialogsum")
+    (source / "train.json").rename(source / "train_test.json")
+    with pytest.raises(UserError, match="the names of two splits"):
+        run("dialogsum")
+    (source / "train_test.json").unlink()
+    source.rmdir()
+    with pytest.raises(UserError, match="is no folder"):
+        run("dialogsum")
+
+
+def test_hub_loading(script, tmp_path, monkeypatch):
+    import datasets
+
+    def hub(*arguments):
+        assert arguments == ("wmt/wmt19", "kk-en")
+        parts = {split: translation((f"kk {split}", f"en {split}")) for split in ("validation", "train")}
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(rows) for split, rows in parts.items()}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    out = tmp_path / "out.jsonl"
+    script.main(["wmt19_kk_en", "--any_count", "--out", str(out)])
+    assert [json.loads(line)["output"] for line in out.open()] == ["en train", "en validation"]
+
+
+def test_hub_out_of_reach(script, tmp_path, monkeypatch, capsys):
+    import datasets
+
+    def hub(*arguments):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    with pytest.raises(SystemExit) as end:
+        script.run_stage(lambda: script.main(["dialogsum", "--out", str(tmp_path / "out.jsonl")]))
+    message = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message.startswith("error: the hub is not reachable") and message.count("\n") == 1
+    assert "knkarthick/dialogsum" in message and "--source" in message
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+# The two slices
+
+
+def words(number: int) -> str:
+    return " ".join(f"w{i}" for i in range(number))
+
+
+def test_go_selection(run, tmp_path, script):
+    write_go(
+        tmp_path / "source" / script.GO_SQLITE,
+        [
+            ("GO:0000003", "long", "BP", words(60)),
+            ("GO:0000002", "short", "MF", words(6)),
+            ("GO:0000001", "part", "CC", "A part  of it, it says here."),
+            ("GO:0000004", "too long", "BP", words(61)),
+            ("GO:0000005", "too short", "BP", words(5)),
+            ("GO:0000006", "without", "BP", None),
+            ("GO:0000007", "root", "universal", words(6)),
+            *(
+                (f"GO:001{i}", "x", "BP", f"{text} the rate of x.")
+                for i, text in enumerate(script.GO_BOILERPLATE)
+            ),
+        ],
+    )
+    assert run("go_biology", "--any_count") == [
+        {
+            "id": "GO:0000001",
+            "instruction": 'Explain the cellular component "part".',
+            "input": "",
+            "output": "A part  of it, it says here.",
+        },
+        {
+            "id": "GO:0000002",
+            "instruction": 'Explain the molecular function "short".',
+            "input": "",
+            "output": words(6),
+        },
+        {
+            "id": "GO:0000003",
+            "instruction": 'Explain the biological process "long".',
+            "input": "",
+            "output": words(60),
+        },
+    ]
+
+
+def test_kazakh_selection(run, tmp_path, script):
+    folder = tmp_path / "source" / script.KK_CATALOGUES
+    write_mo(
+        folder / "sw.mo",
+        {
+            "ctx|a\x04Save the ~file as draft ": "Файлды _жоба ретінде сақтау\n",
+            "ctx|b\x04Save the file as _draft": "~Файлды жоба ретінде сақтау",  # the same pair again
+            "ctx|c\x04One two three": "Бір екі үш төрт",
+            "ctx|d\x04One two three four": "Бір екі үш",
+            "ctx|e\x04Some <b>bold</b> words here": "Мұнда бірнеше қалың сөз",
+            "ctx|f\x04LibreOffice Writer Calc Impress": "LibreOffice Writer Calc Impress",
+            "ctx|g\x04%1 page of all\0%1 pages of all": "%1 бет барлығы осы",  # with a plural form
+            "No context but four words": "Контекст жоқ төрт сөз",
+        },
+    )
+    write_mo(
+        folder / "cui.mo", {"x\x04" + words(40): words(40) + "!", "y\x04" + words(41): "Бір екі үш төрт"}
+    )
+    rows = run("kazakh_english", "--any_count")
+    assert [(row["id"], row["input"], row["output"]) for row in rows] == [
+        ("cui:0001", words(40) + "!", words(40)),
+        ("sw:0001", "Контекст жоқ төрт сөз", "No context but four words"),
+        ("sw:0002", "Файлды жоба ретінде сақтау", "Save the file as draft"),
+    ]
+    assert all(list(row) == KEYS for row in rows)
+    assert {row["instruction"] for row in rows} == {"Translate the following Kazakh text into English."}
+
+
+def test_the_slice_does_not_depend_on_the_order(script):
+    rows = [script.alpaca_row(f"r:{i:05d}", "do", "", str(i)) for i in range(4_000)]
+    drawn = script.draw_slice(rows)
+    assert drawn == script.draw_slice(rows[::-1])
+    assert len(drawn) == script.SLICE_ROWS
+    assert [row["id"] for row in drawn] == sorted(row["id"] for row in drawn)
+
+
+def test_check_names_the_first_difference(run, script, tmp_path, capsys):
+    terms = [(f"GO:{i:07d}", f"term {i}", "BP", words(6 + i)) for i in range(5)]
+    write_go(tmp_path / "source" / script.GO_SQLITE, terms)
+    run("go_biology", "--any_count")
+    run("go_biology", "--any_count", "--check")
+    assert "5 rows in the source, 5 of them belong" in capsys.readouterr().out
+    out = tmp_path / "out" / "go_biology.jsonl"
+    lines = out.read_text().splitlines(keepends=True)
+    for changed, row in (
+        ([*lines[:2], lines[2].replace("w0", "w1"), *lines[3:]], r"row 3 \(GO:0000002 belongs there\)"),
+        (lines[:4], r"row 5 \(GO:0000004 belongs there\)"),
+        ([*lines, "\n"], r"row 6 \(the source gives 5 rows\)"),
+    ):
+        out.write_text("".join(changed))
+        with pytest.raises(UserError, match=row):
+            run("go_biology", "--any_count", "--check")
+        assert out.read_text() == "".join(changed)
+    out.unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        run("go_biology", "--any_count", "--check")
+
+
+def test_bad_packages_are_refused(run, script, tmp_path, monkeypatch):
+    for name in script.PACKAGES:
+        with pytest.raises(UserError, match="the package has no usr/lib/"):
+            run(name)
+    go, kk = tmp_path / "source" / script.GO_SQLITE, tmp_path / "source" / script.KK_CATALOGUES / "sw.mo"
+    write_go(go, [("GO:0000001", "t", "BP", words(6))])
+    with pytest.raises(UserError, match=r"gives 1 rows, but r-bioc-go.db 3.16.0-1 has 23,011"):
+        run("go_biology")
+    go.write_bytes(b"not a database, but long enough to be looked at" * 20)
+    with pytest.raises(UserError, match=r"no readable GO.db database"):
+        run("go_biology")
+    kk.parent.mkdir(parents=True)
+    kk.write_bytes(b"no catalogue")
+    with pytest.raises(UserError, match=r"sw.mo is no readable .mo file"):
+        run("kazakh_english")
+    with pytest.raises(UserError, match="does not exist"):
+        script.main(["go_biology", "--source", str(tmp_path / "nowhere.deb")])
+    with pytest.raises(UserError, match="leave it out for dialogsum"):
+        run("dialogsum", "--check")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="apt-get is not on this machine; give --source"):
+        script.main(["go_biology"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["go_biology", "kazakh_english"])
+def test_committed_slice(script, name):
+    raw = (REPOSITORY / "data" / f"{name}.jsonl").read_bytes()
+    rows = [json.loads(line) for line in raw.decode("utf-8").removesuffix("\n").split("\n")]
+    assert len(raw) <= 1_000_000
+    assert all(list(row) == KEYS for row in rows)
+    assert len({row["id"] for row in rows}) == len(rows) == script.SLICE_ROWS
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    assert len({(row["instruction"], row["input"], row["output"]) for row in rows}) == len(rows)
+    assert all(row["instruction"].strip() and row["output"].strip() for row in rows)
+    page = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
+    assert f"| `{name}.jsonl` | {len(rows):,} | {len(raw):,} | {script.FULL_ROWS[name]:,} |" in page
+    assert all(f"`{part}`" in page or part in page for part in script.PACKAGES[name])
+
+
+def test_licences_are_named():
+    page = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
+    assert "https://creativecommons.org/licenses/by/4.0/" in page and "CC BY 4.0" in page
+    assert "https://www.mozilla.org/MPL/2.0/" in page and "not news" in page
