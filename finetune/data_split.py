@@ -82,7 +82,12 @@ def _make_split(experiment: Experiment, source: Path, made_from: dict) -> None:
     train, held_out = ([rows[i] for i in parts[name]["row"]] for name in ("train", "test"))
     for name, part in (("train", train), ("eval", held_out)):
         write_dataset(experiment, name, part)
-    record = {"made_from": made_from, "fingerprint": _identify(train).fingerprint, "train": len(train), "eval": len(held_out)}
+    record = {
+        "made_from": made_from,
+        "fingerprint": _identify(train).fingerprint,
+        "train": len(train),
+        "eval": len(held_out),
+    }
     write_json(experiment.data_folder / "split.json", record)
     print(f"split {source.name}: {len(train)} training and {len(held_out)} evaluation rows -> {experiment.data_folder}")
 

@@ -28,7 +28,9 @@ METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_experiment_arguments(parser)
-    parser.add_argument("--tuned", nargs="+", metavar="NAME", help="e.g. staff-0.2 full untuned; default: all there are")
+    parser.add_argument(
+        "--tuned", nargs="+", metavar="NAME", help="e.g. staff-0.2 full untuned; default: all there are"
+    )
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
     names = arguments.tuned or sorted(p.name for p in experiment.tuned_target("").glob("[!.]*"))

@@ -1,4 +1,4 @@
-"""Tune the target on a coreset: our JSON, or an index list as the authors published them (.pt).
+"""Tune the target on coresets: our JSON, or index lists as the authors published them (.pt).
 
     CUDA_VISIBLE_DEVICES=0 python finetune-select.py --config_path ../configs/demo.yaml \
         --select_path ../runs/demo/coresets/staff-0.2.json
@@ -25,19 +25,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_experiment_arguments(parser)
     add_report_arguments(parser)
-    parser.add_argument("--select_path", type=Path, required=True, help="coreset: .json, or a published .pt index list")
+    parser.add_argument(
+        "--select_path",
+        type=Path,
+        required=True,
+        nargs="+",
+        help="coresets: .json, or published .pt index lists",
+    )
     arguments = parser.parse_args()
     report = report_keys(arguments)
     experiment = load_experiment(arguments.config_path, arguments.set)
-    coreset = read_coreset(arguments.select_path)
     split = training_split(experiment)
-    check_fits(coreset, split.ids, split.fingerprint, str(arguments.select_path))
-    dataset = write_coreset_dataset(experiment, coreset.name, split, coreset.indices)
-    print(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows -> {dataset}")
-    folder = experiment.tuned_target(coreset.name)
-    tune_once(
-        experiment, experiment.target_model, coreset.name, folder, experiment.target_training, TARGET_TUNING, report
-    )
+    coresets = [read_coreset(path) for path in arguments.select_path]
+    for coreset, path in zip(coresets, arguments.select_path, strict=True):
+        check_fits(coreset, split.ids, split.fingerprint, str(path))
+    for coreset in coresets:
+        dataset = write_coreset_dataset(experiment, coreset.name, split, coreset.indices)
+        print(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows -> {dataset}")
+        folder, keys = experiment.tuned_target(coreset.name), experiment.target_training
+        tune_once(experiment, experiment.target_model, coreset.name, folder, keys, TARGET_TUNING, report)
 
 
 if __name__ == "__main__":

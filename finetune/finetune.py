@@ -23,15 +23,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_experiment_arguments(parser)
     add_report_arguments(parser)
-    parser.add_argument("--model", choices=["small", "target"], default="small", help="which model to tune on everything")
+    parser.add_argument(
+        "--model", choices=["small", "target"], default="small", help="which model to tune on everything"
+    )
     arguments = parser.parse_args()
     report = report_keys(arguments)
     experiment = load_experiment(arguments.config_path, arguments.set)
     training_split(experiment)
     if arguments.model == "small":
-        model, folder, keys, stage = experiment.small_model, experiment.tuned_small, experiment.small_training, SPECULATIVE_TUNING
+        model, folder, keys, stage = (
+            experiment.small_model,
+            experiment.tuned_small,
+            experiment.small_training,
+            SPECULATIVE_TUNING,
+        )
     else:
-        model, folder, keys, stage = experiment.target_model, experiment.tuned_target("full"), experiment.target_training, TARGET_TUNING
+        model, folder, keys, stage = (
+            experiment.target_model,
+            experiment.tuned_target("full"),
+            experiment.target_training,
+            TARGET_TUNING,
+        )
     tune_once(experiment, model, "train", folder, keys, stage, report)
 
 

@@ -34,7 +34,7 @@ def import_llama_factory() -> None:
         sys.modules.pop("torchaudio", None)
         importlib.import_module("torchaudio")
         sys.path.pop(0)
-    importlib.import_module("llamafactory")
+    importlib.import_module("llamafactory.train.tuner")
 
 
 def model_path(model: str) -> str:
@@ -113,6 +113,14 @@ def _arguments(experiment: Experiment, model: str, output_dir: Path, precision: 
 
 
 @contextlib.contextmanager
+def _quiet():
+    """Drop what LLaMA-Factory prints (a sample as token numbers, every metric twice); gives the real stdout."""
+    out = sys.stdout
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield out
+
+
+@contextlib.contextmanager
 def _user_errors(what: str):
     """Turn what LLaMA-Factory and transformers say about arguments, templates and model folders into one line."""
     try:
@@ -132,19 +140,26 @@ def tokenised_rows(experiment: Experiment, model: str, raw_rows: list[dict]):
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    arguments = _arguments(experiment, model, experiment.folder, "fp32") | {"dataset": "train", "do_train": True}
+    arguments = _arguments(experiment, model, experiment.folder, "fp32") | {
+        "dataset": "train",
+        "do_train": True,
+    }
     with _user_errors(f"model {model}, template {experiment.template}"):
         model_args, data_args, training_args, _, _ = get_train_args(arguments)
         training_args.log_level, training_args.log_level_replica = "error", "error"
         tokenizer_module = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
-        with contextlib.redirect_stdout(None):  # it prints a sample
-            rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)["train_dataset"]
+        with _quiet():
+            data = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
+    rows = data["train_dataset"]
     if len(rows) != len(raw_rows):
         raise UserError(
-            f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of the training split: remove {experiment.data_folder}"
+            f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of the training split: "
+            f"remove {experiment.data_folder}"
         )
-    check_tokenizer(tokenizer_module["tokenizer"], [json.dumps(row, ensure_ascii=False) for row in raw_rows[:32]], model)
+    check_tokenizer(
+        tokenizer_module["tokenizer"], [json.dumps(row, ensure_ascii=False) for row in raw_rows[:32]], model
+    )
     for number, labels in enumerate(rows["labels"]):
         if all(label == IGNORED_LABEL for label in labels[1:]):
             raise UserError(
@@ -173,6 +188,19 @@ def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
         )
 
 
+def _print_loss(out):
+    """A trainer callback that prints the logged loss, a line each."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class PrintLoss(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs and state.is_world_process_zero:
+                tqdm.write(f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.4f}", file=out)
+
+    return PrintLoss()
+
+
 def tune(
     experiment: Experiment, model: str, dataset: str, output_dir: Path, precision: str, keys: dict[str, Any]
 ) -> dict[str, Any]:
@@ -183,7 +211,8 @@ def tune(
     arguments = _arguments(experiment, model, output_dir, precision) | {"dataset": dataset, "do_train": True}
     arguments |= {"save_strategy": "no", "include_num_input_tokens_seen": "non_padding"} | experiment.training | keys
     _check(arguments, f"tuning {model}")
-    run_exp(arguments)
+    with _quiet() as out:
+        run_exp(arguments, callbacks=[_print_loss(out)])
     return read_json(output_dir / "train_results.json") | {
         "tokens": read_json(output_dir / "trainer_state.json")["num_input_tokens_seen"]
     }
@@ -214,14 +243,15 @@ def predict(
     elif adapter is not None:  # finetuning_type: full leaves a whole model
         arguments["model_name_or_path"] = str(adapter)
     _check(arguments, f"evaluating {model}")
-    run_exp(arguments)
+    with _quiet():
+        run_exp(arguments)
     metrics = read_json(output_dir / "predict_results.json")
     lines = (output_dir / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return metrics, [json.loads(line) for line in lines]
 
 
 def _check(arguments: dict[str, Any], what: str) -> None:
-    """Let LLaMA-Factory parse the arguments, before anything is computed. Raises: UserError with its first objection."""
+    """Let LLaMA-Factory parse the arguments, before anything is computed. Raises: UserError with its objection."""
     from llamafactory.hparams import get_train_args
 
     with _user_errors(what):

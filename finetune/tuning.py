@@ -16,7 +16,13 @@ from selection.ledger import TARGET_TUNING, Cost, measured
 
 
 def tune_once(
-    experiment: Experiment, model: str, dataset: str, folder: Path, keys: dict[str, Any], stage: str, report: dict[str, Any]
+    experiment: Experiment,
+    model: str,
+    dataset: str,
+    folder: Path,
+    keys: dict[str, Any],
+    stage: str,
+    report: dict[str, Any],
 ) -> None:
     """Tune `model` on `dataset` into `folder`. `keys` are LLaMA-Factory's, `report` those that only add logging.
 
@@ -37,6 +43,7 @@ def tune_once(
         print(f"{stage}: reusing {folder}")
         return
     what = folder.name if stage == TARGET_TUNING else model
+    llama_factory.import_llama_factory()  # its seconds are no cost of tuning
     with building(folder, identity) as draft:
         cost = Cost(stage, what, samples=len(rows), device=device_name(), precision=precision)
         with measured(experiment.folder, cost):

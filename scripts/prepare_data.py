@@ -99,8 +99,7 @@ def call(command: list[str], folder: Path) -> None:
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
-            f"`{' '.join(command)}` failed ({reason}); "
-            f"give --source a whole .deb file or the folder of an unpacked one"
+            f"`{' '.join(command)}` failed ({reason}); give --source a whole .deb file or the folder of an unpacked one"
         ) from None
 
 
@@ -108,9 +107,7 @@ def call(command: list[str], folder: Path) -> None:
 def unpacked(package: str, source: Path | None) -> Iterator[Path]:
     """The folder with the package's files: `source` itself, or its .deb (or a fresh download) unpacked."""
     if source is not None and not source.exists():
-        raise UserError(
-            f"--source {source} does not exist; give a .deb file or the folder of an unpacked one"
-        )
+        raise UserError(f"--source {source} does not exist; give a .deb file or the folder of an unpacked one")
     if source is not None and source.is_dir():
         yield source
         return
@@ -151,9 +148,7 @@ def go_rows(package: Path) -> list[Row]:
     path = package / GO_SQLITE
     if not path.is_file():
         raise UserError(f"the package has no {GO_SQLITE}; give --source an r-bioc-go.db package")
-    query = (
-        "SELECT go_id, term, ontology, definition FROM go_term WHERE definition IS NOT NULL ORDER BY go_id"
-    )
+    query = "SELECT go_id, term, ontology, definition FROM go_term WHERE definition IS NOT NULL ORDER BY go_id"
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
             terms = database.execute(query).fetchall()
@@ -162,9 +157,7 @@ def go_rows(package: Path) -> list[Row]:
     rows = [
         alpaca_row(go_id, f'Explain the {ONTOLOGIES[ontology]} "{term}".', "", definition)
         for go_id, term, ontology, definition in terms
-        if ontology in ONTOLOGIES
-        and words_within(definition, GO_WORDS)
-        and not definition.startswith(GO_BOILERPLATE)
+        if ontology in ONTOLOGIES and words_within(definition, GO_WORDS) and not definition.startswith(GO_BOILERPLATE)
     ]
     return without_duplicates(rows)
 
@@ -244,9 +237,7 @@ def load_folder(folder: Path, cache: str) -> list:
     import datasets
 
     if not folder.is_dir():
-        raise UserError(
-            f"--source {folder} is no folder; give one with files named after {', '.join(SPLITS)}"
-        )
+        raise UserError(f"--source {folder} is no folder; give one with files named after {', '.join(SPLITS)}")
     found = []
     for path in folder.iterdir():
         splits = [number for number, split in enumerate(SPLITS) if split in path.name.lower()]
@@ -266,9 +257,7 @@ def load_folder(folder: Path, cache: str) -> list:
         builder = BUILDERS[path.suffix]
         options = {"keep_default_na": False} if builder == "csv" else {}  # "" and "None" are text there
         try:
-            part = datasets.load_dataset(
-                builder, data_files=str(path), split="train", cache_dir=cache, **options
-            )
+            part = datasets.load_dataset(builder, data_files=str(path), split="train", cache_dir=cache, **options)
         except Exception as error:  # whatever a damaged file makes the parsers raise
             reason = error.__cause__ or error
             raise UserError(f"{path} cannot be read as {builder} ({reason}); mend or replace it") from None
@@ -340,9 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     name, is_slice = options.name, options.name in PACKAGES
     out = options.out or (DATA if is_slice else DATA / "prepared") / f"{name}.jsonl"
     if options.check and not is_slice:
-        raise UserError(
-            f"--check is for the committed slices ({', '.join(PACKAGES)}); leave it out for {name}"
-        )
+        raise UserError(f"--check is for the committed slices ({', '.join(PACKAGES)}); leave it out for {name}")
 
     rows = build(name, options.source)
     if len(rows) != FULL_ROWS[name] and not options.any_count:

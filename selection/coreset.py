@@ -73,9 +73,13 @@ def main() -> None:
                 record = {"seed": settings.seed}
             else:
                 ratios = [r.verification_ratio for r in records]
-                choice = choose_staff(speculative, cut_strata(speculative, settings), ratios, rate, settings.mode, settings.seed)
+                choice = choose_staff(
+                    speculative, cut_strata(speculative, settings), ratios, rate, settings.mode, settings.seed
+                )
                 budgets = zip(records, choice.budgets, choice.filled, strict=True)
-                strata = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
+                strata = [
+                    {**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets
+                ]
                 record = {**asdict(settings), "strata": strata, "from_hardest": choice.from_hardest}
             path = write_coreset(arguments.out, method, rate, choice, scores, record)
             print(f"{method} at rate {rate:g}: {len(choice.rows)} of {len(speculative)} rows -> {path}")

@@ -22,7 +22,9 @@ class Coreset:
     fingerprint: str | None
 
 
-def write_coreset(folder: Path, method: str, rate: float, choice: Choice, scores: Scores, record: dict[str, Any]) -> Path:
+def write_coreset(
+    folder: Path, method: str, rate: float, choice: Choice, scores: Scores, record: dict[str, Any]
+) -> Path:
     """Write METHOD-RATE.json, the keys of `record` in between; returns the file."""
     path = folder / f"{method}-{rate:g}.json"
     indices = choice.rows.tolist()
@@ -76,7 +78,13 @@ def _read_published(path: Path) -> list[int]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:
         raise UserError(f"{path} is no plain index list: a list or tensor of row numbers is expected") from None
-    return value.tolist() if isinstance(value, torch.Tensor) and value.ndim == 1 else list(value) if isinstance(value, list | tuple) else []
+    return (
+        value.tolist()
+        if isinstance(value, torch.Tensor) and value.ndim == 1
+        else list(value)
+        if isinstance(value, list | tuple)
+        else []
+    )
 
 
 def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) -> None:
@@ -94,4 +102,6 @@ def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) 
                     "the coreset is for other data; cut it again"
                 )
     if coreset.fingerprint is not None and coreset.fingerprint != fingerprint:
-        raise UserError(f"{source}: chosen from other data (fingerprint {coreset.fingerprint[:12]}…, at hand {fingerprint[:12]}…): cut it again")
+        raise UserError(
+            f"{source}: chosen from other data (fingerprint {coreset.fingerprint}, at hand {fingerprint}): cut it again"
+        )

@@ -15,12 +15,12 @@ def choose_precision(asked: str) -> str:
     if asked != "auto":
         print(f"precision {asked} on {device_name()}: as configured")
         return asked
-    if torch.cuda.is_available():
-        native = torch.cuda.get_device_capability()[0] >= 8
-    else:
-        native = _cpu_has_bf16()
+    on_gpu = torch.cuda.is_available()
+    native = torch.cuda.get_device_capability()[0] >= 8 if on_gpu else _cpu_has_bf16()
     precision = "bf16" if native else "fp32"
-    print(f"precision {precision} on {device_name()}: the device {'computes' if native else 'does not compute'} in bf16")
+    print(
+        f"precision {precision} on {device_name()}: the device {'computes' if native else 'does not compute'} in bf16"
+    )
     return precision
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from selection.value_projection import find_value_projection, unwrap
 
@@ -43,17 +45,13 @@ class EffortScorer:
         self.values = find_value_projection(model)
         self.lora_a, self.scaling = None, alpha / rank
         if phi == "v_lora_b":
-            bound = 1 / math.sqrt(self._input_width())
-            uniform = torch.rand((rank, self._input_width()), generator=torch.Generator().manual_seed(seed))
+            bound = 1 / math.sqrt(self.values.input_width)
+            uniform = torch.rand((rank, self.values.input_width), generator=torch.Generator().manual_seed(seed))
             self.lora_a = ((2 * uniform - 1) * bound).to(self.device)  # (r, d_in)
 
     @property
     def device(self) -> torch.device:
-        return self.values.module.weight.device
-
-    def _input_width(self) -> int:
-        weight = self.values.module.weight
-        return weight.shape[1] if isinstance(self.values.module, nn.Linear) else weight.shape[0]
+        return self.values.weight.device
 
     def score(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> SampleScores:
         """Score a batch of tokenised samples (labels as LLaMA-Factory makes them, −100 where there is no loss)."""
@@ -86,40 +84,24 @@ class EffortScorer:
         handle = self.values.module.register_forward_hook(hook)
         try:
             with torch.enable_grad():
-                output = self.model.get_decoder()(input_ids=tokens, use_cache=False)
+                hidden = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
         finally:
             handle.remove()
-        self._decoder_output = type(output)
-        return *seen, output.last_hidden_state
+        return *seen, hidden
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of each response token (n,) float32, and its gradient on the hidden state (n, d)."""
         losses, gradients = [], []
-        for rows, labels in zip(*(x.split(self._rows_at_once()) for x in (hidden, targets)), strict=True):
+        for rows, labels in _chunks(self.model, hidden, targets):
             rows = rows.detach().requires_grad_()
             with torch.enable_grad():
-                logits = self._logits(rows)
+                logits = _logits(self.model, rows)
             scores = logits.detach().float()
             losses.append(functional.cross_entropy(scores, labels, reduction="none"))
             gradient = scores.softmax(-1)  # softmax − onehot, the gradient of the loss on the logits
             gradient[torch.arange(len(labels)), labels] -= 1
             gradients.append(torch.autograd.grad(logits, rows, gradient.to(logits.dtype))[0])
         return torch.cat(losses), torch.cat(gradients)
-
-    def _rows_at_once(self) -> int:
-        return max(1, _LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's own way from last hidden states (n, d) to logits (n, V): head, scaling, soft-capping and all.
-
-        The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
-        """
-        decoder = self.model.get_decoder()
-        decoder.forward = lambda *args, **kwargs: self._decoder_output(last_hidden_state=hidden[None])
-        try:
-            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        finally:
-            del decoder.forward
 
     def _norms(self, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Per-sample norms (B,) of ∇_φ of the summed loss, accumulated in float32."""
@@ -130,6 +112,49 @@ class EffortScorer:
             projected = functional.linear(inputs, self.lora_a)  # (B, T, r)
             return self.scaling * torch.einsum("bto,btr->bor", gradient, projected).flatten(1).norm(dim=1)
         return torch.stack([(g.T @ x).norm() for g, x in zip(gradient, inputs, strict=True)])  # ∇_W = Σ_t g_t x_tᵀ
+
+
+@torch.no_grad()
+def response_losses(
+    model: nn.Module, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Mean cross-entropy per response token of each sample (B,): a forward pass and nothing else."""
+    model = unwrap(model)
+    tokens, targets = _pad(input_ids, 0, model.device), _pad(labels, IGNORED_LABEL, model.device)
+    sample, position = (targets[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[sample, position]
+    losses = [
+        functional.cross_entropy(_logits(model, rows).float(), labels, reduction="none")
+        for rows, labels in _chunks(model, hidden, targets[sample, position + 1])
+    ]
+    total = torch.zeros(len(tokens), device=tokens.device).index_add_(0, sample, torch.cat(losses))
+    return total / torch.bincount(sample, minlength=len(tokens))
+
+
+def _chunks(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor):
+    """Pieces of (n, d) hidden states and (n,) targets whose logits fit `_LOGITS_AT_ONCE`."""
+    rows = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    return zip(hidden.split(rows), targets.split(rows), strict=True)
+
+
+class _Hidden(BaseModelOutputWithPast):
+    """A decoder's answer in which everything but the last hidden state is None, whatever the family asks for."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's own way from last hidden states (n, d) to logits (n, V): head, scaling, soft-capping and all.
+
+    The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
+    """
+    decoder = model.get_decoder()
+    decoder.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])
+    try:
+        return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    finally:
+        del decoder.forward
 
 
 def _pad(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> torch.Tensor:

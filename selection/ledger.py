@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from selection.config import Experiment
 from selection.errors import UserError
 
-SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION = "speculative tuning", "speculative scores", "verification"
+SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION = (
+    "speculative tuning",
+    "speculative scores",
+    "verification",
+)
 TARGET_TUNING, EVALUATION = "target tuning", "evaluation"
 SELECTION_STAGES = (SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION)
 
@@ -79,27 +84,37 @@ class CostSummary:
         return sum(self.selection_seconds.values())
 
 
-def summarise(run_folder: Path, full_tokens: int | None) -> CostSummary:
+def summarise(experiment: Experiment) -> CostSummary:
     """Selection cost by stage, and the cost of tuning the target on everything.
 
     The latter is measured where it was run; else scaled by tokens from the target's tuning on coresets; else by
-    tokens and parameters from the tuning of the small model. `full_tokens`: training tokens of that tuning.
+    tokens and parameters from the tuning of the small model.
     """
-    costs = read_ledger(run_folder)
+    costs = read_ledger(experiment.folder)
     selection = {stage: sum(c.seconds for c in costs if c.stage == stage) for stage in SELECTION_STAGES}
-    target = [c for c in costs if c.stage == TARGET_TUNING]
-    small = [c for c in costs if c.stage == SPECULATIVE_TUNING and c.tokens]
-    verified = [c for c in costs if c.stage == VERIFICATION]
+    small, target, verified = (
+        [c for c in costs if c.stage == stage] for stage in (SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION)
+    )
     if full := [c for c in target if c.what == "full"]:
         return CostSummary(selection, full[-1].seconds, "measured")
-    if target and full_tokens:
+    if not small:
+        return CostSummary(selection, None, "unknown before something was tuned")
+    epochs = [
+        (experiment.training | keys).get("num_train_epochs", 3)
+        for keys in (experiment.small_training, experiment.target_training)
+    ]
+    full_tokens = small[-1].tokens / epochs[0] * epochs[1]
+    if target:
         per_token = sum(c.seconds for c in target) / sum(c.tokens for c in target)
-        return CostSummary(selection, per_token * full_tokens, "scaled by tokens from the tuning on coresets")
-    if small and verified and full_tokens:
-        ratio = verified[-1].parameters / small[-1].parameters
-        per_token = small[-1].seconds / small[-1].tokens * ratio
-        return CostSummary(selection, per_token * full_tokens, f"scaled from the small model by tokens and size ({ratio:.1f} ×)")
-    return CostSummary(selection, None, "unknown before something was tuned")
+        return CostSummary(selection, per_token * full_tokens, "scaled by tokens from its tuning on coresets")
+    scored = [c for c in costs if c.stage == SPECULATIVE_SCORES]
+    if not (scored and verified):
+        return CostSummary(selection, None, "unknown before the scores")
+    ratio = verified[-1].parameters / scored[-1].parameters
+    per_token = small[-1].seconds / small[-1].tokens * ratio
+    return CostSummary(
+        selection, per_token * full_tokens, f"scaled from the small model's by tokens and size, {ratio:.1f} ×"
+    )
 
 
 def format_summary(summary: CostSummary) -> str:

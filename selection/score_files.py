@@ -155,7 +155,10 @@ class ScoreFolder:
 
     def write_part(self, part: list[list[int]], columns: dict[str, np.ndarray], seconds: float, tokens: int) -> None:
         """One finished part, then its cost. `columns` follow SCHEMA, in the order of the part's rows."""
-        table = pa.table([pa.array(columns[name], type) for name, type in zip(SCHEMA.names, SCHEMA.types, strict=True)], schema=SCHEMA)
+        table = pa.table(
+            [pa.array(columns[name], type) for name, type in zip(SCHEMA.names, SCHEMA.types, strict=True)],
+            schema=SCHEMA,
+        )
         with atomic_path(self._part_path(part)) as draft:
             pa.parquet.write_table(table, draft)
         cost = self.manifest["cost"]

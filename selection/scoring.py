@@ -21,7 +21,13 @@ _ROWS_PER_PART = 256  # what a killed run loses at most
 
 
 def score_rows(
-    experiment: Experiment, split: TrainingSplit, model: str, tuned: Path | None, rows: np.ndarray, folder: Path, stage: str
+    experiment: Experiment,
+    split: TrainingSplit,
+    model: str,
+    tuned: Path | None,
+    rows: np.ndarray,
+    folder: Path,
+    stage: str,
 ) -> None:
     """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already.
 
@@ -37,7 +43,12 @@ def score_rows(
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "mode": settings.mode,
-        "phi": {"name": settings.phi, "rank": settings.phi_rank, "alpha": settings.phi_alpha, "seed": settings.seed},
+        "phi": {
+            "name": settings.phi,
+            "rank": settings.phi_rank,
+            "alpha": settings.phi_alpha,
+            "seed": settings.seed,
+        },
         "precision": precision,
     }
     store = ScoreFolder(folder, identity, num_rows=len(split.rows))
@@ -48,7 +59,10 @@ def score_rows(
     lengths = [len(ids) for ids in tokenised["input_ids"]]
     with measured(experiment.folder, Cost(stage, model, device=device_name(), precision=precision)) as cost:
         loaded = load_for_scoring(
-            llama_factory.model_path(model), tuned, precision, settings.mode == "released" and tuned is not None
+            llama_factory.model_path(model),
+            tuned,
+            precision,
+            settings.mode == "released" and tuned is not None,
         )
         cost.parameters = count_parameters(loaded)
         scorer = EffortScorer(loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed)

@@ -77,7 +77,9 @@ def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Stra
     else:
         stratum, num_strata = np.zeros(num_kept, dtype=np.int64), 1
     edges = np.linspace(low, high, num_strata + 1)
-    by_stratum = np.split(kept[np.argsort(stratum, kind="stable")], np.cumsum(np.bincount(stratum, minlength=num_strata))[:-1])
+    by_stratum = np.split(
+        kept[np.argsort(stratum, kind="stable")], np.cumsum(np.bincount(stratum, minlength=num_strata))[:-1]
+    )
     return Strata(
         members=[rows for rows in by_stratum if len(rows)],
         score_ranges=[(float(edges[i]), float(edges[i + 1])) for i, rows in enumerate(by_stratum) if len(rows)],

@@ -9,7 +9,11 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, required: bool = T
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config_path", required=required, help="YAML of the experiment (configs/)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="key=value", help="override a key, e.g. selection.mode=released"
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="override a key, e.g. selection.mode=released",
     )
 
 

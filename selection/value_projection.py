@@ -18,6 +18,15 @@ class ValueProjection:
     module: nn.Module  # (B, T, d_in) -> (B, T, d_out); in a fused projection d_out holds more than the values
     value_columns: torch.Tensor | None  # columns of the output that are values; None: all of them
 
+    @property
+    def weight(self) -> nn.Parameter:
+        return _linear(self.module).weight
+
+    @property
+    def input_width(self) -> int:
+        """d_in."""
+        return self.weight.shape[0 if isinstance(_linear(self.module), Conv1D) else 1]
+
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper (its adapters stay in place)."""
@@ -27,27 +36,30 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 def last_decoder_layer(model: nn.Module) -> tuple[str, nn.Module]:
     """The last element of the decoder's layer list: the longest list of modules in the text decoder."""
     decoder = unwrap(model).get_decoder()
-    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        (name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
     # Lists inside a layer (experts) are no candidates.
-    outermost = [(name, layers) for name, layers in lists if not any(name.startswith(outer + ".") for outer, _ in lists)]
+    outermost = [
+        (name, layers) for name, layers in lists if not any(name.startswith(outer + ".") for outer, _ in lists)
+    ]
     if not outermost:
-        raise UserError(f"found no list of decoder layers in {type(decoder).__name__}: it has {', '.join(name for name, _ in decoder.named_children())}")
+        children = ", ".join(name for name, _ in decoder.named_children())
+        raise UserError(f"found no list of decoder layers in {type(decoder).__name__}: it has {children}")
     name, layers = max(outermost, key=lambda item: len(item[1]))
     return f"{name}.{len(layers) - 1}", layers[-1]
 
 
-def is_projection(module: nn.Module) -> bool:
-    """A linear map, plain, transposed as in GPT-2, or wrapped by PEFT."""
-    return isinstance(module, nn.Linear | Conv1D) or (
-        isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
-    )
+def _linear(module: nn.Module) -> nn.Module:
+    """The linear map itself, under PEFT's wrapper if there is one."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def projections(layer: nn.Module) -> dict[str, nn.Module]:
-    """The layer's linear maps by name; those inside a PEFT wrapper count as the wrapper alone."""
+    """The layer's linear maps by name (in GPT-2 they are Conv1D); a PEFT wrapper counts, what is inside it does not."""
     found: dict[str, nn.Module] = {}
     for name, module in layer.named_modules():
-        if is_projection(module) and not any(name.startswith(outer + ".") for outer in found):
+        if isinstance(_linear(module), nn.Linear | Conv1D) and not any(name.startswith(outer + ".") for outer in found):
             found[name] = module
     return found
 
@@ -92,7 +104,9 @@ def find_value_projection(model: nn.Module) -> ValueProjection:
             handle.remove()
         model.train(training)
     alive = {  # which columns of each projection's output reach the hidden state; (d_out,)
-        name: torch.zeros(output.shape[-1], dtype=torch.bool) if g is None else (g != 0).reshape(-1, g.shape[-1]).any(0).cpu()
+        name: torch.zeros(output.shape[-1], dtype=torch.bool)
+        if g is None
+        else (g != 0).reshape(-1, g.shape[-1]).any(0).cpu()
         for (name, (_, output)), g in zip(seen.items(), gradients, strict=True)
     }
 
@@ -107,8 +121,9 @@ def find_value_projection(model: nn.Module) -> ValueProjection:
         and (not columns.all() or _equal(seen[name][0], seen[query][0]))
     ]
     if not values:
+        looked_at = ", ".join(seen) or "no linear map"
         raise UserError(
-            f"found no value projection in {layer_name} of {type(unwrap(model)).__name__}: looked at {', '.join(seen) or 'no linear map'}"
+            f"found no value projection in {layer_name} of {type(unwrap(model)).__name__}: looked at {looked_at}"
         )
     name = values[-1]  # in compressed attention the last of the chain makes the values
     columns = None if alive[name].all() else alive[name].nonzero().squeeze(1)

@@ -52,21 +52,22 @@ def draw(strata: Strata, settings: Settings) -> list[np.ndarray]:
 def verify(speculative: np.ndarray, target: Scores, settings: Settings) -> list[StratumRecord]:
     """V_i for every verified stratum. `speculative` (N,); `target` holds at least the drawn rows.
 
-    Scores are min–max normalised first, as in the paper, each model's by its own minimum and maximum. Where the
-    target has scored all of D these are taken over D, as released. Where it has scored only the verified samples
-    its extremes over D are unknown; then both models' extremes are taken over the same rows, the verified ones, so
-    that models which agree up to scale and offset still give V = 1, which published budgets rely on. (Released
-    budgets do not depend on the scale of V.)
+    Scores are min–max normalised first, each model's by its own minimum and maximum. The small model's are taken over
+    D. So are the target's where it has scored all of D, as released; where it has scored only the verified samples,
+    its extremes over D are unknown and those over the verified samples stand in for them, in both modes. For released
+    budgets, which do not depend on the scale of V, only the stand-in for the minimum counts. Published budgets feel
+    the maximum too: without the hardest rows it is too low and V too high, so a few more rows go to small strata.
     """
     strata = cut_strata(speculative, settings)
     draws = draw(strata, settings)
-    known = np.arange(len(speculative)) if len(target.index) == len(speculative) else np.concatenate(draws)
+    complete = len(target.index) == len(speculative)
+    known = target.effort if complete else target.at(np.concatenate(draws))
     records = []
     for i, rows in enumerate(draws):
         sums: tuple[Any, Any, Any] = (None, None, None)
         if len(rows):
-            ours = min_max_normalise(speculative[rows], reference=speculative[known])
-            theirs = min_max_normalise(target.at(rows), reference=target.at(known))
+            ours = min_max_normalise(speculative[rows], reference=speculative)
+            theirs = min_max_normalise(target.at(rows), reference=known)
             sums = float(ours.sum()), float(theirs.sum()), verification_ratio(theirs, ours)
         records.append(StratumRecord(i, strata.score_ranges[i], strata.sizes[i], rows.tolist(), *sums))
     return records

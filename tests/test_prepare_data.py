@@ -175,9 +175,7 @@ def test_hub_loading(script, tmp_path, monkeypatch):
     def hub(*arguments):
         assert arguments == ("wmt/wmt19", "kk-en")
         parts = {split: translation((f"kk {split}", f"en {split}")) for split in ("validation", "train")}
-        return datasets.DatasetDict(
-            {split: datasets.Dataset.from_list(rows) for split, rows in parts.items()}
-        )
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in parts.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     out = tmp_path / "out.jsonl"
@@ -219,10 +217,7 @@ def test_go_selection(run, tmp_path, script):
             ("GO:0000005", "too short", "BP", words(5)),
             ("GO:0000006", "without", "BP", None),
             ("GO:0000007", "root", "universal", words(6)),
-            *(
-                (f"GO:001{i}", "x", "BP", f"{text} the rate of x.")
-                for i, text in enumerate(script.GO_BOILERPLATE)
-            ),
+            *((f"GO:001{i}", "x", "BP", f"{text} the rate of x.") for i, text in enumerate(script.GO_BOILERPLATE)),
         ],
     )
     assert run("go_biology", "--any_count") == [
@@ -262,9 +257,7 @@ def test_kazakh_selection(run, tmp_path, script):
             "No context but four words": "Контекст жоқ төрт сөз",
         },
     )
-    write_mo(
-        folder / "cui.mo", {"x\x04" + words(40): words(40) + "!", "y\x04" + words(41): "Бір екі үш төрт"}
-    )
+    write_mo(folder / "cui.mo", {"x\x04" + words(40): words(40) + "!", "y\x04" + words(41): "Бір екі үш төрт"})
     rows = run("kazakh_english", "--any_count")
     assert [(row["id"], row["input"], row["output"]) for row in rows] == [
         ("cui:0001", words(40) + "!", words(40)),

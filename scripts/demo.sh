@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole method on real weights and data: STAFF and Random at 20 % kept, tuned and evaluated.
+#     bash scripts/demo.sh           SmolLM2-135M and biology question answering; about 15 minutes on 2 CPU cores
+#     bash scripts/demo.sh --tiny    the same stages on a tiny random model, under a minute: it tests the plumbing
+# A second call reuses what is there. Needs Python 3.11 with pip. RUN=folder puts the run elsewhere than runs/demo.
+set -euo pipefail
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+case ${1:-} in
+    "") name=demo ;;
+    --tiny) name=tiny ;;
+    *) echo "error: unknown argument $1: the only one is --tiny" >&2; exit 2 ;;
+esac
+
+bash "$scripts/setup.sh"
+source "$scripts/environment.sh"
+config=$repository/configs/$name.yaml
+run=${RUN:-$repository/runs/$name}
+started=$SECONDS
+if [ "$name" = tiny ]; then
+    export OMP_NUM_THREADS=1 # more threads slow tiny models down
+    python "$scripts/make_tiny_model.py" --out "$repository/models/tiny"
+    python "$scripts/make_draft.py" --config_path "$config" --set output_dir="$run" \
+        --target "$repository/models/tiny" --layers 2 --out "$repository/models/tiny-2-layers"
+else
+    bash "$scripts/demo_models.sh"
+fi
+bash "$repository/selection/selection.sh" "$config" --set output_dir="$run"
+python "$repository/finetune/finetune-select.py" --config_path "$config" --set output_dir="$run" \
+    --select_path "$run"/coresets/*-0.2.json
+python "$repository/finetune/eval.py" --config_path "$config" --set output_dir="$run"
+python "$scripts/demo_report.py" --config_path "$config" --set output_dir="$run"
+echo "demo: $((SECONDS - started)) s after the install"

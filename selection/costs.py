@@ -1,0 +1,23 @@
+"""Sum up the cost ledger: what selection took, against tuning the target on everything.
+
+python costs.py --config_path ../configs/demo.yaml
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+from selection.errors import run_stage  # noqa: E402
+from selection.ledger import format_summary, summarise  # noqa: E402
+from selection.stage import load_experiment_from_arguments  # noqa: E402
+
+
+def main() -> None:
+    experiment = load_experiment_from_arguments(argparse.ArgumentParser(description=__doc__))
+    print("costs so far:\n" + format_summary(summarise(experiment)))
+
+
+if __name__ == "__main__":
+    run_stage(main)
