@@ -61,6 +61,8 @@ def evaluate(experiment: Experiment, name: str) -> dict:
     if reuse(folder, identity):
         print(f"evaluation: reusing {folder}")
         return read_json(folder / "metrics.json")
+    held_out = read_json(experiment.data_folder / "eval.json")
+    llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)  # finds what is wrong with it
     cost = Cost(EVALUATION, name, device=device_name(), precision=precision)
     with building(folder, identity) as draft, measured(experiment.folder, cost):
         computed, predictions = llama_factory.predict(experiment, experiment.target_model, tuned, draft, precision)

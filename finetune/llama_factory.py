@@ -23,10 +23,11 @@ def import_llama_factory() -> None:
     The registry's torchaudio is a CUDA build that does not load beside a CPU torch, and LLaMA-Factory imports it
     even for text. transformers goes first: it must not take the stand-in for the real one.
     """
-    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
     try:
         importlib.import_module("torchaudio")
     except (ImportError, OSError):
@@ -129,33 +130,31 @@ def _user_errors(what: str):
         raise UserError(f"{what}: {error}") from error
 
 
-def tokenised_rows(experiment: Experiment, model: str, raw_rows: list[dict]):
-    """The training split exactly as LLaMA-Factory tokenises it for `model`: a `datasets.Dataset`, row by row.
+def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: list[dict]):
+    """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
 
     Columns input_ids, attention_mask, labels (−100 on the prompt). Raises: UserError for an unknown template, a
     broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
     """
     import_llama_factory()
+    from datasets import disable_progress_bars, enable_progress_bars
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    arguments = _arguments(experiment, model, experiment.folder, "fp32") | {
-        "dataset": "train",
-        "do_train": True,
-    }
+    arguments = _arguments(experiment, model, experiment.folder, "fp32") | {"dataset": dataset, "do_train": True}
     with _user_errors(f"model {model}, template {experiment.template}"):
         model_args, data_args, training_args, _, _ = get_train_args(arguments)
         training_args.log_level, training_args.log_level_replica = "error", "error"
         tokenizer_module = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
+        (disable_progress_bars if len(raw_rows) < 10_000 else enable_progress_bars)()  # bars for long work only
         with _quiet():
             data = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
     rows = data["train_dataset"]
     if len(rows) != len(raw_rows):
         raise UserError(
-            f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of the training split: "
-            f"remove {experiment.data_folder}"
+            f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of {dataset}.json: remove {experiment.data_folder}"
         )
     check_tokenizer(
         tokenizer_module["tokenizer"], [json.dumps(row, ensure_ascii=False) for row in raw_rows[:32]], model
@@ -163,7 +162,7 @@ def tokenised_rows(experiment: Experiment, model: str, raw_rows: list[dict]):
     for number, labels in enumerate(rows["labels"]):
         if all(label == IGNORED_LABEL for label in labels[1:]):
             raise UserError(
-                f"row {number} of the training split: cutoff_len {experiment.cutoff_len} leaves no response token "
+                f"row {number} of {dataset}.json: cutoff_len {experiment.cutoff_len} leaves no response token "
                 f"({len(labels)} tokens kept): raise cutoff_len or remove the row"
             )
     return rows

@@ -43,7 +43,7 @@ def tune_once(
         print(f"{stage}: reusing {folder}")
         return
     what = folder.name if stage == TARGET_TUNING else model
-    llama_factory.import_llama_factory()  # its seconds are no cost of tuning
+    llama_factory.tokenised_rows(experiment, model, dataset, rows)  # what can be wrong is found before it costs
     with building(folder, identity) as draft:
         cost = Cost(stage, what, samples=len(rows), device=device_name(), precision=precision)
         with measured(experiment.folder, cost):

@@ -56,7 +56,7 @@ def main() -> None:
         print(f"draft: reusing {out}")
         return
 
-    samples = llama_factory.tokenised_rows(experiment, arguments.target, split.rows)[rows]
+    samples = llama_factory.tokenised_rows(experiment, arguments.target, "train", split.rows)[rows]
     model = load_for_scoring(target, None, choose_precision(experiment.selection.precision))
     parent, name = decoder_layers(model)
     count = len(getattr(parent, name))

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 LLAMAFACTORY=llamafactory==0.9.5
 python=${PYTHON:-python3}
-wanted="$(cat requirements.txt) $LLAMAFACTORY $*"
+wanted=$(grep -v '^#' requirements.txt; printf '%s\n' "$LLAMAFACTORY" "$@")
 
 if [ ! -x .venv/bin/python ]; then
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -16,12 +16,12 @@ if [ ! -x .venv/bin/python ]; then
     fi
     "$python" -m venv .venv
 fi
-# The stamp holds what was installed; every set asked for before stays satisfied.
-if grep -qsxF "$(echo "$wanted" | sha256sum)" .venv/installed; then
+# .venv/installed lists what was installed; as long as it has every wanted line there is nothing to do.
+if [ -f .venv/installed ] && [ -z "$(grep -vxF -f .venv/installed <<< "$wanted")" ]; then
     echo "setup: reusing .venv"
 else
     .venv/bin/python -m pip install --quiet --requirement requirements.txt "$@"
     .venv/bin/python -m pip install --quiet --no-deps "$LLAMAFACTORY"
-    echo "$wanted" | sha256sum >> .venv/installed
+    echo "$wanted" >> .venv/installed
     echo "setup: installed the stack into .venv"
 fi

@@ -55,7 +55,7 @@ def score_rows(
     if not len(store.missing(rows)):
         print(f"{stage}: reusing {folder}")
         return
-    tokenised = llama_factory.tokenised_rows(experiment, model, split.rows)
+    tokenised = llama_factory.tokenised_rows(experiment, model, "train", split.rows)
     lengths = [len(ids) for ids in tokenised["input_ids"]]
     with measured(experiment.folder, Cost(stage, model, device=device_name(), precision=precision)) as cost:
         loaded = load_for_scoring(

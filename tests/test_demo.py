@@ -1,0 +1,43 @@
+"""The demo from end to end on a tiny random model, fresh and again."""
+
+import os
+import subprocess
+
+import pytest
+from conftest import REPOSITORY, run_script
+
+
+def demo(run_folder) -> str:
+    environment = os.environ | {"RUN": str(run_folder)}
+    command = ["bash", str(REPOSITORY / "scripts" / "demo.sh"), "--tiny"]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo") / "run"
+
+
+def test_demo_fresh(run_folder):
+    out = demo(run_folder)
+    assert "coreset         rows   ROUGE-L   BLEU-4    selection     tuning" in out
+    for name in ("staff-0.2", "random-0.2"):
+        assert f"\n{name}" in out
+        assert (run_folder / "eval" / name / "predictions.jsonl").read_text().count("\n") == 10
+    assert "selection costs" in out
+    assert (run_folder / "selection.png").stat().st_size > 10_000
+
+
+def test_demo_again_reuses_everything_and_says_so(run_folder):
+    before = {path: path.read_bytes() for path in (run_folder / "coresets").iterdir()}
+    out = demo(run_folder)
+    assert out.count("reusing") >= 9  # .venv, 2 models, tuned small, 2 scores, 2 tuned targets, 2 evaluations
+    assert {path: path.read_bytes() for path in (run_folder / "coresets").iterdir()} == before
+
+
+def test_demo_refuses_unknown_arguments():
+    done = run_script("scripts/demo.sh", "--big", check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown argument --big: the only one is --tiny\n"

@@ -1,0 +1,193 @@
+"""What is scored, exported and tuned on is what LLaMA-Factory trains on, row by row."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, assert_one_line_error, run_script
+
+from finetune import llama_factory
+from finetune.data_split import row_id, training_split, write_coreset_dataset
+from selection.config import load_experiment
+from selection.errors import UserError
+
+
+def tokens_of_llama_factory(experiment, **keys):
+    """LLaMA-Factory's own way from keys to training rows."""
+    llama_factory.import_llama_factory()
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    arguments = {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": experiment.target_model,
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "output_dir": str(experiment.folder / "elsewhere"),
+        "use_cpu": True,
+        "overwrite_cache": True,
+    }
+    model_args, data_args, training_args, _, _ = get_train_args(arguments | keys)
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    return get_dataset(template, model_args, data_args, training_args, stage="sft", **module)
+
+
+def test_our_split_is_the_one_llama_factory_makes(make_experiment, rows, tmp_path):
+    experiment = load_experiment(make_experiment(rows))
+    split = training_split(experiment)
+    ours = llama_factory.tokenised_rows(experiment, experiment.target_model, "train", split.rows)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"all": {"file_name": "experiment.jsonl"}}))
+    theirs = tokens_of_llama_factory(experiment, dataset_dir=str(tmp_path), dataset="all", val_size=0.2, seed=42)
+    assert len(ours) == 24
+    assert ours["input_ids"] == theirs["train_dataset"]["input_ids"]
+    assert ours["labels"] == theirs["train_dataset"]["labels"]
+    held_out = json.loads((experiment.data_folder / "eval.json").read_text())
+    assert [row["id"] for row in held_out + split.rows] != [row["id"] for row in rows]
+    assert sorted(map(row_id, held_out + split.rows)) == sorted(map(row_id, rows))
+
+
+def test_the_exported_coreset_is_what_llama_factory_trains_on(make_experiment, rows):
+    experiment = load_experiment(make_experiment(rows))
+    split = training_split(experiment)
+    everything = llama_factory.tokenised_rows(experiment, experiment.target_model, "train", split.rows)
+    indices = np.array([1, 5, 6, 20])
+    write_coreset_dataset(experiment, "some", split, indices)
+    trained = tokens_of_llama_factory(experiment, dataset_dir=str(experiment.data_folder), dataset="some")
+    assert trained["train_dataset"]["input_ids"] == [everything[int(i)]["input_ids"] for i in indices]
+    assert trained["train_dataset"]["labels"] == [everything[int(i)]["labels"] for i in indices]
+
+
+def test_llamafactory_cli_trains_on_the_exported_coreset_as_it_is(make_experiment, rows, tmp_path):
+    experiment = load_experiment(make_experiment(rows))
+    split = training_split(experiment)
+    write_coreset_dataset(experiment, "some", split, np.arange(8))
+    keys = {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": experiment.target_model,
+        "template": "chatml",
+        "dataset_dir": str(experiment.data_folder),
+        "dataset": "some",
+        "eval_dataset": "eval",
+        "finetuning_type": "lora",
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "output_dir": str(tmp_path / "cli"),
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    (tmp_path / "cli.yaml").write_text(json.dumps(keys))
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "finetune" / "no_torchaudio"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from llamafactory.cli import main; main()", "train", str(tmp_path / "cli.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "cli" / "adapter_model.safetensors").exists()
+    assert "Generating train split: 8 examples" in done.stderr
+
+
+def test_sharegpt_rows_keep_their_form(make_experiment, rows, tmp_path):
+    turns = [
+        {"conversations": [{"from": "human", "value": r["instruction"]}, {"from": "gpt", "value": r["output"]}]}
+        for r in rows
+    ]
+    form = {"formatting": "sharegpt"}
+    chats = load_experiment(make_experiment(turns, "chats", dataset_format=form, output_dir=str(tmp_path / "chats")))
+    plain = load_experiment(make_experiment(rows, "plain", output_dir=str(tmp_path / "plain")))
+    tokens = [
+        llama_factory.tokenised_rows(e, e.target_model, "train", training_split(e).rows)["input_ids"]
+        for e in (chats, plain)
+    ]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_row_id_depends_on_content_alone():
+    assert row_id({"a": 1, "b": "x"}) == row_id({"b": "x", "a": 1})
+    assert row_id({"a": 1, "b": "x"}) != row_id({"a": 1, "b": "y"})
+
+
+@pytest.mark.parametrize("output", [None, "", "  \n", 3, ["a"]], ids=repr)
+def test_rows_without_a_response_are_named(make_experiment, rows, output):
+    for row in rows:
+        row["output"] = [] if isinstance(output, list) else 0 if isinstance(output, int) else row["output"]
+    rows[7]["output"] = rows[11]["output"] = output
+    experiment = load_experiment(make_experiment(rows))
+    with pytest.raises(UserError, match=r"rows have no prompt and text response, first row (7, 11|0, 1, 2)"):
+        training_split(experiment)
+    assert not experiment.data_folder.exists() or not (experiment.data_folder / "split.json").exists()
+
+
+def test_a_missing_column_is_named(make_experiment, rows):
+    for row in rows:
+        row["answer"] = row.pop("output")
+    with pytest.raises(UserError, match=r"row 0 of the data set has no column 'output' \(it has id, instruction"):
+        training_split(load_experiment(make_experiment(rows)))
+    columns = {"columns": {"prompt": "instruction", "response": "answer"}}
+    assert len(training_split(load_experiment(make_experiment(rows, dataset_format=columns))).rows) == 24
+
+
+def test_a_response_that_is_all_cut_off_is_named(make_experiment, rows):
+    turns = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]} for _ in rows]
+    for row in turns:  # two turns; only the last is trained on, and the first fills the cut-off
+        row["conversations"] += [{"from": "human", "value": "c " * 200}, {"from": "gpt", "value": "d"}]
+    form = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}
+    experiment = load_experiment(make_experiment(turns, dataset_format=form, cutoff_len=2))
+    with pytest.raises(UserError, match=r"row 0 of train\.json: cutoff_len 2 leaves no response token"):
+        llama_factory.tokenised_rows(experiment, experiment.target_model, "train", training_split(experiment).rows)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\x00\xff\x00", b'{"instruction": "a", "output": "b"}\n'])
+def test_a_data_set_without_usable_rows_is_refused(make_experiment, rows, tmp_path, content):
+    config = make_experiment(rows)
+    (tmp_path / "experiment.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"(cannot read rows from|usable rows|no column)"):
+        training_split(load_experiment(config))
+
+
+def test_a_tokenizer_that_loses_spaces_is_refused(make_experiment, rows, tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = [row["output"] for row in rows]
+    llama_factory.check_tokenizer(tokenizer, texts, "tiny")
+
+    class LosesSpaces:
+        def encode(self, text, **kwargs):
+            return tokenizer.encode(text.replace(" ", ""), **kwargs)
+
+        decode = tokenizer.decode
+
+    with pytest.raises(UserError, match="the tokenizer of tiny changes the text"):
+        llama_factory.check_tokenizer(LosesSpaces(), texts, "tiny")
+
+
+def test_other_data_in_the_same_run_folder_is_refused(make_experiment, rows):
+    training_split(load_experiment(make_experiment(rows)))
+    rows[3]["output"] += " And more."
+    with pytest.raises(UserError, match=r"belongs to other data \(dataset_sha256"):
+        training_split(load_experiment(make_experiment(rows)))
+
+
+def test_errors_of_a_stage_are_one_line_with_exit_code_2(make_experiment, rows, tmp_path):
+    def finetune(*arguments):
+        return run_script("finetune/finetune.py", *arguments, check=False)
+
+    config = make_experiment(rows)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    for override, said in {
+        f"small_model={tmp_path / 'nowhere'}": "nowhere",
+        f"small_model={empty}": "no weights",
+        "template=no_such_template": "no_such_template",
+        "training.no_such_key=1": "no_such_key",
+        "dataset=no/such/file.json": "no/such/file.json",
+    }.items():
+        assert_one_line_error(finetune("--config_path", config, "--set", override), said)
+        assert not (tmp_path / "run" / "small").exists()
+    assert_one_line_error(finetune("--config_path", config, "--project", "p"), "pip install wandb")

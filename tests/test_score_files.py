@@ -1,0 +1,415 @@
+"""Scores and coresets on disk: what is written is read back, and what is damaged or foreign is refused by name."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from selection.coreset_files import Coreset, check_fits, read_coreset, write_coreset
+from selection.errors import UserError
+from selection.files import atomic_path, first_difference, read_json, write_json
+from selection.score_files import SCHEMA, ScoreFolder, Scores, read_scores
+from selection.staff import Choice
+
+IDENTITY = {"data_fingerprint": "fingerprint", "model": "small", "precision": "fp32"}
+NUM_ROWS = 10
+
+
+def one_row_batches(missing: np.ndarray) -> list[list[list[int]]]:
+    """Parts of at most two batches of one row."""
+    return [[[int(row)] for row in missing[i : i + 2]] for i in range(0, len(missing), 2)]
+
+
+def never(missing):
+    raise AssertionError(f"planned again: {missing}")
+
+
+def columns_of(part: list[list[int]]) -> dict[str, np.ndarray]:
+    rows = np.array([row for batch in part for row in batch])
+    return {
+        "index": rows,
+        "id": np.array([f"id{row}" for row in rows]),
+        "n_prompt_tokens": rows + 5,
+        "n_response_tokens": rows + 1,
+        "loss": rows / 3,
+        "effort": rows / 7,
+    }
+
+
+def open_folder(path: Path, **changes) -> ScoreFolder:
+    return ScoreFolder(path, IDENTITY | changes, NUM_ROWS)
+
+
+def write_all(folder: ScoreFolder, parts: list) -> None:
+    for part in parts:
+        folder.write_part(part, columns_of(part), seconds=0.5, tokens=20)
+
+
+def filled_folder(path: Path, rows=range(NUM_ROWS)) -> Path:
+    folder = open_folder(path)
+    write_all(folder, folder.plan(np.array(rows), one_row_batches))
+    folder.finish()
+    return path
+
+
+# The score folder
+
+
+def test_a_folder_is_read_as_it_was_written(tmp_path):
+    scores = read_scores(filled_folder(tmp_path / "scores", rows=[7, 2, 9, 0, 1, 3, 8, 4, 6, 5]))
+    assert scores.index.tolist() == list(range(NUM_ROWS))
+    assert scores.of_all_rows().tobytes() == (np.arange(NUM_ROWS) / 7).tobytes()
+    assert scores.ids == [f"id{row}" for row in range(NUM_ROWS)]
+    assert (scores.fingerprint, scores.num_rows) == ("fingerprint", NUM_ROWS)
+
+
+def test_a_part_holds_every_column_under_its_type(tmp_path):
+    folder, part = open_folder(tmp_path / "scores"), [[3, 1], [4]]
+    folder.write_part(part, columns_of(part), seconds=1.0, tokens=10)
+    (path,) = folder.path.glob("part-*.parquet")
+    table = pa.parquet.read_table(path)
+    assert table.schema.equals(SCHEMA)
+    assert table.to_pydict() == {name: values.tolist() for name, values in columns_of(part).items()}
+
+
+def test_the_manifest_adds_up_the_cost(tmp_path):
+    manifest = read_json(filled_folder(tmp_path / "scores") / "manifest.json")
+    assert manifest["cost"] == {"seconds": 2.5, "samples": NUM_ROWS, "tokens": 100}
+    assert manifest["identity"] == IDENTITY
+
+
+@pytest.mark.parametrize("change", [{"model": "other"}, {"data_fingerprint": "other"}, {"phi": "v_weight"}])
+def test_a_folder_of_another_identity_is_refused_by_key_and_stays(tmp_path, change):
+    filled_folder(tmp_path / "scores")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "scores").iterdir()}
+    with pytest.raises(UserError, match=next(iter(change))):
+        open_folder(tmp_path / "scores", **change)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "scores").iterdir()} == before
+
+
+def test_an_interrupted_plan_goes_on_with_the_same_batches(tmp_path):
+    rows = np.arange(NUM_ROWS)
+    folder = open_folder(tmp_path / "scores")
+    parts = folder.plan(rows, one_row_batches)
+    assert sorted(row for part in parts for batch in part for row in batch) == rows.tolist()
+    write_all(folder, parts[1:3])
+
+    again = open_folder(tmp_path / "scores")
+    left = again.plan(rows, never)
+    assert left == [parts[0], *parts[3:]]
+    write_all(again, left)
+    assert again.plan(rows, never) == []
+    again.finish()
+    assert read_scores(tmp_path / "scores").of_all_rows().tolist() == (rows / 7).tolist()
+
+
+def test_only_rows_without_a_score_are_planned(tmp_path):
+    folder = open_folder(filled_folder(tmp_path / "scores", rows=[1, 4, 5]))
+    assert folder.plan(np.array([1, 4, 5]), never) == []
+    write_all(folder, folder.plan(np.arange(NUM_ROWS), one_row_batches))
+    assert read_scores(folder.path).of_all_rows().tolist() == (np.arange(NUM_ROWS) / 7).tolist()
+
+
+def test_a_plan_in_progress_is_widened_to_the_rows_asked_for(tmp_path):
+    folder = open_folder(tmp_path / "scores")
+    write_all(folder, folder.plan(np.array([1, 4, 5]), one_row_batches)[:1])  # rows 1 and 4
+    planned = folder.plan(np.arange(NUM_ROWS), one_row_batches)
+    assert sorted(row for part in planned for batch in part for row in batch) == [0, 2, 3, 5, 6, 7, 8, 9]
+
+
+def test_a_folder_without_parts_or_manifest_is_refused(tmp_path):
+    open_folder(tmp_path / "scores")
+    with pytest.raises(UserError, match="no finished part"):
+        read_scores(tmp_path / "scores")
+    (tmp_path / "scores" / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        read_scores(tmp_path / "scores")
+    (tmp_path / "scores" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        read_scores(tmp_path / "scores")
+
+
+def test_a_truncated_part_is_named(tmp_path):
+    part = next(filled_folder(tmp_path / "scores").glob("part-*.parquet"))
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(UserError, match=part.name):
+        read_scores(tmp_path / "scores")
+
+
+def test_an_unfinished_folder_names_the_first_row_without_a_score(tmp_path):
+    scores = read_scores(filled_folder(tmp_path / "scores", rows=[0, 1, 3, 5]))
+    with pytest.raises(UserError, match=r"row 2 .*\(6 rows"):
+        scores.of_all_rows()
+    with pytest.raises(UserError, match="row 4 "):
+        scores.at(np.array([5, 0, 4]))
+    assert scores.at(np.array([5, 0, 3])).tolist() == [5 / 7, 0.0, 3 / 7]
+
+
+# Plain files
+
+
+def write_scores(path: Path, **columns: list) -> Path:
+    table = pa.table(columns)
+    (pa.csv.write_csv if path.suffix == ".csv" else pa.parquet.write_table)(table, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_plain_file_is_read_in_the_order_of_its_rows(tmp_path, suffix):
+    path = write_scores(tmp_path / f"s{suffix}", extra=[1, 1, 1], effort=[0.1, 2.5, 7.0], index=[2, 0, 1])
+    scores = read_scores(path)
+    assert scores.index.tolist() == [0, 1, 2]
+    assert scores.of_all_rows().tolist() == [2.5, 7.0, 0.1]
+    assert (scores.ids, scores.fingerprint, scores.num_rows) == (None, None, None)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("ids", [["b", "a"], ["0012", "0007"], ["2024-01-02", "2024-01-01"]], ids=lambda ids: ids[0])
+def test_ids_stay_the_text_that_they_are(tmp_path, suffix, ids):
+    assert read_scores(write_scores(tmp_path / f"s{suffix}", index=[1, 0], effort=[1.0, 2.0], id=ids)).ids == ids[::-1]
+
+
+BAD_COLUMNS = {
+    "no index": (dict(effort=[1.0, 2.0]), "no column index"),
+    "no effort": (dict(index=[0, 1], loss=[1.0, 2.0]), "no column effort"),
+    "nan": (dict(index=[0, 7, 1], effort=[1.0, np.nan, 2.0]), "row 7 has effort nan"),
+    "missing score": (dict(index=[0, 7, 1], effort=[1.0, None, 2.0]), "row 7 has effort nan"),
+    "infinite": (dict(index=[0, 7, 1], effort=[1.0, np.inf, 2.0]), "row 7 has effort inf"),
+    "negative": (dict(index=[0, 7, 1], effort=[1.0, -0.5, 2.0]), "row 7 has effort -0.5"),
+    "twice": (dict(index=[0, 7, 1, 7], effort=[1.0, 2.0, 2.0, 2.0]), "row 7 has more than one score"),
+    "negative index": (dict(index=[0, -1], effort=[1.0, 2.0]), "column index"),
+    "fractional index": (dict(index=[0.5, 1.5], effort=[1.0, 2.0]), "column index"),
+    "missing index": (dict(index=[0, None], effort=[1.0, 2.0]), "column index"),
+    "text index": (dict(index=["a", "b"], effort=[1.0, 2.0]), "column index"),
+    "text effort": (dict(index=[0, 1], effort=["a", "b"]), "column effort"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("name", BAD_COLUMNS)
+def test_bad_scores_are_refused_naming_file_and_row_and_nothing_else_is_said(tmp_path, name, suffix):
+    columns, said = BAD_COLUMNS[name]
+    path = write_scores(tmp_path / f"scores{suffix}", **columns)
+    with warnings.catch_warnings(), pytest.raises(UserError) as refusal:
+        warnings.simplefilter("error")  # a warning would be a second line on stderr
+        read_scores(path)
+    assert str(path) in str(refusal.value) and said in str(refusal.value)
+
+
+BAD_FILES = {
+    "empty.csv": b"",
+    "empty.parquet": b"",
+    "header only.csv": b"index,effort\n",
+    "ragged.csv": b"index,effort\n0,1\n1,2,3\n",
+    "binary.csv": bytes(range(256)) * 3,
+    "text.parquet": b"index,effort\n0,1\n",
+    "column twice.csv": b"index,effort,effort\n0,1,2\n",
+    "scores.json": b'{"index": [0], "effort": [1.0]}',
+    "scores": b"index,effort\n0,1\n",
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(BAD_FILES[name])
+    with pytest.raises(UserError) as refusal:
+        read_scores(path)
+    assert name in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "missing.parquet", "missing"])
+def test_a_missing_file_is_refused_by_name(tmp_path, name):
+    with pytest.raises(UserError, match=name):
+        read_scores(tmp_path / name)
+
+
+def test_a_truncated_parquet_file_is_refused_by_name(tmp_path):
+    path = write_scores(tmp_path / "scores.parquet", index=list(range(500)), effort=[1.0] * 500)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"scores\.parquet"):
+        read_scores(path)
+
+
+@pytest.mark.parametrize(
+    ("index", "hole"), [([0, 1, 3], 2), ([1, 2], 0), ([0, 10**15], 1)], ids=["middle", "start", "huge number"]
+)
+def test_a_hole_in_the_index_is_named(tmp_path, index, hole):
+    scores = read_scores(write_scores(tmp_path / "scores.parquet", index=index, effort=[1.0] * len(index)))
+    with pytest.raises(UserError, match=f"row {hole} "):
+        scores.of_all_rows()
+
+
+# Coresets
+
+
+def write_list(path: Path, value: object) -> Path:
+    """`value` as the list of a published .pt, or under `indices` of our JSON."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps({"indices": value}))
+    else:
+        import torch
+
+        torch.save(value, path)
+    return path
+
+
+def test_a_coreset_is_read_as_it_was_written(tmp_path):
+    scores = Scores(np.arange(4), np.ones(4), ["a", "b", "c", "d"], "fingerprint", 4, "scores")
+    path = write_coreset(tmp_path, "staff", 0.5, Choice(rows=np.array([1, 3])), scores, {"seed": 42})
+    coreset = read_coreset(path)
+    assert (coreset.name, coreset.indices.tolist(), coreset.ids) == ("staff-0.5", [1, 3], ["b", "d"])
+    assert coreset.fingerprint == "fingerprint"
+    check_fits(coreset, scores.ids, "fingerprint", "coreset")
+
+
+def test_ids_follow_their_rows_into_ascending_order(tmp_path):
+    path = tmp_path / "by-hand.json"
+    path.write_text(json.dumps({"indices": [5, 0, 3], "ids": ["f", "a", "d"]}))
+    coreset = read_coreset(path)
+    assert (coreset.indices.tolist(), coreset.ids, coreset.fingerprint) == ([0, 3, 5], ["a", "d", "f"], None)
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "tensor"])
+def test_a_published_index_list_is_read(tmp_path, kind):
+    import torch
+
+    value = {"list": [5, 0, 3], "tuple": (5, 0, 3), "tensor": torch.tensor([5, 0, 3])}[kind]
+    coreset = read_coreset(write_list(tmp_path / "staff-0.1.pt", value))
+    assert (coreset.name, coreset.indices.tolist(), coreset.ids) == ("staff-0.1", [0, 3, 5], None)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".pt"])
+@pytest.mark.parametrize(
+    ("indices", "said"),
+    [
+        ([2, 0, 2], "row 2 is chosen more than once"),
+        ([0, -1], "row numbers"),
+        ([True, False], "row numbers"),
+        ([0.0, 1.0], "row numbers"),
+        (["0", "1"], "row numbers"),
+        ([0, None], "row numbers"),
+        ([[0], [1]], "row numbers"),
+        ([], "at least one"),
+        ([0, 2**63], "row"),
+    ],
+    ids=str,
+)
+def test_indices_that_are_no_distinct_row_numbers_are_refused(tmp_path, suffix, indices, said):
+    path = write_list(tmp_path / f"coreset{suffix}", indices)
+    with pytest.raises(UserError) as refusal:
+        read_coreset(path)
+    assert str(path) in str(refusal.value) and said in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["float", "bool", "two-dimensional", "scalar", "dictionary"])
+def test_a_published_file_of_something_else_is_refused(tmp_path, kind):
+    import torch
+
+    value = {
+        "float": torch.tensor([0.0, 1.0]),
+        "bool": torch.tensor([True, False]),
+        "two-dimensional": torch.tensor([[0, 1]]),
+        "scalar": torch.tensor(3),
+        "dictionary": {"indices": [0, 1]},
+    }[kind]
+    with pytest.raises(UserError, match=r"coreset\.pt"):
+        read_coreset(write_list(tmp_path / "coreset.pt", value))
+
+
+class MakesFolder:
+    """Unpickled by an unguarded reader, this makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_published_file_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    import torch
+
+    made = tmp_path / "made"
+    path = write_list(tmp_path / "coreset.pt", MakesFolder(made))
+    with pytest.raises(UserError, match=r"coreset\.pt"):
+        read_coreset(path)
+    assert not made.exists()
+    torch.load(path, weights_only=False)  # unguarded, it does run
+    assert made.exists()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".pt"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "binary"])
+def test_a_damaged_coreset_is_refused_by_name(tmp_path, suffix, damage):
+    path = write_list(tmp_path / f"coreset{suffix}", list(range(100)))
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:60], "empty": b"", "binary": b"\xff\x00\x80" * 50}[damage])
+    with pytest.raises(UserError, match=path.name):
+        read_coreset(path)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{}", '{"indices": 3}', '{"indices": [0, 1], "ids": ["a"]}'])
+def test_json_that_is_no_coreset_is_refused(tmp_path, text):
+    path = tmp_path / "coreset.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"coreset\.json"):
+        read_coreset(path)
+
+
+IDS = ["a", "b", "c"]
+
+
+def test_a_coreset_of_these_data_fits_with_and_without_ids():
+    check_fits(Coreset("c", np.array([0, 2]), ["a", "c"], "fingerprint"), IDS, "fingerprint", "c.json")
+    check_fits(Coreset("c", np.array([0, 2]), None, None), IDS, "fingerprint", "c.pt")
+
+
+@pytest.mark.parametrize(
+    ("coreset", "said"),
+    [
+        (Coreset("c", np.array([0, 3]), None, None), "row 3 is outside"),
+        (Coreset("c", np.array([0, 2]), ["a", "b"], "fingerprint"), "row 2 has id c"),
+        (Coreset("c", np.array([0, 2]), ["a", "c"], "other"), "fingerprint other"),
+        (Coreset("c", np.array([0, 2]), None, "other"), "fingerprint other"),
+    ],
+    ids=["outside", "other ids", "other data, known rows", "other data, no ids"],
+)
+def test_a_coreset_of_other_data_is_refused(coreset, said):
+    with pytest.raises(UserError, match=said) as refusal:
+        check_fits(coreset, IDS, "fingerprint", "c.json")
+    assert "c.json" in str(refusal.value)
+
+
+# Writing
+
+
+def test_an_interrupted_write_leaves_the_file_of_before(tmp_path):
+    path = tmp_path / "folder" / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as draft:
+        draft.write_text("half")
+        raise KeyboardInterrupt
+    assert read_json(path) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"taken/file\.json"):
+        write_json(tmp_path / "taken" / "file.json", {})
+
+
+def test_first_difference_names_the_key_and_both_values():
+    assert first_difference({"a": 1, "b": 2}, {"b": 2, "a": 1}) is None
+    assert first_difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b: stored 2, now 3"
+    assert first_difference({"a": 1}, {"a": 1, "b": "x"}) == 'b: stored null, now "x"'
+    assert first_difference({"a": 1, "b": 2}, {"a": 1}) == "b: stored 2, now null"

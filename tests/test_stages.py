@@ -1,0 +1,167 @@
+"""The stages together, on a tiny random model: what is stored, refused, resumed and repeated."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_line_error, run_script
+from transformers import AutoModelForCausalLM
+
+from finetune import llama_factory
+from finetune.data_split import training_split
+from selection import scoring
+from selection.config import load_experiment
+from selection.effort import EffortScorer
+from selection.errors import UserError
+from selection.ledger import SPECULATIVE_SCORES, VERIFICATION
+from selection.score_files import read_scores
+from selection.scoring import score_rows
+
+
+def score(experiment, folder, rows=None):
+    split = training_split(experiment)
+    rows = np.arange(len(split.rows)) if rows is None else rows
+    score_rows(experiment, split, experiment.target_model, None, rows, folder, VERIFICATION)
+    return read_scores(folder)
+
+
+def test_stored_scores_are_autograd_on_the_rows_llama_factory_trains_on(make_experiment, rows, tmp_path):
+    experiment = load_experiment(make_experiment(rows), ["selection.phi=v_weight"])
+    scores = score(experiment, tmp_path / "scores")
+    split = training_split(experiment)
+    samples = llama_factory.tokenised_rows(experiment, experiment.target_model, "train", split.rows)
+    model = AutoModelForCausalLM.from_pretrained(experiment.target_model, dtype=torch.float32)
+    weight = model.model.layers[-1].self_attn.v_proj.weight
+    for row, sample in enumerate(samples):
+        weight.grad = None
+        model(input_ids=torch.tensor([sample["input_ids"]]), labels=torch.tensor([sample["labels"]])).loss.backward()
+        assert scores.effort[row] == pytest.approx(weight.grad.norm().item(), rel=1e-5)
+    assert scores.ids == split.ids
+    assert scores.fingerprint == split.fingerprint
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(make_experiment, rows, tmp_path, monkeypatch):
+    experiment = load_experiment(make_experiment(rows), ["selection.tokens_per_batch=400"])
+    monkeypatch.setattr(scoring, "_ROWS_PER_PART", 5)
+    unbroken = score(experiment, tmp_path / "unbroken")
+
+    batches, score_batch = [], EffortScorer.score
+
+    def interrupted(self, input_ids, labels):
+        batches.append(input_ids)
+        if len(batches) == 6:
+            raise KeyboardInterrupt
+        return score_batch(self, input_ids, labels)
+
+    monkeypatch.setattr(EffortScorer, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(experiment, tmp_path / "resumed")
+    parts = list((tmp_path / "resumed").glob("part-*"))
+    assert parts
+    resumed = score(experiment, tmp_path / "resumed")
+    scored_twice = sum(len(batch) for batch in batches) - 24
+    assert scored_twice <= 5 + max(map(len, batches))  # only the part in hand was done again
+    assert resumed.effort.tobytes() == unbroken.effort.tobytes()
+    assert np.array_equal(resumed.index, unbroken.index)
+
+
+def test_the_same_seed_repeats_bit_for_bit_and_another_draws_another_a(make_experiment, rows, tmp_path):
+    experiment = load_experiment(make_experiment(rows))
+    first, second = (score(experiment, tmp_path / name).effort for name in ("first", "second"))
+    assert first.tobytes() == second.tobytes()
+    other = load_experiment(make_experiment(rows), ["selection.seed=1"])
+    assert not np.allclose(score(other, tmp_path / "other").effort, first)
+
+
+def test_scores_of_another_model_or_setting_never_mix(make_experiment, rows, tmp_path):
+    score(load_experiment(make_experiment(rows)), tmp_path / "scores", np.arange(3))
+    for change, key in (
+        ("selection.phi=v_weight", "phi"),
+        ("cutoff_len=100", "cutoff_len"),
+        ("template=alpaca", "template"),
+    ):
+        with pytest.raises(UserError, match=f"holds scores made otherwise \\({key}:"):
+            score(load_experiment(make_experiment(rows), [change]), tmp_path / "scores")
+
+
+def test_later_rows_join_what_is_scored_already(make_experiment, rows, tmp_path, capsys):
+    experiment = load_experiment(make_experiment(rows))
+    assert list(score(experiment, tmp_path / "scores", np.array([2, 9])).index) == [2, 9]
+    assert list(score(experiment, tmp_path / "scores", np.array([2, 5, 9])).index) == [2, 5, 9]
+    capsys.readouterr()
+    score(experiment, tmp_path / "scores", np.array([5]))
+    assert "reusing" in capsys.readouterr().out
+
+
+def test_a_score_that_is_no_number_names_its_row(make_experiment, rows, tmp_path, monkeypatch):
+    experiment = load_experiment(make_experiment(rows))
+    norms = EffortScorer._norms
+    monkeypatch.setattr(EffortScorer, "_norms", lambda *a: norms(*a) * float("nan"))
+    with pytest.raises(UserError, match=r"row \d+ of the training split \(id [0-9a-f]{16}\) has loss .* effort nan"):
+        score(experiment, tmp_path / "scores")
+    assert not list((tmp_path / "scores").glob("part-*"))
+
+
+def test_released_scores_are_twice_the_published_ones(make_experiment, rows, tmp_path):
+    paper = score(load_experiment(make_experiment(rows)), tmp_path / "paper").effort
+    released = score(load_experiment(make_experiment(rows), ["selection.mode=released"]), tmp_path / "released").effort
+    assert np.array_equal(released, 2 * paper)
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_experiment, rows, mode):
+    config = make_experiment(rows)
+    experiment = load_experiment(config, [f"selection.mode={mode}"])
+    split = training_split(experiment)
+    experiment.tuned_small.mkdir()
+    every = np.arange(len(split.rows))
+    score_rows(experiment, split, experiment.small_model, None, every, experiment.small_scores, SPECULATIVE_SCORES)
+    run_script("selection/verify.py", "--config_path", config, "--set", f"selection.mode={mode}")
+    verification = json.loads(experiment.verification.read_text())
+    drawn = sorted(row for stratum in verification["strata"] for row in stratum["verified"])
+    scored = list(read_scores(experiment.target_scores).index)
+    assert verification["verified_samples"] == len(drawn) <= 4 * 2
+    assert scored == (drawn if mode == "paper" else list(range(24)))
+    if mode == "paper":
+        run_script("selection/coreset.py", "--config_path", config)
+        coreset = json.loads((experiment.coresets / "staff-0.5.json").read_text())
+        assert len(coreset["indices"]) == 12
+        assert coreset["ids"] == [split.ids[i] for i in coreset["indices"]]
+        other = run_script("selection/coreset.py", "--config_path", config, "--seed", 1, check=False)
+        assert_one_line_error(other, "verification.json was made otherwise (seed: stored 42, now 1)")
+
+
+def test_tuning_on_published_index_lists_and_refusing_what_does_not_fit(make_experiment, rows, tmp_path):
+    config = make_experiment(rows)
+    experiment = load_experiment(config)
+    split = training_split(experiment)
+    torch.save([4, 2, 11, 7], tmp_path / "published.pt")
+    coreset = {"indices": [0, 3], "ids": [split.ids[0], split.ids[4]], "data_fingerprint": split.fingerprint}
+    (tmp_path / "other.json").write_text(json.dumps(coreset))
+
+    def tune(*names):
+        paths = [tmp_path / name for name in names]
+        return run_script("finetune/finetune-select.py", "--config_path", config, "--select_path", *paths, check=False)
+
+    assert_one_line_error(tune("published.pt", "other.json"), "row 3 has id", "the coreset is for other data")
+    assert not (experiment.folder / "target").exists()
+    done = tune("published.pt")
+    assert done.returncode == 0, done.stderr[-2000:]
+    chosen = json.loads((experiment.data_folder / "published.json").read_text())
+    assert chosen == [split.rows[i] for i in (2, 4, 7, 11)]
+    assert (experiment.tuned_target("published") / "adapter_model.safetensors").exists()
+    assert "reusing" in tune("published.pt").stdout
+
+    torch.save([4, 2, 11, 8], tmp_path / "published.pt")  # another coreset under a name that is taken
+    assert_one_line_error(tune("published.pt"), "was made otherwise (rows:")
+
+
+def test_stages_say_which_stage_is_missing(make_experiment, rows):
+    config = make_experiment(rows)
+    for script, said in {
+        "selection/effort_score.py": "run finetune.py",
+        "finetune/eval.py": "run finetune-select.py first",
+        "selection/costs.py": "no cost ledger yet",
+    }.items():
+        assert_one_line_error(run_script(script, "--config_path", config, check=False), said)
