@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from selection.config import Experiment  # noqa: E402
+from selection.coreset_files import coreset_name  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import read_json  # noqa: E402
 from selection.ledger import TARGET_TUNING, format_summary, read_ledger, summarise  # noqa: E402
@@ -29,7 +30,7 @@ from selection.stage import load_experiment_from_arguments  # noqa: E402
 def main() -> None:
     experiment = load_experiment_from_arguments(argparse.ArgumentParser(description=__doc__))
     rate = experiment.selection.rates[0]
-    picture = draw_selection(experiment, read_json(experiment.coresets / f"staff-{rate:g}.json"))
+    picture = draw_selection(experiment, read_json(experiment.coresets / f"{coreset_name('staff', rate)}.json"))
     print_table(experiment, rate)
     print(f"picture: {picture}")
 
@@ -39,7 +40,7 @@ def print_table(experiment: Experiment, rate: float) -> None:
     tuning = {cost.what: cost for cost in read_ledger(experiment.folder) if cost.stage == TARGET_TUNING}
     print(f"\n{'coreset':<14}{'rows':>6}{'ROUGE-L':>10}{'BLEU-4':>9}{'selection':>13}{'tuning':>11}")
     for method in experiment.selection.methods:
-        name = f"{method}-{rate:g}"
+        name = coreset_name(method, rate)
         if name not in tuning:
             raise UserError(f"{experiment.folder} has no tuned target {name}: run finetune-select.py first")
         metrics = read_json(experiment.folder / "eval" / name / "metrics.json")

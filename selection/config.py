@@ -167,7 +167,7 @@ def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
         values = yaml.load(Path(config_path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"--config_path {config_path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
         raise UserError(f"{config_path} is no readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{config_path} holds no keys: write `key: value` lines as in configs/")
@@ -205,5 +205,5 @@ def _override(values: dict, text: str) -> None:
             raise UserError(f"--set {text}: {section} is a value, not a section")
     try:
         values[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {text}: the value is no readable YAML") from None

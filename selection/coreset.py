@@ -65,24 +65,26 @@ def main() -> None:
     scores = read_scores(arguments.scores)
     speculative = scores.of_all_rows()
 
+    cut = []  # nothing is written before everything is known to be right
     for method in methods:
         records = verified_strata(arguments, scores, speculative, settings) if method == "staff" else []
+        ratios = [record.verification_ratio for record in records]
         for rate in arguments.rate:
             if method == "random":
-                choice = choose_random(len(speculative), rate, settings.seed)
-                record = {"seed": settings.seed}
-            else:
-                ratios = [r.verification_ratio for r in records]
-                choice = choose_staff(
-                    speculative, cut_strata(speculative, settings), ratios, rate, settings.mode, settings.seed
+                cut.append(
+                    (method, rate, choose_random(len(speculative), rate, settings.seed), {"seed": settings.seed})
                 )
-                budgets = zip(records, choice.budgets, choice.filled, strict=True)
-                strata = [
-                    {**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets
-                ]
-                record = {**asdict(settings), "strata": strata, "from_hardest": choice.from_hardest}
-            path = write_coreset(arguments.out, method, rate, choice, scores, record)
-            print(f"{method} at rate {rate:g}: {len(choice.rows)} of {len(speculative)} rows -> {path}")
+                continue
+            strata = cut_strata(speculative, settings)
+            choice = choose_staff(speculative, strata, ratios, rate, settings.mode, settings.seed)
+            budgets = zip(records, choice.budgets, choice.filled, strict=True)
+            table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
+            cut.append(
+                (method, rate, choice, {**asdict(settings), "strata": table, "from_hardest": choice.from_hardest})
+            )
+    for method, rate, choice, record in cut:
+        path = write_coreset(arguments.out, method, rate, choice, scores, record)
+        print(f"{method} at rate {rate:g}: {len(choice.rows)} of {len(speculative)} rows -> {path}")
 
 
 def verified_strata(
@@ -91,7 +93,7 @@ def verified_strata(
     if arguments.target_scores is None and arguments.verification is None:
         raise UserError("STAFF needs --target_scores or --verification beside --scores")
     if arguments.target_scores is None:
-        return read_verification(arguments.verification, settings, scores.fingerprint)
+        return read_verification(arguments.verification, settings, scores)
     target = read_scores(arguments.target_scores)
     if target.fingerprint != scores.fingerprint:
         raise UserError(f"{target.source} and {scores.source} are scores of different data (fingerprints differ)")

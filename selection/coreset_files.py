@@ -22,11 +22,16 @@ class Coreset:
     fingerprint: str | None
 
 
+def coreset_name(method: str, rate: float) -> str:
+    """staff-0.1; the rate in full, so that two rates never share a name."""
+    return f"{method}-{str(rate).removesuffix('.0')}"
+
+
 def write_coreset(
     folder: Path, method: str, rate: float, choice: Choice, scores: Scores, record: dict[str, Any]
 ) -> Path:
     """Write METHOD-RATE.json, the keys of `record` in between; returns the file."""
-    path = folder / f"{method}-{rate:g}.json"
+    path = folder / f"{coreset_name(method, rate)}.json"
     indices = choice.rows.tolist()
     write_json(
         path,
@@ -60,7 +65,7 @@ def read_coreset(path: Path) -> Coreset:
         indices, ids, fingerprint = record["indices"], record.get("ids"), record.get("data_fingerprint")
         if ids is not None and (not isinstance(ids, list) or len(ids) != len(indices)):
             raise UserError(f"{path}: `ids` must name each of the {len(indices)} indices")
-    if not indices or not all(type(i) is int and i >= 0 for i in indices):
+    if not indices or not all(type(i) is int and 0 <= i < 2**63 for i in indices):
         raise UserError(f"{path}: `indices` must be row numbers of the training split, at least one")
     order = np.argsort(np.array(indices, dtype=np.int64), kind="stable")
     ascending = np.array(indices, dtype=np.int64)[order]

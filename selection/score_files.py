@@ -38,9 +38,11 @@ class Scores:
         """The scores as (N,), row by row. Raises: UserError where a row of the training split has none."""
         num_rows = len(self.index) if self.num_rows is None else self.num_rows
         if len(self.index) != num_rows or self.index[-1] != num_rows - 1:
-            holes = np.setdiff1d(np.arange(self.index[-1] + 1 if self.num_rows is None else num_rows), self.index)
+            gaps = np.flatnonzero(self.index != np.arange(len(self.index)))  # ascending and unique, so a gap shows
+            hole = int(gaps[0]) if len(gaps) else len(self.index)
+            missing = max(num_rows, int(self.index[-1]) + 1) - len(self.index)
             raise UserError(
-                f"{self.source}: row {holes[0]} of the training split has no score ({len(holes)} rows in all): "
+                f"{self.source}: row {hole} of the training split has no score ({missing} rows in all): "
                 "every row needs one"
             )
         return self.effort
@@ -75,7 +77,7 @@ def read_scores(path: Path) -> Scores:
     index, effort = (_numbers(table, name, path) for name in ("index", "effort"))
     if len(index) == 0:
         raise UserError(f"{path} holds no scores")
-    if not np.array_equal(index, index.astype(np.int64)) or index.min() < 0:
+    if not np.isfinite(index).all() or (index != np.floor(index)).any() or index.min() < 0 or index.max() >= 2**63:
         raise UserError(f"{path}: column index must hold row numbers of the training split: 0, 1, 2, …")
     order = np.argsort(index, kind="stable")
     index, effort = index[order].astype(np.int64), effort[order].astype(np.float64)
@@ -93,7 +95,8 @@ def read_scores(path: Path) -> Scores:
 def _read_table(path: Path) -> pa.Table:
     try:
         if path.suffix == ".csv":
-            return pa.csv.read_csv(path)
+            as_text = pa.csv.ConvertOptions(column_types={"id": pa.string()})
+            return pa.csv.read_csv(path, convert_options=as_text)
         if path.suffix == ".parquet":
             wanted = [name for name in ("index", "id", "effort") if name in pa.parquet.read_schema(path).names]
             return pa.parquet.read_table(path, columns=wanted, partitioning=None)
@@ -103,8 +106,9 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
-    if name not in table.column_names:
-        raise UserError(f"{path} has no column {name} (it has {', '.join(table.column_names)})")
+    if table.column_names.count(name) != 1:
+        how_many = "no column" if name not in table.column_names else "more than one column"
+        raise UserError(f"{path} has {how_many} {name} (it has {', '.join(table.column_names)})")
     column = table[name]
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise UserError(f"{path}: column {name} holds {column.type}, not numbers")

@@ -106,12 +106,12 @@ def verification_ratio(target_scores: np.ndarray, speculative_scores: np.ndarray
     """V_i = Σ S^t_d / Σ S^s_d over the verified samples of stratum i, step 4 of the method.
 
     Both arrays are min–max normalised, so a stratum that holds nothing but the easiest row can sum to 0: with no
-    target effort either the models agree (1), otherwise the ratio is taken against the smallest positive float32.
+    target effort either the models agree (1), otherwise the ratio is taken against the smallest normal float32.
     """
     target, speculative = float(np.sum(target_scores)), float(np.sum(speculative_scores))
-    if speculative == 0:
-        return 1.0 if target == 0 else target / float(np.finfo(np.float32).tiny)
-    return target / speculative
+    if target == speculative == 0:
+        return 1.0
+    return target / max(speculative, float(np.finfo(np.float32).tiny))
 
 
 def allocate_budgets(sizes: list[int], ratios: list[float | None], m: int, mode: str) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from selection.config import Selection
 from selection.errors import UserError
-from selection.files import first_difference, read_json, write_json
+from selection.files import digest, first_difference, read_json, write_json
 from selection.score_files import Scores
 from selection.staff import Strata, draw_verification_samples, min_max_normalise, stratify, verification_ratio
 
@@ -73,26 +73,30 @@ def verify(speculative: np.ndarray, target: Scores, settings: Settings) -> list[
     return records
 
 
-def write_verification(path: Path, settings: Settings, fingerprint: str | None, records: list[StratumRecord]) -> None:
+def write_verification(path: Path, settings: Settings, speculative: Scores, records: list[StratumRecord]) -> None:
     write_json(
         path,
         {
-            "settings": asdict(settings),
-            "data_fingerprint": fingerprint,
+            **_made_from(settings, speculative),
             "verified_samples": sum(len(record.verified) for record in records),
             "strata": [asdict(record) for record in records],
         },
     )
 
 
-def read_verification(path: Path, settings: Settings, fingerprint: str | None) -> list[StratumRecord]:
-    """Raises: UserError where it was made under other settings or for other data."""
-    value = read_json(path)
+def read_verification(path: Path, settings: Settings, speculative: Scores) -> list[StratumRecord]:
+    """Raises: UserError where it was made under other settings, for other data or from other scores."""
+    value, wanted = read_json(path), _made_from(settings, speculative)
     try:
-        stored = {**value["settings"], "data_fingerprint": value["data_fingerprint"]}
+        stored = {key: value[key] for key in wanted}
         records = [StratumRecord(**{**r, "score_range": tuple(r["score_range"])}) for r in value["strata"]]
     except (KeyError, TypeError):
         raise UserError(f"{path} is no verification: run verify.py") from None
-    if difference := first_difference(stored, {**asdict(settings), "data_fingerprint": fingerprint}):
+    if difference := first_difference(stored, wanted):
         raise UserError(f"{path} was made otherwise ({difference}): run verify.py again under the settings of now")
     return records
+
+
+def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
+    scores = digest(np.ascontiguousarray(speculative.effort).tobytes())
+    return {**asdict(settings), "data_fingerprint": speculative.fingerprint, "speculative_scores_sha256": scores}

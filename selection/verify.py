@@ -27,14 +27,15 @@ def main() -> None:
     experiment = load_experiment_from_arguments(argparse.ArgumentParser(description=__doc__))
     split = training_split(experiment)
     settings = Settings.of(experiment.selection)
-    speculative = read_scores(experiment.small_scores).of_all_rows()
+    scores = read_scores(experiment.small_scores)
+    speculative = scores.of_all_rows()
     if experiment.selection.verify_all:
         rows = np.arange(len(split.rows))
     else:
         rows = np.sort(np.concatenate(draw(cut_strata(speculative, settings), settings)))
     score_rows(experiment, split, experiment.target_model, None, rows, experiment.target_scores, VERIFICATION)
     records = verify(speculative, read_scores(experiment.target_scores), settings)
-    write_verification(experiment.verification, settings, split.fingerprint, records)
+    write_verification(experiment.verification, settings, scores, records)
     ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]
     print(
         f"{len(records)} strata, {len(rows)} of {len(speculative)} samples scored on the target, "

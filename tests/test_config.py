@@ -57,6 +57,22 @@ def test_the_configuration_for_own_data_asks_for_what_only_the_user_knows():
         given.append(f"{key}=x")
 
 
+def test_the_configurations_of_the_paper_hold_the_published_settings():
+    paths = [path for path in CONFIGS if path.parent.name == "paper"]
+    assert len(paths) == 3 * 3  # model families and data sets
+    for path in paths:
+        experiment = load_experiment(str(path))
+        assert experiment.selection == Selection()
+        assert (experiment.eval_size, experiment.split_seed, experiment.cutoff_len) == (0.1, 42, 1024)
+        assert experiment.training["learning_rate"] == (2e-4 if "wmt19" in path.name else 1e-4)
+        assert experiment.training["per_device_train_batch_size"] == 8
+        assert (experiment.training["lr_scheduler_type"], experiment.training["lora_target"]) == ("cosine", "all")
+        assert (experiment.small_training, experiment.target_training) == (
+            {"num_train_epochs": 3},
+            {"num_train_epochs": 4},
+        )
+
+
 def test_relative_paths_count_from_the_repository_and_others_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -263,7 +279,7 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(load, tmp_path, 
     ],
     ids=["empty", "comment", "list", "text", "open", "colons", "deep", "no UTF-8", "control", "no date", "no number"],
 )
-def test_a_file_that_holds_no_keys_is_refused_by_name(tmp_path, content):
+def test_a_file_that_is_no_experiment_is_refused_by_name(tmp_path, content):
     path = tmp_path / "experiment.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"experiment\.yaml"):

@@ -144,7 +144,7 @@ def test_a_truncated_part_is_named(tmp_path):
 
 def test_an_unfinished_folder_names_the_first_row_without_a_score(tmp_path):
     scores = read_scores(filled_folder(tmp_path / "scores", rows=[0, 1, 3, 5]))
-    with pytest.raises(UserError, match=r"row 2 .*\(6 rows"):
+    with pytest.raises(UserError, match="row 2 "):
         scores.of_all_rows()
     with pytest.raises(UserError, match="row 4 "):
         scores.at(np.array([5, 0, 4]))

@@ -453,17 +453,21 @@ def test_the_ratio_is_a_number_however_small_the_speculative_sum(smallest):
 # The record of a verification
 
 
+def scores_of(fingerprint):
+    return Scores(np.arange(len(SPECULATIVE)), SPECULATIVE, None, fingerprint, len(SPECULATIVE), "scores")
+
+
 @pytest.fixture
 def stored(tmp_path):
     path = tmp_path / "verification.json"
     records = verify(SPECULATIVE, target_scores(20, 10, 60, 30, 50, 40, 110), SETTINGS)
-    write_verification(path, SETTINGS, "fingerprint", records)
+    write_verification(path, SETTINGS, scores_of("fingerprint"), records)
     return path, records
 
 
 def test_a_verification_is_read_as_it_was_written(stored):
     path, records = stored
-    assert read_verification(path, SETTINGS, "fingerprint") == records
+    assert read_verification(path, SETTINGS, scores_of("fingerprint")) == records
     assert json.loads(path.read_text())["verified_samples"] == 6
 
 
@@ -474,13 +478,13 @@ def test_a_verification_is_read_as_it_was_written(stored):
 )
 def test_a_verification_under_other_settings_is_refused_by_key(stored, change):
     with pytest.raises(UserError, match=next(iter(change))):
-        read_verification(stored[0], replace(SETTINGS, **change), "fingerprint")
+        read_verification(stored[0], replace(SETTINGS, **change), scores_of("fingerprint"))
 
 
 @pytest.mark.parametrize("fingerprint", ["other", None])
 def test_a_verification_of_other_data_is_refused(stored, fingerprint):
     with pytest.raises(UserError, match="data_fingerprint"):
-        read_verification(stored[0], SETTINGS, fingerprint)
+        read_verification(stored[0], SETTINGS, scores_of(fingerprint))
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "7", '{"settings": {}, "data_fingerprint": null, "strata": [{}]}'])
@@ -488,4 +492,4 @@ def test_a_file_that_is_no_verification_is_refused(tmp_path, text):
     path = tmp_path / "verification.json"
     path.write_text(text)
     with pytest.raises(UserError, match="no verification"):
-        read_verification(path, SETTINGS, None)
+        read_verification(path, SETTINGS, scores_of(None))
