@@ -10,10 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from finetune import llama_factory
-from selection.config import Experiment, from_repository
+from selection.config import DatasetFormat, Experiment, from_repository
 from selection.errors import UserError
 from selection.files import atomic_path, digest, first_difference, read_json, write_json
 
@@ -29,7 +27,12 @@ class TrainingSplit:
 
 def row_id(row: dict) -> str:
     """Content hash of a raw row, 16 hex digits: the same wherever and in whatever order the row stands."""
-    return digest(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())[:16]
+    return digest(_as_json(row, sort_keys=True).encode())[:16]
+
+
+def _as_json(value: object, **options) -> str:
+    """Dates and the like, which `datasets` finds in columns that nobody trains on, are written as text."""
+    return json.dumps(value, ensure_ascii=False, default=str, **options)
 
 
 def training_split(experiment: Experiment) -> TrainingSplit:
@@ -45,7 +48,7 @@ def training_split(experiment: Experiment) -> TrainingSplit:
         raise UserError(f"dataset {experiment.dataset}: {error.strerror or error} (looked for {source})") from None
     wanted = {
         "dataset_sha256": content,
-        "dataset_format": experiment.dataset_format,
+        "dataset_format": experiment.dataset_format.entry,
         "max_samples": experiment.max_samples,
         "eval_size": experiment.eval_size,
         "split_seed": experiment.split_seed,
@@ -58,15 +61,17 @@ def training_split(experiment: Experiment) -> TrainingSplit:
         raise UserError(
             f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
         )
-    split = _identify(read_json(experiment.data_folder / "train.json"))
-    if split.fingerprint != record["fingerprint"]:
-        raise UserError(f"{experiment.data_folder / 'train.json'} was changed by hand: remove {experiment.folder}")
-    return split
+    train, held_out = (_identify(experiment, name) for name in ("train", "eval"))
+    if (train.fingerprint, held_out.fingerprint) != (record["fingerprint"], record["eval_fingerprint"]):
+        raise UserError(f"the split in {experiment.data_folder} was changed by hand: remove {experiment.folder}")
+    return train
 
 
-def _identify(rows: list[dict]) -> TrainingSplit:
+def _identify(experiment: Experiment, name: str) -> TrainingSplit:
+    rows = read_json(experiment.data_folder / f"{name}.json")
     ids = [row_id(row) for row in rows]
-    return TrainingSplit(rows, ids, digest(*(i.encode() for i in ids)))
+    form = _as_json(experiment.dataset_format.entry, sort_keys=True)  # the same rows read otherwise are other data
+    return TrainingSplit(rows, ids, digest(form.encode(), *(i.encode() for i in ids)))
 
 
 def _make_split(experiment: Experiment, source: Path, made_from: dict) -> None:
@@ -76,20 +81,18 @@ def _make_split(experiment: Experiment, source: Path, made_from: dict) -> None:
     if len(rows) < 2:
         raise UserError(f"dataset {experiment.dataset} has {len(rows)} usable rows: at least 2 are needed to split it")
     # The permutation depends on the number of rows and the seed alone, so splitting row numbers splits the rows.
-    parts = Dataset.from_dict({"row": range(len(rows))}).train_test_split(
-        test_size=experiment.eval_size, seed=experiment.split_seed
-    )
-    train, held_out = ([rows[i] for i in parts[name]["row"]] for name in ("train", "test"))
-    for name, part in (("train", train), ("eval", held_out)):
-        write_dataset(experiment, name, part)
-    record = {
-        "made_from": made_from,
-        "fingerprint": _identify(train).fingerprint,
-        "train": len(train),
-        "eval": len(held_out),
-    }
+    numbers = Dataset.from_dict({"row": range(len(rows))})
+    try:
+        parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
+    except ValueError:
+        raise UserError(f"eval_size {experiment.eval_size:g} of {len(rows)} rows leaves none to train on") from None
+    for name, part in (("train", "train"), ("eval", "test")):
+        write_dataset(experiment, name, [rows[i] for i in parts[part]["row"]])
+    train, held_out = (_identify(experiment, name) for name in ("train", "eval"))
+    record = {"made_from": made_from, "fingerprint": train.fingerprint, "eval_fingerprint": held_out.fingerprint}
     write_json(experiment.data_folder / "split.json", record)
-    print(f"split {source.name}: {len(train)} training and {len(held_out)} evaluation rows -> {experiment.data_folder}")
+    sizes = f"{len(train.rows)} training and {len(held_out.rows)} evaluation rows"
+    print(f"split {source.name}: {sizes} -> {experiment.data_folder}")
 
 
 def write_dataset(experiment: Experiment, name: str, rows: list[dict]) -> Path:
@@ -97,23 +100,18 @@ def write_dataset(experiment: Experiment, name: str, rows: list[dict]) -> Path:
     folder = experiment.data_folder
     path = folder / f"{name}.json"
     with atomic_path(path) as draft:
-        draft.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        draft.write_text(_as_json(rows, indent=1) + "\n", encoding="utf-8")
     info_path = folder / "dataset_info.json"
     info = read_json(info_path) if info_path.exists() else {}
-    info[name] = {"file_name": path.name, **experiment.dataset_format}
+    info[name] = {"file_name": path.name, **experiment.dataset_format.entry}
     write_json(info_path, info)
     return path
-
-
-def write_coreset_dataset(experiment: Experiment, name: str, split: TrainingSplit, indices: np.ndarray) -> Path:
-    """The chosen rows of the training split, in its order, as the data set `name`."""
-    return write_dataset(experiment, name, [split.rows[i] for i in indices])
 
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read_rows(path: Path, dataset_format: dict) -> list[dict]:
+def read_rows(path: Path, dataset_format: DatasetFormat) -> list[dict]:
     """Rows of a JSON, JSONL, CSV or Parquet file as `datasets` reads them, and so as LLaMA-Factory sees them.
 
     Every row is put through LLaMA-Factory's converter: it drops rows without a response silently, which would shift
@@ -129,7 +127,7 @@ def read_rows(path: Path, dataset_format: dict) -> list[dict]:
             rows = table.to_list()
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None
-    if unusable := llama_factory.rows_without_response(rows, dataset_format):
+    if unusable := llama_factory.rows_without_response(rows, dataset_format.entry):
         named = ", ".join(map(str, unusable[:5]))
         raise UserError(
             f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row {named}: "

@@ -7,18 +7,18 @@ Writes <run folder>/eval/<name>/predictions.jsonl and metrics.json.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
 from finetune import llama_factory  # noqa: E402
-from finetune.data_split import training_split  # noqa: E402
+from finetune.data_split import row_id, training_split  # noqa: E402
+from finetune.tuning import check_base  # noqa: E402
 from selection.config import Experiment, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
-from selection.files import building, code_version, model_fingerprint, read_json, reuse, write_json  # noqa: E402
+from selection.files import building, code_version, digest, model_fingerprint, read_json, reuse, write_json  # noqa: E402
 from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
 from selection.stage import add_experiment_arguments  # noqa: E402
 
@@ -36,6 +36,9 @@ def main() -> None:
     names = arguments.tuned or sorted(p.name for p in experiment.tuned_target("").glob("[!.]*"))
     if not names:
         raise UserError(f"no tuned target in {experiment.tuned_target('')}: run finetune-select.py first")
+    for name in names:
+        if name != "untuned" and not experiment.tuned_target(name).exists():
+            raise UserError(f"--tuned {name}: no {experiment.tuned_target(name)}: run finetune-select.py first")
     training_split(experiment)
     results = {name: evaluate(experiment, name) for name in names}
     print(f"\n{'':<16}" + "".join(f"{metric:>10}" for metric in METRICS))
@@ -46,13 +49,16 @@ def main() -> None:
 def evaluate(experiment: Experiment, name: str) -> dict:
     """Metrics of one tuned target, from its folder if it was evaluated before."""
     tuned = None if name == "untuned" else experiment.tuned_target(name)
-    if tuned is not None and not tuned.exists():
-        raise UserError(f"--tuned {name}: no {tuned}: run finetune-select.py first")
+    if tuned is not None:
+        check_base(tuned, experiment.target_model)
+    held_out = read_json(experiment.data_folder / "eval.json")
     precision = choose_precision(experiment.precision)
     folder = experiment.folder / "eval" / name
     identity = {
         "model": model_fingerprint(llama_factory.model_path(experiment.target_model)),
         "tuned": tuned and model_fingerprint(tuned),
+        "rows": digest(*(row_id(row).encode() for row in held_out)),
+        "dataset_format": experiment.dataset_format.entry,
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "max_new_tokens": experiment.evaluation.max_new_tokens,
@@ -61,17 +67,14 @@ def evaluate(experiment: Experiment, name: str) -> dict:
     if reuse(folder, identity):
         print(f"evaluation: reusing {folder}")
         return read_json(folder / "metrics.json")
-    held_out = read_json(experiment.data_folder / "eval.json")
-    llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)  # finds what is wrong with it
-    cost = Cost(EVALUATION, name, device=device_name(), precision=precision)
+    tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)
+    cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision)
+    cost.tokens = sum(map(len, tokenised["input_ids"]))  # prompts and references
     with building(folder, identity) as draft, measured(experiment.folder, cost):
-        computed, predictions = llama_factory.predict(experiment, experiment.target_model, tuned, draft, precision)
-        cost.samples = len(predictions)
+        computed = llama_factory.predict(experiment, experiment.target_model, tuned, draft, precision)
         metrics = {metric: round(computed[f"predict_{metric}"], 4) for metric in METRICS}
-        metrics |= {"samples": len(predictions), "target": experiment.target_model, "tuned": name}
+        metrics |= {"samples": len(held_out), "target": experiment.target_model, "tuned": name}
         metrics |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "code_version": code_version()}
-        lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
-        (draft / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
         write_json(draft / "metrics.json", metrics)
     print(f"evaluation of {name}: ROUGE-L {metrics['rouge-l']:.2f}, BLEU-4 {metrics['bleu-4']:.2f} -> {folder}")
     return metrics

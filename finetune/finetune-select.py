@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
-from finetune.data_split import training_split, write_coreset_dataset  # noqa: E402
+from finetune.data_split import training_split  # noqa: E402
 from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
 from selection.config import load_experiment  # noqa: E402
 from selection.coreset_files import check_fits, read_coreset  # noqa: E402
@@ -40,10 +40,10 @@ def main() -> None:
     for coreset, path in zip(coresets, arguments.select_path, strict=True):
         check_fits(coreset, split.ids, split.fingerprint, str(path))
     for coreset in coresets:
-        dataset = write_coreset_dataset(experiment, coreset.name, split, coreset.indices)
-        print(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows -> {dataset}")
-        folder, keys = experiment.tuned_target(coreset.name), experiment.target_training
-        tune_once(experiment, experiment.target_model, coreset.name, folder, keys, TARGET_TUNING, report)
+        print(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
+        rows, folder = [split.rows[i] for i in coreset.indices], experiment.tuned_target(coreset.name)
+        keys, stage = experiment.target_training, TARGET_TUNING
+        tune_once(experiment, experiment.target_model, coreset.name, rows, folder, keys, stage, report)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = report_keys(arguments)
     experiment = load_experiment(arguments.config_path, arguments.set)
-    training_split(experiment)
+    split = training_split(experiment)
     if arguments.model == "small":
         model, folder, keys, stage = (
             experiment.small_model,
@@ -44,7 +44,7 @@ def main() -> None:
             experiment.target_training,
             TARGET_TUNING,
         )
-    tune_once(experiment, model, "train", folder, keys, stage, report)
+    tune_once(experiment, model, "train", split.rows, folder, keys, stage, report)
 
 
 if __name__ == "__main__":

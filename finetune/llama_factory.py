@@ -14,8 +14,6 @@ from selection.config import Experiment, from_repository
 from selection.errors import UserError
 from selection.files import read_json
 
-IGNORED_LABEL = -100
-
 
 def import_llama_factory() -> None:
     """Import llamafactory; where torchaudio is missing or broken, an empty one stands in for it.
@@ -48,7 +46,9 @@ def model_path(model: str) -> str:
     if not folder.exists() and looks_like_hub_name:
         return model
     if not folder.is_dir():
-        raise UserError(f"model {model}: no folder {folder}: download or make it first (README, 'Your own model')")
+        raise UserError(
+            f"model {model}: no folder {folder}: download or make it first (README, 'Your own model and data')"
+        )
     if not (folder / "config.json").exists():
         raise UserError(f"model {model}: {folder} has no config.json: give the folder of a Hugging Face model")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
@@ -68,10 +68,7 @@ def rows_without_response(rows: list[dict], dataset_format: dict[str, Any]) -> l
 
     attributes = DatasetAttr("file", dataset_name="rows")
     attributes.join(dataset_format)
-    try:
-        convert = get_dataset_converter(attributes.formatting, attributes, DataArguments())
-    except ValueError as error:
-        raise UserError(f"dataset_format.formatting: {error}") from None
+    convert = get_dataset_converter(attributes.formatting, attributes, DataArguments())
     unusable = []
     for number, row in enumerate(rows):
         try:
@@ -115,18 +112,19 @@ def _arguments(experiment: Experiment, model: str, output_dir: Path, precision: 
 
 @contextlib.contextmanager
 def _quiet():
-    """Drop what LLaMA-Factory prints (a sample as token numbers, every metric twice); gives the real stdout."""
-    out = sys.stdout
+    """Drop what LLaMA-Factory prints: a sample as token numbers, every metric twice."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield out
+        yield
 
 
 @contextlib.contextmanager
 def _user_errors(what: str):
     """Turn what LLaMA-Factory and transformers say about arguments, templates and model folders into one line."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, SafetensorError) as error:
         raise UserError(f"{what}: {error}") from error
 
 
@@ -139,6 +137,7 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: l
     import_llama_factory()
     from datasets import disable_progress_bars, enable_progress_bars
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.extras.constants import IGNORE_INDEX
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
@@ -160,7 +159,7 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: l
         tokenizer_module["tokenizer"], [json.dumps(row, ensure_ascii=False) for row in raw_rows[:32]], model
     )
     for number, labels in enumerate(rows["labels"]):
-        if all(label == IGNORED_LABEL for label in labels[1:]):
+        if all(label == IGNORE_INDEX for label in labels[1:]):
             raise UserError(
                 f"row {number} of {dataset}.json: cutoff_len {experiment.cutoff_len} leaves no response token "
                 f"({len(labels)} tokens kept): raise cutoff_len or remove the row"
@@ -187,17 +186,40 @@ def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
         )
 
 
-def _print_loss(out):
-    """A trainer callback that prints the logged loss, a line each."""
+def _progress(stage: str):
+    """A trainer callback: one bar over samples, in training with the loss."""
     from tqdm import tqdm
     from transformers import TrainerCallback
 
-    class PrintLoss(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs and "loss" in logs and state.is_world_process_zero:
-                tqdm.write(f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.4f}", file=out)
+    class Progress(TrainerCallback):
+        bar = None
 
-    return PrintLoss()
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                self.step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+                self.bar = tqdm(total=state.max_steps * self.step, unit="samples", desc=stage)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.bar is not None:
+                self.bar.update(self.step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.bar is not None and logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+            if state.is_world_process_zero:
+                if self.bar is None:
+                    self.bar = tqdm(total=len(eval_dataloader.dataset), unit="samples", desc=stage)
+                self.bar.update(min(args.eval_batch_size * args.world_size, self.bar.total - self.bar.n))
+
+        def close(self, args, state, control, **kwargs):
+            if self.bar is not None:
+                self.bar.close()
+
+        on_train_end = on_predict = close
+
+    return Progress()
 
 
 def tune(
@@ -210,20 +232,20 @@ def tune(
     arguments = _arguments(experiment, model, output_dir, precision) | {"dataset": dataset, "do_train": True}
     arguments |= {"save_strategy": "no", "include_num_input_tokens_seen": "non_padding"} | experiment.training | keys
     _check(arguments, f"tuning {model}")
-    with _quiet() as out:
-        run_exp(arguments, callbacks=[_print_loss(out)])
+    with _user_errors(f"tuning {model}"), _quiet():
+        run_exp(arguments, callbacks=[_progress("tuning")])
     return read_json(output_dir / "train_results.json") | {
         "tokens": read_json(output_dir / "trainer_state.json")["num_input_tokens_seen"]
     }
 
 
 def predict(
-    experiment: Experiment, model: str, adapter: Path | None, output_dir: Path, precision: str
-) -> tuple[dict[str, float], list[dict[str, str]]]:
-    """Greedy answers of `model` (with the tuned `adapter`) to the held-out split.
+    experiment: Experiment, model: str, tuned: Path | None, output_dir: Path, precision: str
+) -> dict[str, float]:
+    """Greedy answers of `model`, with what its tuning left in `tuned`, to the held-out split.
 
-    Returns LLaMA-Factory's metrics (ROUGE-1/2/L F-measure and BLEU-4 in percent, words cut by jieba, BLEU over
-    characters) and the predictions, each with `prompt`, `predict` and `label`.
+    Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics, in
+    percent: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters.
     """
     import_llama_factory()
     from llamafactory.train.tuner import run_exp
@@ -235,18 +257,16 @@ def predict(
         "per_device_eval_batch_size": experiment.evaluation.batch_size,
         "max_new_tokens": experiment.evaluation.max_new_tokens,
         "do_sample": False,
-        "seed": experiment.training.get("seed", 42),
     }
-    if adapter is not None and (adapter / "adapter_config.json").exists():
-        arguments |= {"adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
-    elif adapter is not None:  # finetuning_type: full leaves a whole model
-        arguments["model_name_or_path"] = str(adapter)
+    if tuned is not None and (tuned / "adapter_config.json").exists():
+        arguments |= {"adapter_name_or_path": str(tuned), "finetuning_type": "lora"}
+    elif tuned is not None:  # finetuning_type: full leaves a whole model
+        arguments["model_name_or_path"] = str(tuned)
     _check(arguments, f"evaluating {model}")
-    with _quiet():
-        run_exp(arguments)
-    metrics = read_json(output_dir / "predict_results.json")
-    lines = (output_dir / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return metrics, [json.loads(line) for line in lines]
+    with _user_errors(f"evaluating {model}"), _quiet():
+        run_exp(arguments, callbacks=[_progress("answers")])
+    (output_dir / "generated_predictions.jsonl").rename(output_dir / "predictions.jsonl")
+    return read_json(output_dir / "predict_results.json")
 
 
 def _check(arguments: dict[str, Any], what: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import llama_factory
-from finetune.data_split import row_id
+from finetune.data_split import row_id, write_dataset
 from selection.config import Experiment
 from selection.device import choose_precision, device_name
 from selection.errors import UserError
@@ -19,21 +19,22 @@ def tune_once(
     experiment: Experiment,
     model: str,
     dataset: str,
+    rows: list[dict],
     folder: Path,
     keys: dict[str, Any],
     stage: str,
     report: dict[str, Any],
 ) -> None:
-    """Tune `model` on `dataset` into `folder`. `keys` are LLaMA-Factory's, `report` those that only add logging.
+    """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`.
 
-    The folder appears when training is done, never before: nothing can be taken for finished, or resumed, that is
-    not.
+    `keys` are LLaMA-Factory's, `report` those that only add logging. The folder appears when training is done, never
+    before: nothing can be taken for finished, or resumed, that is not.
     """
     precision = choose_precision(experiment.precision)
-    rows = read_json(experiment.data_folder / f"{dataset}.json")
     identity = {
         "model": model_fingerprint(llama_factory.model_path(model)),
         "rows": digest(*(row_id(row).encode() for row in rows)),
+        "dataset_format": experiment.dataset_format.entry,
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "precision": precision,
@@ -42,14 +43,24 @@ def tune_once(
     if reuse(folder, identity):
         print(f"{stage}: reusing {folder}")
         return
+    print(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
+    # What can be wrong with the rows is found before anything costs, with the held-out ones too.
+    llama_factory.tokenised_rows(experiment, model, dataset, rows)
+    llama_factory.tokenised_rows(experiment, model, "eval", read_json(experiment.data_folder / "eval.json"))
     what = folder.name if stage == TARGET_TUNING else model
-    llama_factory.tokenised_rows(experiment, model, dataset, rows)  # what can be wrong is found before it costs
     with building(folder, identity) as draft:
         cost = Cost(stage, what, samples=len(rows), device=device_name(), precision=precision)
         with measured(experiment.folder, cost):
             metrics = llama_factory.tune(experiment, model, dataset, draft, precision, keys | report)
             cost.tokens = metrics["tokens"]
     print(f"{stage}: {model} on {dataset} ({len(rows)} rows), training loss {metrics['train_loss']:.4f} -> {folder}")
+
+
+def check_base(tuned: Path, model: str) -> None:
+    """Raises: UserError where `tuned` was not made from `model` as it is now."""
+    record = read_json(tuned / "made_from.json")
+    if record["model"] != model_fingerprint(llama_factory.model_path(model)):
+        raise UserError(f"{tuned} was tuned from another model than {model}: remove it or give another output_dir")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

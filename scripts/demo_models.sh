@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The demo's two models: SmolLM2-135M-Instruct, and a speculator of 16 of its 30 layers. Reused if there.
+#     bash scripts/demo_models.sh [--set key=value …]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 target=$repository/models/smollm2-135m-instruct
 python "$repository/scripts/prepare_model.py" --out "$target"
 python "$repository/scripts/make_draft.py" --config_path "$repository/configs/demo.yaml" \
-    --target "$target" --layers 16 --out "$target-16-layers"
+    --target "$target" --layers 16 --out "$target-16-layers" "$@"

@@ -1,5 +1,5 @@
-# Sourced by the shell scripts: the Python to use, an active environment before the repository's own.
+# Sourced by the shell scripts: the repository's own environment where it exists, else the python of the user's.
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$repository/.venv/bin/python" ]; then
+if [ -x "$repository/.venv/bin/python" ]; then
     PATH="$repository/.venv/bin:$PATH"
 fi

@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from finetune import llama_factory  # noqa: E402
 from finetune.data_split import training_split  # noqa: E402
 from selection.config import REPOSITORY, load_experiment  # noqa: E402
-from selection.device import choose_precision  # noqa: E402
+from selection.device import choose_precision, device_name  # noqa: E402
 from selection.draft import choose_layers, decoder_layers, keep_layers, save_with_tokenizer  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import building, model_fingerprint, reuse, write_json  # noqa: E402
-from selection.models import load_for_scoring  # noqa: E402
+from selection.ledger import CUTTING, Cost, measured  # noqa: E402
+from selection.models import count_parameters, load_for_scoring  # noqa: E402
 from selection.stage import add_experiment_arguments  # noqa: E402
 
 
@@ -40,42 +41,43 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="calibration rows of the training split (default 16)")
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
+    if Path(arguments.target).is_dir():  # as every path on a command line, from the working directory
+        arguments.target = str(Path(arguments.target).resolve())
     target, out = llama_factory.model_path(arguments.target), arguments.out.resolve()
     split = training_split(experiment)
     if arguments.rows < 1:
         raise UserError(f"--rows {arguments.rows}: at least one calibration row is needed")
     rows = sorted(random.Random(42).sample(range(len(split.rows)), min(arguments.rows, len(split.rows))))
     identity = {
-        "target": model_fingerprint(target),
+        "target_fingerprint": model_fingerprint(target),
         "layers": arguments.layers,
         "data_fingerprint": split.fingerprint,
         "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
         "calibration_rows": rows,
+        "precision": choose_precision(experiment.selection.precision),
     }
     if reuse(out, identity):
         print(f"draft: reusing {out}")
         return
 
     samples = llama_factory.tokenised_rows(experiment, arguments.target, "train", split.rows)[rows]
-    model = load_for_scoring(target, None, choose_precision(experiment.selection.precision))
-    parent, name = decoder_layers(model)
-    count = len(getattr(parent, name))
-    if not 1 <= arguments.layers < count:
-        raise UserError(f"--layers {arguments.layers}: {arguments.target} has {count} layers: keep 1 to {count - 1}")
-    with tqdm(total=1 + count + count - arguments.layers, unit="passes", desc="layer sensitivity") as progress:
-        cut = choose_layers(
-            model,
-            arguments.layers,
-            samples["input_ids"],
-            samples["labels"],
-            lambda: progress.update() and None,
-        )
-    del model
-    with building(out, identity) as draft:
+    cost = Cost(CUTTING, Path(target).name, len(rows), device=device_name(), precision=identity["precision"])
+    with building(out, identity) as draft, measured(experiment.folder, cost):
+        model = load_for_scoring(target, None, identity["precision"])
+        parent, name = decoder_layers(model)
+        count, cost.parameters = len(getattr(parent, name)), count_parameters(model)
+        if not 1 <= arguments.layers < count:
+            raise UserError(f"--layers {arguments.layers}: the target has {count} layers: keep 1 to {count - 1}")
+        passes = 1 + count + count - arguments.layers
+        cost.tokens = passes * sum(map(len, samples["input_ids"]))
+        with tqdm(total=passes, unit="passes", desc="layer sensitivity") as progress:
+            cut = choose_layers(model, arguments.layers, samples["input_ids"], samples["labels"], progress.update)
+        del model
         whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
         keep_layers(whole, cut.kept)
         save_with_tokenizer(whole, target, draft)
-        write_json(draft / "draft.json", {"target": arguments.target, **identity, **asdict(cut)})
+        write_json(draft / "draft.json", {"target": Path(target).name, **identity, **asdict(cut)})
     print(f"loss {cut.full_loss:.3f} with {count} layers, {cut.loss_after_drop[-1]:.3f} with {cut.kept} -> {out}")
 
 

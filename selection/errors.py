@@ -1,5 +1,6 @@
 """How a stage ends when something is wrong with what the user gave it: one line, exit code 2."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -9,7 +10,12 @@ class UserError(Exception):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage script's `main`; a UserError becomes one line on stderr and exit code 2."""
+    """Run a stage script's `main`; a UserError becomes one line on stderr and exit code 2.
+
+    A process uses one GPU: the first where the user names none (LLaMA-Factory refuses to start when it sees several).
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     try:
         main()
     except UserError as error:

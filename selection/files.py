@@ -91,18 +91,22 @@ def building(folder: Path, identity: dict) -> Iterator[Path]:
     draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.mkdir(parents=True)
+        try:
+            draft.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
         yield draft
         write_json(draft / "made_from.json", identity)
         draft.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+_IDENTIFYING = ("made_from.json", "*config.json", "*.safetensors", "*.bin", "tokenizer*", "*.model", "chat_template*")
+
+
 def model_fingerprint(folder: str | Path) -> str:
-    """Identity of a model or adapter folder: its config, and size, first and last MiB of every weight file.
+    """Identity of a model or adapter folder: size, first and last MiB of its weights, config and tokenizer files.
 
     A name on the model hub stands for itself.
     """
@@ -110,7 +114,7 @@ def model_fingerprint(folder: str | Path) -> str:
     if not folder.is_dir():
         return str(folder)
     chunks = []
-    for path in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for path in sorted({path for pattern in _IDENTIFYING for path in folder.glob(pattern) if path.is_file()}):
         with path.open("rb") as file:
             head = file.read(2**20)
             file.seek(max(0, path.stat().st_size - 2**20))

@@ -3,26 +3,24 @@
 import contextlib
 import json
 import resource
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from selection.config import Experiment
 from selection.errors import UserError
 
-SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION = (
-    "speculative tuning",
-    "speculative scores",
-    "verification",
-)
+CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
+SPECULATIVE_SCORES, VERIFICATION = "speculative scores", "verification"
 TARGET_TUNING, EVALUATION = "target tuning", "evaluation"
-SELECTION_STAGES = (SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION)
+SELECTION_STAGES = (CUTTING, SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION)
 
 
 @dataclass
 class Cost:
-    """One stage's entry. `tokens` without padding; `peak_memory_gb` of the process, on a GPU of the GPU."""
+    """One stage's entry. `tokens` without padding; `peak_memory_gb` of the process so far, on a GPU of the stage."""
 
     stage: str
     what: str  # model or coreset
@@ -33,7 +31,7 @@ class Cost:
     peak_memory_gb: float = 0.0
     device: str = ""
     precision: str = ""
-    finished: str = field(default="")
+    finished: str = ""
 
 
 def ledger_path(run_folder: Path) -> Path:
@@ -42,12 +40,23 @@ def ledger_path(run_folder: Path) -> Path:
 
 @contextlib.contextmanager
 def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
-    """Fill in wall time and peak memory of what runs inside, and append the entry when it is done."""
+    """Fill in wall time and peak memory of what runs inside, and append the entry; if it fails, for what was scored."""
     import torch
 
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    yield cost
-    cost.seconds = round(time.perf_counter() - started, 2)
+    try:
+        yield cost
+    finally:
+        if sys.exc_info()[0] is None or (cost.stage in (SPECULATIVE_SCORES, VERIFICATION) and cost.samples):
+            _append(run_folder, cost, time.perf_counter() - started)
+
+
+def _append(run_folder: Path, cost: Cost, seconds: float) -> None:
+    import torch
+
+    cost.seconds = round(seconds, 2)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -118,8 +127,8 @@ def summarise(experiment: Experiment) -> CostSummary:
 
 
 def format_summary(summary: CostSummary) -> str:
-    lines = [f"  {stage:<20} {seconds:>9.1f} s" for stage, seconds in summary.selection_seconds.items()]
-    lines.append(f"  {'selection in all':<20} {summary.selection_total:>9.1f} s")
+    lines = [f"  {stage:<22} {seconds:>9.1f} s" for stage, seconds in summary.selection_seconds.items() if seconds]
+    lines.append(f"  {'selection in all':<22} {summary.selection_total:>9.1f} s")
     if summary.full_tuning_seconds:
         share = summary.selection_total / summary.full_tuning_seconds
         lines.append(

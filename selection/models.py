@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as QUERY_AND_VALUE
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +28,7 @@ def load_for_scoring(model: str, tuned: Path | None, precision: str, reset_query
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[precision]).to(device())
         if tuned is not None and source == model:
             loaded = PeftModel.from_pretrained(loaded, tuned)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load model {source}: {error}") from None
     if reset_query_value:
         _reset_query_value(loaded)

@@ -1,6 +1,6 @@
 """Per-sample scores on disk: a folder with `manifest.json` and Parquet parts, or a plain Parquet or CSV file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,10 @@ class Scores:
             )
         return self.effort
 
+    def only(self, rows: np.ndarray) -> "Scores":
+        """Just these rows, which must have scores."""
+        return replace(self, index=rows, effort=self.at(rows), ids=None)
+
     def at(self, rows: np.ndarray) -> np.ndarray:
         """The scores of `rows`. Raises: UserError naming the first row that has none."""
         position = np.minimum(np.searchsorted(self.index, rows), len(self.index) - 1)
@@ -61,6 +65,8 @@ def read_scores(path: Path) -> Scores:
     Raises: UserError for a missing or unreadable file, a missing column, no rows, a duplicate or negative index,
     and scores that are NaN, infinite or negative; each names the row.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder: run the scoring stage first (effort_score.py, verify.py)")
     if path.is_dir():
         manifest = read_json(path / "manifest.json")
         try:
@@ -88,7 +94,11 @@ def read_scores(path: Path) -> Scores:
             f"{path}: row {index[bad[0]]} has effort {effort[bad[0]]} ({len(bad)} such rows in all): "
             "an effort score is a norm, finite and not negative; score these rows again or leave them out of the data"
         )
-    ids = table["id"].take(pa.array(order)).to_pylist() if "id" in table.column_names else None
+    ids = None
+    if "id" in table.column_names:
+        if not pa.types.is_string(table["id"].type) and not pa.types.is_integer(table["id"].type):
+            raise UserError(f"{path}: column id holds {table['id'].type}, not text")
+        ids = table["id"].cast(pa.string()).take(pa.array(order)).to_pylist()
     return Scores(index, effort, ids, fingerprint, num_rows, str(path))
 
 
@@ -123,19 +133,18 @@ class ScoreFolder:
     """
 
     def __init__(self, path: Path, identity: dict, num_rows: int):
-        self.path, self.manifest_path = path, path / "manifest.json"
-        if self.manifest_path.exists():
+        self.path, self.manifest_path, self.plan_path = path, path / "manifest.json", path / "plan.json"
+        self.manifest = {
+            "identity": identity,
+            "num_rows": num_rows,
+            "code_version": code_version(),
+            "cost": {"seconds": 0.0, "samples": 0, "tokens": 0},
+        }
+        self.begun = any(path.glob("part-*.parquet"))  # a manifest without scores binds nobody
+        if self.begun:
             self.manifest = read_json(self.manifest_path)
             if difference := first_difference(self.manifest.get("identity", {}), identity):
                 raise UserError(f"{path} holds scores made otherwise ({difference}): remove it or change output_dir")
-        else:
-            self.manifest = {
-                "identity": identity,
-                "num_rows": num_rows,
-                "code_version": code_version(),
-                "cost": {"seconds": 0.0, "samples": 0, "tokens": 0},
-            }
-            write_json(self.manifest_path, self.manifest)
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
         """Of `rows`, those that no part holds yet."""
@@ -143,18 +152,20 @@ class ScoreFolder:
         done = [_numbers(_read_table(part), "index", part) for part in parts]
         return np.setdiff1d(rows, np.concatenate(done)) if done else rows
 
-    def plan(self, rows: np.ndarray, make_parts) -> list[list[list[int]]]:
+    def plan(self, rows: np.ndarray, make_parts, about: dict | None = None) -> list[list[list[int]]]:
         """The parts still to be scored: each a list of batches, each a list of rows.
 
         `make_parts` cuts the missing rows into parts. Its plan is kept until it is done, so that an interrupted run
-        goes on with the same batches: a score's last bits depend on what shares its batch.
+        goes on with the same batches: a score's last bits depend on what shares its batch. `about` joins the
+        manifest, for the reader.
         """
-        plan_path = self.path / "plan.json"
-        parts = read_json(plan_path)["parts"] if plan_path.exists() else []
-        if not np.isin(rows, [row for part in parts for batch in part for row in batch]).all():
-            missing = self.missing(rows)
-            parts = make_parts(missing) if len(missing) else []
-            write_json(plan_path, {"parts": parts})
+        self.manifest |= about or {}
+        write_json(self.manifest_path, self.manifest)
+        parts = read_json(self.plan_path)["parts"] if self.begun and self.plan_path.exists() else []
+        planned, missing = {row for part in parts for batch in part for row in batch}, self.missing(rows)
+        if not (planned <= set(rows.tolist()) and set(missing.tolist()) <= planned):  # not the plan of this request
+            parts = make_parts(missing)
+            write_json(self.plan_path, {"parts": parts})
         return [part for part in parts if not self._part_path(part).exists()]
 
     def write_part(self, part: list[list[int]], columns: dict[str, np.ndarray], seconds: float, tokens: int) -> None:
@@ -173,7 +184,7 @@ class ScoreFolder:
 
     def finish(self) -> None:
         """Every asked row has its score: forget the plan."""
-        (self.path / "plan.json").unlink(missing_ok=True)
+        self.plan_path.unlink(missing_ok=True)
 
     def _part_path(self, part: list[list[int]]) -> Path:
         return self.path / f"part-{digest(repr(part).encode())[:16]}.parquet"

@@ -2,12 +2,14 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from finetune import llama_factory
 from finetune.data_split import TrainingSplit
+from finetune.tuning import check_base
 from selection.config import Experiment
 from selection.device import choose_precision, device, device_name
 from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches
@@ -35,28 +37,14 @@ def score_rows(
     depends on the factor. Raises: UserError for a score that is NaN or infinite, naming the row.
     """
     settings = experiment.selection
-    precision = choose_precision(settings.precision)
-    identity = {
-        "model": model_fingerprint(llama_factory.model_path(model)),
-        "tuned": model_fingerprint(tuned) if tuned else None,
-        "data_fingerprint": split.fingerprint,
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "mode": settings.mode,
-        "phi": {
-            "name": settings.phi,
-            "rank": settings.phi_rank,
-            "alpha": settings.phi_alpha,
-            "seed": settings.seed,
-        },
-        "precision": precision,
-    }
-    store = ScoreFolder(folder, identity, num_rows=len(split.rows))
+    store = ScoreFolder(folder, score_identity(experiment, split, model, tuned), num_rows=len(split.rows))
+    precision = store.manifest["identity"]["precision"]
     if not len(store.missing(rows)):
         print(f"{stage}: reusing {folder}")
         return
     tokenised = llama_factory.tokenised_rows(experiment, model, "train", split.rows)
     lengths = [len(ids) for ids in tokenised["input_ids"]]
+    highest = max(max(ids) for ids in tokenised["input_ids"])
     with measured(experiment.folder, Cost(stage, model, device=device_name(), precision=precision)) as cost:
         loaded = load_for_scoring(
             llama_factory.model_path(model),
@@ -65,9 +53,18 @@ def score_rows(
             settings.mode == "released" and tuned is not None,
         )
         cost.parameters = count_parameters(loaded)
+        if highest >= loaded.get_input_embeddings().num_embeddings:
+            raise UserError(
+                f"template {experiment.template} makes token {highest}, which {model} has no embedding for: "
+                "give the model's own template"
+            )
         scorer = EffortScorer(loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed)
         tokens_per_batch = settings.tokens_per_batch or (16384 if device().type == "cuda" else 2048)
-        parts = store.plan(rows, lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, tokens_per_batch)))
+        parts = store.plan(
+            rows,
+            lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, tokens_per_batch)),
+            about={"model": model, "phi_module": scorer.values.name},
+        )
         with tqdm(total=sum(len(b) for part in parts for b in part), unit="samples", desc=stage) as progress:
             for part in parts:
                 started, columns = time.perf_counter(), []
@@ -82,6 +79,28 @@ def score_rows(
                 cost.tokens += tokens
         store.finish()
     print(f"{stage}: {len(rows)} rows -> {folder}")
+
+
+def score_identity(experiment: Experiment, split: TrainingSplit, model: str, tuned: Path | None) -> dict[str, Any]:
+    """All that the scores of a model depend on. Raises: UserError where `tuned` was tuned from another model."""
+    settings = experiment.selection
+    if tuned is not None:
+        check_base(tuned, model)
+    return {
+        "model": model_fingerprint(llama_factory.model_path(model)),
+        "tuned": model_fingerprint(tuned) if tuned else None,
+        "data_fingerprint": split.fingerprint,
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "mode": settings.mode,
+        "phi": {
+            "name": settings.phi,
+            "rank": settings.phi_rank,
+            "alpha": settings.phi_alpha,
+            "seed": settings.seed,
+        },
+        "precision": choose_precision(settings.precision),
+    }
 
 
 def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: list[int]) -> dict[str, np.ndarray]:

@@ -6,12 +6,13 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../scripts/environment.sh"
 
-if [ $# -eq 0 ]; then
-    set -- "$repository/configs/demo.yaml"
-    bash "$repository/scripts/demo_models.sh"
+if [ $# -eq 0 ] || [[ $1 == --* ]]; then
+    config=$repository/configs/demo.yaml
+    bash "$repository/scripts/demo_models.sh" "$@"
+else
+    config=$1
+    shift
 fi
-config=$1
-shift
 python "$repository/finetune/finetune.py" --config_path "$config" "$@"
 python "$here/effort_score.py" --config_path "$config" "$@"
 python "$here/verify.py" --config_path "$config" "$@"

@@ -72,11 +72,9 @@ def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Stra
         raise UserError(f"hardest_cutoff {hardest_cutoff:g} leaves none of {len(scores)} rows: give a smaller one")
     kept_scores = scores[kept].astype(np.float64)
     low, high = kept_scores.min(), kept_scores.max()
-    if high > low:
-        stratum = np.minimum(((kept_scores - low) / (high - low) * num_strata).astype(np.int64), num_strata - 1)
-    else:
-        stratum, num_strata = np.zeros(num_kept, dtype=np.int64), 1
+    num_strata = num_strata if high > low else 1
     edges = np.linspace(low, high, num_strata + 1)
+    stratum = np.searchsorted(edges[1:-1], kept_scores, side="right")
     by_stratum = np.split(
         kept[np.argsort(stratum, kind="stable")], np.cumsum(np.bincount(stratum, minlength=num_strata))[:-1]
     )

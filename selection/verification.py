@@ -78,6 +78,7 @@ def write_verification(path: Path, settings: Settings, speculative: Scores, reco
         path,
         {
             **_made_from(settings, speculative),
+            "data_fingerprint": speculative.fingerprint,
             "verified_samples": sum(len(record.verified) for record in records),
             "strata": [asdict(record) for record in records],
         },
@@ -85,7 +86,7 @@ def write_verification(path: Path, settings: Settings, speculative: Scores, reco
 
 
 def read_verification(path: Path, settings: Settings, speculative: Scores) -> list[StratumRecord]:
-    """Raises: UserError where it was made under other settings, for other data or from other scores."""
+    """Raises: UserError where it was made under other settings or from other scores."""
     value, wanted = read_json(path), _made_from(settings, speculative)
     try:
         stored = {key: value[key] for key in wanted}
@@ -99,4 +100,4 @@ def read_verification(path: Path, settings: Settings, speculative: Scores) -> li
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
     scores = digest(np.ascontiguousarray(speculative.effort).tobytes())
-    return {**asdict(settings), "data_fingerprint": speculative.fingerprint, "speculative_scores_sha256": scores}
+    return {**asdict(settings), "speculative_scores_sha256": scores}

@@ -15,26 +15,28 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, w
 import numpy as np  # noqa: E402
 
 from finetune.data_split import training_split  # noqa: E402
-from selection.errors import run_stage  # noqa: E402
+from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import VERIFICATION  # noqa: E402
-from selection.score_files import read_scores  # noqa: E402
-from selection.scoring import score_rows  # noqa: E402
+from selection.score_files import ScoreFolder, read_scores  # noqa: E402
+from selection.scoring import score_identity, score_rows  # noqa: E402
 from selection.stage import load_experiment_from_arguments  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify, write_verification  # noqa: E402
 
 
 def main() -> None:
     experiment = load_experiment_from_arguments(argparse.ArgumentParser(description=__doc__))
-    split = training_split(experiment)
-    settings = Settings.of(experiment.selection)
+    split, settings = training_split(experiment), Settings.of(experiment.selection)
+    small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
     scores = read_scores(experiment.small_scores)
+    ScoreFolder(experiment.small_scores, score_identity(experiment, split, small, tuned), len(every))  # or refuse
     speculative = scores.of_all_rows()
-    if experiment.selection.verify_all:
-        rows = np.arange(len(split.rows))
-    else:
-        rows = np.sort(np.concatenate(draw(cut_strata(speculative, settings), settings)))
+    drawn = np.sort(np.concatenate(draw(cut_strata(speculative, settings), settings)))
+    rows = every if experiment.selection.verify_all else drawn
+    if not len(rows):
+        raise UserError("no stratum has more than verify_per_stratum samples, nothing to verify: lower num_strata")
     score_rows(experiment, split, experiment.target_model, None, rows, experiment.target_scores, VERIFICATION)
-    records = verify(speculative, read_scores(experiment.target_scores), settings)
+    # Of what earlier settings left there, nothing but the asked rows counts.
+    records = verify(speculative, read_scores(experiment.target_scores).only(rows), settings)
     write_verification(experiment.verification, settings, scores, records)
     ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]
     print(

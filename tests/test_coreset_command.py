@@ -237,11 +237,17 @@ def test_without_target_scores_the_random_baseline_is_not_written_either(coreset
 
 
 def test_scores_of_different_data_are_refused(coreset, tmp_path):
-    small = write_scores(tmp_path / "small", SPECULATIVE)
-    target = write_scores(tmp_path / "target.csv", TARGET)
+    small = write_scores(tmp_path / "small.csv", SPECULATIVE)
+    target = write_scores(tmp_path / "target.csv", np.append(TARGET, 1.0))  # one row more
     files = ["--scores", small, "--target_scores", target, *STRATA]
     code, _, stderr = coreset(*files, "--rate", 0.1, "--out", tmp_path / "out")
     assert code == 2 and "different data" in stderr and contents(tmp_path / "out") == {}
+
+
+def test_scores_of_our_folder_go_with_a_plain_file(coreset, tmp_path):
+    small = write_scores(tmp_path / "small", SPECULATIVE)
+    files = ["--scores", small, "--target_scores", write_scores(tmp_path / "target.csv", TARGET), *STRATA]
+    assert coreset(*files, "--rate", 0.1, "--out", tmp_path / "out")[0] == 0
 
 
 def test_a_folder_that_cannot_be_written_is_named(coreset, files, tmp_path):

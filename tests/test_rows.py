@@ -5,12 +5,11 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import REPOSITORY, assert_one_line_error, run_script
 
 from finetune import llama_factory
-from finetune.data_split import row_id, training_split, write_coreset_dataset
+from finetune.data_split import row_id, training_split, write_dataset
 from selection.config import load_experiment
 from selection.errors import UserError
 
@@ -56,17 +55,17 @@ def test_the_exported_coreset_is_what_llama_factory_trains_on(make_experiment, r
     experiment = load_experiment(make_experiment(rows))
     split = training_split(experiment)
     everything = llama_factory.tokenised_rows(experiment, experiment.target_model, "train", split.rows)
-    indices = np.array([1, 5, 6, 20])
-    write_coreset_dataset(experiment, "some", split, indices)
+    indices = [1, 5, 6, 20]
+    write_dataset(experiment, "some", [split.rows[i] for i in indices])
     trained = tokens_of_llama_factory(experiment, dataset_dir=str(experiment.data_folder), dataset="some")
-    assert trained["train_dataset"]["input_ids"] == [everything[int(i)]["input_ids"] for i in indices]
-    assert trained["train_dataset"]["labels"] == [everything[int(i)]["labels"] for i in indices]
+    assert trained["train_dataset"]["input_ids"] == [everything[i]["input_ids"] for i in indices]
+    assert trained["train_dataset"]["labels"] == [everything[i]["labels"] for i in indices]
 
 
 def test_llamafactory_cli_trains_on_the_exported_coreset_as_it_is(make_experiment, rows, tmp_path):
     experiment = load_experiment(make_experiment(rows))
     split = training_split(experiment)
-    write_coreset_dataset(experiment, "some", split, np.arange(8))
+    write_dataset(experiment, "some", split.rows[:8])
     keys = {
         "stage": "sft",
         "do_train": True,
@@ -164,6 +163,27 @@ def test_a_tokenizer_that_loses_spaces_is_refused(make_experiment, rows, tiny_mo
 
     with pytest.raises(UserError, match="the tokenizer of tiny changes the text"):
         llama_factory.check_tokenizer(LosesSpaces(), texts, "tiny")
+
+
+def test_dates_in_other_columns_do_no_harm(make_experiment, rows):
+    for row in rows:
+        row["day"] = "2020-01-01"
+    assert len(training_split(load_experiment(make_experiment(rows))).rows) == 24
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(make_experiment, rows):
+    experiment = load_experiment(make_experiment(rows, max_samples=2, eval_size=0.9))
+    with pytest.raises(UserError, match=r"eval_size 0\.9 of 2 rows leaves none to train on"):
+        training_split(experiment)
+
+
+def test_a_held_out_split_changed_by_hand_is_refused(make_experiment, rows):
+    experiment = load_experiment(make_experiment(rows))
+    training_split(experiment)
+    held_out = experiment.data_folder / "eval.json"
+    held_out.write_text(held_out.read_text().replace("biological", "physical"))
+    with pytest.raises(UserError, match="was changed by hand"):
+        training_split(experiment)
 
 
 def test_other_data_in_the_same_run_folder_is_refused(make_experiment, rows):

@@ -1,5 +1,6 @@
 """Scores and coresets on disk: what is written is read back, and what is damaged or foreign is refused by name."""
 
+import datetime
 import json
 import os
 import warnings
@@ -116,6 +117,19 @@ def test_only_rows_without_a_score_are_planned(tmp_path):
     assert read_scores(folder.path).of_all_rows().tolist() == (np.arange(NUM_ROWS) / 7).tolist()
 
 
+def test_a_plan_without_a_finished_part_binds_nobody(tmp_path):
+    open_folder(tmp_path / "scores").plan(np.arange(NUM_ROWS), one_row_batches)
+    other = ScoreFolder(tmp_path / "scores", {"data_fingerprint": "another"}, NUM_ROWS)
+    assert len(other.plan(np.array([3]), one_row_batches)) == 1
+
+
+def test_a_plan_in_progress_is_narrowed_to_the_rows_asked_for(tmp_path):
+    folder = open_folder(tmp_path / "scores")
+    write_all(folder, folder.plan(np.arange(NUM_ROWS), one_row_batches)[:1])  # rows 0 and 1
+    planned = open_folder(tmp_path / "scores").plan(np.array([1, 7]), one_row_batches)
+    assert [row for part in planned for batch in part for row in batch] == [7]
+
+
 def test_a_plan_in_progress_is_widened_to_the_rows_asked_for(tmp_path):
     folder = open_folder(tmp_path / "scores")
     write_all(folder, folder.plan(np.array([1, 4, 5]), one_row_batches)[:1])  # rows 1 and 4
@@ -124,7 +138,9 @@ def test_a_plan_in_progress_is_widened_to_the_rows_asked_for(tmp_path):
 
 
 def test_a_folder_without_parts_or_manifest_is_refused(tmp_path):
-    open_folder(tmp_path / "scores")
+    with pytest.raises(UserError, match="run the scoring stage first"):
+        read_scores(tmp_path / "scores")
+    open_folder(tmp_path / "scores").plan(np.arange(NUM_ROWS), one_row_batches)
     with pytest.raises(UserError, match="no finished part"):
         read_scores(tmp_path / "scores")
     (tmp_path / "scores" / "manifest.json").write_text("[]")
@@ -173,6 +189,17 @@ def test_a_plain_file_is_read_in_the_order_of_its_rows(tmp_path, suffix):
 @pytest.mark.parametrize("ids", [["b", "a"], ["0012", "0007"], ["2024-01-02", "2024-01-01"]], ids=lambda ids: ids[0])
 def test_ids_stay_the_text_that_they_are(tmp_path, suffix, ids):
     assert read_scores(write_scores(tmp_path / f"s{suffix}", index=[1, 0], effort=[1.0, 2.0], id=ids)).ids == ids[::-1]
+
+
+@pytest.mark.parametrize(
+    "ids", [[datetime.date(2024, 1, 1)] * 2, [b"\xff", b"a"], [0.5, np.nan]], ids=["date", "bytes", "nan"]
+)
+def test_parquet_ids_that_are_no_text_are_refused_or_made_text(tmp_path, ids):
+    path = write_scores(tmp_path / "scores.parquet", index=[0, 1], effort=[1.0, 2.0], id=ids)
+    try:
+        assert {type(name) for name in read_scores(path).ids} == {str}
+    except UserError as refusal:
+        assert str(path) in str(refusal)
 
 
 BAD_COLUMNS = {

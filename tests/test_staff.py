@@ -481,10 +481,10 @@ def test_a_verification_under_other_settings_is_refused_by_key(stored, change):
         read_verification(stored[0], replace(SETTINGS, **change), scores_of("fingerprint"))
 
 
-@pytest.mark.parametrize("fingerprint", ["other", None])
-def test_a_verification_of_other_data_is_refused(stored, fingerprint):
-    with pytest.raises(UserError, match="data_fingerprint"):
-        read_verification(stored[0], SETTINGS, scores_of(fingerprint))
+def test_a_verification_from_other_scores_is_refused(stored):
+    other = replace(scores_of("fingerprint"), effort=SPECULATIVE[::-1])
+    with pytest.raises(UserError, match="speculative_scores_sha256"):
+        read_verification(stored[0], SETTINGS, other)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "7", '{"settings": {}, "data_fingerprint": null, "strata": [{}]}'])

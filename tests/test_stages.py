@@ -1,6 +1,7 @@
 """The stages together, on a tiny random model: what is stored, refused, resumed and repeated."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from finetune import llama_factory
 from finetune.data_split import training_split
+from finetune.tuning import check_base, tune_once
 from selection import scoring
 from selection.config import load_experiment
 from selection.effort import EffortScorer
 from selection.errors import UserError
-from selection.ledger import SPECULATIVE_SCORES, VERIFICATION
+from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, VERIFICATION
 from selection.score_files import read_scores
 from selection.scoring import score_rows
 
@@ -114,9 +116,9 @@ def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_expe
     config = make_experiment(rows)
     experiment = load_experiment(config, [f"selection.mode={mode}"])
     split = training_split(experiment)
-    experiment.tuned_small.mkdir()
-    every = np.arange(len(split.rows))
-    score_rows(experiment, split, experiment.small_model, None, every, experiment.small_scores, SPECULATIVE_SCORES)
+    small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
+    tune_once(experiment, small, "train", split.rows, tuned, experiment.small_training, SPECULATIVE_TUNING, {})
+    score_rows(experiment, split, small, tuned, every, experiment.small_scores, SPECULATIVE_SCORES)
     run_script("selection/verify.py", "--config_path", config, "--set", f"selection.mode={mode}")
     verification = json.loads(experiment.verification.read_text())
     drawn = sorted(row for stratum in verification["strata"] for row in stratum["verified"])
@@ -124,6 +126,9 @@ def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_expe
     assert verification["verified_samples"] == len(drawn) <= 4 * 2
     assert scored == (drawn if mode == "paper" else list(range(24)))
     if mode == "paper":
+        keys = ["--set", "selection.phi=v_weight"]
+        other_phi = run_script("selection/verify.py", "--config_path", config, *keys, check=False)
+        assert_one_line_error(other_phi, "scores/small holds scores made otherwise (phi:")
         run_script("selection/coreset.py", "--config_path", config)
         coreset = json.loads((experiment.coresets / "staff-0.5.json").read_text())
         assert len(coreset["indices"]) == 12
@@ -155,6 +160,24 @@ def test_tuning_on_published_index_lists_and_refusing_what_does_not_fit(make_exp
 
     torch.save([4, 2, 11, 8], tmp_path / "published.pt")  # another coreset under a name that is taken
     assert_one_line_error(tune("published.pt"), "was made otherwise (rows:")
+    assert json.loads((experiment.data_folder / "published.json").read_text()) == chosen  # what was tuned on stays
+
+    for name in ("train.pt", "eval.pt", "full.pt", "a,b.pt"):
+        torch.save([1], tmp_path / name)
+        assert_one_line_error(tune(name), f"{name}: a coreset's file name names its data set")
+    assert training_split(experiment).rows == split.rows
+
+
+def test_an_adapter_on_another_model_is_refused(make_experiment, rows, tmp_path, tiny_model):
+    experiment = load_experiment(make_experiment(rows))
+    split, tuned = training_split(experiment), tmp_path / "tuned"
+    tune_once(experiment, str(tiny_model), "train", split.rows, tuned, {"max_steps": 1}, SPECULATIVE_TUNING, {})
+    check_base(tuned, str(tiny_model))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text() + "\n")
+    with pytest.raises(UserError, match="was tuned from another model"):
+        check_base(tuned, str(other))
 
 
 def test_stages_say_which_stage_is_missing(make_experiment, rows):
