@@ -48,6 +48,8 @@ def tune_once(
     llama_factory.tokenised_rows(experiment, model, dataset, rows)
     llama_factory.tokenised_rows(experiment, model, "eval", read_json(experiment.data_folder / "eval.json"))
     what = folder.name if stage == TARGET_TUNING else model
+    if report:
+        os.environ.setdefault("WANDB_DIR", str(experiment.folder))  # else it writes into the working directory
     with building(folder, identity) as draft:
         cost = Cost(stage, what, samples=len(rows), device=device_name(), precision=precision)
         with measured(experiment.folder, cost):

@@ -12,6 +12,7 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
@@ -20,8 +21,9 @@ import numpy as np  # noqa: E402
 from selection.config import Selection, validated  # noqa: E402
 from selection.coreset_files import write_coreset  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
+from selection.ledger import CORESETS, Cost, measured  # noqa: E402
 from selection.score_files import Scores, read_scores  # noqa: E402
-from selection.staff import choose_random, choose_staff  # noqa: E402
+from selection.staff import Choice, choose_random, choose_staff  # noqa: E402
 from selection.stage import add_experiment_arguments, load_experiment  # noqa: E402
 from selection.verification import Settings, StratumRecord, cut_strata, read_verification, verify  # noqa: E402
 
@@ -48,45 +50,48 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.config_path:
         experiment = load_experiment(arguments.config_path, arguments.set)
-        selection = experiment.selection
         arguments.scores = arguments.scores or experiment.small_scores
         if not arguments.target_scores:
             arguments.verification = arguments.verification or experiment.verification
         arguments.out = arguments.out or experiment.coresets
-        arguments.method = arguments.method or selection.methods
-        arguments.rate = arguments.rate or selection.rates
+        arguments.method = arguments.method or experiment.selection.methods
+        arguments.rate = arguments.rate or experiment.selection.rates
+        cost = Cost(CORESETS, f"rates {', '.join(map(str, arguments.rate))}", device="CPU")
+        with measured(experiment.folder, cost):
+            cost.samples = cut_coresets(arguments, experiment.selection)
     else:
         if arguments.set:
             raise UserError("--set overrides keys of an experiment: give --config_path with it")
-        selection = Selection()
         if arguments.scores is None or not arguments.rate or arguments.out is None:
             raise UserError("give --config_path, or --scores, --rate and --out (see --help)")
-    methods = arguments.method or ["staff"]
+        arguments.method = arguments.method or ["staff"]
+        cut_coresets(arguments, Selection())
+
+
+def cut_coresets(arguments: argparse.Namespace, selection: Selection) -> int:
+    """Cut and write every asked method at every asked rate; returns the number of rows they are cut from."""
     given = {name: getattr(arguments, name) for name in Selection.model_fields if hasattr(arguments, name)}
     settings = Settings.of(validated(selection, {k: v for k, v in given.items() if v is not None}))
     scores = read_scores(arguments.scores)
     speculative = scores.of_all_rows()
 
-    cut = []  # nothing is written before everything is known to be right
-    for method in methods:
-        records = verified_strata(arguments, scores, speculative, settings) if method == "staff" else []
+    cut: list[tuple[str, float, Choice, dict[str, Any]]] = []  # written once everything is known to be right
+    if "random" in arguments.method:
+        for rate in arguments.rate:
+            cut.append(("random", rate, choose_random(len(speculative), rate, settings.seed), {"seed": settings.seed}))
+    if "staff" in arguments.method:
+        strata, records = cut_strata(speculative, settings), verified_strata(arguments, scores, speculative, settings)
         ratios = [record.verification_ratio for record in records]
         for rate in arguments.rate:
-            if method == "random":
-                cut.append(
-                    (method, rate, choose_random(len(speculative), rate, settings.seed), {"seed": settings.seed})
-                )
-                continue
-            strata = cut_strata(speculative, settings)
             choice = choose_staff(speculative, strata, ratios, rate, settings.mode, settings.seed)
             budgets = zip(records, choice.budgets, choice.filled, strict=True)
             table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
-            cut.append(
-                (method, rate, choice, {**asdict(settings), "strata": table, "from_hardest": choice.from_hardest})
-            )
+            record = {**asdict(settings), "strata": table, "from_hardest": choice.from_hardest}
+            cut.append(("staff", rate, choice, record))
     for method, rate, choice, record in cut:
         path = write_coreset(arguments.out, method, rate, choice, scores, record)
         print(f"{method} at rate {rate:g}: {len(choice.rows)} of {len(speculative)} rows -> {path}")
+    return len(speculative)
 
 
 def verified_strata(

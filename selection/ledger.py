@@ -13,9 +13,9 @@ from selection.config import Experiment
 from selection.errors import UserError
 
 CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
-SPECULATIVE_SCORES, VERIFICATION = "speculative scores", "verification"
+SPECULATIVE_SCORES, VERIFICATION, CORESETS = "speculative scores", "verification", "coresets"
 TARGET_TUNING, EVALUATION = "target tuning", "evaluation"
-SELECTION_STAGES = (CUTTING, SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION)
+SELECTION_STAGES = (CUTTING, SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION, CORESETS)
 
 
 @dataclass
@@ -41,10 +41,8 @@ def ledger_path(run_folder: Path) -> Path:
 @contextlib.contextmanager
 def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
     """Fill in wall time and peak memory of what runs inside, and append the entry; if it fails, for what was scored."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if gpu := _gpu():
+        gpu.reset_peak_memory_stats()
     started = time.perf_counter()
     try:
         yield cost
@@ -53,14 +51,16 @@ def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
             _append(run_folder, cost, time.perf_counter() - started)
 
 
-def _append(run_folder: Path, cost: Cost, seconds: float) -> None:
-    import torch
+def _gpu():
+    """torch.cuda where a GPU is in use; a stage that never loaded torch used none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
+
+def _append(run_folder: Path, cost: Cost, seconds: float) -> None:
     cost.seconds = round(seconds, 2)
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gpu, resident = _gpu(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    peak = gpu.max_memory_allocated() if gpu else resident
     cost.peak_memory_gb = round(peak / 1e9, 2)
     cost.finished = time.strftime("%Y-%m-%dT%H:%M:%S")
     with ledger_path(run_folder).open("a", encoding="utf-8") as file:

@@ -63,7 +63,7 @@ def score_rows(
         parts = store.plan(
             rows,
             lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, tokens_per_batch)),
-            about={"model": model, "phi_module": scorer.values.name},
+            about={"model": model, "tuned": tuned and tuned.name, "phi_module": scorer.values.name},
         )
         with tqdm(total=sum(len(b) for part in parts for b in part), unit="samples", desc=stage) as progress:
             for part in parts:

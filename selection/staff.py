@@ -103,13 +103,11 @@ def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str
 def verification_ratio(target_scores: np.ndarray, speculative_scores: np.ndarray) -> float:
     """V_i = Σ S^t_d / Σ S^s_d over the verified samples of stratum i, step 4 of the method.
 
-    Both arrays are min–max normalised, so a stratum that holds nothing but the easiest row can sum to 0: with no
-    target effort either the models agree (1), otherwise the ratio is taken against the smallest normal float32.
+    Both arrays are min–max normalised, so a stratum that holds nothing but the easiest row sums to 0 and says nothing
+    about how the models compare: its ratio is 1, where the formula has none.
     """
     target, speculative = float(np.sum(target_scores)), float(np.sum(speculative_scores))
-    if target == speculative == 0:
-        return 1.0
-    return target / max(speculative, float(np.finfo(np.float32).tiny))
+    return target / speculative if speculative > np.finfo(np.float32).tiny else 1.0
 
 
 def allocate_budgets(sizes: list[int], ratios: list[float | None], m: int, mode: str) -> list[int]:
