@@ -99,7 +99,7 @@ class EffortScorer:
             scores = logits.detach().float()
             losses.append(functional.cross_entropy(scores, labels, reduction="none"))
             gradient = scores.softmax(-1)  # softmax − onehot, the gradient of the loss on the logits
-            gradient[torch.arange(len(labels)), labels] -= 1
+            gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
             gradients.append(torch.autograd.grad(logits, rows, gradient.to(logits.dtype))[0])
         return torch.cat(losses), torch.cat(gradients)
 
