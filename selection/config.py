@@ -46,16 +46,23 @@ class Selection(_Section):
     """b_v, samples of each stratum that the target scores."""
     hardest_cutoff: float = Field(default=0.1, ge=0, lt=1)
     """Fraction with the highest scores that is dropped before stratifying."""
-    phi: Literal["v_lora_b", "v_weight"] = "v_lora_b"
-    """φ, the parameters of the gradient: B of a fresh LoRA on the last value projection, or its own weight."""
+    phi: Literal["v_lora_b", "v_weight", "last_layer", "all_lora"] = "v_lora_b"
+    """φ, the parameters of the gradient. v_lora_b: B of a fresh LoRA on the last layer's value projection; v_weight:
+    that projection's own weight; last_layer: all weight matrices of the last layer; all_lora: every A and B of the
+    tuned LoRA (a model that has none gets a fresh one, as tuning puts it on)."""
     phi_rank: int = Field(default=81, ge=1)
-    """Rank r of the fresh LoRA, as released."""
+    """Rank r of v_lora_b's fresh LoRA, as released."""
     phi_alpha: int = Field(default=16, ge=1)
-    """α of the fresh LoRA, as released."""
+    """α of v_lora_b's fresh LoRA, as released."""
+    columns: list[Literal["el2n", "el2n_released", "entropy", "hidden_state"]] = []
+    """More columns of the score files, from the same pass: see EffortScorer.score in selection/effort.py."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of scoring; auto takes bf16 where the device computes in it."""
     tokens_per_batch: int | None = Field(default=None, ge=1)
-    """Tokens of one scoring batch, padding included; absent: 2,048 on a CPU, 16,384 on a GPU."""
+    """Tokens of one scoring batch, padding included; absent: 2,048 on a CPU and 16,384 on a
+    GPU, under all_lora 512 and 4,096."""
+    self_test: int = Field(default=4, ge=0)
+    """Rows that are also scored one by one, by plain autograd, before a scoring run; it stops where they differ."""
     seed: int = Field(default=42, ge=0)
     """Of the fresh LoRA's A, the verification draws, and every random choice of rows."""
 

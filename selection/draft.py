@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from selection.effort import plan_batches, response_losses
-from selection.value_projection import last_decoder_layer, unwrap
+from selection.phi import last_decoder_layer, unwrap
 
 _TOKENS_PER_BATCH = 2048
 

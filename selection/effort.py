@@ -1,117 +1,177 @@
 """The effort score S_d = ‖∇_φ L(θ; d)‖₂, for a batch of samples at once and exact for each of them.
 
-L is the mean cross-entropy over a sample's response tokens. One forward pass without gradients up to φ, a backward
-pass through the head and the part of the last layer above φ, and each sample's gradient norm from the projection's
-inputs and output gradients: no sample's gradient depends on the others in its batch.
+L is the mean cross-entropy over a sample's response tokens. Every weight is frozen: the forward pass keeps nothing
+below φ, the backward pass goes from the head down to φ and no further, and each sample's gradient norm comes from the
+inputs and output gradients of φ's linear maps. No sample's gradient depends on the others in its batch.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from selection.value_projection import find_value_projection, unwrap
+from selection.phi import find_phi, unwrap
+from selection.sample_norms import listening_to_linear, listening_to_lora, sum_of_squares
 
 IGNORED_LABEL = -100
-_LOGITS_AT_ONCE = 2**24  # numbers of one chunk of logits: N × vocabulary never exists as a whole
-
-
-@dataclass(frozen=True)
-class SampleScores:
-    """Per sample of a batch, float64, on the CPU."""
-
-    loss: torch.Tensor  # (B,) nats per response token
-    effort: torch.Tensor  # (B,)
+# Numbers of one chunk of logits: N × vocabulary never exists as a whole. A GPU needs more rows to be busy.
+_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
+# On a CPU composed attention is faster than fused for samples up to this length (bf16, 90 tokens: 2 times forward, 4
+# times with the backward pass); its T × T matrices make it slower for long ones.
+_COMPOSED_ATTENTION_UP_TO = 256
 
 
 class EffortScorer:
     """Scores batches on one model. The model is frozen and put into eval mode; its weights stay as they are.
 
     Args:
-        phi: "v_lora_b", the B matrix (zero) of a fresh LoRA on the value projection of the last decoder layer, or
-            "v_weight", that projection's own weight. In a fused projection only the values' part counts.
+        phi: "v_lora_b", the B matrix (zero) of a fresh LoRA on the value projection of the last decoder layer;
+            "v_weight", that projection's own weight; "last_layer", every weight matrix of the last decoder layer;
+            "all_lora", every A and B of the model's LoRA. Of a fused projection "v_…" means the values' part.
         rank, alpha: r and α of the fresh LoRA (as released: 81 and 16).
         seed: of its A matrix, drawn as PEFT draws it (Kaiming-uniform with a = √5).
+        columns: what else to return, of "el2n", "el2n_released", "entropy" and "hidden_state".
     """
 
-    def __init__(self, model: nn.Module, phi: str = "v_lora_b", rank: int = 81, alpha: int = 16, seed: int = 42):
+    def __init__(
+        self,
+        model: nn.Module,
+        phi: str = "v_lora_b",
+        rank: int = 81,
+        alpha: int = 16,
+        seed: int = 42,
+        columns: Sequence[str] = (),
+    ):
         model.requires_grad_(False).eval()
-        self.model, self.phi = unwrap(model), phi
-        self.values = find_value_projection(model)
-        self.lora_a, self.scaling = None, alpha / rank
+        self.model, self.columns = unwrap(model), columns
+        self.phi = find_phi(model, phi)
+        self.lora_a, self.lora_scaling = None, alpha / rank
+        self.device = model.device
+        self._table: torch.Tensor | None = None  # (n, V), of `_head`
         if phi == "v_lora_b":
-            bound = 1 / math.sqrt(self.values.input_width)
-            uniform = torch.rand((rank, self.values.input_width), generator=torch.Generator().manual_seed(seed))
-            self.lora_a = ((2 * uniform - 1) * bound).to(self.device)  # (r, d_in)
+            width = self.phi.maps[0].input_width
+            uniform = torch.rand((rank, width), generator=torch.Generator().manual_seed(seed))
+            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(self.phi.maps[0].weight.device)  # (r, d_in)
 
-    @property
-    def device(self) -> torch.device:
-        return self.values.weight.device
+    def score(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Score a batch of tokenised samples (labels as LLaMA-Factory makes them, −100 where there is no loss).
 
-    def score(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> SampleScores:
-        """Score a batch of tokenised samples (labels as LLaMA-Factory makes them, −100 where there is no loss)."""
-        tokens, targets = _pad(input_ids, 0, self.device), _pad(labels, IGNORED_LABEL, self.device)  # (B, T)
-        sample, position = (targets[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)  # (n,) each
-        count = torch.bincount(sample, minlength=len(tokens))  # (B,) response tokens
-
-        inputs, values, hidden = self._forward_to(tokens)
-        token_loss, head_gradient = self._head(hidden.detach()[sample, position], targets[sample, position + 1])
-        hidden_gradient = torch.zeros_like(hidden)
-        hidden_gradient[sample, position] = head_gradient
-        # Of the SUM of the token losses: one pass for all samples, each norm then divided by its own count.
-        (gradient,) = torch.autograd.grad(hidden, values, hidden_gradient)
-        norms = self._norms(inputs, gradient) / count
-        loss = torch.zeros(len(tokens), device=self.device).index_add_(0, sample, token_loss) / count
-        return SampleScores(*torch.stack([loss, norms]).double().cpu())
-
-    def _forward_to(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The value projection's input (B, T, d_in) and output (B, T, d_out), and the last hidden state (B, T, d).
-
-        The output is made the leaf of the graph: with every weight frozen, nothing below it is kept. Right padding
-        under causal attention needs no mask.
+        Returns, on the CPU, one row per sample:
+            effort (B,) and loss (B,) in nats, float64; and where asked
+            el2n (B,): ‖softmax(logits) − onehot‖₂, averaged over the response tokens (published);
+            el2n_released (B,): root mean square, over response tokens and vocabulary, of the raw logits AT a response
+                token against the one-hot of that token itself (unshifted, as released);
+            entropy (B,) of the predicted distribution in nats, averaged over the response tokens;
+            hidden_state (B, d) float32: last hidden state, averaged over the response tokens.
         """
-        seen = []
+        batch = _Batch.of(input_ids, labels, self.device, unshifted="el2n_released" in self.columns)
+        squares = torch.zeros(len(input_ids), device=self.device)
+        with self._listening(squares) as ends:
+            hidden = _last_hidden_state(self.model, batch.tokens)  # (B, T, d)
+        by_token, head_gradient = self._head(hidden.detach().flatten(0, 1)[batch.head_rows], batch)
+        gradient = torch.zeros_like(hidden)
+        gradient.flatten(0, 1)[batch.head_rows] = head_gradient
+        # Of the SUM of the token losses: one pass for all samples, each norm then divided by its own count.
+        others = self._squares_of_others(hidden, gradient)
+        torch.autograd.grad(hidden, ends, gradient, allow_unused=True)  # fills `squares`
 
-        def hook(module, inputs, output):
-            seen.extend((inputs[0].detach(), output.detach().requires_grad_()))
-            return seen[1]
+        means = {name: batch.per_sample(values) / batch.counts for name, values in by_token.items()}
+        means["effort"] = (squares + others).sqrt() / batch.counts
+        of_response = (batch.labels != IGNORED_LABEL).float()  # (B, T)
+        own_counts = of_response.sum(1)
+        if "el2n_released" in means:
+            means["el2n_released"] = (means["el2n_released"] * batch.counts / own_counts).sqrt()
+        columns = [torch.stack(list(means.values()), 1)]
+        if "hidden_state" in self.columns:
+            total = torch.einsum("bt,btd->bd", of_response, hidden.detach().float())
+            columns.append(total / own_counts[:, None])
+        on_cpu = torch.cat(columns, 1).cpu()  # the only transfer from the device
+        scores = {name: on_cpu[:, i].double() for i, name in enumerate(means)}
+        if "hidden_state" in self.columns:
+            scores["hidden_state"] = on_cpu[:, len(means) :]
+        return scores
 
-        handle = self.values.module.register_forward_hook(hook)
-        try:
-            with torch.enable_grad():
-                hidden = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-        finally:
-            handle.remove()
-        return *seen, hidden
+    @contextlib.contextmanager
+    def _listening(self, squares: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """While the decoder runs: make φ add its squared norms to `squares` (B,) in the backward pass.
 
-    def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of each response token (n,) float32, and its gradient on the hidden state (n, d)."""
-        losses, gradients = [], []
-        for rows, labels in _chunks(self.model, hidden, targets):
+        Gives the tensors at which that pass ends.
+        """
+        ends: list[torch.Tensor] = []
+        with contextlib.ExitStack() as stack:
+            for linear_map in self.phi.maps:
+                # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
+                fresh = None if self.lora_a is None else lambda x: self.lora_scaling * functional.linear(x, self.lora_a)
+                stack.enter_context(listening_to_linear(linear_map, squares, ends, fresh))
+            for pair in self.phi.loras:
+                if not ends:
+                    ends.append(torch.zeros((), device=self.device, requires_grad=True))
+                stack.enter_context(listening_to_lora(pair, squares, ends[0]))
+            for other in self.phi.others.values():
+                stack.callback(other.requires_grad_, False)
+                other.requires_grad_(True)
+            stack.enter_context(torch.enable_grad())
+            yield ends
+
+    def _head(self, hidden: torch.Tensor, batch: "_Batch") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """By-token figures (n,) float32 of the head's rows, zero where a row is none of theirs, and the gradient of
+        the token losses on the hidden state (n, d).
+
+        One float32 table, kept from batch to batch, holds a chunk's logits, log-probabilities, probabilities and
+        their gradient in turn: fresh memory of that size costs more than what is computed in it.
+        """
+        size = _rows_at_once(self.model)
+        figures, gradients = [], []
+        for rows, targets, own in zip(*(each.split(size) for each in (hidden, batch.targets, batch.own)), strict=True):
             rows = rows.detach().requires_grad_()
             with torch.enable_grad():
                 logits = _logits(self.model, rows)
-            scores = logits.detach().float()
-            losses.append(functional.cross_entropy(scores, labels, reduction="none"))
-            gradient = scores.softmax(-1)  # softmax − onehot, the gradient of the loss on the logits
-            gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
-            gradients.append(torch.autograd.grad(logits, rows, gradient.to(logits.dtype))[0])
-        return torch.cat(losses), torch.cat(gradients)
+            if self._table is None or len(self._table) < len(rows):
+                self._table = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+            scores = self._table[: len(rows)]
+            raw = logits.detach() if logits.dtype == torch.float32 else scores.copy_(logits.detach())
+            predicts = (targets != IGNORED_LABEL).float()
+            target, own_token = targets.clamp(min=0)[:, None], own.clamp(min=0)[:, None]
+            figure = {}
+            if "el2n_released" in self.columns:
+                squared = sum_of_squares(raw, -1) - 2 * raw.gather(1, own_token).squeeze(1) + 1
+                figure["el2n_released"] = squared / scores.shape[1] * (own != IGNORED_LABEL)
+            torch.log_softmax(raw, -1, out=scores)
+            loss = -scores.gather(1, target).squeeze(1)
+            figure["loss"] = loss * predicts
+            scores.exp_()
+            if "entropy" in self.columns:
+                figure["entropy"] = torch.special.entr(scores).sum(-1) * predicts
+            scores.scatter_(1, target, torch.expm1(-loss)[:, None])  # softmax − onehot, the gradient on the logits
+            if "el2n" in self.columns:
+                figure["el2n"] = sum_of_squares(scores, -1).sqrt() * predicts
+            if "el2n_released" in self.columns:  # only then is there a row without a token to predict
+                scores.mul_(predicts[:, None])
+            gradients.append(torch.autograd.grad(logits, rows, scores.to(logits.dtype))[0])
+            figures.append(figure)
+        return {name: torch.cat([figure[name] for figure in figures]) for name in figures[0]}, torch.cat(gradients)
 
-    def _norms(self, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Per-sample norms (B,) of ∇_φ of the summed loss, accumulated in float32."""
-        if self.values.value_columns is not None:
-            gradient = gradient[..., self.values.value_columns.to(gradient.device)]
-        inputs, gradient = inputs.float(), gradient.float()
-        if self.lora_a is not None:  # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
-            projected = functional.linear(inputs, self.lora_a)  # (B, T, r)
-            return self.scaling * torch.einsum("bto,btr->bor", gradient, projected).flatten(1).norm(dim=1)
-        return torch.stack([(g.T @ x).norm() for g, x in zip(gradient, inputs, strict=True)])  # ∇_W = Σ_t g_t x_tᵀ
+    def _squares_of_others(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | float:
+        """Squared norms (B,) for φ's matrices outside linear maps: one backward pass of the last layer per sample.
+
+        In experts held as one tensor, tokens of all samples mix; nothing there says whose a row is.
+        """
+        if not self.phi.others:
+            return 0.0
+        squares, others = [], list(self.phi.others.values())
+        for sample in range(len(hidden)):
+            alone = torch.zeros_like(gradient)
+            alone[sample] = gradient[sample]
+            parts = torch.autograd.grad(hidden, others, alone, retain_graph=True, allow_unused=True)
+            squares.append(sum(sum_of_squares(part) for part in parts if part is not None))
+        return torch.stack(squares)
 
 
 @torch.no_grad()
@@ -120,21 +180,81 @@ def response_losses(
 ) -> torch.Tensor:
     """Mean cross-entropy per response token of each sample (B,): a forward pass and nothing else."""
     model = unwrap(model)
-    tokens, targets = _pad(input_ids, 0, model.device), _pad(labels, IGNORED_LABEL, model.device)
-    sample, position = (targets[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
-    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[sample, position]
+    batch = _Batch.of(input_ids, labels, model.device)
+    hidden = _last_hidden_state(model, batch.tokens).flatten(0, 1)
+    size = _rows_at_once(model)
     losses = [
-        functional.cross_entropy(_logits(model, rows).float(), labels, reduction="none")
-        for rows, labels in _chunks(model, hidden, targets[sample, position + 1])
+        functional.cross_entropy(_logits(model, rows).float(), targets, reduction="none")
+        for rows, targets in zip(hidden[batch.head_rows].split(size), batch.targets.split(size), strict=True)
     ]
-    total = torch.zeros(len(tokens), device=tokens.device).index_add_(0, sample, torch.cat(losses))
-    return total / torch.bincount(sample, minlength=len(tokens))
+    return batch.per_sample(torch.cat(losses)) / batch.counts
 
 
-def _chunks(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor):
-    """Pieces of (n, d) hidden states and (n,) targets whose logits fit `_LOGITS_AT_ONCE`."""
-    rows = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    return zip(hidden.split(rows), targets.split(rows), strict=True)
+@dataclass(frozen=True)
+class _Batch:
+    """Right-padded samples, and the rows of their last hidden states (flattened to (B·T, d)) that the head reads.
+
+    Right padding under causal attention needs no mask. Indices are made on the CPU: a GPU is never waited for.
+    """
+
+    tokens: torch.Tensor  # (B, T)
+    labels: torch.Tensor  # (B, T)
+    head_rows: torch.Tensor  # (n,)
+    targets: torch.Tensor  # (n,) the next token where the loss counts it, else IGNORED_LABEL
+    own: torch.Tensor  # (n,) the token of the row itself where it is of a response, else IGNORED_LABEL
+    sample: torch.Tensor  # (n,) whose row it is
+    counts: torch.Tensor  # (B,) float32, response tokens that the loss counts
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[int]],
+        device: torch.device,
+        unshifted: bool = False,
+    ) -> "_Batch":
+        """`unshifted`: give the head the response tokens' own rows too, not only those that predict one."""
+        shape = len(input_ids), max(map(len, input_ids))
+        tokens, own, targets = np.zeros(shape, int), np.full(shape, IGNORED_LABEL), np.full(shape, IGNORED_LABEL)
+        for i, (ids, label) in enumerate(zip(input_ids, labels, strict=True)):
+            tokens[i, : len(ids)] = ids
+            own[i, : len(label)] = label
+        targets[:, :-1] = own[:, 1:]
+        wanted = targets != IGNORED_LABEL
+        counts = wanted.sum(1)
+        if unshifted:
+            wanted |= own != IGNORED_LABEL
+        sample, _ = wanted.nonzero()
+        arrays = tokens, own, wanted.ravel().nonzero()[0], targets[wanted], own[wanted], sample
+        return cls(*(torch.from_numpy(a).to(device) for a in arrays), torch.from_numpy(counts).float().to(device))
+
+    def per_sample(self, values: torch.Tensor) -> torch.Tensor:
+        """(n,) by head row, summed by sample (B,)."""
+        return torch.zeros_like(self.counts).index_add_(0, self.sample, values)
+
+
+def _last_hidden_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """What the decoder makes of tokens (B, T): (B, T, d), with the attention that suits their length."""
+    chosen = model.config._attn_implementation
+    composed = (
+        chosen == "sdpa"
+        and tokens.device.type == "cpu"
+        and tokens.shape[1] <= _COMPOSED_ATTENTION_UP_TO
+        # Fused attention leaves this out: such a model is another one composed.
+        and not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    )
+    if composed:
+        model.set_attn_implementation("eager")
+    try:
+        return model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    finally:
+        if composed:
+            model.set_attn_implementation(chosen)
+
+
+def _rows_at_once(model: PreTrainedModel) -> int:
+    """Rows of hidden states whose logits make one chunk."""
+    return max(1, _LOGITS_AT_ONCE.get(model.device.type, 2**24) // model.config.get_text_config().vocab_size)
 
 
 class _Hidden(BaseModelOutputWithPast):
@@ -157,10 +277,11 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
         del decoder.forward
 
 
-def _pad(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> torch.Tensor:
-    """Right-pad to the longest: (B, T) int64."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
+def tokens_per_batch(phi: str, device: torch.device) -> int:
+    """Tokens of a batch where nothing is configured. Under all_lora the whole model keeps its activations; a CPU loses
+    no speed by small batches."""
+    small, large = (512, 2048) if device.type == "cpu" else (4096, 16384)
+    return small if phi == "all_lora" else large
 
 
 def plan_batches(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

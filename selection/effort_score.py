@@ -17,11 +17,11 @@ from finetune.data_split import training_split  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import SPECULATIVE_SCORES  # noqa: E402
 from selection.scoring import score_rows  # noqa: E402
-from selection.stage import load_experiment_from_arguments  # noqa: E402
+from selection.stage import load_scoring_arguments  # noqa: E402
 
 
 def main() -> None:
-    experiment = load_experiment_from_arguments(argparse.ArgumentParser(description=__doc__))
+    experiment = load_scoring_arguments(argparse.ArgumentParser(description=__doc__))
     tuned = experiment.tuned_small
     if not tuned.exists():
         raise UserError(f"the speculative model is not tuned yet (no {tuned}): run finetune.py with this configuration")

@@ -1,17 +1,17 @@
-"""Load a model for scoring: plain transformers and PEFT, weights in the asked number format, adapters unmerged."""
+"""Load a model for scoring: plain transformers and PEFT, all weights in the asked number format, adapters unmerged."""
 
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as QUERY_AND_VALUE
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from selection.device import device
 from selection.errors import UserError
-from selection.value_projection import unwrap
+from selection.phi import unwrap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -25,9 +25,13 @@ def load_for_scoring(model: str, tuned: Path | None, precision: str, reset_query
     """
     source = str(tuned) if tuned is not None and not (tuned / "adapter_config.json").exists() else model
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[precision]).to(device())
+        config = AutoConfig.from_pretrained(source).get_text_config()
+        # Fused attention leaves the soft-capping of attention logits out; LLaMA-Factory does not tune with it either.
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[precision], attn_implementation=attention)
+        loaded = loaded.to(device())
         if tuned is not None and source == model:
-            loaded = PeftModel.from_pretrained(loaded, tuned)
+            loaded = PeftModel.from_pretrained(loaded, tuned, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load model {source}: {error}") from None
     if reset_query_value:
@@ -44,6 +48,15 @@ def _reset_query_value(model: nn.Module) -> None:
         if name.endswith(tuple(f".{target}" for target in QUERY_AND_VALUE[model_type])) and hasattr(module, "lora_B"):
             for matrix in module.lora_B.values():
                 nn.init.zeros_(matrix.weight)
+
+
+def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: int) -> PeftModel:
+    """`model` with a LoRA as tuning puts it on: A random, B zero. `target`: LLaMA-Factory's lora_target."""
+    modules = "all-linear" if target == "all" else [name.strip() for name in target.split(",")]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
+        return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
 
 
 def count_parameters(model: nn.Module) -> int:

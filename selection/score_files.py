@@ -21,6 +21,13 @@ SCHEMA = pa.schema(
         ("effort", pa.float64()),  # S_d = ‖∇_φ L‖₂
     ]
 )
+# Where `selection.columns` asks for them, after those.
+MORE_COLUMNS = {
+    "el2n": pa.float64(),
+    "el2n_released": pa.float64(),
+    "entropy": pa.float64(),  # nats
+    "hidden_state": pa.list_(pa.float32()),  # (d,)
+}
 
 
 @dataclass(frozen=True)
@@ -169,11 +176,11 @@ class ScoreFolder:
         return [part for part in parts if not self._part_path(part).exists()]
 
     def write_part(self, part: list[list[int]], columns: dict[str, np.ndarray], seconds: float, tokens: int) -> None:
-        """One finished part, then its cost. `columns` follow SCHEMA, in the order of the part's rows."""
-        table = pa.table(
-            [pa.array(columns[name], type) for name, type in zip(SCHEMA.names, SCHEMA.types, strict=True)],
-            schema=SCHEMA,
-        )
+        """One finished part, then its cost. `columns` are SCHEMA's and some of MORE_COLUMNS, in the part's order."""
+        schema = SCHEMA
+        for name in MORE_COLUMNS.keys() & columns.keys():
+            schema = schema.append(pa.field(name, MORE_COLUMNS[name]))
+        table = pa.table([pa.array(list(columns[field.name]), field.type) for field in schema], schema=schema)
         with atomic_path(self._part_path(part)) as draft:
             pa.parquet.write_table(table, draft)
         cost = self.manifest["cost"]

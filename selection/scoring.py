@@ -5,19 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 from tqdm import tqdm
 
 from finetune import llama_factory
 from finetune.data_split import TrainingSplit
 from finetune.tuning import check_base
 from selection.config import Experiment
-from selection.device import choose_precision, device, device_name
-from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches
+from selection.device import choose_precision, device_name
+from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.errors import UserError
 from selection.files import model_fingerprint
 from selection.ledger import Cost, measured
-from selection.models import count_parameters, load_for_scoring
+from selection.models import count_parameters, load_for_scoring, with_fresh_lora
 from selection.score_files import ScoreFolder
+from selection.self_test import TOLERANCE, self_test
 
 _ROWS_PER_PART = 256  # what a killed run loses at most
 
@@ -33,6 +35,7 @@ def score_rows(
 ) -> None:
     """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already.
 
+    The first `selection.self_test` rows are scored one by one too, and must agree with their batch.
     Released: each score is doubled, as by the released code's two backward passes per sample; nothing that follows
     depends on the factor. Raises: UserError for a score that is NaN or infinite, naming the row.
     """
@@ -58,12 +61,24 @@ def score_rows(
                 f"template {experiment.template} makes token {highest}, which {model} has no embedding for: "
                 "give the model's own template"
             )
-        scorer = EffortScorer(loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed)
-        tokens_per_batch = settings.tokens_per_batch or (16384 if device().type == "cuda" else 2048)
+        if settings.phi == "all_lora" and not isinstance(loaded, PeftModel):
+            loaded = with_fresh_lora(loaded, **_fresh_lora(experiment), seed=settings.seed)
+        scorer = EffortScorer(
+            loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, settings.columns
+        )
+        if first := rows[: settings.self_test].tolist():
+            samples = tokenised[first]
+            names = [f"row {row} of the training split (id {split.ids[row]})" for row in first]
+            worst = self_test(scorer, samples["input_ids"], samples["labels"], names, precision)
+            print(
+                f"self-test: {len(first)} samples in a batch and one by one agree to {worst:.2g} relative "
+                f"({precision} allows {TOLERANCE[precision]:g})"
+            )
+        budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
         parts = store.plan(
             rows,
-            lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, tokens_per_batch)),
-            about={"model": model, "tuned": tuned and tuned.name, "phi_module": scorer.values.name},
+            lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)),
+            about={"model": model, "tuned": tuned and tuned.name, "phi_modules": scorer.phi.modules},
         )
         with tqdm(total=sum(len(b) for part in parts for b in part), unit="samples", desc=stage) as progress:
             for part in parts:
@@ -93,23 +108,37 @@ def score_identity(experiment: Experiment, split: TrainingSplit, model: str, tun
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "mode": settings.mode,
-        "phi": {
-            "name": settings.phi,
-            "rank": settings.phi_rank,
-            "alpha": settings.phi_alpha,
-            "seed": settings.seed,
-        },
+        "phi": _phi_identity(experiment),
+        "columns": sorted(settings.columns),
         "precision": choose_precision(settings.precision),
     }
+
+
+def _phi_identity(experiment: Experiment) -> dict[str, Any]:
+    settings = experiment.selection
+    fresh_lora = {
+        "v_lora_b": {"rank": settings.phi_rank, "alpha": settings.phi_alpha, "seed": settings.seed},
+        "all_lora": {**_fresh_lora(experiment), "seed": settings.seed},
+    }
+    return {"name": settings.phi} | fresh_lora.get(settings.phi, {})
+
+
+def _fresh_lora(experiment: Experiment) -> dict[str, Any]:
+    """What tuning would put on the target: LLaMA-Factory's keys, with its own defaults."""
+    keys = experiment.training | experiment.target_training
+    rank = keys.get("lora_rank", 8)
+    return {"rank": rank, "alpha": keys.get("lora_alpha") or 2 * rank, "target": keys.get("lora_target", "all")}
 
 
 def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: list[int]) -> dict[str, np.ndarray]:
     samples = tokenised[batch]
     scores = scorer.score(samples["input_ids"], samples["labels"])
-    for row, loss, effort in zip(batch, scores.loss.tolist(), scores.effort.tolist(), strict=True):
-        if not np.isfinite(loss) or not np.isfinite(effort):
+    for name, values in scores.items():
+        if not (fine := values.isfinite().reshape(len(batch), -1).all(1)).all():
+            row = batch[int((~fine).nonzero()[0])]
+            what = "not finite" if values.dim() > 1 else float(values[batch.index(row)])
             raise UserError(
-                f"row {row} of the training split (id {split.ids[row]}) has loss {loss}, effort {effort}: "
+                f"row {row} of the training split (id {split.ids[row]}) has {name} {what}: "
                 "look at the row, or score in fp32 (selection.precision)"
             )
     responses = [sum(label != IGNORED_LABEL for label in labels[1:]) for labels in samples["labels"]]
@@ -118,8 +147,7 @@ def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: l
         "id": np.array([split.ids[row] for row in batch]),
         "n_prompt_tokens": np.array([len(i) - r for i, r in zip(samples["input_ids"], responses, strict=True)]),
         "n_response_tokens": np.array(responses),
-        "loss": scores.loss.numpy(),
-        "effort": scores.effort.numpy(),
+        **{name: values.numpy() for name, values in scores.items()},
     }
 
 

@@ -19,12 +19,12 @@ from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import VERIFICATION  # noqa: E402
 from selection.score_files import ScoreFolder, read_scores  # noqa: E402
 from selection.scoring import score_identity, score_rows  # noqa: E402
-from selection.stage import load_experiment_from_arguments  # noqa: E402
+from selection.stage import load_scoring_arguments  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify, write_verification  # noqa: E402
 
 
 def main() -> None:
-    experiment = load_experiment_from_arguments(argparse.ArgumentParser(description=__doc__))
+    experiment = load_scoring_arguments(argparse.ArgumentParser(description=__doc__))
     split, settings = training_split(experiment), Settings.of(experiment.selection)
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
     scores = read_scores(experiment.small_scores)

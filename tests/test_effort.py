@@ -10,7 +10,7 @@ import transformers
 from selection.effort import EffortScorer, plan_batches, response_losses
 from selection.errors import UserError
 from selection.models import _reset_query_value
-from selection.value_projection import find_value_projection
+from selection.phi import find_value_projection
 
 VOCABULARY = 97
 COMMON = dict(
@@ -110,14 +110,14 @@ def test_weight_gradient_of_a_batch_equals_autograd_of_one(name, adapter):
 
     def value_part(gradient):
         gradient = gradient.T if "conv1d" in name else gradient  # GPT-2 keeps its weights transposed
-        gradient = gradient if values.value_columns is None else gradient[values.value_columns]
+        gradient = gradient if values.columns is None else gradient[values.columns]
         assert gradient.shape == (ARCHITECTURES[name][2], 32)
         return gradient
 
     scores = EffortScorer(model, "v_weight").score(ids, labels)
     norms, losses = autograd_norms(model, values.weight, ids, labels, value_part)
-    assert_close(scores.effort, norms)
-    assert_close(scores.loss, losses)
+    assert_close(scores["effort"], norms)
+    assert_close(scores["loss"], losses)
     assert_close(response_losses(model, ids, labels).double(), losses)
 
 
@@ -126,7 +126,7 @@ def test_lora_b_gradient_of_a_batch_equals_a_real_fresh_lora(name):
     model, (ids, labels) = make_model(name), make_samples()
     scorer = EffortScorer(model, "v_lora_b", rank=81, alpha=16, seed=3)
     scores = scorer.score(ids, labels)
-    target = next(key for key, module in model.named_modules() if module is scorer.values.module)
+    target = next(key for key, module in model.named_modules() if module is scorer.phi.maps[0].module)
     fresh = peft.LoraConfig(
         r=81, lora_alpha=16, lora_dropout=0.0, target_modules=[target], fan_in_fan_out="conv1d" in name
     )
@@ -136,17 +136,17 @@ def test_lora_b_gradient_of_a_batch_equals_a_real_fresh_lora(name):
     assert scorer.lora_a.abs().max() > 0.95 * 32**-0.5
     with torch.no_grad():
         lora_a.copy_(scorer.lora_a)
-    columns = slice(None) if scorer.values.value_columns is None else scorer.values.value_columns
+    columns = slice(None) if scorer.phi.maps[0].columns is None else scorer.phi.maps[0].columns
     norms, _ = autograd_norms(wrapped, lora_b, ids, labels, lambda gradient: gradient[columns])
-    assert_close(scores.effort, norms)
+    assert_close(scores["effort"], norms)
 
 
 def test_score_does_not_depend_on_batch_padding_or_order():
     model, (ids, labels) = make_model("llama"), make_samples(lengths=(5, 30, 9, 20, 7), prompts=(2, 5, 8, 3, 1))
     scorer = EffortScorer(model)
-    alone = torch.stack([scorer.score([i], [label]).effort[0] for i, label in zip(ids, labels, strict=True)])
-    together = scorer.score(ids, labels).effort
-    backwards = scorer.score(ids[::-1], labels[::-1]).effort.flip(0)
+    alone = torch.stack([scorer.score([i], [label])["effort"][0] for i, label in zip(ids, labels, strict=True)])
+    together = scorer.score(ids, labels)["effort"]
+    backwards = scorer.score(ids[::-1], labels[::-1])["effort"].flip(0)
     assert_close(together, alone)
     assert_close(backwards, alone)
 
@@ -154,10 +154,10 @@ def test_score_does_not_depend_on_batch_padding_or_order():
 def test_chunks_of_the_head_do_not_change_the_score(monkeypatch):
     model, (ids, labels) = make_model("llama"), make_samples()
     whole = EffortScorer(model).score(ids, labels)
-    monkeypatch.setattr("selection.effort._LOGITS_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr("selection.effort._LOGITS_AT_ONCE", {"cpu": 3 * VOCABULARY})
     pieces = EffortScorer(model).score(ids, labels)
-    assert_close(pieces.effort, whole.effort)
-    assert_close(pieces.loss, whole.loss)
+    assert_close(pieces["effort"], whole["effort"])
+    assert_close(pieces["loss"], whole["loss"])
 
 
 def test_scoring_leaves_the_model_as_it_was():
@@ -174,8 +174,8 @@ def test_bf16_ranks_like_fp32():
     lengths = [6 + i % 25 for i in range(120)]
     ids, labels = make_samples(lengths, [2 + i % 3 for i in range(120)])
     model = make_model("llama")
-    exact = EffortScorer(model).score(ids, labels).effort
-    rough = EffortScorer(model.to(torch.bfloat16)).score(ids, labels).effort
+    exact = EffortScorer(model).score(ids, labels)["effort"]
+    rough = EffortScorer(model.to(torch.bfloat16)).score(ids, labels)["effort"]
     rank = torch.stack([exact, rough]).argsort().argsort().double()
     assert torch.corrcoef(rank)[0, 1] > 0.999
 
@@ -183,8 +183,8 @@ def test_bf16_ranks_like_fp32():
 def test_a_sample_with_a_huge_loss_weighs_nothing_in_its_neighbours_score():
     model, (ids, labels) = make_model("llama"), make_samples()
     scorer = EffortScorer(model)
-    before = scorer.score(ids[:3], labels[:3]).effort
-    after = scorer.score([*ids[:3], [3] * 40], [*labels[:3], [-100] + [96] * 39]).effort[:3]
+    before = scorer.score(ids[:3], labels[:3])["effort"]
+    after = scorer.score([*ids[:3], [3] * 40], [*labels[:3], [-100] + [96] * 39])["effort"][:3]
     assert_close(after, before)
 
 

@@ -44,7 +44,7 @@ def test_stored_scores_are_autograd_on_the_rows_llama_factory_trains_on(make_exp
 
 
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(make_experiment, rows, tmp_path, monkeypatch):
-    experiment = load_experiment(make_experiment(rows), ["selection.tokens_per_batch=400"])
+    experiment = load_experiment(make_experiment(rows), ["selection.tokens_per_batch=400", "selection.self_test=0"])
     monkeypatch.setattr(scoring, "_ROWS_PER_PART", 5)
     unbroken = score(experiment, tmp_path / "unbroken")
 
@@ -97,10 +97,12 @@ def test_later_rows_join_what_is_scored_already(make_experiment, rows, tmp_path,
 
 
 def test_a_score_that_is_no_number_names_its_row(make_experiment, rows, tmp_path, monkeypatch):
-    experiment = load_experiment(make_experiment(rows))
-    norms = EffortScorer._norms
-    monkeypatch.setattr(EffortScorer, "_norms", lambda *a: norms(*a) * float("nan"))
-    with pytest.raises(UserError, match=r"row \d+ of the training split \(id [0-9a-f]{16}\) has loss .* effort nan"):
+    experiment = load_experiment(make_experiment(rows), ["selection.self_test=0"])
+    score_batch = EffortScorer.score
+    monkeypatch.setattr(
+        EffortScorer, "score", lambda *a: score_batch(*a) | {"effort": torch.full((len(a[1]),), torch.nan)}
+    )
+    with pytest.raises(UserError, match=r"row \d+ of the training split \(id [0-9a-f]{16}\) has effort nan"):
         score(experiment, tmp_path / "scores")
     assert not list((tmp_path / "scores").glob("part-*"))
 

@@ -1,8 +1,9 @@
-"""Find φ in a model without knowing its family: the last decoder layer's value projection."""
+"""Find φ, the parameters that the gradient is taken for, in a model without knowing its family."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,19 +14,90 @@ from selection.errors import UserError
 
 
 @dataclass(frozen=True)
-class ValueProjection:
+class LinearMap:
+    """A linear map of the model, (B, T, d_in) -> (B, T, d_out), whose weight belongs to φ."""
+
     name: str
-    module: nn.Module  # (B, T, d_in) -> (B, T, d_out); in a fused projection d_out holds more than the values
-    value_columns: torch.Tensor | None  # columns of the output that are values; None: all of them
+    module: nn.Module
+    columns: torch.Tensor | None = None  # of the output that count; None: all
 
     @property
     def weight(self) -> nn.Parameter:
-        return _linear(self.module).weight
+        return linear(self.module).weight
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (d_in, d_out), as in GPT-2."""
+        return isinstance(linear(self.module), Conv1D)
 
     @property
     def input_width(self) -> int:
         """d_in."""
-        return self.weight.shape[0 if isinstance(_linear(self.module), Conv1D) else 1]
+        return self.weight.shape[0] if self.transposed else linear(self.module).in_features
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """A LoRA's A and B on one linear map."""
+
+    name: str
+    module: LoraLayer
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Phi:
+    """The parameters that the gradient is taken for."""
+
+    name: str  # as in the configuration: v_lora_b, v_weight, last_layer or all_lora
+    maps: list[LinearMap] = field(default_factory=list)
+    others: dict[str, nn.Parameter] = field(default_factory=dict)  # in no linear map: experts as one tensor, routers
+    loras: list[LoraPair] = field(default_factory=list)
+
+    @property
+    def modules(self) -> list[str]:
+        """Names, for the reader of a manifest."""
+        return [*(each.name for each in (*self.maps, *self.loras)), *self.others]
+
+
+def find_phi(model: nn.Module, name: str) -> Phi:
+    """Raises: UserError naming the modules looked at where the model has no such parameters."""
+    if name == "all_lora":
+        return Phi(name, loras=_lora_pairs(model))
+    if name == "last_layer":
+        layer_name, layer = last_decoder_layer(model)
+        found = projections(layer)
+        inside = {id(parameter) for module in found.values() for parameter in module.parameters()}
+        others = {
+            f"{layer_name}.{key}": parameter
+            for key, parameter in layer.named_parameters()
+            if parameter.dim() >= 2 and id(parameter) not in inside and "lora_" not in key
+        }
+        maps = [LinearMap(f"{layer_name}.{key}", linear(module)) for key, module in found.items()]
+        return Phi(name, maps, others)
+    return Phi(name, [find_value_projection(model)])
+
+
+def _lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """Every A and B of the model's active LoRA."""
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        active = [adapter for adapter in module.active_adapters if adapter in module.scaling]
+        plain = len(active) == 1 and active[0] in module.lora_A and isinstance(module.lora_A[active[0]], nn.Linear)
+        if not plain or module.lora_variant or module.merged or module.lora_B[active[0]].bias is not None:
+            raise UserError(
+                f"phi all_lora: {name} has no plain A and B (DoRA, an embedding, a bias, merged, or several adapters): "
+                "use phi last_layer"
+            )
+        found.append(LoraPair(name, module, active[0]))
+    if not found:
+        looked_at = ", ".join(projections(last_decoder_layer(model)[1])) or "no linear map"
+        raise UserError(
+            f"phi all_lora: found no LoRA in {type(unwrap(model)).__name__}: its last layer has {looked_at}"
+        )
+    return found
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -50,7 +122,7 @@ def last_decoder_layer(model: nn.Module) -> tuple[str, nn.Module]:
     return f"{name}.{len(layers) - 1}", layers[-1]
 
 
-def _linear(module: nn.Module) -> nn.Module:
+def linear(module: nn.Module) -> nn.Module:
     """The linear map itself, under PEFT's wrapper if there is one."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -59,7 +131,7 @@ def projections(layer: nn.Module) -> dict[str, nn.Module]:
     """The layer's linear maps by name (in GPT-2 they are Conv1D); a PEFT wrapper counts, what is inside it does not."""
     found: dict[str, nn.Module] = {}
     for name, module in layer.named_modules():
-        if isinstance(_linear(module), nn.Linear | Conv1D) and not any(name.startswith(outer + ".") for outer in found):
+        if isinstance(linear(module), nn.Linear | Conv1D) and not any(name.startswith(outer + ".") for outer in found):
             found[name] = module
     return found
 
@@ -68,7 +140,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def find_value_projection(model: nn.Module) -> ValueProjection:
+def find_value_projection(model: nn.Module) -> LinearMap:
     """Find it by what it does, not by what it is called.
 
     In a sequence of one token attention has one weight, 1, whatever query and key say: their gradient vanishes and
@@ -127,4 +199,4 @@ def find_value_projection(model: nn.Module) -> ValueProjection:
         )
     name = values[-1]  # in compressed attention the last of the chain makes the values
     columns = None if alive[name].all() else alive[name].nonzero().squeeze(1)
-    return ValueProjection(f"{layer_name}.{name}", layer.get_submodule(name), columns)
+    return LinearMap(f"{layer_name}.{name}", layer.get_submodule(name), columns)

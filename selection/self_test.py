@@ -1,0 +1,91 @@
+"""The effort score taken the plain way, one sample at a time by autograd alone, and the check of a run against it."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.nn import functional
+
+from selection.effort import EffortScorer
+from selection.errors import UserError
+
+# Largest relative difference of a score that is the number format's own noise.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.1}
+
+
+def scores_one_by_one(
+    scorer: EffortScorer, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Effort and loss (n,) float64 of each sample: the model's own loss, one backward pass, φ's gradient, its norm."""
+    efforts, losses = [], []
+    with _phi_as_parameters(scorer) as (parameters, of_interest):
+        for ids, label in zip(input_ids, labels, strict=True):
+            tokens, targets = (torch.tensor([row], device=scorer.device) for row in (ids, label))
+            loss = scorer.model(input_ids=tokens, labels=targets, use_cache=False).loss
+            gradients = of_interest(torch.autograd.grad(loss, parameters, allow_unused=True))
+            efforts.append(sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5)
+            losses.append(loss.item())
+    return torch.tensor(efforts, dtype=torch.double), torch.tensor(losses, dtype=torch.double)
+
+
+@contextlib.contextmanager
+def _phi_as_parameters(scorer: EffortScorer) -> Iterator[tuple[list[torch.Tensor], Callable]]:
+    """φ as tensors that require a gradient, and what of their gradients counts."""
+    phi, undo = scorer.phi, contextlib.ExitStack()
+    matrices = [pair.module.lora_A[pair.adapter].weight for pair in phi.loras]
+    matrices += [pair.module.lora_B[pair.adapter].weight for pair in phi.loras]
+    parameters = [each.weight for each in phi.maps] + list(phi.others.values()) + matrices
+    columns, transposed = (phi.maps[0].columns, phi.maps[0].transposed) if phi.maps else (None, False)
+    if scorer.lora_a is not None:  # a zero B behind the same A, added to the value projection's output
+        a = scorer.lora_a
+        width = parameters[0].shape[1 if transposed else 0]
+        parameters, transposed = [torch.zeros((width, len(a)), device=a.device)], False
+
+        def add_fresh_lora(module, inputs, output):
+            added = functional.linear(functional.linear(inputs[0].float(), a), parameters[0])
+            return output + (scorer.lora_scaling * added).to(output.dtype)
+
+        undo.enter_context(phi.maps[0].module.register_forward_hook(add_fresh_lora))
+
+    def of_interest(gradients: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        if columns is None:
+            return gradients
+        (gradient,) = gradients
+        return [(gradient.T if transposed else gradient)[columns.to(gradient.device)]]
+
+    with undo, torch.enable_grad():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield parameters, of_interest
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
+
+def self_test(
+    scorer: EffortScorer,
+    input_ids: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    names: Sequence[str],
+    precision: str,
+) -> float:
+    """Score the samples as one batch and one by one; the largest relative difference of effort or loss.
+
+    `names` say what each sample is. Raises: UserError where it exceeds the tolerance of `precision`.
+    """
+    batched = scorer.score(input_ids, labels)
+    effort, loss = scores_one_by_one(scorer, input_ids, labels)
+    worst = 0.0
+    for what, ours, plain in (("effort", batched["effort"], effort), ("loss", batched["loss"], loss)):
+        difference = (ours - plain).abs() / plain.clamp(min=1e-30)
+        if not (difference <= TOLERANCE[precision]).all():  # NaN too
+            i = int(difference.nan_to_num(torch.inf).argmax())
+            raise UserError(
+                f"self-test: {names[i]} has {what} {ours[i]:.7g} in a batch and {plain[i]:.7g} alone, a relative "
+                f"difference of {difference[i]:.2g} where {precision} allows {TOLERANCE[precision]:g}: this model's "
+                "samples are not independent of their batch here; score in fp32 (selection.precision), and if that "
+                "does not help please report the model"
+            )
+        worst = max(worst, float(difference.max()))
+    return worst
