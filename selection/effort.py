@@ -73,14 +73,15 @@ class EffortScorer:
         """
         batch = _Batch.of(input_ids, labels, self.device, unshifted="el2n_released" in self.columns)
         squares = torch.zeros(len(input_ids), device=self.device)
-        with self._listening(squares) as ends:
+        with self._listening(squares, batch.tokens.shape[1]) as ends:
             hidden = _last_hidden_state(self.model, batch.tokens)  # (B, T, d)
-        by_token, head_gradient = self._head(hidden.detach().flatten(0, 1)[batch.head_rows], batch)
-        gradient = torch.zeros_like(hidden)
-        gradient.flatten(0, 1)[batch.head_rows] = head_gradient
-        # Of the SUM of the token losses: one pass for all samples, each norm then divided by its own count.
-        others = self._squares_of_others(hidden, gradient)
-        torch.autograd.grad(hidden, ends, gradient, allow_unused=True)  # fills `squares`
+            by_token, head_gradient = self._head(hidden.detach().flatten(0, 1)[batch.head_rows], batch)
+            gradient = hidden.new_zeros(hidden.shape)
+            gradient.flatten(0, 1)[batch.head_rows] = head_gradient
+            # Of the SUM of the token losses: one pass for all samples, each norm then divided by its own count.
+            others = self._squares_of_others(hidden, gradient)
+            squares.zero_()  # those passes may have gone through a map that listens
+            torch.autograd.grad(hidden, ends, gradient, allow_unused=True)  # fills `squares`
 
         means = {name: batch.per_sample(values) / batch.counts for name, values in by_token.items()}
         means["effort"] = (squares + others).sqrt() / batch.counts
@@ -99,8 +100,9 @@ class EffortScorer:
         return scores
 
     @contextlib.contextmanager
-    def _listening(self, squares: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-        """While the decoder runs: make φ add its squared norms to `squares` (B,) in the backward pass.
+    def _listening(self, squares: torch.Tensor, length: int) -> Iterator[list[torch.Tensor]]:
+        """While the decoder runs on samples of `length` tokens: φ adds its squared norms to `squares` (B,) in the
+        backward pass.
 
         Gives the tensors at which that pass ends.
         """
@@ -109,11 +111,11 @@ class EffortScorer:
             for linear_map in self.phi.maps:
                 # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
                 fresh = None if self.lora_a is None else lambda x: self.lora_scaling * functional.linear(x, self.lora_a)
-                stack.enter_context(listening_to_linear(linear_map, squares, ends, fresh))
+                stack.enter_context(listening_to_linear(linear_map, squares, length, ends, fresh))
             for pair in self.phi.loras:
                 if not ends:
                     ends.append(torch.zeros((), device=self.device, requires_grad=True))
-                stack.enter_context(listening_to_lora(pair, squares, ends[0]))
+                stack.enter_context(listening_to_lora(pair, squares, length, ends[0]))
             for other in self.phi.others.values():
                 stack.callback(other.requires_grad_, False)
                 other.requires_grad_(True)
@@ -170,7 +172,8 @@ class EffortScorer:
             alone = torch.zeros_like(gradient)
             alone[sample] = gradient[sample]
             parts = torch.autograd.grad(hidden, others, alone, retain_graph=True, allow_unused=True)
-            squares.append(sum(sum_of_squares(part) for part in parts if part is not None))
+            reached = [sum_of_squares(part) for part in parts if part is not None]
+            squares.append(sum(reached, start=gradient.new_zeros((), dtype=torch.float32)))
         return torch.stack(squares)
 
 
@@ -194,7 +197,7 @@ def response_losses(
 class _Batch:
     """Right-padded samples, and the rows of their last hidden states (flattened to (B·T, d)) that the head reads.
 
-    Right padding under causal attention needs no mask. Indices are made on the CPU: a GPU is never waited for.
+    Right padding under causal attention needs no mask. Indices are made on the CPU: a GPU is not asked how many.
     """
 
     tokens: torch.Tensor  # (B, T)
@@ -272,7 +275,7 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     decoder = model.get_decoder()
     decoder.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])
     try:
-        return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return model(inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0)  # [0] would copy in its backward
     finally:
         del decoder.forward
 

@@ -51,12 +51,18 @@ def _reset_query_value(model: nn.Module) -> None:
 
 
 def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: int) -> PeftModel:
-    """`model` with a LoRA as tuning puts it on: A random, B zero. `target`: LLaMA-Factory's lora_target."""
+    """`model` with a plain LoRA of tuning's rank and α: A random, B zero. `target`: LLaMA-Factory's lora_target.
+
+    Raises: UserError where the model has no such module.
+    """
     modules = "all-linear" if target == "all" else [name.strip() for name in target.split(",")]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
-        return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+        try:
+            return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+        except ValueError as error:
+            raise UserError(f"no LoRA can be put on lora_target {target}: {error}") from None
 
 
 def count_parameters(model: nn.Module) -> int:

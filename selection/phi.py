@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,16 +80,18 @@ def find_phi(model: nn.Module, name: str) -> Phi:
 
 def _lora_pairs(model: nn.Module) -> list[LoraPair]:
     """Every A and B of the model's active LoRA."""
-    found = []
+    found, in_decoder = [], set(unwrap(model).get_decoder().modules())
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         active = [adapter for adapter in module.active_adapters if adapter in module.scaling]
         plain = len(active) == 1 and active[0] in module.lora_A and isinstance(module.lora_A[active[0]], nn.Linear)
-        if not plain or module.lora_variant or module.merged or module.lora_B[active[0]].bias is not None:
+        plain = plain and module.lora_B[active[0]].bias is None and not module.lora_variant
+        as_it_stands = not isinstance(module, ParamWrapper) and not module.merged and not module.disable_adapters
+        if not plain or not as_it_stands or module not in in_decoder:
             raise UserError(
-                f"phi all_lora: {name} has no plain A and B (DoRA, an embedding, a bias, merged, or several adapters): "
-                "use phi last_layer"
+                f"phi all_lora: {name} has no plain A and B in a decoder layer (but DoRA, a bias, several adapters, a "
+                "merged or disabled one, or it stands on embedding, head or experts): use phi last_layer"
             )
         found.append(LoraPair(name, module, active[0]))
     if not found:
@@ -198,5 +200,5 @@ def find_value_projection(model: nn.Module) -> LinearMap:
             f"found no value projection in {layer_name} of {type(unwrap(model)).__name__}: looked at {looked_at}"
         )
     name = values[-1]  # in compressed attention the last of the chain makes the values
-    columns = None if alive[name].all() else alive[name].nonzero().squeeze(1)
+    columns = None if alive[name].all() else alive[name].nonzero().squeeze(1).to(seen[name][1].device)
     return LinearMap(f"{layer_name}.{name}", layer.get_submodule(name), columns)

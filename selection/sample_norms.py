@@ -31,37 +31,51 @@ def sum_of_squares(values: torch.Tensor, dim: tuple[int, ...] | None = None) -> 
     return values.float().square().sum(dim)
 
 
-def by_sample(rows: torch.Tensor, squares: torch.Tensor, name: str) -> torch.Tensor:
-    """As (B, T, d): some families flatten samples and tokens inside a layer."""
-    if rows.dim() == 3 and len(rows) == len(squares):
-        return rows
-    if rows.dim() == 2 and len(rows) % len(squares) == 0:
-        return rows.unflatten(0, (len(squares), -1))
-    raise UserError(
-        f"{name} gets {tuple(rows.shape)} for {len(squares)} samples: its tokens have no sample, choose another phi"
-    )
+def by_sample(rows: torch.Tensor, shape: tuple[int, int], name: str) -> torch.Tensor:
+    """As (B, T, d), where `shape` is B, T: some families flatten samples and tokens inside a layer."""
+    if rows.shape[:-1] not in (shape, (shape[0] * shape[1],)):
+        raise UserError(f"{name} gets {tuple(rows.shape)} for {shape} tokens: whose they are is lost, take another phi")
+    return rows.reshape(*shape, rows.shape[-1])
+
+
+class _Once:
+    """Called at each use of a module: of a gradient that is the sum over two uses the norms do not add up."""
+
+    def __init__(self, name: str):
+        self.name, self.used = name, False
+
+    def __call__(self) -> None:
+        if self.used:
+            raise UserError(f"{self.name} is used twice in one forward pass: its norm is not known, take another phi")
+        self.used = True
 
 
 @contextlib.contextmanager
 def listening_to_linear(
-    linear_map: LinearMap, squares: torch.Tensor, leaves: list[torch.Tensor], projected: Callable | None = None
+    linear_map: LinearMap,
+    squares: torch.Tensor,
+    length: int,
+    leaves: list[torch.Tensor],
+    projected: Callable | None = None,
 ) -> Iterator[None]:
     """Add the norms of a linear map's weight gradient. Where its output needs no gradient yet, it becomes a leaf of
     the graph and joins `leaves`: there the backward pass ends, and below nothing was kept.
 
     `projected`: applied to the inputs first (the A of a fresh LoRA, whose B the gradient is then taken for).
     """
+    shape, once = (len(squares), length), _Once(linear_map.name)
 
     def listen(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        once()
         if not output.requires_grad:
             output = output.detach().requires_grad_()
             leaves.append(output)
-        seen = by_sample(inputs[0].detach(), squares, linear_map.name)
+        seen = by_sample(inputs[0].detach(), shape, linear_map.name)
 
         def add(gradient: torch.Tensor) -> None:
             if linear_map.columns is not None:
-                gradient = gradient[..., linear_map.columns.to(gradient.device)]
-            gradient = by_sample(gradient, squares, linear_map.name)
+                gradient = gradient[..., linear_map.columns]
+            gradient = by_sample(gradient, shape, linear_map.name)
             if projected is None:
                 squares.add_(squared_norms(seen, gradient))
             else:
@@ -78,7 +92,7 @@ def listening_to_linear(
 
 
 @contextlib.contextmanager
-def listening_to_lora(pair: LoraPair, squares: torch.Tensor, start: torch.Tensor) -> Iterator[None]:
+def listening_to_lora(pair: LoraPair, squares: torch.Tensor, length: int, start: torch.Tensor) -> Iterator[None]:
     """Add the norms of the gradients of A and B of one LoRA module.
 
     Its forward pass is taken over: the same sum W x + (α/r) B A x, without the copies that PEFT's way of writing it
@@ -86,12 +100,13 @@ def listening_to_lora(pair: LoraPair, squares: torch.Tensor, start: torch.Tensor
     here even where the inputs require none.
     """
     layer, adapter = pair.module, pair.adapter
-    scaling = layer.scaling[adapter]
+    scaling, shape, once = layer.scaling[adapter], (len(squares), length), _Once(pair.name)
 
     def forward(inputs: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        once()
         output = layer.base_layer(inputs, *args, **kwargs)
         a, b = layer.lora_A[adapter].weight.to(output.dtype), layer.lora_B[adapter].weight.to(output.dtype)
-        return _AddLora.apply(output, inputs, start, a, b, scaling, squares, pair.name)
+        return _AddLora.apply(output, inputs, start, a, b, scaling, squares, shape, pair.name)
 
     layer.forward = forward
     try:
@@ -104,21 +119,21 @@ class _AddLora(torch.autograd.Function):
     """output += (α/r) B A x; backward takes the norms of ∇_B = (α/r) Σ g (A x)ᵀ and ∇_A = (α/r) Σ (Bᵀ g) xᵀ."""
 
     @staticmethod
-    def forward(ctx, output, inputs, start, a, b, scaling, squares, name):
+    def forward(ctx, output, inputs, start, a, b, scaling, squares, shape, name):
         hidden = functional.linear(inputs, a)
         output.flatten(0, -2).addmm_(hidden.flatten(0, -2), b.T, alpha=scaling)
         ctx.mark_dirty(output)
         ctx.save_for_backward(inputs, hidden)
-        ctx.constants = a, b, scaling, squares, name
+        ctx.constants = a, b, scaling, squares, shape, name
         return output
 
     @staticmethod
     def backward(ctx, gradient):
         inputs, hidden = ctx.saved_tensors
-        a, b, scaling, squares, name = ctx.constants
+        a, b, scaling, squares, shape, name = ctx.constants
         hidden_gradient = (gradient @ b).mul_(scaling)
         seen, g, seen_hidden, g_hidden = (
-            by_sample(each, squares, name) for each in (inputs, gradient, hidden, hidden_gradient)
+            by_sample(each, shape, name) for each in (inputs, gradient, hidden, hidden_gradient)
         )
         squares.add_(squared_norms(seen_hidden, g), alpha=scaling**2).add_(squared_norms(seen, g_hidden))
-        return gradient, hidden_gradient @ a if ctx.needs_input_grad[1] else None, *[None] * 6
+        return gradient, hidden_gradient @ a if ctx.needs_input_grad[1] else None, *[None] * 7

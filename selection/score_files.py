@@ -1,5 +1,6 @@
 """Per-sample scores on disk: a folder with `manifest.json` and Parquet parts, or a plain Parquet or CSV file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,14 +137,16 @@ class ScoreFolder:
     """Scores of one model under one setting, growing part by part. Every write is atomic.
 
     `identity` says what the numbers depend on; a folder made under another identity is refused, so scores of two
-    models, data sets or number formats never mix.
+    models, data sets or number formats never mix. `columns`: of MORE_COLUMNS those that must be there; a folder that
+    has more keeps them, in every part.
     """
 
-    def __init__(self, path: Path, identity: dict, num_rows: int):
+    def __init__(self, path: Path, identity: dict, num_rows: int, columns: Sequence[str] = ()):
         self.path, self.manifest_path, self.plan_path = path, path / "manifest.json", path / "plan.json"
         self.manifest = {
             "identity": identity,
             "num_rows": num_rows,
+            "columns": [name for name in MORE_COLUMNS if name in columns],
             "code_version": code_version(),
             "cost": {"seconds": 0.0, "samples": 0, "tokens": 0},
         }
@@ -152,6 +155,8 @@ class ScoreFolder:
             self.manifest = read_json(self.manifest_path)
             if difference := first_difference(self.manifest.get("identity", {}), identity):
                 raise UserError(f"{path} holds scores made otherwise ({difference}): remove it or change output_dir")
+            if absent := [name for name in columns if name not in self.manifest["columns"]]:
+                raise UserError(f"{path} holds scores without {', '.join(absent)}: remove it or change output_dir")
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
         """Of `rows`, those that no part holds yet."""
@@ -176,9 +181,9 @@ class ScoreFolder:
         return [part for part in parts if not self._part_path(part).exists()]
 
     def write_part(self, part: list[list[int]], columns: dict[str, np.ndarray], seconds: float, tokens: int) -> None:
-        """One finished part, then its cost. `columns` are SCHEMA's and some of MORE_COLUMNS, in the part's order."""
+        """One finished part, then its cost. `columns` are SCHEMA's and the manifest's, in the part's order."""
         schema = SCHEMA
-        for name in MORE_COLUMNS.keys() & columns.keys():
+        for name in self.manifest["columns"]:
             schema = schema.append(pa.field(name, MORE_COLUMNS[name]))
         table = pa.table([pa.array(list(columns[field.name]), field.type) for field in schema], schema=schema)
         with atomic_path(self._part_path(part)) as draft:

@@ -21,6 +21,7 @@ from selection.models import count_parameters, load_for_scoring, with_fresh_lora
 from selection.score_files import ScoreFolder
 from selection.self_test import TOLERANCE, self_test
 
+SCORER_VERSION = 2  # counted up where a change moves scores by more than fp32's noise
 _ROWS_PER_PART = 256  # what a killed run loses at most
 
 
@@ -40,7 +41,9 @@ def score_rows(
     depends on the factor. Raises: UserError for a score that is NaN or infinite, naming the row.
     """
     settings = experiment.selection
-    store = ScoreFolder(folder, score_identity(experiment, split, model, tuned), num_rows=len(split.rows))
+    store = ScoreFolder(
+        folder, score_identity(experiment, split, model, tuned), num_rows=len(split.rows), columns=settings.columns
+    )
     precision = store.manifest["identity"]["precision"]
     if not len(store.missing(rows)):
         print(f"{stage}: reusing {folder}")
@@ -64,17 +67,17 @@ def score_rows(
         if settings.phi == "all_lora" and not isinstance(loaded, PeftModel):
             loaded = with_fresh_lora(loaded, **_fresh_lora(experiment), seed=settings.seed)
         scorer = EffortScorer(
-            loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, settings.columns
+            loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, store.manifest["columns"]
         )
+        budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
         if first := rows[: settings.self_test].tolist():
             samples = tokenised[first]
             names = [f"row {row} of the training split (id {split.ids[row]})" for row in first]
-            worst = self_test(scorer, samples["input_ids"], samples["labels"], names, precision)
+            worst = self_test(scorer, samples["input_ids"], samples["labels"], names, precision, budget)
             print(
                 f"self-test: {len(first)} samples in a batch and one by one agree to {worst:.2g} relative "
                 f"({precision} allows {TOLERANCE[precision]:g})"
             )
-        budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
         parts = store.plan(
             rows,
             lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)),
@@ -108,23 +111,24 @@ def score_identity(experiment: Experiment, split: TrainingSplit, model: str, tun
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "mode": settings.mode,
-        "phi": _phi_identity(experiment),
-        "columns": sorted(settings.columns),
+        "phi": _phi_identity(experiment, tuned),
+        "scorer": SCORER_VERSION,
         "precision": choose_precision(settings.precision),
     }
 
 
-def _phi_identity(experiment: Experiment) -> dict[str, Any]:
+def _phi_identity(experiment: Experiment, tuned: Path | None) -> dict[str, Any]:
     settings = experiment.selection
-    fresh_lora = {
-        "v_lora_b": {"rank": settings.phi_rank, "alpha": settings.phi_alpha, "seed": settings.seed},
-        "all_lora": {**_fresh_lora(experiment), "seed": settings.seed},
-    }
-    return {"name": settings.phi} | fresh_lora.get(settings.phi, {})
+    identity: dict[str, Any] = {"name": settings.phi}
+    if settings.phi == "v_lora_b":
+        identity |= {"rank": settings.phi_rank, "alpha": settings.phi_alpha, "seed": settings.seed}
+    if settings.phi == "all_lora" and (tuned is None or not (tuned / "adapter_config.json").exists()):
+        identity |= {**_fresh_lora(experiment), "seed": settings.seed}
+    return identity
 
 
 def _fresh_lora(experiment: Experiment) -> dict[str, Any]:
-    """What tuning would put on the target: LLaMA-Factory's keys, with its own defaults."""
+    """Rank, α and targets of the LoRA that tunes the target: LLaMA-Factory's keys, with its own defaults."""
     keys = experiment.training | experiment.target_training
     rank = keys.get("lora_rank", 8)
     return {"rank": rank, "alpha": keys.get("lora_alpha") or 2 * rank, "target": keys.get("lora_target", "all")}

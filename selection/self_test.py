@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional
 
-from selection.effort import EffortScorer
+from selection.effort import EffortScorer, plan_batches
 from selection.errors import UserError
 
-# Largest relative difference of a score that is the number format's own noise.
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.1}
+# Largest difference of a score that is the number format's own noise. Parity is better than 1e-5 in fp32, but the
+# gradient of a sample known by heart, softmax − 1, cancels in plain autograd too.
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 
 
 def scores_one_by_one(
@@ -51,7 +52,7 @@ def _phi_as_parameters(scorer: EffortScorer) -> Iterator[tuple[list[torch.Tensor
         if columns is None:
             return gradients
         (gradient,) = gradients
-        return [(gradient.T if transposed else gradient)[columns.to(gradient.device)]]
+        return [(gradient.T if transposed else gradient)[columns]]
 
     with undo, torch.enable_grad():
         for parameter in parameters:
@@ -69,23 +70,28 @@ def self_test(
     labels: Sequence[Sequence[int]],
     names: Sequence[str],
     precision: str,
+    budget: int,
 ) -> float:
-    """Score the samples as one batch and one by one; the largest relative difference of effort or loss.
+    """Score the samples in batches of at most `budget` tokens and one by one; the largest difference of effort or loss,
+    relative to the sample's own or to the median of all, whichever is larger.
 
     `names` say what each sample is. Raises: UserError where it exceeds the tolerance of `precision`.
     """
-    batched = scorer.score(input_ids, labels)
+    batches = plan_batches(range(len(names)), [len(ids) for ids in input_ids], budget)
+    scores = [scorer.score([input_ids[i] for i in batch], [labels[i] for i in batch]) for batch in batches]
+    order = torch.tensor([i for batch in batches for i in batch]).argsort()
+    batched = {name: torch.cat([each[name] for each in scores])[order] for name in ("effort", "loss")}
     effort, loss = scores_one_by_one(scorer, input_ids, labels)
     worst = 0.0
     for what, ours, plain in (("effort", batched["effort"], effort), ("loss", batched["loss"], loss)):
-        difference = (ours - plain).abs() / plain.clamp(min=1e-30)
+        difference = (ours - plain).abs() / plain.clamp(min=max(float(plain.median()), 1e-30))
         if not (difference <= TOLERANCE[precision]).all():  # NaN too
             i = int(difference.nan_to_num(torch.inf).argmax())
             raise UserError(
-                f"self-test: {names[i]} has {what} {ours[i]:.7g} in a batch and {plain[i]:.7g} alone, a relative "
-                f"difference of {difference[i]:.2g} where {precision} allows {TOLERANCE[precision]:g}: this model's "
-                "samples are not independent of their batch here; score in fp32 (selection.precision), and if that "
-                "does not help please report the model"
+                f"self-test: {names[i]} has {what} {ours[i]:.7g} in a batch and {plain[i]:.7g} by plain autograd, a "
+                f"relative difference of {difference[i]:.2g} where {precision} allows {TOLERANCE[precision]:g}: "
+                + ("score in fp32 (selection.precision)" if precision != "fp32" else "please report this model")
+                + ", or skip the test with --self_test 0"
             )
         worst = max(worst, float(difference.max()))
     return worst

@@ -1,6 +1,7 @@
 """The effort score of a batch equals plain autograd on one sample at a time, on any decoder."""
 
 import random
+import re
 
 import peft
 import pytest
@@ -9,8 +10,9 @@ import transformers
 
 from selection.effort import EffortScorer, plan_batches, response_losses
 from selection.errors import UserError
-from selection.models import _reset_query_value
+from selection.models import _reset_query_value, with_fresh_lora
 from selection.phi import find_value_projection
+from selection.self_test import scores_one_by_one, self_test
 
 VOCABULARY = 97
 COMMON = dict(
@@ -36,6 +38,13 @@ ARCHITECTURES = {
     "mistral": (transformers.MistralConfig, COMMON | {"sliding_window": 6}, 16),
     "mixtral": (transformers.MixtralConfig, COMMON | {"num_local_experts": 4}, 16),
     "qwen2": (transformers.Qwen2Config, COMMON, 16),
+    "qwen2-moe-shared-expert": (
+        transformers.Qwen2MoeConfig,
+        COMMON
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 24},
+        16,
+    ),
     "qwen3": (transformers.Qwen3Config, COMMON | {"head_dim": 8}, 16),
     "phi3-fused": (transformers.Phi3Config, COMMON, 16),
     "smollm3": (transformers.SmolLM3Config, COMMON, 16),
@@ -73,17 +82,18 @@ def make_samples(lengths=(5, 12, 9, 20), prompts=(2, 5, 8, 3), seed=1):
     return ids, [[-100] * p + row[p:] for row, p in zip(ids, prompts, strict=True)]
 
 
-def autograd_norms(model, parameter, ids, labels, pick=lambda gradient: gradient):
-    """The plain way: one sample, one backward pass of the model's own loss, one norm."""
+def autograd_norms(model, parameters, ids, labels, pick=lambda gradient: gradient):
+    """The plain way: one sample, one backward pass of the model's own loss, one norm over all parameters."""
     norms, losses = [], []
-    parameter.requires_grad_(True)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     for row, label in zip(ids, labels, strict=True):
-        parameter.grad = None
         loss = model(input_ids=torch.tensor([row]), labels=torch.tensor([label]), use_cache=False).loss
-        loss.backward()
-        norms.append(pick(parameter.grad).norm().item())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # an expert may have had no token
+        norms.append(sum(pick(g).double().square().sum() for g in gradients if g is not None).sqrt().item())
         losses.append(loss.item())
-    parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
     return torch.tensor(norms, dtype=torch.double), torch.tensor(losses, dtype=torch.double)
 
 
@@ -114,11 +124,13 @@ def test_weight_gradient_of_a_batch_equals_autograd_of_one(name, adapter):
         assert gradient.shape == (ARCHITECTURES[name][2], 32)
         return gradient
 
-    scores = EffortScorer(model, "v_weight").score(ids, labels)
-    norms, losses = autograd_norms(model, values.weight, ids, labels, value_part)
+    scorer = EffortScorer(model, "v_weight")
+    scores = scorer.score(ids, labels)
+    norms, losses = autograd_norms(model, [values.weight], ids, labels, value_part)
     assert_close(scores["effort"], norms)
     assert_close(scores["loss"], losses)
     assert_close(response_losses(model, ids, labels).double(), losses)
+    assert_close(scores_one_by_one(scorer, ids, labels)[0], norms)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -126,6 +138,7 @@ def test_lora_b_gradient_of_a_batch_equals_a_real_fresh_lora(name):
     model, (ids, labels) = make_model(name), make_samples()
     scorer = EffortScorer(model, "v_lora_b", rank=81, alpha=16, seed=3)
     scores = scorer.score(ids, labels)
+    one_by_one, _ = scores_one_by_one(scorer, ids, labels)
     target = next(key for key, module in model.named_modules() if module is scorer.phi.maps[0].module)
     fresh = peft.LoraConfig(
         r=81, lora_alpha=16, lora_dropout=0.0, target_modules=[target], fan_in_fan_out="conv1d" in name
@@ -137,18 +150,89 @@ def test_lora_b_gradient_of_a_batch_equals_a_real_fresh_lora(name):
     with torch.no_grad():
         lora_a.copy_(scorer.lora_a)
     columns = slice(None) if scorer.phi.maps[0].columns is None else scorer.phi.maps[0].columns
-    norms, _ = autograd_norms(wrapped, lora_b, ids, labels, lambda gradient: gradient[columns])
+    norms, _ = autograd_norms(wrapped, [lora_b], ids, labels, lambda gradient: gradient[columns])
     assert_close(scores["effort"], norms)
+    assert_close(one_by_one, norms)
 
 
-def test_score_does_not_depend_on_batch_padding_or_order():
-    model, (ids, labels) = make_model("llama"), make_samples(lengths=(5, 30, 9, 20, 7), prompts=(2, 5, 8, 3, 1))
-    scorer = EffortScorer(model)
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "with-adapter"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_last_layer_is_every_weight_matrix_of_the_last_layer(name, adapter):
+    model, (ids, labels) = make_model(name), make_samples()
+    model = with_tuned_adapter(model) if adapter else model
+    scorer = EffortScorer(model, "last_layer")
+    scores = scorer.score(ids, labels)
+    one_by_one, _ = scores_one_by_one(scorer, ids, labels)
+    matrices = [
+        parameter
+        for key, parameter in model.named_parameters()
+        if re.search(r"\b(layers|h)\.2\.", key) and parameter.dim() >= 2 and "lora_" not in key
+    ]
+    assert len(matrices) >= 4
+    norms, losses = autograd_norms(model, matrices, ids, labels)
+    assert_close(scores["effort"], norms)
+    assert_close(scores["loss"], losses)
+    assert_close(one_by_one, norms)
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["fresh", "tuned"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_lora_is_every_a_and_b(name, tuned):
+    model, (ids, labels) = make_model(name), make_samples()
+    model = with_tuned_adapter(model) if tuned else with_fresh_lora(model, rank=4, alpha=8, target="all", seed=0)
+    scorer = EffortScorer(model, "all_lora")
+    scores = scorer.score(ids, labels)
+    one_by_one, _ = scores_one_by_one(scorer, ids, labels)
+    matrices = [parameter for key, parameter in model.named_parameters() if "lora_" in key]
+    assert len(matrices) == 2 * len(scorer.phi.modules) >= 3 * 2 * 2
+    norms, losses = autograd_norms(model, matrices, ids, labels)
+    assert_close(scores["effort"], norms)
+    assert_close(scores["loss"], losses)
+    assert_close(one_by_one, norms)
+
+
+def test_more_columns_are_what_their_formulas_say():
+    model, (ids, labels) = make_model("gemma2-soft-capping"), make_samples()
+    labels[1] = [-100] * 3 + ids[1][3:6] + [-100] * 2 + ids[1][8:]  # two responses in one sample
+    columns = ("el2n", "el2n_released", "entropy", "hidden_state")
+    scores = EffortScorer(model, columns=columns).score(ids, labels)
+    plain = EffortScorer(model).score(ids, labels)
+    assert all(torch.equal(scores[name], plain[name]) for name in ("loss", "effort"))
+    for i, (row, label) in enumerate(zip(ids, labels, strict=True)):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row])).logits[0]
+            hidden = model.get_decoder()(input_ids=torch.tensor([row])).last_hidden_state[0]
+        tokens, of_response = torch.tensor(row), torch.tensor(label) != -100
+        probabilities = logits[:-1][of_response[1:]].softmax(-1)
+        onehot = torch.nn.functional.one_hot(tokens[1:][of_response[1:]], VOCABULARY)
+        unshifted = logits[of_response] - torch.nn.functional.one_hot(tokens[of_response], VOCABULARY)
+        expected = {
+            "el2n": (probabilities - onehot).norm(dim=1).mean(),
+            "el2n_released": unshifted.square().mean().sqrt(),
+            "entropy": -(probabilities * probabilities.log()).sum(1).mean(),
+            "hidden_state": hidden[of_response].mean(0),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(scores[name][i].to(value), value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer", "all_lora"])
+def test_score_does_not_depend_on_batch_padding_or_order(phi):
+    model, (ids, labels) = make_model("llama"), make_samples(lengths=(5, 60, 9, 20, 7), prompts=(2, 5, 8, 3, 1))
+    scorer = EffortScorer(with_tuned_adapter(model), phi)
     alone = torch.stack([scorer.score([i], [label])["effort"][0] for i, label in zip(ids, labels, strict=True)])
     together = scorer.score(ids, labels)["effort"]
     backwards = scorer.score(ids[::-1], labels[::-1])["effort"].flip(0)
     assert_close(together, alone)
     assert_close(backwards, alone)
+    assert_close(together, scores_one_by_one(scorer, ids, labels)[0])
+
+
+def test_long_samples_take_fused_attention_and_score_the_same(monkeypatch):
+    model, (ids, labels) = make_model("llama"), make_samples()
+    composed = EffortScorer(model).score(ids, labels)["effort"]
+    monkeypatch.setattr("selection.effort._COMPOSED_ATTENTION_UP_TO", 0)
+    assert_close(EffortScorer(model).score(ids, labels)["effort"], composed)
 
 
 def test_chunks_of_the_head_do_not_change_the_score(monkeypatch):
@@ -160,14 +244,22 @@ def test_chunks_of_the_head_do_not_change_the_score(monkeypatch):
     assert_close(pieces["loss"], whole["loss"])
 
 
-def test_scoring_leaves_the_model_as_it_was():
-    model, (ids, labels) = make_model("qwen3"), make_samples()
+@pytest.mark.parametrize("phi", ["v_lora_b", "last_layer", "all_lora"])
+def test_scoring_leaves_the_model_as_it_was(phi):
+    model, (ids, labels) = with_tuned_adapter(make_model("mixtral")), make_samples()
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    attributes = {key: set(module.__dict__) for key, module in model.named_modules()}
     with torch.no_grad():
         logits = model(torch.tensor([ids[1]])).logits
-        EffortScorer(model).score(ids, labels)
+        EffortScorer(model, phi).score(ids, labels)
+        with pytest.raises(IndexError):
+            EffortScorer(model, phi).score([[VOCABULARY + 1, 3]], [[-100, 3]])  # a token that it does not have
         assert torch.equal(logits, model(torch.tensor([ids[1]])).logits)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {key: set(module.__dict__) for key, module in model.named_modules()} == attributes
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_bf16_ranks_like_fp32():
@@ -193,6 +285,38 @@ def test_no_value_projection_is_an_error_that_names_what_was_looked_at():
     config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
     with pytest.raises(UserError, match=r"no value projection in layers\.1 .* looked at mixer\.in_proj, mixer\.x_proj"):
         EffortScorer(transformers.MambaForCausalLM(config))
+
+
+def test_all_lora_without_a_plain_lora_is_an_error_that_says_what_there_is():
+    with pytest.raises(UserError, match=r"found no LoRA in LlamaForCausalLM: its last layer has self_attn.q_proj, .*"):
+        EffortScorer(make_model("llama"), "all_lora")
+    dora = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj has no plain A and B in a decoder layer"):
+        EffortScorer(dora, "all_lora")
+
+
+def test_adapters_in_fp32_on_a_bf16_model_score_like_the_loop():
+    model = with_tuned_adapter(make_model("llama").to(torch.bfloat16))
+    assert {p.dtype for key, p in model.named_parameters() if "lora_" in key} == {torch.float32}
+    scorer = EffortScorer(model, "all_lora")
+    assert self_test(scorer, *make_samples(), "abcd", "bf16", 512) < 0.05
+
+
+def test_the_self_test_stops_at_a_score_that_depends_on_its_batch(monkeypatch):
+    model, (ids, labels) = make_model("llama"), make_samples()
+    scorer = EffortScorer(model)
+    assert self_test(scorer, ids, labels, "abcd", "fp32", 24) <= 1e-5
+    right = EffortScorer.score
+    for factor, said in ((1.001, r"self-test: c has effort .* a relative difference of 0\.00"), (torch.nan, "nan")):
+
+        def wrong(self, ids, labels, factor=factor):
+            scores = right(self, ids, labels)
+            factors = torch.tensor([factor if len(row) == 9 else 1.0 for row in ids])
+            return scores | {"effort": scores["effort"] * factors}
+
+        monkeypatch.setattr(EffortScorer, "score", wrong)
+        with pytest.raises(UserError, match=said):
+            self_test(scorer, ids, labels, "abcd", "fp32", 24)
 
 
 def test_released_mode_resets_query_and_value_adapters_only():

@@ -4,9 +4,11 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import assert_one_line_error, run_script
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune import llama_factory
@@ -99,12 +101,51 @@ def test_later_rows_join_what_is_scored_already(make_experiment, rows, tmp_path,
 def test_a_score_that_is_no_number_names_its_row(make_experiment, rows, tmp_path, monkeypatch):
     experiment = load_experiment(make_experiment(rows), ["selection.self_test=0"])
     score_batch = EffortScorer.score
-    monkeypatch.setattr(
-        EffortScorer, "score", lambda *a: score_batch(*a) | {"effort": torch.full((len(a[1]),), torch.nan)}
-    )
+    not_finite = torch.full((99,), torch.nan)
+    monkeypatch.setattr(EffortScorer, "score", lambda *a: score_batch(*a) | {"effort": not_finite[: len(a[1])]})
     with pytest.raises(UserError, match=r"row \d+ of the training split \(id [0-9a-f]{16}\) has effort nan"):
         score(experiment, tmp_path / "scores")
     assert not list((tmp_path / "scores").glob("part-*"))
+
+
+def test_more_columns_stand_beside_the_scores(make_experiment, rows, tmp_path):
+    columns = "selection.columns=[hidden_state, entropy]"
+    experiment = load_experiment(make_experiment(rows), [columns])
+    scores = score(experiment, tmp_path / "scores")
+    assert np.array_equal(scores.effort, score(load_experiment(make_experiment(rows)), tmp_path / "plain").effort)
+    (part,) = (tmp_path / "scores").glob("part-*")
+    table = pyarrow.parquet.read_table(part)
+    config = AutoModelForCausalLM.from_pretrained(experiment.target_model).config
+    assert {len(state) for state in table["hidden_state"].to_pylist()} == {config.hidden_size}
+    assert 0 < np.median(table["entropy"]) <= np.log(config.vocab_size)
+    score(load_experiment(make_experiment(rows)), tmp_path / "scores")  # asks for less: reused
+    with pytest.raises(UserError, match=r"holds scores without hidden_state, entropy|entropy, hidden_state"):
+        score(experiment, tmp_path / "plain")
+
+
+def test_all_lora_takes_the_tuned_adapter_and_gives_the_untuned_target_a_fresh_one(make_experiment, rows, tmp_path):
+    config, keys = make_experiment(rows), ["selection.phi=all_lora", "training.lora_rank=3"]
+    experiment = load_experiment(config, keys)
+    split, tuned, every = training_split(experiment), experiment.tuned_small, np.arange(4)
+    tune_once(experiment, experiment.small_model, "train", split.rows, tuned, {"max_steps": 2}, SPECULATIVE_TUNING, {})
+    score_rows(experiment, split, experiment.small_model, tuned, every, tmp_path / "tuned", SPECULATIVE_SCORES)
+    samples = llama_factory.tokenised_rows(experiment, experiment.small_model, "train", split.rows)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(experiment.small_model), tuned)
+    matrices = [p.requires_grad_(True) for key, p in model.named_parameters() if "lora_" in key]
+    assert {min(p.shape) for p in matrices} == {3}
+    efforts = read_scores(tmp_path / "tuned").effort
+    for row in every:
+        model.zero_grad()
+        ids, labels = (torch.tensor([samples[int(row)][key]]) for key in ("input_ids", "labels"))
+        model(input_ids=ids, labels=labels).loss.backward()
+        norm = torch.stack([p.grad.double().norm() for p in matrices]).norm().item()
+        assert efforts[row] == pytest.approx(norm, rel=1e-5)
+
+    fresh, again = score(experiment, tmp_path / "fresh", every), score(experiment, tmp_path / "again", every)
+    assert fresh.effort.tobytes() == again.effort.tobytes()
+    assert not np.allclose(fresh.effort, efforts)
+    with pytest.raises(UserError, match=r"holds scores made otherwise \(phi:"):
+        score(load_experiment(config, ["selection.phi=all_lora", "training.lora_rank=4"]), tmp_path / "fresh", every)
 
 
 def test_released_scores_are_twice_the_published_ones(make_experiment, rows, tmp_path):
@@ -121,7 +162,8 @@ def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_expe
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
     tune_once(experiment, small, "train", split.rows, tuned, experiment.small_training, SPECULATIVE_TUNING, {})
     score_rows(experiment, split, small, tuned, every, experiment.small_scores, SPECULATIVE_SCORES)
-    run_script("selection/verify.py", "--config_path", config, "--set", f"selection.mode={mode}")
+    done = run_script("selection/verify.py", "--config_path", config, "--set", f"selection.mode={mode}")
+    assert "self-test: 4 samples in a batch and one by one agree to" in done.stdout
     verification = json.loads(experiment.verification.read_text())
     drawn = sorted(row for stratum in verification["strata"] for row in stratum["verified"])
     scored = list(read_scores(experiment.target_scores).index)
@@ -129,6 +171,8 @@ def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_expe
     assert scored == (drawn if mode == "paper" else list(range(24)))
     if mode == "paper":
         keys = ["--set", "selection.phi=v_weight"]
+        no_number = run_script("selection/verify.py", "--config_path", config, "--self_test", -1, check=False)
+        assert_one_line_error(no_number, "key selection.self_test")
         other_phi = run_script("selection/verify.py", "--config_path", config, *keys, check=False)
         assert_one_line_error(other_phi, "scores/small holds scores made otherwise (phi:")
         run_script("selection/coreset.py", "--config_path", config)
