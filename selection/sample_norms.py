@@ -27,7 +27,7 @@ def squared_norms(inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def sum_of_squares(values: torch.Tensor, dim: tuple[int, ...] | None = None) -> torch.Tensor:
-    """In float32, by pairwise summation: `vector_norm` adds up in sequence, and a million terms cost it four digits."""
+    """In float32, by pairwise summation: `vector_norm` adds up in sequence, and a million terms leave it four digits."""
     return values.float().square().sum(dim)
 
 
@@ -96,7 +96,7 @@ def listening_to_lora(pair: LoraPair, squares: torch.Tensor, length: int, start:
     """Add the norms of the gradients of A and B of one LoRA module.
 
     Its forward pass is taken over: the same sum W x + (α/r) B A x, without the copies that PEFT's way of writing it
-    makes (a tenth to a fifth of a whole pass on a CPU). `start` requires a gradient, so that the backward pass comes
+    makes (a tenth of a whole pass on a CPU). `start` requires a gradient, so that the backward pass comes
     here even where the inputs require none.
     """
     layer, adapter = pair.module, pair.adapter

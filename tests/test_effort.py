@@ -101,6 +101,15 @@ def assert_close(ours, reference):
     assert torch.all((ours - reference).abs() <= 1e-5 * reference), (ours, reference)
 
 
+def assert_scores_are_autograd(scorer, model, parameters, ids, labels):
+    """In a batch, and one by one as the self-test takes them."""
+    scores, (one_by_one, _) = scorer.score(ids, labels), scores_one_by_one(scorer, ids, labels)
+    norms, losses = autograd_norms(model, parameters, ids, labels)
+    assert_close(scores["effort"], norms)
+    assert_close(scores["loss"], losses)
+    assert_close(one_by_one, norms)
+
+
 def with_tuned_adapter(model):
     """A LoRA on every linear map, with a B that is not zero."""
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
@@ -161,18 +170,13 @@ def test_last_layer_is_every_weight_matrix_of_the_last_layer(name, adapter):
     model, (ids, labels) = make_model(name), make_samples()
     model = with_tuned_adapter(model) if adapter else model
     scorer = EffortScorer(model, "last_layer")
-    scores = scorer.score(ids, labels)
-    one_by_one, _ = scores_one_by_one(scorer, ids, labels)
     matrices = [
         parameter
         for key, parameter in model.named_parameters()
         if re.search(r"\b(layers|h)\.2\.", key) and parameter.dim() >= 2 and "lora_" not in key
     ]
     assert len(matrices) >= 4
-    norms, losses = autograd_norms(model, matrices, ids, labels)
-    assert_close(scores["effort"], norms)
-    assert_close(scores["loss"], losses)
-    assert_close(one_by_one, norms)
+    assert_scores_are_autograd(scorer, model, matrices, ids, labels)
 
 
 @pytest.mark.parametrize("tuned", [False, True], ids=["fresh", "tuned"])
@@ -181,14 +185,9 @@ def test_all_lora_is_every_a_and_b(name, tuned):
     model, (ids, labels) = make_model(name), make_samples()
     model = with_tuned_adapter(model) if tuned else with_fresh_lora(model, rank=4, alpha=8, target="all", seed=0)
     scorer = EffortScorer(model, "all_lora")
-    scores = scorer.score(ids, labels)
-    one_by_one, _ = scores_one_by_one(scorer, ids, labels)
     matrices = [parameter for key, parameter in model.named_parameters() if "lora_" in key]
     assert len(matrices) == 2 * len(scorer.phi.modules) >= 3 * 2 * 2
-    norms, losses = autograd_norms(model, matrices, ids, labels)
-    assert_close(scores["effort"], norms)
-    assert_close(scores["loss"], losses)
-    assert_close(one_by_one, norms)
+    assert_scores_are_autograd(scorer, model, matrices, ids, labels)
 
 
 def test_more_columns_are_what_their_formulas_say():
