@@ -27,7 +27,7 @@ def squared_norms(inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def sum_of_squares(values: torch.Tensor, dim: tuple[int, ...] | None = None) -> torch.Tensor:
-    """In float32, by pairwise summation: `vector_norm` adds up in sequence, and a million terms leave it four digits."""
+    """In float32, summed pairwise: `vector_norm` adds up in sequence, and a million terms leave it four digits."""
     return values.float().square().sum(dim)
 
 
