@@ -13,7 +13,7 @@ from pathlib import Path
 from finetune import llama_factory
 from selection.config import DatasetFormat, Experiment, from_repository
 from selection.errors import UserError
-from selection.files import atomic_path, digest, first_difference, read_json, write_json
+from selection.files import atomic_path, digest, first_difference, locked, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,10 @@ def write_dataset(experiment: Experiment, name: str, rows: list[dict]) -> Path:
     with atomic_path(path) as draft:
         draft.write_text(_as_json(rows, indent=1) + "\n", encoding="utf-8")
     info_path = folder / "dataset_info.json"
-    info = read_json(info_path) if info_path.exists() else {}
-    info[name] = {"file_name": path.name, **experiment.dataset_format.entry}
-    write_json(info_path, info)
+    with locked(folder):  # several coresets may be tuned at a time
+        info = read_json(info_path) if info_path.exists() else {}
+        info[name] = {"file_name": path.name, **experiment.dataset_format.entry}
+        write_json(info_path, info)
     return path
 
 

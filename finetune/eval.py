@@ -3,10 +3,11 @@
     CUDA_VISIBLE_DEVICES=0 python eval.py --config_path ../configs/demo.yaml
 
 Evaluates every tuned target of the run folder, or those named with --tuned ("untuned" is the target as it is).
-Writes <run folder>/eval/<name>/predictions.jsonl and metrics.json.
+Writes <run folder>/eval/<name>/predictions.jsonl and metrics.json, which has every answer's figures too.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -75,6 +76,10 @@ def evaluate(experiment: Experiment, name: str) -> dict:
         metrics = {metric: round(computed[f"predict_{metric}"], 4) for metric in METRICS}
         metrics |= {"samples": len(held_out), "target": experiment.target_model, "tuned": name}
         metrics |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "code_version": code_version()}
+        with (draft / "predictions.jsonl").open(encoding="utf-8") as file:
+            answers = [json.loads(line) for line in file]
+        by_sample = llama_factory.scores_by_sample([a["predict"] for a in answers], [a["label"] for a in answers])
+        metrics["by_sample"] = {metric: by_sample[metric] for metric in METRICS}
         write_json(draft / "metrics.json", metrics)
     print(f"evaluation of {name}: ROUGE-L {metrics['rouge-l']:.2f}, BLEU-4 {metrics['bleu-4']:.2f} -> {folder}")
     return metrics

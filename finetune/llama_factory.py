@@ -269,6 +269,31 @@ def predict(
     return read_json(output_dir / "predict_results.json")
 
 
+def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, list[float]]:
+    """LLaMA-Factory's own metrics of each answer, in percent; `predict` returns their means.
+
+    Keys rouge-1, rouge-2, rouge-l, bleu-4, each with one figure an answer.
+    """
+    import_llama_factory()
+    import numpy as np
+    from llamafactory.train.sft.metric import ComputeSimilarity
+    from transformers import EvalPrediction
+
+    class Texts:
+        """What the metric needs of a tokenizer; a text's number stands for its tokens."""
+
+        pad_token_id = 0
+
+        @staticmethod
+        def batch_decode(numbers, skip_special_tokens: bool) -> list[str]:
+            return [(answers + references)[number] for number in numbers]
+
+    numbers = np.arange(2 * len(answers))
+    metric = ComputeSimilarity(tokenizer=Texts)
+    metric(EvalPrediction(numbers[: len(answers)], numbers[len(answers) :]), compute_result=False)
+    return metric.score_dict
+
+
 def _check(arguments: dict[str, Any], what: str) -> None:
     """Let LLaMA-Factory parse the arguments, before anything is computed. Raises: UserError with its objection."""
     from llamafactory.hparams import get_train_args

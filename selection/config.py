@@ -25,6 +25,9 @@ _SET_BY_THE_STAGE = {
 }  # fmt: skip
 
 
+Method = Literal["staff", "random", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -36,8 +39,10 @@ class Selection(_Section):
     """Follow the published method or the authors' code wherever the two differ (the table in README.md)."""
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"
     """Which rows the target scores: the verified samples or the whole training split. Paper: sampled; released: all."""
-    methods: list[Literal["staff", "random"]] = Field(default=["staff", "random"], min_length=1)
-    """Coresets to cut."""
+    methods: list[Method] = Field(default=["staff", "random"], min_length=1)
+    """Coresets to cut. All but staff, random and length need the scores of the tuned target."""
+    variant: Literal["by_mode", "published", "released"] = "by_mode"
+    """Whose EL2N, CCS and D2: the papers' or those of STAFF's released code; by_mode: as `mode` says."""
     rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.8, 0.5, 0.3, 0.2, 0.1], min_length=1)
     """Fractions of the training split to keep; the paper's pruning rate is 1 − rate."""
     num_strata: int = Field(default=50, ge=1, le=100_000)
@@ -65,6 +70,11 @@ class Selection(_Section):
     """Rows that are also scored one by one, by plain autograd, before a scoring run; it stops where they differ."""
     seed: int = Field(default=42, ge=0)
     """Of the fresh LoRA's A, the verification draws, and every random choice of rows."""
+
+    @property
+    def baseline_variant(self) -> str:
+        """ "published" or "released"."""
+        return {"paper": "published", "released": "released"}[self.mode] if self.variant == "by_mode" else self.variant
 
     @property
     def verify_all(self) -> bool:
@@ -164,12 +174,43 @@ class Experiment(_Section):
         return self.folder / "scores" / "target"
 
     @property
+    def tuned_target_scores(self) -> Path:
+        """Of the target tuned on the whole training split, which the baselines read."""
+        return self.folder / "scores" / "target-full"
+
+    @property
     def verification(self) -> Path:
         return self.folder / "verification.json"
 
     @property
     def coresets(self) -> Path:
         return self.folder / "coresets"
+
+
+class Task(_Section):
+    """A task of a grid: an experiment, and what to change in it."""
+
+    config: str
+    """YAML of the experiment."""
+    set: list[str] = []
+    """Changes, each as `--set` takes it: key=value."""
+    paper_target: str | None = None
+    """Which target of data/paper_table1.csv this is to reproduce; absent: none."""
+    paper_task: str | None = None
+    """Which task of data/paper_table1.csv."""
+
+
+class Grid(_Section):
+    """task × method × rate × seed: what scripts/reproduce.py tunes and evaluates."""
+
+    tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Task], Field(min_length=1)]
+    """By name."""
+    methods: list[Literal["full", Method]] = Field(min_length=1)
+    """full is the target tuned on everything."""
+    rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
+    """Fractions of the training split to keep."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    """Each seeds tuning (the speculator's too), scoring and every random choice; the split stays the same."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -194,6 +235,18 @@ def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
 
     Raises: UserError for a file that cannot be read, an unknown key, a wrong type or a value out of range.
     """
+    values = _read_yaml(config_path)
+    for text in overrides:
+        _override(values, text)
+    return _validate(Experiment, values, str(config_path))
+
+
+def load_grid(config_path: str) -> Grid:
+    """Read a grid's YAML (configs/reproduce/). Raises: as `load_experiment`."""
+    return _validate(Grid, _read_yaml(config_path), str(config_path))
+
+
+def _read_yaml(config_path: str) -> dict:
     try:
         values = yaml.load(Path(config_path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -202,9 +255,7 @@ def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
         raise UserError(f"{config_path} is no readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{config_path} holds no keys: write `key: value` lines as in configs/")
-    for text in overrides:
-        _override(values, text)
-    return _validate(Experiment, values, str(config_path))
+    return values
 
 
 def validated(selection: Selection, changes: dict[str, Any]) -> Selection:

@@ -1,42 +1,55 @@
 """Cut coresets from stored scores: pure arithmetic, no model.
 
     python coreset.py --config_path ../configs/demo.yaml
+    python coreset.py --config_path ../configs/demo.yaml --method grand el2n ccs d2 --rate 0.1 0.2
     python coreset.py --scores small.parquet --target_scores target.parquet --rate 0.1 0.2 --out coresets
+    python coreset.py --method d2 --scores target.parquet --features F.npy --rate 0.1 --out coresets
 
-The first form takes scores and verification from the experiment's run folder. The second takes score folders, or
-Parquet or CSV files with columns index,effort (one row per row of the training split); each V_i comes from
---verify_per_stratum drawn samples also where the target's scores are complete. Writes OUT/METHOD-RATE.json.
+With --config_path scores and verification come from the experiment's run folder. Without, they come from score
+folders, or Parquet or CSV files with a column index and those that a method reads (one row per row of the training
+split): staff effort; length n_response_tokens; grand effort; el2n and ccs el2n; d2 el2n and hidden_state; moderate
+hidden_state; entropy entropy; random none. Each V_i comes from --verify_per_stratum drawn samples also where the
+target's scores are complete. Writes OUT/METHOD-RATE.json.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
 import numpy as np  # noqa: E402
 
-from selection.config import Selection, validated  # noqa: E402
+from selection.baselines import baseline, columns_of  # noqa: E402
+from selection.config import Experiment, Method, Selection, validated  # noqa: E402
 from selection.coreset_files import write_coreset  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
-from selection.score_files import Scores, read_scores  # noqa: E402
-from selection.staff import Choice, choose_random, choose_staff  # noqa: E402
+from selection.score_files import Scores, check_features, read_scores  # noqa: E402
+from selection.staff import Choice, choose_staff  # noqa: E402
 from selection.stage import add_experiment_arguments, load_experiment  # noqa: E402
 from selection.verification import Settings, StratumRecord, cut_strata, read_verification, verify  # noqa: E402
+
+# A method's coresets: their scores, and the choice at a rate with what is to be recorded of it.
+Coresets = tuple[Scores, Callable[[float], tuple[Choice, dict[str, Any]]]]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_experiment_arguments(parser, required=False)
     published = Selection()
-    parser.add_argument("--scores", type=Path, help="speculative scores of the whole training split")
-    parser.add_argument("--target_scores", type=Path, help="target scores, at least of the drawn samples")
-    parser.add_argument("--verification", type=Path, help="verification.json instead of --target_scores")
-    parser.add_argument("--method", nargs="+", choices=["staff", "random"], help="default: staff")
+    parser.add_argument("--scores", type=Path, help="scores of the whole training split that the method reads")
+    parser.add_argument("--target_scores", type=Path, help="staff: target scores, at least of the drawn samples")
+    parser.add_argument("--verification", type=Path, help="staff: verification.json instead of --target_scores")
+    parser.add_argument("--features", type=Path, help="d2, moderate: N x d array (.npy) instead of hidden_state")
+    parser.add_argument("--method", nargs="+", choices=get_args(Method), help="default: staff")
     parser.add_argument("--mode", choices=["paper", "released"], help=f"default: {published.mode}")
+    parser.add_argument(
+        "--variant", choices=["published", "released"], help="whose el2n, ccs and d2; default: as --mode says"
+    )
     parser.add_argument("--rate", type=float, nargs="+", help="fractions to keep")
     parser.add_argument("--num_strata", type=int, help=f"K, default {published.num_strata}")
     parser.add_argument("--verify_per_stratum", type=int, help=f"b_v, default {published.verify_per_stratum}")
@@ -47,69 +60,120 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments, experiment, selection = parse_arguments(), None, Selection()
     if arguments.config_path:
         experiment = load_experiment(arguments.config_path, arguments.set)
-        arguments.scores = arguments.scores or experiment.small_scores
-        if not arguments.target_scores:
-            arguments.verification = arguments.verification or experiment.verification
+        selection = experiment.selection
         arguments.out = arguments.out or experiment.coresets
-        arguments.method = arguments.method or experiment.selection.methods
-        arguments.rate = arguments.rate or experiment.selection.rates
-        cost = Cost(CORESETS, f"rates {', '.join(map(str, arguments.rate))}", device="CPU")
-        with measured(experiment.folder, cost):
-            cost.samples = cut_coresets(arguments, experiment.selection)
+        arguments.method = arguments.method or selection.methods
+        arguments.rate = arguments.rate or selection.rates
     else:
         if arguments.set:
             raise UserError("--set overrides keys of an experiment: give --config_path with it")
         if arguments.scores is None or not arguments.rate or arguments.out is None:
             raise UserError("give --config_path, or --scores, --rate and --out (see --help)")
         arguments.method = arguments.method or ["staff"]
-        cut_coresets(arguments, Selection())
-
-
-def cut_coresets(arguments: argparse.Namespace, selection: Selection) -> int:
-    """Cut and write every asked method at every asked rate; returns the number of rows they are cut from."""
     given = {name: getattr(arguments, name) for name in Selection.model_fields if hasattr(arguments, name)}
-    settings = Settings.of(validated(selection, {k: v for k, v in given.items() if v is not None}))
-    scores = read_scores(arguments.scores)
-    speculative = scores.of_all_rows()
+    selection = validated(selection, {k: v for k, v in given.items() if v is not None})
 
-    cut: list[tuple[str, float, Choice, dict[str, Any]]] = []  # written once everything is known to be right
-    if "random" in arguments.method:
-        for rate in arguments.rate:
-            cut.append(("random", rate, choose_random(len(speculative), rate, settings.seed), {"seed": settings.seed}))
-    if "staff" in arguments.method:
-        strata, records = cut_strata(speculative, settings), verified_strata(arguments, scores, speculative, settings)
-        ratios = [record.verification_ratio for record in records]
-        for rate in arguments.rate:
-            choice = choose_staff(speculative, strata, ratios, rate, settings.mode, settings.seed)
-            budgets = zip(records, choice.budgets, choice.filled, strict=True)
-            table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
-            record = {**asdict(settings), "strata": table, "from_hardest": choice.from_hardest}
-            cut.append(("staff", rate, choice, record))
-    for method, rate, choice, record in cut:
+    cut: list[tuple[str, float, Choice, Scores, dict[str, Any]]] = []  # written once everything is known to be right
+    for method in arguments.method:
+        if experiment is None:
+            cut += cut_coresets(arguments, None, method, selection)
+        else:
+            with measured(experiment.folder, Cost(CORESETS, method, device="CPU")) as cost:
+                cut += cut_coresets(arguments, experiment, method, selection)
+                cost.samples = len(cut[-1][3].index)
+    for method, rate, choice, scores, record in cut:
         path = write_coreset(arguments.out, method, rate, choice, scores, record)
-        print(f"{method} at rate {rate:g}: {len(choice.rows)} of {len(speculative)} rows -> {path}")
-    return len(speculative)
+        print(f"{method} at rate {rate:g}: {len(choice.rows)} of {len(scores.index)} rows -> {path}")
+
+
+def cut_coresets(
+    arguments: argparse.Namespace, experiment: Experiment | None, method: str, selection: Selection
+) -> list[tuple[str, float, Choice, Scores, dict[str, Any]]]:
+    """One method's coresets at every asked rate."""
+    source = arguments.scores or scores_of(experiment, method)
+    scores, choose = (cut_staff if method == "staff" else cut_baseline)(
+        arguments, experiment, method, source, selection
+    )
+    return [(method, rate, choice, scores, record) for rate in arguments.rate for choice, record in [choose(rate)]]
+
+
+def scores_of(experiment: Experiment, method: str) -> Path:
+    """Which scores of a run folder a method reads. Random and Length only count rows and tokens: any will do."""
+    of_small = method == "staff" or (method in ("random", "length") and experiment.small_scores.exists())
+    return experiment.small_scores if of_small else experiment.tuned_target_scores
+
+
+def cut_staff(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:
+    settings, scores = Settings.of(selection), read_scores(source)
+    speculative = scores.of_all_rows()
+    verification = arguments.verification
+    if experiment is not None and not arguments.target_scores:
+        verification = verification or experiment.verification
+    strata = cut_strata(speculative, settings)
+    records = verified_strata(arguments.target_scores, verification, scores, settings)
+    ratios = [record.verification_ratio for record in records]
+
+    def choose(rate: float) -> tuple[Choice, dict[str, Any]]:
+        choice = choose_staff(speculative, strata, ratios, rate, settings.mode, settings.seed)
+        budgets = zip(records, choice.budgets, choice.filled, strict=True)
+        table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
+        return choice, {**asdict(settings), "strata": table, "from_hardest": choice.from_hardest}
+
+    return scores, choose
 
 
 def verified_strata(
-    arguments: argparse.Namespace, scores: Scores, speculative: np.ndarray, settings: Settings
+    target_scores: Path | None, verification: Path | None, scores: Scores, settings: Settings
 ) -> list[StratumRecord]:
-    if (arguments.target_scores is None) == (arguments.verification is None):
+    if (target_scores is None) == (verification is None):
         raise UserError("STAFF needs either --target_scores or --verification beside --scores")
-    if arguments.target_scores is None:
-        return read_verification(arguments.verification, settings, scores)
-    target = read_scores(arguments.target_scores)
-    if target.index[-1] >= len(speculative):
+    if target_scores is None:
+        return read_verification(verification, settings, scores)
+    target, num_rows = read_scores(target_scores), len(scores.index)
+    if target.index[-1] >= num_rows:
         raise UserError(
-            f"{target.source} scores row {target.index[-1]}, {scores.source} only rows up to {len(speculative) - 1}: "
+            f"{target.source} scores row {target.index[-1]}, {scores.source} only rows up to {num_rows - 1}: "
             "they are scores of different data"
         )
     if target.fingerprint != scores.fingerprint and None not in (target.fingerprint, scores.fingerprint):
         raise UserError(f"{target.source} and {scores.source} are scores of different data (fingerprints differ)")
-    return verify(speculative, target, settings)
+    return verify(scores.effort, target, settings)
+
+
+def cut_baseline(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:
+    columns = columns_of(method, selection.baseline_variant)
+    elsewhere = arguments.features is not None and "hidden_state" in columns
+    scores = read_scores(source, [name for name in columns if not (elsewhere and name == "hidden_state")])
+    scores.check_complete()
+    if elsewhere:
+        scores.columns["hidden_state"] = read_features(arguments.features, len(scores.index))
+    rule = baseline(method, scores.columns, len(scores.index), selection)
+    record: dict[str, Any] = {"seed": selection.seed}
+    if method in ("el2n", "ccs", "d2"):
+        record["variant"] = selection.baseline_variant
+    if method == "length":
+        record["mode"] = selection.mode
+    if method in ("length", "ccs"):
+        record["num_strata"] = selection.num_strata
+    if method in ("length", "ccs", "d2"):
+        record["hardest_cutoff"] = selection.hardest_cutoff
+    return scores, lambda rate: (rule(rate), record)
+
+
+def read_features(path: Path, num_rows: int) -> np.ndarray:
+    """Features (N, d) from a .npy file. Raises: UserError where it is no such array, or not of N finite rows."""
+    try:
+        features = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read features from {path}: {error}") from None
+    if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind not in "fiu":
+        raise UserError(f"{path} holds no two-dimensional array of numbers: give N rows of d features")
+    if len(features) != num_rows:
+        raise UserError(f"{path} has {len(features)} rows, the scores have {num_rows}: they are of different data")
+    return check_features(features, np.arange(num_rows), str(path))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def write_coreset(
             "method": method,
             "rate": rate,
             **record,
-            "num_rows": len(scores.effort),
+            "num_rows": len(scores.index),
             "size": len(indices),
             "data_fingerprint": scores.fingerprint,
             "code_version": code_version(),

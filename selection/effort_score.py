@@ -1,8 +1,9 @@
-"""Score the training split on the tuned speculative model.
+"""Score the training split on the tuned speculative model; with --model target, on the target tuned on everything.
 
     python effort_score.py --config_path ../configs/demo.yaml
 
-Needs the speculative model tuned first (finetune/finetune.py). Writes <run folder>/scores/small.
+Needs that model tuned first (finetune/finetune.py, with the same --model). Writes <run folder>/scores/small. The
+target's one pass collects all that the baselines read, into <run folder>/scores/target-full.
 """
 
 import argparse
@@ -15,19 +16,28 @@ import numpy as np  # noqa: E402
 
 from finetune.data_split import training_split  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
-from selection.ledger import SPECULATIVE_SCORES  # noqa: E402
+from selection.ledger import SPECULATIVE_SCORES, TARGET_SCORES  # noqa: E402
+from selection.score_files import MORE_COLUMNS  # noqa: E402
 from selection.scoring import score_rows  # noqa: E402
 from selection.stage import load_scoring_arguments  # noqa: E402
 
 
 def main() -> None:
-    experiment = load_scoring_arguments(argparse.ArgumentParser(description=__doc__))
-    tuned = experiment.tuned_small
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=["small", "target"], default="small", help="which tuned model scores")
+    experiment, arguments = load_scoring_arguments(parser)
+    if arguments.model == "small":
+        model, tuned = experiment.small_model, experiment.tuned_small
+        folder, stage = experiment.small_scores, SPECULATIVE_SCORES
+    else:
+        model, tuned = experiment.target_model, experiment.tuned_target("full")
+        folder, stage = experiment.tuned_target_scores, TARGET_SCORES
+        experiment.selection.columns = list(MORE_COLUMNS)
     if not tuned.exists():
-        raise UserError(f"the speculative model is not tuned yet (no {tuned}): run finetune.py with this configuration")
+        what, option = ("speculative model", "") if arguments.model == "small" else ("target", " --model target")
+        raise UserError(f"the {what} is not tuned yet (no {tuned}): run finetune.py{option} with this configuration")
     split = training_split(experiment)
-    rows = np.arange(len(split.rows))
-    score_rows(experiment, split, experiment.small_model, tuned, rows, experiment.small_scores, SPECULATIVE_SCORES)
+    score_rows(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage)
 
 
 if __name__ == "__main__":

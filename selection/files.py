@@ -1,6 +1,7 @@
 """Writing files so that a reader never sees half of one, and hashing what they hold."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +28,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time: for files in `folder` that are read, changed and written again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
+        yield
 
 
 def write_json(path: Path, value: object) -> None:

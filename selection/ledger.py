@@ -14,8 +14,9 @@ from selection.errors import UserError
 
 CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
 SPECULATIVE_SCORES, VERIFICATION, CORESETS = "speculative scores", "verification", "coresets"
-TARGET_TUNING, EVALUATION = "target tuning", "evaluation"
+TARGET_TUNING, TARGET_SCORES, EVALUATION = "target tuning", "target scores", "evaluation"
 SELECTION_STAGES = (CUTTING, SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION, CORESETS)
+_SCORING_STAGES = (SPECULATIVE_SCORES, VERIFICATION, TARGET_SCORES)
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Cost:
     """One stage's entry. `tokens` without padding; `peak_memory_gb` of the process so far, on a GPU of the stage."""
 
     stage: str
-    what: str  # model or coreset
+    what: str  # model, coreset or method
     samples: int = 0
     tokens: int = 0
     parameters: int = 0  # of the model it ran
@@ -47,7 +48,7 @@ def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
     try:
         yield cost
     finally:
-        if sys.exc_info()[0] is None or (cost.stage in (SPECULATIVE_SCORES, VERIFICATION) and cost.samples):
+        if sys.exc_info()[0] is None or (cost.stage in _SCORING_STAGES and cost.samples):
             _append(run_folder, cost, time.perf_counter() - started)
 
 
@@ -100,7 +101,9 @@ def summarise(experiment: Experiment) -> CostSummary:
     tokens and parameters from the tuning of the small model.
     """
     costs = read_ledger(experiment.folder)
-    selection = {stage: sum(c.seconds for c in costs if c.stage == stage) for stage in SELECTION_STAGES}
+    selection = dict.fromkeys(SELECTION_STAGES, 0.0)
+    for cost in selection_costs(experiment.folder, "staff"):
+        selection[cost.stage] += cost.seconds
     small, target, verified = (
         [c for c in costs if c.stage == stage] for stage in (SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION)
     )
@@ -124,6 +127,18 @@ def summarise(experiment: Experiment) -> CostSummary:
     return CostSummary(
         selection, per_token * full_tokens, f"scaled from the small model's by tokens and size, {ratio:.1f} ×"
     )
+
+
+def selection_costs(run_folder: Path, method: str) -> list[Cost]:
+    """The entries that a method's coresets were paid with: STAFF's four stages and the cutting of its speculator;
+    for a baseline that scores the tuned target, tuning that on everything and scoring it. All rates share them."""
+    by_model = {
+        "staff": lambda c: c.stage in SELECTION_STAGES[:-1],
+        "random": lambda c: False,
+        "length": lambda c: False,
+    }.get(method, lambda c: c.stage == TARGET_SCORES or (c.stage == TARGET_TUNING and c.what == "full"))
+    costs = read_ledger(run_folder)
+    return [c for c in costs if by_model(c)] + [c for c in costs if c.stage == CORESETS and c.what == method][-1:]
 
 
 def format_summary(summary: CostSummary) -> str:

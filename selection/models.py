@@ -1,6 +1,7 @@
 """Load a model for scoring: plain transformers and PEFT, all weights in the asked number format, adapters unmerged."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -68,3 +69,23 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
 def count_parameters(model: nn.Module) -> int:
     """Weights that a forward pass multiplies with, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tuning_lora(keys: dict[str, Any]) -> dict[str, Any]:
+    """Rank, α and targets that LLaMA-Factory's training `keys` ask for, with its own defaults: for with_fresh_lora."""
+    rank = keys.get("lora_rank", 8)
+    return {"rank": rank, "alpha": keys.get("lora_alpha") or 2 * rank, "target": keys.get("lora_target", "all")}
+
+
+def parameters_of(model: str) -> int:
+    """`count_parameters` of a model folder or hub name, from its configuration alone: no weights are loaded.
+
+    Raises: UserError where the configuration cannot be read or names no causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot build model {model} from its configuration: {error}") from None
+    return count_parameters(empty)

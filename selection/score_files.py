@@ -33,17 +33,21 @@ MORE_COLUMNS = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Effort scores by row. `ids`, `fingerprint` and `num_rows` are known where our own folder was read."""
+    """Figures by row. `ids`, `fingerprint` and `num_rows` are known where our own folder was read."""
 
     index: np.ndarray  # (n,) int64, ascending, unique
-    effort: np.ndarray  # (n,) float64, finite, not negative
+    columns: dict[str, np.ndarray]  # each (n,) float64, finite, not negative; hidden_state (n, d) float32, finite
     ids: list[str] | None
     fingerprint: str | None  # of the training split
     num_rows: int | None  # of the training split
     source: str
 
-    def of_all_rows(self) -> np.ndarray:
-        """The scores as (N,), row by row. Raises: UserError where a row of the training split has none."""
+    @property
+    def effort(self) -> np.ndarray:
+        return self.columns["effort"]
+
+    def check_complete(self) -> "Scores":
+        """Raises: UserError where a row of the training split is missing."""
         num_rows = len(self.index) if self.num_rows is None else self.num_rows
         if len(self.index) != num_rows or self.index[-1] != num_rows - 1:
             gaps = np.flatnonzero(self.index != np.arange(len(self.index)))  # ascending and unique, so a gap shows
@@ -53,84 +57,132 @@ class Scores:
                 f"{self.source}: row {hole} of the training split has no score ({missing} rows in all): "
                 "every row needs one"
             )
-        return self.effort
+        return self
+
+    def of_all_rows(self) -> np.ndarray:
+        """The effort scores as (N,), row by row. Raises: UserError where a row of the training split has none."""
+        return self.check_complete().effort
 
     def only(self, rows: np.ndarray) -> "Scores":
         """Just these rows, which must have scores."""
-        return replace(self, index=rows, effort=self.at(rows), ids=None)
+        positions = self._positions(rows)
+        columns = {name: values[positions] for name, values in self.columns.items()}
+        return replace(self, index=rows, columns=columns, ids=None)
 
     def at(self, rows: np.ndarray) -> np.ndarray:
-        """The scores of `rows`. Raises: UserError naming the first row that has none."""
+        """The effort scores of `rows`. Raises: UserError naming the first row that has none."""
+        return self.effort[self._positions(rows)]
+
+    def _positions(self, rows: np.ndarray) -> np.ndarray:
         position = np.minimum(np.searchsorted(self.index, rows), len(self.index) - 1)
         if len(absent := rows[self.index[position] != rows]):
             raise UserError(f"{self.source}: row {absent[0]} was drawn for verification and has no score there")
-        return self.effort[position]
+        return position
 
 
-def read_scores(path: Path) -> Scores:
-    """Read a score folder or a plain file with columns `index,effort` (and `id`, if there).
+def read_scores(path: Path, columns: Sequence[str] = ("effort",)) -> Scores:
+    """Read a score folder or a plain file with columns `index`, those asked for (and `id`, if there).
 
     Raises: UserError for a missing or unreadable file, a missing column, no rows, a duplicate or negative index,
-    and scores that are NaN, infinite or negative; each names the row.
+    and figures that are NaN, infinite or negative; each names the row.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder: run the scoring stage first (effort_score.py, verify.py)")
     if path.is_dir():
         manifest = read_json(path / "manifest.json")
         try:
             fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
         except (KeyError, TypeError):
             raise UserError(f"{path / 'manifest.json'} is no manifest of a score folder") from None
-        parts = sorted(path.glob("part-*.parquet"))
-        if not parts:
-            raise UserError(f"{path} holds no finished part yet: run the scoring stage to its end")
-        table = pa.concat_tables([_read_table(part) for part in parts])
     else:
         fingerprint = num_rows = None
-        table = _read_table(path)
-    index, effort = (_numbers(table, name, path) for name in ("index", "effort"))
+    table = pa.concat_tables([_read_table(part, ("index", "id", *columns)) for part in _parts(path)])
+    index = _numbers(table, "index", path)
     if len(index) == 0:
         raise UserError(f"{path} holds no scores")
     if not np.isfinite(index).all() or (index != np.floor(index)).any() or index.min() < 0 or index.max() >= 2**63:
         raise UserError(f"{path}: column index must hold row numbers of the training split: 0, 1, 2, …")
     order = np.argsort(index, kind="stable")
-    index, effort = index[order].astype(np.int64), effort[order].astype(np.float64)
+    index = index[order].astype(np.int64)
     if len(repeated := index[1:][index[1:] == index[:-1]]):
         raise UserError(f"{path}: row {repeated[0]} has more than one score")
-    if len(bad := np.flatnonzero(~(np.isfinite(effort) & (effort >= 0)))):
-        raise UserError(
-            f"{path}: row {index[bad[0]]} has effort {effort[bad[0]]} ({len(bad)} such rows in all): "
-            "an effort score is a norm, finite and not negative; score these rows again or leave them out of the data"
-        )
+    figures = {}
+    for name in columns:
+        if name == "hidden_state":
+            figures[name] = check_features(_vectors(table, name, path)[order], index, str(path))
+            continue
+        values = figures[name] = _numbers(table, name, path)[order].astype(np.float64)
+        if len(bad := np.flatnonzero(~(np.isfinite(values) & (values >= 0)))):
+            raise UserError(
+                f"{path}: row {index[bad[0]]} has {name} {values[bad[0]]} ({len(bad)} such rows in all): it must be "
+                "finite and not negative; score these rows again or leave them out of the data"
+            )
     ids = None
     if "id" in table.column_names:
         if not pa.types.is_string(table["id"].type) and not pa.types.is_integer(table["id"].type):
             raise UserError(f"{path}: column id holds {table['id'].type}, not text")
         ids = table["id"].cast(pa.string()).take(pa.array(order)).to_pylist()
-    return Scores(index, effort, ids, fingerprint, num_rows, str(path))
+    return Scores(index, figures, ids, fingerprint, num_rows, str(path))
 
 
-def _read_table(path: Path) -> pa.Table:
+def has_column(path: Path, name: str) -> bool:
+    """Whether a score folder or file has a column. Raises: UserError where it cannot be read."""
+    return name in _read_table(_parts(path)[0], (name,)).column_names
+
+
+def check_features(features: np.ndarray, index: np.ndarray, source: str) -> np.ndarray:
+    """Features (n, d) of the rows `index`, as they are. Raises: UserError naming a row that is not finite."""
+    if len(bad := np.flatnonzero(~np.isfinite(features).all(1))):
+        raise UserError(f"{source}: the features of row {index[bad[0]]} are not finite ({len(bad)} such rows in all)")
+    return features
+
+
+def _parts(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder: run the scoring stage first (effort_score.py, verify.py)")
+    parts = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
+    if not parts:
+        raise UserError(f"{path} holds no finished part yet: run the scoring stage to its end")
+    return parts
+
+
+def _read_table(path: Path, names: Sequence[str]) -> pa.Table:
+    """Those of `names` that the file has; a CSV file as a whole."""
     try:
         if path.suffix == ".csv":
             as_text = pa.csv.ConvertOptions(column_types={"id": pa.string()})
             return pa.csv.read_csv(path, convert_options=as_text)
         if path.suffix == ".parquet":
-            wanted = [name for name in ("index", "id", "effort") if name in pa.parquet.read_schema(path).names]
+            there = pa.parquet.read_schema(path).names
+            wanted = [name for name in names if name in there]
             return pa.parquet.read_table(path, columns=wanted, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read scores from {path}: {error}") from None
     raise UserError(f"{path}: scores are read from a score folder, a .parquet or a .csv file")
 
 
-def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
+def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
     if table.column_names.count(name) != 1:
         how_many = "no column" if name not in table.column_names else "more than one column"
-        raise UserError(f"{path} has {how_many} {name} (it has {', '.join(table.column_names)})")
-    column = table[name]
+        there = f"it has {', '.join(table.column_names)}" if table.column_names else "of those asked for, it has none"
+        raise UserError(f"{path} has {how_many} {name} ({there})")
+    return table[name]
+
+
+def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
+    column = _column(table, name, path)
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise UserError(f"{path}: column {name} holds {column.type}, not numbers")
     return column.to_numpy()
+
+
+def _vectors(table: pa.Table, name: str, path: Path) -> np.ndarray:
+    """A column of lists of equal length as (n, d)."""
+    column = _column(table, name, path).combine_chunks()
+    if not pa.types.is_list(column.type) or not pa.types.is_floating(column.type.value_type):
+        raise UserError(f"{path}: column {name} holds {column.type}, not lists of numbers")
+    lengths = column.value_lengths()
+    if column.null_count or len(lengths.unique()) != 1:
+        raise UserError(f"{path}: column {name} must hold lists of one length")
+    return column.flatten().to_numpy().reshape(len(column), -1)
 
 
 class ScoreFolder:
@@ -161,7 +213,7 @@ class ScoreFolder:
     def missing(self, rows: np.ndarray) -> np.ndarray:
         """Of `rows`, those that no part holds yet."""
         parts = sorted(self.path.glob("part-*.parquet"))
-        done = [_numbers(_read_table(part), "index", part) for part in parts]
+        done = [_numbers(_read_table(part, ("index",)), "index", part) for part in parts]
         return np.setdiff1d(rows, np.concatenate(done)) if done else rows
 
     def plan(self, rows: np.ndarray, make_parts, about: dict | None = None) -> list[list[list[int]]]:

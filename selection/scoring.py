@@ -17,7 +17,7 @@ from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_p
 from selection.errors import UserError
 from selection.files import model_fingerprint
 from selection.ledger import Cost, measured
-from selection.models import count_parameters, load_for_scoring, with_fresh_lora
+from selection.models import count_parameters, load_for_scoring, tuning_lora, with_fresh_lora
 from selection.score_files import ScoreFolder
 from selection.self_test import TOLERANCE, self_test
 
@@ -65,7 +65,9 @@ def score_rows(
                 "give the model's own template"
             )
         if settings.phi == "all_lora" and not isinstance(loaded, PeftModel):
-            loaded = with_fresh_lora(loaded, **_fresh_lora(experiment), seed=settings.seed)
+            loaded = with_fresh_lora(
+                loaded, **tuning_lora(experiment.training | experiment.target_training), seed=settings.seed
+            )
         scorer = EffortScorer(
             loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, store.manifest["columns"]
         )
@@ -123,15 +125,8 @@ def _phi_identity(experiment: Experiment, tuned: Path | None) -> dict[str, Any]:
     if settings.phi == "v_lora_b":
         identity |= {"rank": settings.phi_rank, "alpha": settings.phi_alpha, "seed": settings.seed}
     if settings.phi == "all_lora" and (tuned is None or not (tuned / "adapter_config.json").exists()):
-        identity |= {**_fresh_lora(experiment), "seed": settings.seed}
+        identity |= {**tuning_lora(experiment.training | experiment.target_training), "seed": settings.seed}
     return identity
-
-
-def _fresh_lora(experiment: Experiment) -> dict[str, Any]:
-    """Rank, α and targets of the LoRA that tunes the target: LLaMA-Factory's keys, with its own defaults."""
-    keys = experiment.training | experiment.target_training
-    rank = keys.get("lora_rank", 8)
-    return {"rank": rank, "alpha": keys.get("lora_alpha") or 2 * rank, "target": keys.get("lora_target", "all")}
 
 
 def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: list[int]) -> dict[str, np.ndarray]:

@@ -12,12 +12,17 @@ import numpy as np
 
 from selection.errors import UserError
 
-# One independent random stream per purpose (and stratum): what is drawn in one place never shifts another.
+# One independent random stream per purpose: what is drawn in one place never shifts another.
 _VERIFICATION, _WITHIN_STRATUM, _FILL, _RANDOM = range(4)
 
 
-def _random_stream(seed: int, purpose: int, stratum: int = 0) -> np.random.Generator:
-    return np.random.default_rng([seed, purpose, stratum])
+def _random_ranks(num_rows: int, seed: int, purpose: int) -> np.ndarray:
+    """A random number in [0, 1) for each row: whatever the stratum, its rows are drawn lowest number first.
+
+    So a row that moves to another stratum takes its luck along and leaves all other draws as they were; coresets from
+    slightly different scores differ slightly.
+    """
+    return np.random.default_rng([seed, purpose]).random(num_rows)
 
 
 def floor_share(share: float, count: int) -> int:
@@ -52,6 +57,11 @@ class Strata:
     @property
     def sizes(self) -> list[int]:
         return [len(rows) for rows in self.members]
+
+    @property
+    def num_rows(self) -> int:
+        """N, the hardest included."""
+        return sum(self.sizes) + len(self.hardest)
 
     @property
     def smallest_first(self) -> list[int]:
@@ -91,12 +101,12 @@ def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str
     b_v = `verify_per_stratum` rows at random, or the whole stratum where it is smaller. Released: a stratum of at
     most b_v rows is not verified (an empty array).
     """
-    draws = []
-    for i, rows in enumerate(strata.members):
+    draws, ranks = [], _random_ranks(strata.num_rows, seed, _VERIFICATION)
+    for rows in strata.members:
         if mode == "released" and len(rows) <= verify_per_stratum:
             draws.append(rows[:0])
         else:
-            draws.append(np.sort(_random_stream(seed, _VERIFICATION, i).permutation(rows)[:verify_per_stratum]))
+            draws.append(np.sort(rows[np.argsort(ranks[rows])[:verify_per_stratum]]))
     return draws
 
 
@@ -154,17 +164,17 @@ def choose_staff(
     1 − hardest_cutoff, on which the paper is silent) rows come back from the hardest, the easiest of them first.
     """
     m = coreset_size(rate, len(scores))
+    # What decides inside a stratum, lowest first.
+    ranks = -scores if mode == "released" else _random_ranks(len(scores), seed, _WITHIN_STRATUM)
     chosen, spare = [], []
     for i, budget in enumerate(allocate_budgets(strata.sizes, ratios, m, mode)):
         rows = strata.members[i]
-        if mode == "released":
-            ranked = rows[np.argsort(-scores[rows], kind="stable")]
-        else:
-            ranked = _random_stream(seed, _WITHIN_STRATUM, i).permutation(rows)
+        ranked = rows[np.argsort(ranks[rows], kind="stable")]
         chosen.append(ranked[:budget])
         spare.append(ranked[budget:])
     missing = m - sum(map(len, chosen))
-    fill = np.sort(_random_stream(seed, _FILL).permutation(np.sort(np.concatenate(spare)))[:missing])
+    unchosen = np.concatenate(spare)
+    fill = unchosen[np.argsort(_random_ranks(len(scores), seed, _FILL)[unchosen])[:missing]]
     filled = [int(np.isin(rows, fill, assume_unique=True).sum()) for rows in spare]
     from_hardest = strata.hardest[: missing - len(fill)]
     return Choice(
@@ -175,7 +185,11 @@ def choose_staff(
     )
 
 
-def choose_random(num_rows: int, rate: float, seed: int) -> Choice:
-    """The Random baseline: m of N rows, uniformly without replacement."""
-    m = coreset_size(rate, num_rows)
-    return Choice(rows=np.sort(_random_stream(seed, _RANDOM).permutation(num_rows)[:m]))
+def random_order(num_rows: int, seed: int) -> np.ndarray:
+    """All N rows in random order: the Random baseline takes the first m."""
+    return np.argsort(_random_ranks(num_rows, seed, _RANDOM))
+
+
+def choose_first(order: np.ndarray, rate: float) -> Choice:
+    """The first m of all N rows in `order`."""
+    return Choice(rows=np.sort(order[: coreset_size(rate, len(order))]))

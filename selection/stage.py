@@ -24,10 +24,10 @@ def load_experiment_from_arguments(parser: argparse.ArgumentParser) -> Experimen
     return load_experiment(arguments.config_path, arguments.set)
 
 
-def load_scoring_arguments(parser: argparse.ArgumentParser) -> Experiment:
-    """For stages that score."""
+def load_scoring_arguments(parser: argparse.ArgumentParser) -> tuple[Experiment, argparse.Namespace]:
+    """For stages that score; the arguments for what a stage has added to the parser."""
     parser.add_argument("--self_test", metavar="N", help="the same as --set selection.self_test=N")
     add_experiment_arguments(parser)
     arguments = parser.parse_args()
     own = [] if arguments.self_test is None else [f"selection.self_test={arguments.self_test}"]
-    return load_experiment(arguments.config_path, [*arguments.set, *own])
+    return load_experiment(arguments.config_path, [*arguments.set, *own]), arguments

@@ -52,22 +52,25 @@ def draw(strata: Strata, settings: Settings) -> list[np.ndarray]:
 def verify(speculative: np.ndarray, target: Scores, settings: Settings) -> list[StratumRecord]:
     """V_i for every verified stratum. `speculative` (N,); `target` holds at least the drawn rows.
 
-    Scores are min–max normalised first, each model's by its own minimum and maximum. The small model's are taken over
-    D. So are the target's where it has scored all of D, as released; where it has scored only the verified samples,
-    its extremes over D are unknown and those over the verified samples stand in for them, in both modes. For released
-    budgets, which do not depend on the scale of V, only the stand-in for the minimum counts. Published budgets feel
-    the maximum too: without the hardest rows it is too low and V too high, so a few more rows go to small strata.
+    Scores are min–max normalised first, each model's over D. Where the target has scored only the verified samples,
+    its minimum and maximum over D are unknown. In both modes its least and greatest verified score then get the
+    places that the small model's normalised scores of the same samples reach from and to, as they would if the two
+    models agreed; so V says where they disagree and not how few samples were looked at. (With the minimum and maximum
+    over the verified samples themselves V comes out too high, as the hardest samples are never among them.)
     """
     strata = cut_strata(speculative, settings)
     draws = draw(strata, settings)
+    drawn = np.concatenate(draws)
+    normalised = min_max_normalise(speculative, reference=speculative)
     complete = len(target.index) == len(speculative)
-    known = target.effort if complete else target.at(np.concatenate(draws))
+    known = target.effort if complete else target.at(drawn)
+    low, high = (0.0, 1.0) if complete or not len(drawn) else (normalised[drawn].min(), normalised[drawn].max())
     records = []
     for i, rows in enumerate(draws):
         sums: tuple[Any, Any, Any] = (None, None, None)
         if len(rows):
-            ours = min_max_normalise(speculative[rows], reference=speculative)
-            theirs = min_max_normalise(target.at(rows), reference=known)
+            ours = normalised[rows]
+            theirs = low + (high - low) * min_max_normalise(target.at(rows), reference=known)
             sums = float(ours.sum()), float(theirs.sum()), verification_ratio(theirs, ours)
         records.append(StratumRecord(i, strata.score_ranges[i], strata.sizes[i], rows.tolist(), *sums))
     return records

@@ -24,7 +24,7 @@ from selection.verification import Settings, cut_strata, draw, verify, write_ver
 
 
 def main() -> None:
-    experiment = load_scoring_arguments(argparse.ArgumentParser(description=__doc__))
+    experiment, _ = load_scoring_arguments(argparse.ArgumentParser(description=__doc__))
     split, settings = training_split(experiment), Settings.of(experiment.selection)
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
     scores = read_scores(experiment.small_scores)

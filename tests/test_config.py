@@ -212,7 +212,7 @@ def test_an_unknown_key_is_named_also_in_sections(load, changes, key):
         ("selection", "hardest_cutoff", 1.0),
         ("selection", "hardest_cutoff", -0.1),
         ("selection", "hardest_cutoff", float("nan")),
-        ("selection", "methods", ["grand"]),
+        ("selection", "methods", ["best"]),
         ("selection", "methods", []),
         ("selection", "seed", -1),
         ("selection", "tokens_per_batch", 0),

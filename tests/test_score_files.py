@@ -288,7 +288,7 @@ def write_list(path: Path, value: object) -> Path:
 
 
 def test_a_coreset_is_read_as_it_was_written(tmp_path):
-    scores = Scores(np.arange(4), np.ones(4), ["a", "b", "c", "d"], "fingerprint", 4, "scores")
+    scores = Scores(np.arange(4), {"effort": np.ones(4)}, ["a", "b", "c", "d"], "fingerprint", 4, "scores")
     path = write_coreset(tmp_path, "staff", 0.5, Choice(rows=np.array([1, 3])), scores, {"seed": 42})
     coreset = read_coreset(path)
     assert (coreset.name, coreset.indices.tolist(), coreset.ids) == ("staff-0.5", [1, 3], ["b", "d"])

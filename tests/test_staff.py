@@ -15,11 +15,12 @@ from selection.score_files import Scores
 from selection.staff import (
     Strata,
     allocate_budgets,
-    choose_random,
+    choose_first,
     choose_staff,
     coreset_size,
     draw_verification_samples,
     min_max_normalise,
+    random_order,
     stratify,
     verification_ratio,
 )
@@ -77,6 +78,10 @@ def cases(draw) -> Case:
     rng = np.random.default_rng(seed)
     ratios = [float(rng.lognormal(sigma=3)) if len(rows) else None for rows in draws]
     return Case(scores, strata, ratios, Fraction(percent, 100), mode, seed)
+
+
+def choose_random(num_rows: int, rate: float, seed: int):
+    return choose_first(random_order(num_rows, seed), rate)
 
 
 def in_stratum(rows: np.ndarray, strata: Strata, i: int) -> list[int]:
@@ -200,13 +205,25 @@ def test_draws_repeat_under_a_seed_and_change_with_it(mode):
 
 def test_draws_and_choice_in_a_stratum_do_not_depend_on_the_other_strata():
     scores = np.arange(160.0)
-    one = Strata([np.arange(20), np.arange(20, 60)], [(0.0, 1.0)] * 2, np.arange(0))
-    other = Strata([np.arange(20), np.arange(100, 140)], [(0.0, 1.0)] * 2, np.arange(0))
+    one = Strata([np.arange(20), np.arange(20, 60)], [(0.0, 1.0)] * 2, np.arange(60, 160))
+    other = Strata(
+        [np.arange(20), np.arange(100, 140)], [(0.0, 1.0)] * 2, np.setdiff1d(np.arange(20, 160), np.arange(100, 140))
+    )
     draws = [draw_verification_samples(strata, 10, "paper", seed=3)[0].tolist() for strata in (one, other)]
     assert draws[0] == draws[1]
     chosen = [choose_staff(scores, strata, [1.0, 1.0], 0.1, "paper", seed=3) for strata in (one, other)]
     assert [choice.budgets for choice in chosen] == [[8, 8], [8, 8]]
     assert in_stratum(chosen[0].rows, one, 0) == in_stratum(chosen[1].rows, other, 0)
+
+
+def test_a_row_that_changes_its_stratum_leaves_all_other_draws_as_they_were():
+    one = Strata([np.arange(40), np.arange(40, 80)], [(0.0, 1.0)] * 2, np.arange(0))
+    other = Strata([np.delete(np.arange(40), 7), np.append(7, np.arange(40, 80))], [(0.0, 1.0)] * 2, np.arange(0))
+    for seed in range(5):
+        draws = [np.concatenate(draw_verification_samples(strata, 10, "paper", seed)) for strata in (one, other)]
+        assert len(np.intersect1d(*draws)) >= 18  # row 7 may take the place of one row and free the place of another
+        chosen = [choose_staff(np.arange(80.0), strata, [1.0, 1.0], 0.5, "paper", seed).rows for strata in (one, other)]
+        assert len(np.intersect1d(*chosen)) >= 38
 
 
 # Budgets
@@ -365,7 +382,7 @@ def test_published_choice_takes_every_row_of_a_stratum_about_equally_often(ratio
 @given(st.lists(st.integers(0, 500), min_size=10, max_size=100), modes, st.integers(1, 60))
 def test_scaling_and_shifting_the_speculative_scores_changes_nothing(scores, mode, num_strata):
     settings_ = Settings(mode, num_strata, 3, 0.1, seed=0)
-    target = Scores(np.arange(len(scores)), np.arange(len(scores)) % 7.0, None, None, None, "target")
+    target = Scores(np.arange(len(scores)), {"effort": np.arange(len(scores)) % 7.0}, None, None, None, "target")
 
     def cut(speculative):
         ratios = [record.verification_ratio for record in verify(speculative, target, settings_)]
@@ -395,7 +412,7 @@ def test_random_changes_with_its_seed_and_takes_every_row_about_equally_often():
 
 def target_scores(*effort: float) -> Scores:
     """Target scores of the first rows."""
-    return Scores(np.arange(len(effort)), np.array(effort, dtype=np.float64), None, None, None, "target")
+    return Scores(np.arange(len(effort)), {"effort": np.array(effort, dtype=np.float64)}, None, None, None, "target")
 
 
 # ⌊0.2 · 7⌋ = 1 row is dropped, row 6. Two strata, 5 wide: rows 0, 1, 2 and rows 3, 4, 5.
@@ -414,9 +431,11 @@ def test_ratios_by_hand_where_the_target_scored_all_rows():
 
 
 def test_ratios_by_hand_where_the_target_scored_the_drawn_rows():
-    # Row 6 has no target score, so 10 to 60 is the range: 0.2, 0, 1 and 0.4, 0.8, 0.6; sums 1.2 and 1.8.
-    records = verify(SPECULATIVE, target_scores(20, 10, 60, 30, 50, 40), SETTINGS)
-    assert [record.verification_ratio for record in records] == pytest.approx([4.0, 1.5])
+    # Row 6 has no target score. The others' small scores are 0 to 0.5, so 20 to 70 is brought there: the target's
+    # normalised scores are 0.1, 0, 0.5 and 0.2, 0.4, 0.3; sums 0.6 and 0.9.
+    records = verify(SPECULATIVE, target_scores(30, 20, 70, 40, 60, 50), SETTINGS)
+    assert [record.target_sum for record in records] == pytest.approx([0.6, 0.9])
+    assert [record.verification_ratio for record in records] == pytest.approx([2.0, 0.75])
 
 
 def test_a_small_stratum_of_the_released_mode_has_no_ratio():
@@ -434,8 +453,16 @@ def test_a_drawn_row_without_target_score_is_named():
 @by_property
 @given(score_arrays(), st.integers(1, 60), st.integers(1, 20), modes)
 def test_two_models_that_agree_have_ratio_1_everywhere(scores, num_strata, verify_per_stratum, mode):
-    records = verify(scores, target_scores(*scores), Settings(mode, num_strata, verify_per_stratum, 0.1, seed=0))
+    settings = Settings(mode, num_strata, verify_per_stratum, 0.1, seed=0)
+    records = verify(scores, target_scores(*scores), settings)
     assert {record.verification_ratio for record in records if record.verified} <= {1.0}
+    drawn = np.array(sorted(row for record in records for row in record.verified), dtype=int)
+    if 0 < len(drawn) < len(scores):
+        sampled = Scores(drawn, {"effort": 3 * scores[drawn] + 7}, None, None, None, "target")
+        ratios = [r.verification_ratio for r in verify(scores, sampled, settings) if r.verified]
+        # Rounding: sums of normalised scores near 0 have few digits left.
+        sums = [r.speculative_sum for r in records if r.verified]
+        assert all(abs(v - 1) * total < 1e-6 for v, total in zip(ratios, sums, strict=True))
     assert mode == "released" or all(record.verified for record in records)
 
 
@@ -454,7 +481,7 @@ def test_the_ratio_is_a_number_however_small_the_speculative_sum(smallest):
 
 
 def scores_of(fingerprint):
-    return Scores(np.arange(len(SPECULATIVE)), SPECULATIVE, None, fingerprint, len(SPECULATIVE), "scores")
+    return Scores(np.arange(len(SPECULATIVE)), {"effort": SPECULATIVE}, None, fingerprint, len(SPECULATIVE), "scores")
 
 
 @pytest.fixture
@@ -482,7 +509,7 @@ def test_a_verification_under_other_settings_is_refused_by_key(stored, change):
 
 
 def test_a_verification_from_other_scores_is_refused(stored):
-    other = replace(scores_of("fingerprint"), effort=SPECULATIVE[::-1])
+    other = replace(scores_of("fingerprint"), columns={"effort": SPECULATIVE[::-1]})
     with pytest.raises(UserError, match="speculative_scores_sha256"):
         read_verification(stored[0], SETTINGS, other)
 

@@ -1,0 +1,82 @@
+"""Tune and evaluate a grid of task x method x rate x seed, into a table with every cell.
+
+    python scripts/reproduce.py --config configs/reproduce/smollm2_cpu.yaml --jobs 2
+    python scripts/tables.py data/results/smollm2_cpu
+
+Writes data/results/<name of the YAML>/cells.csv after every cell. A stopped run goes on where it was: cells in that
+file are kept, and what their run folders (runs/reproduce/<name>/) hold of others is reused.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+from tqdm import tqdm  # noqa: E402
+
+from finetune import llama_factory  # noqa: E402
+from finetune.data_split import training_split  # noqa: E402
+from selection.config import REPOSITORY, load_grid  # noqa: E402
+from selection.errors import UserError, run_stage  # noqa: E402
+from selection.files import model_fingerprint  # noqa: E402
+from selection.models import parameters_of  # noqa: E402
+from selection.reproduction import (  # noqa: E402
+    Job,
+    cells_of,
+    experiment_arguments,
+    finished_cell,
+    jobs_of,
+    load,
+    read_cells,
+    run_jobs,
+    settings_digest,
+    write_cells,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the grid (configs/reproduce/)")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1)")
+    parser.add_argument("--results", type=Path, help="folder of cells.csv (default data/results/<name of the YAML>)")
+    parser.add_argument("--runs", type=Path, help="folder of the run folders (default runs/reproduce/<name>)")
+    arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: at least one cell at a time")
+    grid, name = load_grid(arguments.config), arguments.config.stem
+    results = (arguments.results or REPOSITORY / "data" / "results" / name) / "cells.csv"
+    runs = (arguments.runs or REPOSITORY / "runs" / "reproduce" / name).resolve()
+
+    cells, done, jobs, known = cells_of(grid), read_cells(results), [], {}
+    for task, seed in dict.fromkeys((cell.task, cell.seed) for cell in cells):
+        own = [cell for cell in cells if (cell.task, cell.seed) == (task, seed)]
+        command_line = experiment_arguments(grid, runs, task, seed)
+        experiment = load(command_line)
+        split, models = training_split(experiment), (experiment.small_model, experiment.target_model)
+        paths = [llama_factory.model_path(model) for model in models]
+        settings = settings_digest(experiment, split.fingerprint, map(model_fingerprint, paths))
+        for cell in own:
+            known[cell] = experiment, len(split.rows), settings, tuple(map(parameters_of, paths))
+            if cell in done and done[cell]["settings"] != settings:
+                raise UserError(f"{results} was made otherwise ({cell}: other settings, data or models): move it away")
+        missing = [cell for cell in own if cell not in done]
+        jobs += jobs_of(task, seed, missing, experiment, command_line, len(split.rows))
+    print(f"{name}: {len(cells)} cells, {sum(cell in done for cell in cells)} of them there")
+
+    def finished(job: Job) -> None:
+        if job.cell is None:
+            return
+        row = done[job.cell] = finished_cell(job.cell, grid, *known[job.cell])
+        write_cells(results, [done[cell] for cell in cells if cell in done])
+        count = sum(cell in done for cell in cells)
+        tqdm.write(
+            f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)"
+        )
+
+    run_jobs(jobs, arguments.jobs, runs / "logs", finished)
+    print(f"{len(cells)} cells -> {results}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

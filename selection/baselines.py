@@ -1,0 +1,85 @@
+"""What STAFF is compared with: coresets by other rules, from stored scores.
+
+But for Random and Length, which need no model, all of them read the scores of the target TUNED on the whole training
+split. In `variant` "published" and "released" part: EL2N's formula (and with it all that is made of EL2N), and whether
+CCS and D2 drop the hardest ⌊hardest_cutoff · N⌋ rows, by EL2N, before anything else (as published).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from selection.config import Selection
+from selection.staff import Choice, choose_first, choose_staff, random_order, stratify
+
+Columns = dict[str, np.ndarray]
+
+
+def columns_of(method: str, variant: str) -> tuple[str, ...]:
+    """The columns of the score files that a method reads."""
+    el2n = "el2n" if variant == "published" else "el2n_released"
+    return {
+        "random": (),
+        "length": ("n_response_tokens",),
+        "grand": ("effort",),
+        "el2n": (el2n,),
+        "entropy": ("entropy",),
+        "moderate": ("hidden_state",),
+        "ccs": (el2n,),
+        "d2": (el2n, "hidden_state"),
+    }[method]
+
+
+def baseline(method: str, columns: Columns, num_rows: int, selection: Selection) -> Callable[[float], Choice]:
+    """The rule of `method` as a function from rate to coreset: what all rates share (D2's graph) is computed once.
+
+    Args: `columns` those of `columns_of`, each (N,), hidden_state (N, d); N = `num_rows`.
+    """
+    values = [columns[name] for name in columns_of(method, selection.baseline_variant)]
+    if method == "length":
+        return _by_strata(1 / values[0], selection.hardest_cutoff, selection.mode, selection)
+    published = selection.baseline_variant == "published"
+    cutoff = selection.hardest_cutoff if published else 0.0
+    if method == "ccs":
+        # CCS (Zheng et al. 2023): equal-width strata of EL2N, equal budgets, smallest stratum first, random inside.
+        return _by_strata(values[0], cutoff, "paper", selection)
+    order = {
+        "random": lambda: random_order(num_rows, selection.seed),
+        # GraNd (Paul et al. 2021): highest ‖∇_φ L‖₂. EL2N (same): highest error norm. Entropy: highest mean entropy.
+        "grand": lambda: _highest_first(values[0]),
+        "el2n": lambda: _highest_first(values[0]),
+        "entropy": lambda: _highest_first(values[0]),
+        "moderate": lambda: moderate_order(values[0]),
+        "d2": lambda: d2_after_cut(*values, selection.baseline_variant, cutoff),
+    }[method]()
+    return lambda rate: choose_first(order, rate)
+
+
+def _by_strata(scores: np.ndarray, cutoff: float, mode: str, selection: Selection) -> Callable[[float], Choice]:
+    """STAFF's own rule without verification: every stratum has the same claim."""
+    strata = stratify(scores, selection.num_strata, cutoff)
+    unverified = [None] * len(strata.members)
+    return lambda rate: choose_staff(scores, strata, unverified, rate, mode, selection.seed)
+
+
+def _highest_first(scores: np.ndarray) -> np.ndarray:
+    """Rows (N,) by falling score; of equal ones the earlier first."""
+    return np.argsort(-scores, kind="stable")
+
+
+def moderate_order(features: np.ndarray) -> np.ndarray:
+    """Moderate (Xia et al. 2023), as released: rows whose distance to the prototype is closest to the median distance.
+
+    The prototype is the median of the features (N, d), coordinate by coordinate; there is one class.
+    """
+    distances = np.linalg.norm(features - np.median(features, axis=0), axis=1)
+    return np.argsort(np.abs(distances - np.median(distances)), kind="stable")
+
+
+def d2_after_cut(scores: np.ndarray, features: np.ndarray, variant: str, hardest_cutoff: float) -> np.ndarray:
+    """D2's order (N,); the hardest, dropped before the graph, come last, the easiest of them first."""
+    from selection.d2_pruning import d2_order  # torch, which no other method needs
+
+    strata = stratify(scores, 1, hardest_cutoff)
+    kept = strata.members[0]
+    return np.concatenate([kept[d2_order(scores[kept], features[kept], variant)], strata.hardest])

@@ -1,0 +1,292 @@
+"""A grid of task × method × rate × seed cells: each tuned and evaluated once, by the stage scripts themselves.
+
+One seed of one task is an ordinary experiment with a run folder of its own, so every cell can be made again with the
+stages' commands, and what a stopped run has finished is reused.
+"""
+
+import csv
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from selection.config import REPOSITORY, Experiment, Grid, load_experiment
+from selection.coreset_files import coreset_name
+from selection.errors import UserError
+from selection.files import atomic_path, digest, read_json
+from selection.flops import scoring_flops, tuning_flops
+from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING, Cost, read_ledger, selection_costs
+
+COLUMNS = [
+    "task",
+    "target",
+    "method",
+    "mode",
+    "rate",
+    "seed",
+    "size",
+    "num_rows",
+    "eval_rows",
+    "rouge_l",
+    "bleu_4",
+    "rouge_1",
+    "rouge_2",
+    "rouge_l_by_sample",
+    "bleu_4_by_sample",
+    "selection_seconds",
+    "selection_tokens",
+    "selection_flops",
+    "tuning_seconds",
+    "tuning_tokens",
+    "tuning_flops",
+    "peak_memory_gb",
+    "device",
+    "precision",
+    "commit",
+    "settings",
+    "paper_target",
+    "paper_task",
+]
+_METRICS = {"rouge_l": "rouge-l", "bleu_4": "bleu-4", "rouge_1": "rouge-1", "rouge_2": "rouge-2"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    task: str
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def tuned(self) -> str:
+        """Name of the tuned target in the run folder."""
+        return self.method if self.method == "full" else coreset_name(self.method, self.rate)
+
+    def __str__(self) -> str:
+        return f"{self.task}, seed {self.seed}, {self.tuned}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Commands that run one after the other in one process; cells are finished with it."""
+
+    name: str
+    commands: list[list[str]]
+    rows: int  # samples that it tunes on, epochs counted
+    needs: str | None = None  # name of the job that must be done before
+    cell: Cell | None = None
+
+
+def cells_of(grid: Grid) -> list[Cell]:
+    """Every cell of the grid; `full` has one a task and seed, at rate 1."""
+    return [
+        Cell(task, method, rate, seed)
+        for seed in grid.seeds
+        for task in grid.tasks
+        for method in grid.methods
+        for rate in ([1.0] if method == "full" else grid.rates)
+    ]
+
+
+def experiment_arguments(grid: Grid, run_folder: Path, task: str, seed: int) -> list[str]:
+    """What the stages get on their command lines for one seed of a task."""
+    methods = [method for method in grid.methods if method != "full"] or ["random"]
+    changes = [
+        *grid.tasks[task].set,
+        f"output_dir={json.dumps(str(run_folder / f'{task}-seed-{seed}'))}",
+        f"selection.methods={json.dumps(methods)}",
+        f"selection.rates={json.dumps(grid.rates)}",
+        f"selection.seed={seed}",
+        f"training.seed={seed}",
+    ]
+    config = str((REPOSITORY / grid.tasks[task].config).resolve())
+    return ["--config_path", config, *(part for change in changes for part in ("--set", change))]
+
+
+def load(arguments: list[str]) -> Experiment:
+    return load_experiment(arguments[1], arguments[3::2])
+
+
+def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[str]) -> str:
+    """What a cell's figures depend on, but for its method and rate: 16 hex digits."""
+    settings = experiment.model_dump(exclude={"output_dir": True, "selection": {"methods", "rates"}})
+    return digest(json.dumps(settings, sort_keys=True).encode(), fingerprint.encode(), *(m.encode() for m in models))[
+        :16
+    ]
+
+
+def jobs_of(
+    task: str, seed: int, cells: list[Cell], experiment: Experiment, arguments: list[str], num_rows: int
+) -> list[Job]:
+    """The jobs that make `cells`, all of one task and seed: STAFF's selection, the tuning of the target on everything
+    with the scores that the baselines read, and each coreset's tuning and evaluation."""
+
+    def passes(keys: dict) -> float:
+        return (experiment.training | keys).get("num_train_epochs", 3)
+
+    def command(script: str, *more: str) -> list[str]:
+        return [script, *arguments, *more]
+
+    name, methods = f"{task}, seed {seed}", {cell.method for cell in cells}
+    speculative = methods & {"staff"}
+    on_tuned_target = methods - {"staff", "random", "length", "full"}
+    # Random and Length need any scores, for the number of rows and their tokens.
+    light = methods & {"random", "length"}
+    (on_tuned_target if on_tuned_target and not speculative else speculative).update(light)
+    jobs = []
+    if speculative:
+        stages = ["finetune/finetune.py", "selection/effort_score.py"]
+        stages += ["selection/verify.py"] if "staff" in speculative else []
+        commands = [command(stage) for stage in stages]
+        commands += [command("selection/coreset.py", "--method", *sorted(speculative))]
+        rows = round(num_rows * passes(experiment.small_training))
+        jobs.append(Job(f"{name}, speculative selection", commands, rows))
+    if on_tuned_target or "full" in methods:
+        commands = [command("finetune/finetune.py", "--model", "target")]
+        if on_tuned_target:
+            commands += [command("selection/effort_score.py", "--model", "target")]
+            commands += [command("selection/coreset.py", "--method", *sorted(on_tuned_target))]
+        full = next((cell for cell in cells if cell.method == "full"), None)
+        commands += [command("finetune/eval.py", "--tuned", "full")] if full else []
+        rows = round(num_rows * passes(experiment.target_training))
+        jobs.append(Job(f"{name}, full", commands, rows, cell=full))
+    for cell in cells:
+        if cell.method == "full":
+            continue
+        coreset = experiment.coresets / f"{cell.tuned}.json"
+        commands = [
+            command("finetune/finetune-select.py", "--select_path", str(coreset)),
+            command("finetune/eval.py", "--tuned", cell.tuned),
+        ]
+        rows = round(num_rows * cell.rate * passes(experiment.target_training))
+        needs = f"{name}, {'speculative selection' if cell.method in speculative else 'full'}"
+        jobs.append(Job(str(cell), commands, rows, needs, cell))
+    return jobs
+
+
+def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callable[[Job], None]) -> None:
+    """Run jobs, `parallel` at a time, each in one of that many processes that import everything once.
+
+    `finished` is called after each. Raises: UserError with what a failed job said; those that run are waited for.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
+    log_folder.mkdir(parents=True, exist_ok=True)
+    waiting, done, running = list(jobs), set(), {}
+    names = {job.name for job in jobs}
+    with (
+        ProcessPoolExecutor(parallel, mp_context=get_context("spawn")) as pool,
+        tqdm(total=sum(job.rows for job in jobs), unit="rows", smoothing=0, desc="tuning") as progress,
+    ):
+        while waiting or running:
+            for job in [j for j in waiting if j.needs is None or j.needs in done or j.needs not in names]:
+                if len(running) == parallel:
+                    break
+                waiting.remove(job)
+                log = log_folder / f"{job.name.replace(', ', '-').replace(' ', '-')}.log"
+                running[pool.submit(run_commands, job.commands, log)] = job, log
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, log = running.pop(future)
+                if said := future.result():
+                    raise UserError(f"{job.name}: {said} (log: {log})")
+                done.add(job.name)
+                finished(job)
+                progress.update(job.rows)
+
+
+def run_commands(commands: list[list[str]], log: Path) -> str | None:
+    """Run stage scripts in this process, all they print into `log`; what the first failing one said, or None."""
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for script, *arguments in commands:
+        sys.argv = [script, *arguments]
+        print("$", *sys.argv, flush=True)
+        try:
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        except SystemExit as stop:
+            if stop.code:
+                sys.stderr.flush()
+                errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")]
+                return errors[-1].removeprefix("error: ") if errors else f"{script} stopped with exit code {stop.code}"
+        finally:
+            sys.stdout.flush()
+    return None
+
+
+def finished_cell(cell: Cell, grid: Grid, experiment: Experiment, num_rows: int, settings: str, sizes) -> dict | None:
+    """A cell's row of cells.csv out of its run folder; None where it is not tuned and evaluated yet.
+
+    `sizes`: parameters of the small model and of the target.
+    """
+    metrics_path = experiment.folder / "eval" / cell.tuned / "metrics.json"
+    if not metrics_path.exists():
+        return None
+    metrics, costs = read_json(metrics_path), read_ledger(experiment.folder)
+    tuning = [c for c in costs if c.stage == TARGET_TUNING and c.what == cell.tuned][-1]
+    selection = [] if cell.method == "full" else selection_costs(experiment.folder, cell.method)
+
+    def flops(cost: Cost) -> float:
+        if cost.stage in (SPECULATIVE_TUNING, TARGET_TUNING):
+            keys = experiment.training
+            lora, checkpointing = (
+                keys.get("finetuning_type", "lora") == "lora",
+                not keys.get("disable_gradient_checkpointing", False),
+            )
+            parameters = sizes[0] if cost.stage == SPECULATIVE_TUNING else sizes[1]
+            return tuning_flops(parameters, cost.tokens, lora, checkpointing)
+        return scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
+
+    task = grid.tasks[cell.task]
+    return {
+        "task": cell.task,
+        "target": Path(experiment.target_model).name,
+        "method": cell.method,
+        "mode": experiment.selection.mode,
+        "rate": cell.rate,
+        "seed": cell.seed,
+        "size": tuning.samples,
+        "num_rows": num_rows,
+        "eval_rows": metrics["samples"],
+        **{column: metrics[metric] for column, metric in _METRICS.items()},
+        "rouge_l_by_sample": " ".join(f"{value:g}" for value in metrics["by_sample"]["rouge-l"]),
+        "bleu_4_by_sample": " ".join(f"{value:g}" for value in metrics["by_sample"]["bleu-4"]),
+        "selection_seconds": round(sum(cost.seconds for cost in selection), 2),
+        "selection_tokens": sum(cost.tokens for cost in selection),
+        "selection_flops": f"{sum(map(flops, selection)):.4g}",
+        "tuning_seconds": tuning.seconds,
+        "tuning_tokens": tuning.tokens,
+        "tuning_flops": f"{flops(tuning):.4g}",
+        "peak_memory_gb": tuning.peak_memory_gb,
+        "device": tuning.device,
+        "precision": tuning.precision,
+        "commit": metrics["code_version"],
+        "settings": settings,
+        "paper_target": task.paper_target,
+        "paper_task": task.paper_task,
+    }
+
+
+def read_cells(path: Path) -> dict[Cell, dict[str, str]]:
+    """The rows of a cells.csv by cell; none where there is no file yet. Raises: UserError where it is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {Cell(row["task"], row["method"], float(row["rate"]), int(row["seed"])): row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"cannot read cells from {path}: {error!r}") from None
+
+
+def write_cells(path: Path, rows: Iterable[dict]) -> None:
+    with atomic_path(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
