@@ -29,6 +29,9 @@ def main() -> None:
     arguments = parser.parse_args()
     report = report_keys(arguments)
     experiment = load_experiment(arguments.config_path, arguments.set)
+    if arguments.model == "small" and experiment.tuned_small is None:
+        print("speculative tuning: none, num_train_epochs is 0")
+        return
     split = training_split(experiment)
     if arguments.model == "small":
         model, folder, keys, stage = (

@@ -56,8 +56,9 @@ def main() -> None:
         split, models = training_split(experiment), (experiment.small_model, experiment.target_model)
         paths = [llama_factory.model_path(model) for model in models]
         settings = settings_digest(experiment, split.fingerprint, map(model_fingerprint, paths))
+        sizes = tuple(map(parameters_of, paths))
         for cell in own:
-            known[cell] = experiment, len(split.rows), settings, tuple(map(parameters_of, paths))
+            known[cell] = experiment, len(split.rows), settings, sizes
             if cell in done and done[cell]["settings"] != settings:
                 raise UserError(f"{results} was made otherwise ({cell}: other settings, data or models): move it away")
         missing = [cell for cell in own if cell not in done]
@@ -68,7 +69,7 @@ def main() -> None:
         if job.cell is None:
             return
         row = done[job.cell] = finished_cell(job.cell, grid, *known[job.cell])
-        write_cells(results, [done[cell] for cell in cells if cell in done])
+        write_cells(results, done, cells)
         count = sum(cell in done for cell in cells)
         tqdm.write(
             f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)"

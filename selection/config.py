@@ -136,7 +136,7 @@ class Experiment(_Section):
     training: dict[str, Any] = {}
     """LLaMA-Factory's keys for every tuning run, handed over as they are."""
     small_training: dict[str, Any] = {"num_train_epochs": 3}
-    """Added for the speculative model."""
+    """Added for the speculative model; num_train_epochs 0 leaves it as it is."""
     target_training: dict[str, Any] = {"num_train_epochs": 4}
     """Added for the target."""
     evaluation: Evaluation = Evaluation()
@@ -158,8 +158,9 @@ class Experiment(_Section):
         return self.folder / "data"
 
     @property
-    def tuned_small(self) -> Path:
-        return self.folder / "small"
+    def tuned_small(self) -> Path | None:
+        """None where `small_training` asks for no pass: then the speculative model scores as it is."""
+        return self.folder / "small" if (self.training | self.small_training).get("num_train_epochs", 3) else None
 
     def tuned_target(self, dataset: str) -> Path:
         """The target tuned on a data set of the run folder: "full" or a coreset's name."""

@@ -33,7 +33,7 @@ def main() -> None:
         model, tuned = experiment.target_model, experiment.tuned_target("full")
         folder, stage = experiment.tuned_target_scores, TARGET_SCORES
         experiment.selection.columns = list(MORE_COLUMNS)
-    if not tuned.exists():
+    if tuned is not None and not tuned.exists():
         what, option = ("speculative model", "") if arguments.model == "small" else ("target", " --model target")
         raise UserError(f"the {what} is not tuned yet (no {tuned}): run finetune.py{option} with this configuration")
     split = training_split(experiment)

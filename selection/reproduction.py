@@ -24,36 +24,6 @@ from selection.files import atomic_path, digest, read_json
 from selection.flops import scoring_flops, tuning_flops
 from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING, Cost, read_ledger, selection_costs
 
-COLUMNS = [
-    "task",
-    "target",
-    "method",
-    "mode",
-    "rate",
-    "seed",
-    "size",
-    "num_rows",
-    "eval_rows",
-    "rouge_l",
-    "bleu_4",
-    "rouge_1",
-    "rouge_2",
-    "rouge_l_by_sample",
-    "bleu_4_by_sample",
-    "selection_seconds",
-    "selection_tokens",
-    "selection_flops",
-    "tuning_seconds",
-    "tuning_tokens",
-    "tuning_flops",
-    "peak_memory_gb",
-    "device",
-    "precision",
-    "commit",
-    "settings",
-    "paper_target",
-    "paper_task",
-]
 _METRICS = {"rouge_l": "rouge-l", "bleu_4": "bleu-4", "rouge_1": "rouge-1", "rouge_2": "rouge-2"}
 
 
@@ -117,9 +87,8 @@ def load(arguments: list[str]) -> Experiment:
 def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[str]) -> str:
     """What a cell's figures depend on, but for its method and rate: 16 hex digits."""
     settings = experiment.model_dump(exclude={"output_dir": True, "selection": {"methods", "rates"}})
-    return digest(json.dumps(settings, sort_keys=True).encode(), fingerprint.encode(), *(m.encode() for m in models))[
-        :16
-    ]
+    texts = [json.dumps(settings, sort_keys=True), fingerprint, *models]
+    return digest(*(text.encode() for text in texts))[:16]
 
 
 def jobs_of(
@@ -220,25 +189,19 @@ def run_commands(commands: list[list[str]], log: Path) -> str | None:
     return None
 
 
-def finished_cell(cell: Cell, grid: Grid, experiment: Experiment, num_rows: int, settings: str, sizes) -> dict | None:
-    """A cell's row of cells.csv out of its run folder; None where it is not tuned and evaluated yet.
-
-    `sizes`: parameters of the small model and of the target.
-    """
-    metrics_path = experiment.folder / "eval" / cell.tuned / "metrics.json"
-    if not metrics_path.exists():
-        return None
-    metrics, costs = read_json(metrics_path), read_ledger(experiment.folder)
+def finished_cell(
+    cell: Cell, grid: Grid, experiment: Experiment, num_rows: int, settings: str, sizes: tuple[int, int]
+) -> dict:
+    """A cell's row of cells.csv, out of its run folder. `sizes`: parameters of the small model and of the target."""
+    metrics = read_json(experiment.folder / "eval" / cell.tuned / "metrics.json")
+    costs = read_ledger(experiment.folder)
     tuning = [c for c in costs if c.stage == TARGET_TUNING and c.what == cell.tuned][-1]
     selection = [] if cell.method == "full" else selection_costs(experiment.folder, cell.method)
 
     def flops(cost: Cost) -> float:
         if cost.stage in (SPECULATIVE_TUNING, TARGET_TUNING):
-            keys = experiment.training
-            lora, checkpointing = (
-                keys.get("finetuning_type", "lora") == "lora",
-                not keys.get("disable_gradient_checkpointing", False),
-            )
+            lora = experiment.training.get("finetuning_type", "lora") == "lora"
+            checkpointing = not experiment.training.get("disable_gradient_checkpointing", False)
             parameters = sizes[0] if cost.stage == SPECULATIVE_TUNING else sizes[1]
             return tuning_flops(parameters, cost.tokens, lora, checkpointing)
         return scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
@@ -277,16 +240,30 @@ def read_cells(path: Path) -> dict[Cell, dict[str, str]]:
     """The rows of a cells.csv by cell; none where there is no file yet. Raises: UserError where it is no such file."""
     if not path.exists():
         return {}
+    csv.field_size_limit(2**31 - 1)  # scores by sample are one long field
+    cells = {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {Cell(row["task"], row["method"], float(row["rate"]), int(row["seed"])): row for row in rows}
+            for row in csv.DictReader(file, strict=True):
+                if row["settings"]:
+                    cells[Cell(row["task"], row["method"], float(row["rate"]), int(row["seed"]))] = row
+        return cells
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"cannot read cells from {path}: {error!r}") from None
+        raise UserError(f"cannot read cells from {path}: {error!r}: move it away") from None
 
 
-def write_cells(path: Path, rows: Iterable[dict]) -> None:
+def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
+    """All finished cells, in the grid's order; those of a larger grid stay, at the end.
+
+    What selection cost is one figure for all rates of a method and seed, the first that was measured: a resumed run
+    pays a little again.
+    """
+    others = [cell for cell in done if cell not in order]
+    rows, costs = [done[cell] for cell in [*order, *others] if cell in done], {}
+    for row in rows:
+        selection = costs.setdefault((row["task"], row["method"], str(row["seed"])), row)
+        row |= {key: value for key, value in selection.items() if key.startswith("selection_")}
     with atomic_path(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -164,11 +164,17 @@ def choose_staff(
     1 − hardest_cutoff, on which the paper is silent) rows come back from the hardest, the easiest of them first.
     """
     m = coreset_size(rate, len(scores))
+    return choose_within_strata(scores, strata, allocate_budgets(strata.sizes, ratios, m, mode), m, mode, seed)
+
+
+def choose_within_strata(
+    scores: np.ndarray, strata: Strata, budgets: list[int], m: int, mode: str, seed: int
+) -> Choice:
+    """`choose_staff` from given budgets on."""
     # What decides inside a stratum, lowest first.
     ranks = -scores if mode == "released" else _random_ranks(len(scores), seed, _WITHIN_STRATUM)
     chosen, spare = [], []
-    for i, budget in enumerate(allocate_budgets(strata.sizes, ratios, m, mode)):
-        rows = strata.members[i]
+    for rows, budget in zip(strata.members, budgets, strict=True):
         ranked = rows[np.argsort(ranks[rows], kind="stable")]
         chosen.append(ranked[:budget])
         spare.append(ranked[budget:])

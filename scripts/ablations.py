@@ -1,0 +1,285 @@
+"""What each choice in selection is worth, at the price of scoring only: nothing is tuned on a coreset.
+
+    python scripts/ablations.py --config_path configs/smollm2/go_biology.yaml --layers 12 16 20 --passes 0 1 3 \
+        --set max_samples=500 --baseline_scores runs/reproduce/smollm2_cpu/go_biology-seed-1/scores/target-full
+
+Cuts speculators of some sizes out of the target, tunes each for some passes, and scores the training split on all of
+them and on the target. Writes data/results/ablations/ (--out): speculator.csv, verification.csv and departures.csv,
+and ablations.md with all three as tables. Finished models and scores are reused.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+import numpy as np  # noqa: E402
+
+from finetune.data_split import training_split  # noqa: E402
+from scripts.tables import markdown_table  # noqa: E402
+from selection.agreement import agreement  # noqa: E402
+from selection.baselines import baseline  # noqa: E402
+from selection.config import REPOSITORY, Experiment, load_experiment  # noqa: E402
+from selection.errors import UserError, run_stage  # noqa: E402
+from selection.files import atomic_path, code_version  # noqa: E402
+from selection.ledger import SPECULATIVE_SCORES, selection_costs  # noqa: E402
+from selection.reproduction import Job, run_jobs  # noqa: E402
+from selection.score_files import Scores, read_scores  # noqa: E402
+from selection.scoring import score_rows  # noqa: E402
+from selection.staff import (  # noqa: E402
+    Strata,
+    allocate_budgets,
+    choose_staff,
+    choose_within_strata,
+    coreset_size,
+    min_max_normalise,
+    verification_ratio,
+)
+from selection.stage import add_experiment_arguments  # noqa: E402
+from selection.verification import Settings, cut_strata, draw, verify  # noqa: E402
+
+MORE = ("effort", "n_response_tokens")
+BASELINE_COLUMNS = ("el2n", "el2n_released", "hidden_state")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_experiment_arguments(parser)
+    parser.add_argument("--layers", type=int, nargs="+", default=[16], help="speculators: layers kept of the target")
+    parser.add_argument("--passes", type=int, nargs="+", default=[0, 1, 3], help="speculators: epochs of tuning")
+    parser.add_argument("--verify_per_stratum", type=int, nargs="+", default=[5, 10, 20], help="b_v")
+    parser.add_argument("--num_strata", type=int, nargs="+", default=[20, 50], help="K")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)), help="of draws")
+    parser.add_argument("--baseline_scores", type=Path, help="of the tuned target with all columns: EL2N, CCS and D2")
+    parser.add_argument("--jobs", type=int, default=1, help="speculators at a time")
+    parser.add_argument(
+        "--runs", type=Path, default=REPOSITORY / "runs" / "ablations", help="folder of the run folders"
+    )
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "data" / "results" / "ablations")
+    arguments = parser.parse_args()
+    if len(arguments.seeds) < 2:
+        raise UserError("--seeds: give two or more, the differences between them are the yardstick")
+    experiments = run_speculators(arguments)
+    reference = experiments[max(arguments.layers), max(arguments.passes)]
+    target = read_scores(reference.target_scores, MORE)
+    tables = {
+        "speculator": speculator_table(experiments, target),
+        "verification": verification_table(reference, target, arguments),
+        "departures": departure_table(reference, target, arguments),
+    }
+    about = f"{reference.small_model}, {len(target.index)} rows, {arguments.config_path}, {code_version()}"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        with atomic_path(arguments.out / f"{name}.csv") as draft, draft.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    with atomic_path(arguments.out / "ablations.md") as draft:
+        draft.write_text(as_markdown(tables, about), encoding="utf-8")
+    print(as_markdown(tables, about))
+
+
+def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Experiment]:
+    """Scores of every speculator and, in the largest and longest tuned one's run folder, of the target."""
+    arguments.runs = arguments.runs.resolve()
+    experiments, jobs = {}, []
+    for layers, passes in itertools.product(arguments.layers, arguments.passes):
+        target = load_experiment(arguments.config_path, arguments.set).target_model
+        model = str(arguments.runs / f"{layers}-layers")
+        changes = [
+            *arguments.set,
+            f"small_model={json.dumps(model)}",
+            f"output_dir={json.dumps(str(arguments.runs / f'{layers}-layers-{passes}-passes'))}",
+            f"small_training.num_train_epochs={passes}",
+            "selection.verify=all",
+        ]
+        options = ["--config_path", str(Path(arguments.config_path).resolve())]
+        options += [part for change in changes for part in ("--set", change)]
+        experiment = experiments[layers, passes] = load_experiment(arguments.config_path, changes)
+        rows = len(training_split(experiment).rows)
+        cut = f"{layers} layers"
+        if passes == arguments.passes[0]:
+            target_path = str((REPOSITORY / target).resolve()) if (REPOSITORY / target).exists() else target
+            draft = [
+                "scripts/make_draft.py",
+                *options,
+                "--target",
+                target_path,
+                "--layers",
+                str(layers),
+                "--out",
+                model,
+            ]
+            jobs.append(Job(cut, [draft], 0))
+        commands = [["finetune/finetune.py", *options], ["selection/effort_score.py", *options]]
+        if (layers, passes) == (max(arguments.layers), max(arguments.passes)):
+            commands.append(["selection/verify.py", *options])
+        jobs.append(Job(f"{cut}, {passes} passes", commands, rows * passes, needs=cut))
+    run_jobs(jobs, arguments.jobs, arguments.runs / "logs", lambda job: None)
+    return experiments
+
+
+def speculator_table(experiments: dict[tuple[int, int], Experiment], target: Scores) -> list[dict]:
+    """Agreement of each speculator's scores with those of the fully scored target, and what it cost."""
+    rows = []
+    for (layers, passes), experiment in experiments.items():
+        settings = experiment.selection
+        small = read_scores(experiment.small_scores, MORE)
+        found = agreement(small, target, settings.rates, settings.num_strata, settings.hardest_cutoff, settings.seed)
+        costs = [c for c in selection_costs(experiment.folder, "staff") if c.stage != "verification"]
+        rows.append(
+            {
+                "layers": layers,
+                "passes": passes,
+                "spearman": round(found.spearman, 4),
+                "spearman_length_fixed": round(found.partial_spearman, 4),
+                "adjusted_rand_index": round(found.adjusted_rand_index, 4),
+                **{f"overlap_highest_{o.rate:g}": round(o.highest, 4) for o in found.overlaps},
+                **{f"overlap_staff_{o.rate:g}": round(o.staff, 4) for o in found.overlaps},
+                **{f"by_chance_{o.rate:g}": round(o.staff_by_chance, 4) for o in found.overlaps},
+                "seconds": round(sum(c.seconds for c in costs), 1),
+                "tokens": sum(c.tokens for c in costs),
+            }
+        )
+    return rows
+
+
+def verification_table(experiment: Experiment, target: Scores, arguments: argparse.Namespace) -> list[dict]:
+    """For each K and b_v: target gradients, and the overlap of the coreset with the one of the same strata and draws
+    whose V_i are of ALL samples of a stratum. Beside it the overlap of two seeds' coresets. Means over seeds."""
+    small, rows = read_scores(experiment.small_scores).of_all_rows(), []
+    for num_strata, per_stratum in itertools.product(arguments.num_strata, arguments.verify_per_stratum):
+        for rate in experiment.selection.rates:
+            shared, gradients, chosen = [], [], []
+            for seed in arguments.seeds:
+                settings = Settings("paper", num_strata, per_stratum, experiment.selection.hardest_cutoff, seed)
+                gradients.append(len(sampled(target, cut_strata(small, settings), settings).index))
+                coreset = staff_coreset(small, target, settings, rate)
+                everything = replace(settings, verify_per_stratum=len(small))
+                best = staff_coreset(small, target, everything, rate, everything=True)
+                shared.append(overlap(coreset, best))
+                chosen.append(coreset)
+            rows.append(
+                {
+                    "num_strata": num_strata,
+                    "verify_per_stratum": per_stratum,
+                    "rate": rate,
+                    "target_gradients": _mean(gradients),
+                    "overlap_with_all_verified": _mean(shared),
+                    "overlap_of_two_seeds": _mean(overlap(a, b) for a, b in itertools.combinations(chosen, 2)),
+                }
+            )
+    return rows
+
+
+def departure_table(experiment: Experiment, target: Scores, arguments: argparse.Namespace) -> list[dict]:
+    """Overlap with the published rule's coreset when one departure of the released code is made (README's numbers),
+    on the same stored scores and draws. Means over seeds."""
+    selection = experiment.selection
+    small = read_scores(experiment.small_scores).of_all_rows()
+    reset = released_scores(experiment)
+    tuned = read_scores(arguments.baseline_scores, list(BASELINE_COLUMNS)) if arguments.baseline_scores else None
+    shared: dict[str, dict[float, list[float]]] = {}
+    for seed, rate in itertools.product(arguments.seeds, selection.rates):
+        cutoff = selection.hardest_cutoff
+        paper = Settings("paper", selection.num_strata, selection.verify_per_stratum, cutoff, seed)
+        released = replace(paper, mode="released")
+
+        m, strata = coreset_size(rate, len(small)), cut_strata(small, paper)
+        by_v, by_sum = (
+            allocate_budgets(strata.sizes, ratios(small, sampled(target, strata, by), by), m, by.mode)
+            for by in (paper, released)
+        )
+        own_extremes = ratios_by_own_extremes(small, target, strata, paper)
+        variants = {
+            "1 tuned query and value adapters reset": staff_coreset(reset, target, paper, rate),
+            "2 target scores everything": staff_coreset(small, target, paper, rate, everything=True),
+            "3 budgets by the sum of V": choose_within_strata(small, strata, by_sum, m, "paper", seed).rows,
+            "4 highest scores inside a stratum": choose_within_strata(small, strata, by_v, m, "released", seed).rows,
+            "5 scores doubled": staff_coreset(2 * small, target, paper, rate),
+            "6 another seed": staff_coreset(small, target, replace(paper, seed=seed + 1000), rate),
+            "1 to 5: mode released": staff_coreset(reset, target, released, rate, everything=True),
+            "ours: V by the verified samples' own extremes": choose_staff(
+                small, strata, own_extremes, rate, "paper", seed
+            ).rows,
+        }
+        published = staff_coreset(small, target, paper, rate)
+        overlaps = {name: overlap(rows, published) for name, rows in variants.items()}
+        for number, method in ((7, "el2n"), (8, "ccs"), (9, "d2")) if tuned is not None else ():
+            chosen = [
+                baseline(method, tuned.columns, len(small), selection.model_copy(update={"variant": by, "seed": seed}))
+                for by in ("published", "released")
+            ]
+            overlaps[f"{number} {method}"] = overlap(*(rule(rate).rows for rule in chosen))
+        for name, value in overlaps.items():
+            shared.setdefault(name, {}).setdefault(rate, []).append(value)
+    return [
+        {"departure": name, **{f"rate_{rate:g}": _mean(values) for rate, values in by_rate.items()}}
+        for name, by_rate in shared.items()
+    ]
+
+
+def released_scores(experiment: Experiment) -> np.ndarray:
+    """The speculator's scores with departure 1, from the same tuned model."""
+    released = experiment.model_copy(deep=True)
+    released.selection.mode = "released"
+    split, folder = training_split(experiment), experiment.folder / "scores" / "small-released"
+    every, tuned = np.arange(len(split.rows)), experiment.tuned_small
+    score_rows(released, split, experiment.small_model, tuned, every, folder, SPECULATIVE_SCORES)
+    return read_scores(folder).of_all_rows()
+
+
+def staff_coreset(
+    small: np.ndarray, target: Scores, settings: Settings, rate: float, everything: bool = False
+) -> np.ndarray:
+    """STAFF's rows; V_i from the drawn samples, normalised over all the target has scored where `everything`."""
+    strata = cut_strata(small, settings)
+    v = ratios(small, target if everything else sampled(target, strata, settings), settings)
+    return choose_staff(small, strata, v, rate, settings.mode, settings.seed).rows
+
+
+def sampled(target: Scores, strata: Strata, settings: Settings) -> Scores:
+    """What verification would have scored."""
+    return target.only(np.sort(np.concatenate(draw(strata, settings))))
+
+
+def ratios(small: np.ndarray, target: Scores, settings: Settings) -> list[float | None]:
+    return [record.verification_ratio for record in verify(small, target, settings)]
+
+
+def ratios_by_own_extremes(small: np.ndarray, target: Scores, strata: Strata, settings: Settings) -> list[float]:
+    """V_i where the target's minimum and maximum are simply those of the verified samples."""
+    drawn = draw(strata, settings)
+    known = target.at(np.concatenate(drawn))
+    return [
+        verification_ratio(
+            min_max_normalise(target.at(rows), reference=known), min_max_normalise(small[rows], reference=small)
+        )
+        for rows in drawn
+    ]
+
+
+def overlap(rows: np.ndarray, others: np.ndarray) -> float:
+    """|A ∩ B| / m."""
+    return len(np.intersect1d(rows, others)) / len(rows)
+
+
+def _mean(values) -> float:
+    return round(float(np.mean(list(values))), 4)
+
+
+def as_markdown(tables: dict[str, list[dict]], about: str) -> str:
+    blocks = ["# What each choice in selection is worth", about]
+    for name, rows in tables.items():
+        heading = [key.replace("_", " ") for key in rows[0]]
+        blocks += [f"## {name}", markdown_table(heading, [[f"{value}" for value in row.values()] for row in rows])]
+    return "\n\n".join(blocks) + "\n"
+
+
+if __name__ == "__main__":
+    run_stage(main)
