@@ -27,7 +27,7 @@ from selection.baselines import baseline  # noqa: E402
 from selection.config import REPOSITORY, Experiment, load_experiment  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path, code_version  # noqa: E402
-from selection.ledger import SPECULATIVE_SCORES, selection_costs  # noqa: E402
+from selection.ledger import selection_costs  # noqa: E402
 from selection.reproduction import Job, run_jobs  # noqa: E402
 from selection.score_files import Scores, read_scores  # noqa: E402
 from selection.scoring import score_rows  # noqa: E402
@@ -44,6 +44,7 @@ from selection.stage import add_experiment_arguments  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify  # noqa: E402
 
 MORE = ("effort", "n_response_tokens")
+RESET_SCORES = "speculative scores, adapters reset"  # a stage of its own in the ledger: no method pays for it
 BASELINE_COLUMNS = ("el2n", "el2n_released", "hidden_state")
 
 
@@ -184,6 +185,8 @@ def departure_table(experiment: Experiment, target: Scores, arguments: argparse.
     small = read_scores(experiment.small_scores).of_all_rows()
     reset = released_scores(experiment)
     tuned = read_scores(arguments.baseline_scores, list(BASELINE_COLUMNS)) if arguments.baseline_scores else None
+    if tuned is not None and tuned.fingerprint != target.fingerprint:
+        raise UserError(f"--baseline_scores {tuned.source}: scores of other data than {target.source}")
     shared: dict[str, dict[float, list[float]]] = {}
     for seed, rate in itertools.product(arguments.seeds, selection.rates):
         cutoff = selection.hardest_cutoff
@@ -230,7 +233,7 @@ def released_scores(experiment: Experiment) -> np.ndarray:
     released.selection.mode = "released"
     split, folder = training_split(experiment), experiment.folder / "scores" / "small-released"
     every, tuned = np.arange(len(split.rows)), experiment.tuned_small
-    score_rows(released, split, experiment.small_model, tuned, every, folder, SPECULATIVE_SCORES)
+    score_rows(released, split, experiment.small_model, tuned, every, folder, RESET_SCORES)
     return read_scores(folder).of_all_rows()
 
 

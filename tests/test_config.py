@@ -8,7 +8,7 @@ import yaml
 from selection.config import REPOSITORY, Selection, from_repository, load_experiment, validated
 from selection.errors import UserError
 
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+CONFIGS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if p.parent.name != "reproduce")
 BASE = {
     "output_dir": "runs/test",
     "small_model": "models/small",

@@ -1,6 +1,8 @@
-"""The demo from end to end on a tiny random model, fresh and again."""
+"""The demo from end to end on a tiny random model, fresh and again; and a whole grid of cells on the same model."""
 
+import csv
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -41,3 +43,64 @@ def test_demo_refuses_unknown_arguments():
     done = run_script("scripts/demo.sh", "--big", check=False)
     assert done.returncode == 2
     assert done.stderr == "error: unknown argument --big: the only one is --tiny\n"
+
+
+METHODS = ["full", "random", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy", "staff"]
+
+
+def reproduce(results, runs) -> str:
+    command = ["--config", REPOSITORY / "configs" / "reproduce" / "tiny.yaml", "--jobs", 2]
+    return run_script("scripts/reproduce.py", *command, "--results", results, "--runs", runs).stdout
+
+
+@pytest.fixture(scope="module")
+def results(run_folder, tmp_path_factory):
+    """cells.csv and run folders of the tiny grid; the demo has made its models."""
+    demo(run_folder)
+    folder = tmp_path_factory.mktemp("grid")
+    assert "20 cells, 0 of them there" in reproduce(folder / "results", folder / "runs")
+    return folder
+
+
+def cells(results) -> list[dict[str, str]]:
+    with (results / "results" / "cells.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_grid_has_every_method_with_its_figures_and_costs(results):
+    rows = cells(results)
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "12" for m in METHODS]
+    for row in rows:
+        by_sample = [float(value) for value in row["rouge_l_by_sample"].split()]
+        assert len(by_sample) == int(row["eval_rows"]) == 10
+        assert sum(by_sample) / 10 == pytest.approx(float(row["rouge_l"]), abs=1e-3)  # LLaMA-Factory's own mean
+        assert (int(row["size"]), int(row["num_rows"])) == (50 if row["method"] == "full" else 15, 50)
+        assert float(row["tuning_flops"]) > 0
+        free = row["method"] in ("full", "random", "length")
+        assert (float(row["selection_flops"]) == 0) == (int(row["selection_tokens"]) == 0) == free
+    by_method = {row["method"]: float(row["selection_flops"]) for row in rows if row["seed"] == "1"}
+    assert len({by_method[m] for m in ("grand", "el2n", "ccs", "d2", "moderate", "entropy")}) == 1
+    assert by_method["staff"] < by_method["grand"]
+
+
+def test_a_grid_that_was_stopped_makes_what_is_missing_and_nothing_else(results):
+    table, before = results / "results" / "cells.csv", (results / "results" / "cells.csv").read_text()
+    lost = results / "runs" / "go_biology-seed-2" / "eval" / "ccs-0.3"
+    answers = (lost / "predictions.jsonl").read_bytes()
+    table.write_text("".join(line for line in before.splitlines(keepends=True) if ",ccs,paper,0.3,2," not in line))
+    shutil.rmtree(lost)
+    others = {path: path.stat().st_mtime_ns for path in results.rglob("metrics.json")}
+    assert "20 cells, 19 of them there" in reproduce(results / "results", results / "runs")
+    assert table.read_text() == before
+    assert (lost / "predictions.jsonl").read_bytes() == answers
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+    assert "20 cells, 20 of them there" in reproduce(results / "results", results / "runs")
+    assert table.read_text() == before
+
+
+def test_the_grid_becomes_a_table(results):
+    shown = run_script("scripts/tables.py", results / "results").stdout
+    for name in ("Full data", "Random", "Length", "GraNd", "EL2N", "CCS", "D2 Pruning", "Moderate", "Entropy", "STAFF"):
+        assert f"\n| {name} |" in shown
+    assert (results / "results" / "tables.md").read_text() in shown
+    assert all((results / "results" / name).stat().st_size > 10_000 for name in ("curves.png", "curves.svg"))
