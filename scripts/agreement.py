@@ -1,0 +1,44 @@
+"""How far two sets of scores agree: in rank, in strata, and in the coresets cut from them. Needs no model.
+
+    python scripts/agreement.py runs/demo/scores/small runs/demo/scores/target --rate 0.2 0.1
+
+A and B are score folders, or Parquet or CSV files with columns index,effort and, where known, n_response_tokens. All is
+counted over the rows that both have scores for.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+from selection.agreement import agreement, format_agreement  # noqa: E402
+from selection.config import Selection, validated  # noqa: E402
+from selection.errors import run_stage  # noqa: E402
+from selection.score_files import has_column, read_scores  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    published = Selection()
+    parser.add_argument("scores", type=Path, nargs=2, metavar=("A", "B"), help="score folder or file")
+    parser.add_argument("--rate", type=float, nargs="+", default=published.rates, help="fractions to keep")
+    parser.add_argument("--num_strata", type=int, default=published.num_strata, help="K")
+    parser.add_argument("--hardest_cutoff", type=float, default=published.hardest_cutoff)
+    parser.add_argument("--seed", type=int, default=published.seed, help="of the rows drawn in each stratum")
+    arguments = parser.parse_args()
+    given = {name: getattr(arguments, name) for name in ("num_strata", "hardest_cutoff", "seed")}
+    settings = validated(published, given | {"rates": arguments.rate})
+    scores = []
+    for path in arguments.scores:
+        columns = ["effort"]
+        # A path that is not there is read_scores' to name.
+        if path.exists() and has_column(path, "n_response_tokens"):
+            columns.append("n_response_tokens")
+        scores.append(read_scores(path, columns))
+    result = agreement(*scores, settings.rates, settings.num_strata, settings.hardest_cutoff, settings.seed)
+    print(format_agreement(result))
+
+
+if __name__ == "__main__":
+    run_stage(main)

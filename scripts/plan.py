@@ -1,0 +1,48 @@
+"""Before a run: what will each of its stages cost on this device, and does selection pay?
+
+    python scripts/plan.py --config_path configs/demo.yaml --reuses 3
+
+Makes the split, tokenises it, measures for some seconds how fast small and target model are scored and tuned here, and
+multiplies. Times are those of this device, as busy as it is now; measure again before you trust ten per cent.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+from selection.config import load_experiment  # noqa: E402
+from selection.errors import UserError, run_stage  # noqa: E402
+from selection.stage import add_experiment_arguments  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_experiment_arguments(parser)
+    reuses_help = "tuning runs (other hyper-parameters, targets or rates) that share one selection"
+    parser.add_argument("--reuses", type=int, default=1, metavar="N", help=reuses_help)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring in all, about")
+    arguments = parser.parse_args()
+    if arguments.reuses < 1 or not 0 < arguments.seconds < float("inf"):
+        raise UserError("--reuses and --seconds: give at least 1 run and more than 0 seconds")
+    experiment = load_experiment(arguments.config_path, arguments.set)
+
+    from finetune import llama_factory
+    from finetune.data_split import training_split
+    from selection import plan
+
+    split = training_split(experiment)
+    plan.check(experiment, len(split.rows))
+    models = {"small": experiment.small_model, "target": experiment.target_model}
+    tokenised = {
+        name: llama_factory.tokenised_rows(experiment, model, "train", split.rows) for name, model in models.items()
+    }
+    speeds = plan.calibrate(experiment, tokenised, arguments.seconds)
+    lengths = {name: [len(ids) for ids in rows["input_ids"]] for name, rows in tokenised.items()}
+    print()
+    print(plan.format_plan(plan.make_plan(experiment, lengths, speeds), arguments.reuses))
+
+
+if __name__ == "__main__":
+    run_stage(main)
