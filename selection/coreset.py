@@ -102,8 +102,14 @@ def cut_coresets(
 
 def scores_of(experiment: Experiment, method: str) -> Path:
     """Which scores of a run folder a method reads. Random and Length only count rows and tokens: any will do."""
-    of_small = method == "staff" or (method in ("random", "length") and experiment.small_scores.exists())
-    return experiment.small_scores if of_small else experiment.tuned_target_scores
+    if method == "staff" or (method in ("random", "length") and experiment.small_scores.exists()):
+        return experiment.small_scores
+    if not experiment.tuned_target_scores.exists():
+        raise UserError(
+            f"{method} reads the scores of the tuned target, and there is no {experiment.tuned_target_scores}: run "
+            "finetune.py and effort_score.py with --model target"
+        )
+    return experiment.tuned_target_scores
 
 
 def cut_staff(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:

@@ -226,6 +226,18 @@ def test_an_adapter_on_another_model_is_refused(make_experiment, rows, tmp_path,
         check_base(tuned, str(other))
 
 
+def test_a_speculator_without_a_pass_scores_as_it_is(make_experiment, rows, tmp_path):
+    config, keys = make_experiment(rows), ["small_training.num_train_epochs=0"]
+    untuned = ["--config_path", config, "--set", *keys]
+    assert "none, num_train_epochs is 0" in run_script("finetune/finetune.py", *untuned).stdout
+    run_script("selection/effort_score.py", *untuned)
+    experiment = load_experiment(config, keys)
+    assert not (experiment.folder / "small").exists()
+    assert np.array_equal(read_scores(experiment.small_scores).effort, score(experiment, tmp_path / "scores").effort)
+    tuned = run_script("selection/effort_score.py", "--config_path", config, check=False)
+    assert_one_line_error(tuned, "the speculative model is not tuned yet")
+
+
 def test_stages_say_which_stage_is_missing(make_experiment, rows):
     config = make_experiment(rows)
     for script, said in {
@@ -234,3 +246,7 @@ def test_stages_say_which_stage_is_missing(make_experiment, rows):
         "selection/costs.py": "no cost ledger yet",
     }.items():
         assert_one_line_error(run_script(script, "--config_path", config, check=False), said)
+    target = run_script("selection/effort_score.py", "--config_path", config, "--model", "target", check=False)
+    assert_one_line_error(target, "the target is not tuned yet", "run finetune.py --model target")
+    grand = run_script("selection/coreset.py", "--config_path", config, "--method", "grand", check=False)
+    assert_one_line_error(grand, "grand reads the scores of the tuned target", "--model target")
