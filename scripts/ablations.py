@@ -1,10 +1,10 @@
 """What each choice in selection is worth, at the price of scoring only: nothing is tuned on a coreset.
 
-    python scripts/ablations.py --config_path configs/smollm2/go_biology.yaml --layers 12 16 20 --passes 0 1 3 \
+    python scripts/ablations.py --config_path configs/smollm2/go_biology.yaml --layers 16 12 20 --passes 3 1 0 \
         --set max_samples=500 --baseline_scores runs/reproduce/smollm2_cpu/go_biology-seed-1/scores/target-full
 
 Cuts speculators of some sizes out of the target, tunes each for some passes, and scores the training split on all of
-them and on the target. Writes data/results/ablations/ (--out): speculator.csv, verification.csv and departures.csv,
+them and on the target. The first of each is the one that verification and departures are looked at with. Writes data/results/ablations/ (--out): speculator.csv, verification.csv and departures.csv,
 and ablations.md with all three as tables. Finished models and scores are reused.
 """
 
@@ -27,7 +27,7 @@ from selection.baselines import baseline  # noqa: E402
 from selection.config import REPOSITORY, Experiment, load_experiment  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path, code_version  # noqa: E402
-from selection.ledger import selection_costs  # noqa: E402
+from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, read_ledger  # noqa: E402
 from selection.reproduction import Job, run_jobs  # noqa: E402
 from selection.score_files import Scores, read_scores  # noqa: E402
 from selection.scoring import score_rows  # noqa: E402
@@ -51,8 +51,8 @@ BASELINE_COLUMNS = ("el2n", "el2n_released", "hidden_state")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_experiment_arguments(parser)
-    parser.add_argument("--layers", type=int, nargs="+", default=[16], help="speculators: layers kept of the target")
-    parser.add_argument("--passes", type=int, nargs="+", default=[0, 1, 3], help="speculators: epochs of tuning")
+    parser.add_argument("--layers", type=int, nargs="+", default=[16], help="kept of the target")
+    parser.add_argument("--passes", type=int, nargs="+", default=[3, 1, 0], help="epochs of tuning")
     parser.add_argument("--verify_per_stratum", type=int, nargs="+", default=[5, 10, 20], help="b_v")
     parser.add_argument("--num_strata", type=int, nargs="+", default=[20, 50], help="K")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)), help="of draws")
@@ -66,7 +66,7 @@ def main() -> None:
     if len(arguments.seeds) < 2:
         raise UserError("--seeds: give two or more, the differences between them are the yardstick")
     experiments = run_speculators(arguments)
-    reference = experiments[max(arguments.layers), max(arguments.passes)]
+    reference = next(iter(experiments.values()))
     target = read_scores(reference.target_scores, MORE)
     tables = {
         "speculator": speculator_table(experiments, target),
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Experiment]:
-    """Scores of every speculator and, in the largest and longest tuned one's run folder, of the target."""
+    """Scores of every speculator and, in the run folder of the first, of the target."""
     arguments.runs = arguments.runs.resolve()
     experiments, jobs = {}, []
     for layers, passes in itertools.product(arguments.layers, arguments.passes):
@@ -105,20 +105,11 @@ def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Expe
         rows = len(training_split(experiment).rows)
         cut = f"{layers} layers"
         if passes == arguments.passes[0]:
-            target_path = str((REPOSITORY / target).resolve()) if (REPOSITORY / target).exists() else target
-            draft = [
-                "scripts/make_draft.py",
-                *options,
-                "--target",
-                target_path,
-                "--layers",
-                str(layers),
-                "--out",
-                model,
-            ]
-            jobs.append(Job(cut, [draft], 0))
+            where = REPOSITORY / target
+            more = ["--target", str(where.resolve()) if where.exists() else target, "--out", model]
+            jobs.append(Job(cut, [["scripts/make_draft.py", *options, "--layers", str(layers), *more]], 0))
         commands = [["finetune/finetune.py", *options], ["selection/effort_score.py", *options]]
-        if (layers, passes) == (max(arguments.layers), max(arguments.passes)):
+        if len(experiments) == 1:
             commands.append(["selection/verify.py", *options])
         jobs.append(Job(f"{cut}, {passes} passes", commands, rows * passes, needs=cut))
     run_jobs(jobs, arguments.jobs, arguments.runs / "logs", lambda job: None)
@@ -132,7 +123,7 @@ def speculator_table(experiments: dict[tuple[int, int], Experiment], target: Sco
         settings = experiment.selection
         small = read_scores(experiment.small_scores, MORE)
         found = agreement(small, target, settings.rates, settings.num_strata, settings.hardest_cutoff, settings.seed)
-        costs = [c for c in selection_costs(experiment.folder, "staff") if c.stage != "verification"]
+        costs = [c for c in read_ledger(experiment.folder) if c.stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES)]
         rows.append(
             {
                 "layers": layers,
