@@ -4,8 +4,9 @@
         --set max_samples=500 --baseline_scores runs/reproduce/smollm2_cpu/go_biology-seed-1/scores/target-full
 
 Cuts speculators of some sizes out of the target, tunes each for some passes, and scores the training split on all of
-them and on the target. The first of each is the one that verification and departures are looked at with. Writes data/results/ablations/ (--out): speculator.csv, verification.csv and departures.csv,
-and ablations.md with all three as tables. Finished models and scores are reused.
+them and on the target. The first of each is the one that verification and departures are looked at with. Writes
+data/results/ablations/ (--out): speculator.csv, verification.csv and departures.csv, and ablations.md with all three as
+tables. Finished models and scores are reused.
 """
 
 import argparse
