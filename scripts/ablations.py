@@ -74,7 +74,7 @@ def main() -> None:
         "verification": verification_table(reference, target, arguments),
         "departures": departure_table(reference, target, arguments),
     }
-    about = f"{reference.small_model}, {len(target.index)} rows, {arguments.config_path}, {code_version()}"
+    about = f"{Path(reference.small_model).name}, {len(target.index)} rows, {arguments.config_path}, {code_version()}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         with atomic_path(arguments.out / f"{name}.csv") as draft, draft.open("w", encoding="utf-8", newline="") as file:
