@@ -79,7 +79,7 @@ def common_rows(a: Scores, b: Scores) -> tuple[Scores, Scores]:
         _refuse_difference(a, b, np.array(a.ids), np.array(b.ids), "id")
     if "n_response_tokens" in a.columns and "n_response_tokens" in b.columns:
         name = "n_response_tokens"
-        _refuse_difference(a, b, a.columns[name], b.columns[name], name)
+        _refuse_difference(a, b, a.columns[name].astype(int), b.columns[name].astype(int), name)
     return a, b
 
 

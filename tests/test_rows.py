@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import REPOSITORY, assert_one_line_error, run_script
@@ -12,6 +13,7 @@ from finetune import llama_factory
 from finetune.data_split import row_id, training_split, write_dataset
 from selection.config import load_experiment
 from selection.errors import UserError
+from selection.files import read_json
 
 
 def tokens_of_llama_factory(experiment, **keys):
@@ -211,3 +213,11 @@ def test_errors_of_a_stage_are_one_line_with_exit_code_2(make_experiment, rows, 
         assert_one_line_error(finetune("--config_path", config, "--set", override), said)
         assert not (tmp_path / "run" / "small").exists()
     assert_one_line_error(finetune("--config_path", config, "--project", "p"), "pip install wandb")
+
+
+def test_data_sets_that_are_written_at_the_same_time_are_all_listed(make_experiment, rows):
+    experiment = load_experiment(make_experiment(rows))
+    names = [f"coreset-{i}" for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: write_dataset(experiment, name, rows[:1]), names))
+    assert sorted(read_json(experiment.data_folder / "dataset_info.json")) == sorted(names)
