@@ -279,6 +279,8 @@ def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, lis
     from llamafactory.train.sft.metric import ComputeSimilarity
     from transformers import EvalPrediction
 
+    texts = [*answers, *references]
+
     class Texts:
         """What the metric needs of a tokenizer; a text's number stands for its tokens."""
 
@@ -286,7 +288,7 @@ def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, lis
 
         @staticmethod
         def batch_decode(numbers, skip_special_tokens: bool) -> list[str]:
-            return [(answers + references)[number] for number in numbers]
+            return [texts[number] for number in numbers]
 
     numbers = np.arange(2 * len(answers))
     metric = ComputeSimilarity(tokenizer=Texts)

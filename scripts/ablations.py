@@ -1,7 +1,8 @@
 """What each choice in selection is worth, at the price of scoring only: nothing is tuned on a coreset.
 
     python scripts/ablations.py --config_path configs/smollm2/go_biology.yaml --layers 16 12 20 --passes 3 1 0 \
-        --set max_samples=500 --baseline_scores runs/reproduce/smollm2_cpu/go_biology-seed-1/scores/target-full
+        --set max_samples=500 --set eval_size=0.2 --set selection.num_strata=20 --set selection.verify_per_stratum=5 \
+        --jobs 2 --baseline_scores runs/reproduce/smollm2_cpu/go_biology-seed-1/scores/target-full
 
 Cuts speculators of some sizes out of the target, tunes each for some passes, and scores the training split on all of
 them and on the target. The first of each is the one that verification and departures are looked at with. Writes
@@ -23,7 +24,7 @@ import numpy as np  # noqa: E402
 
 from finetune.data_split import training_split  # noqa: E402
 from scripts.tables import markdown_table  # noqa: E402
-from selection.agreement import agreement  # noqa: E402
+from selection.agreement import agreement, overlap  # noqa: E402
 from selection.baselines import baseline  # noqa: E402
 from selection.config import REPOSITORY, Experiment, load_experiment  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
@@ -66,15 +67,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if len(arguments.seeds) < 2:
         raise UserError("--seeds: give two or more, the differences between them are the yardstick")
+    tuned_target = None
+    if arguments.baseline_scores:
+        tuned_target = read_scores(arguments.baseline_scores, BASELINE_COLUMNS).check_complete()
+        experiment = load_experiment(arguments.config_path, arguments.set)
+        if tuned_target.fingerprint != fingerprint_of(experiment, arguments.runs):
+            raise UserError(f"--baseline_scores {tuned_target.source}: scores of another training split than this one")
     experiments = run_speculators(arguments)
     reference = next(iter(experiments.values()))
     target = read_scores(reference.target_scores, MORE)
     tables = {
         "speculator": speculator_table(experiments, target),
         "verification": verification_table(reference, target, arguments),
-        "departures": departure_table(reference, target, arguments),
+        "departures": departure_table(reference, target, tuned_target, arguments.seeds),
     }
-    about = f"{Path(reference.small_model).name}, {len(target.index)} rows, {arguments.config_path}, {code_version()}"
+    names = Path(reference.small_model).name, Path(arguments.config_path).name
+    about = f"{names[0]}, {len(target.index)} rows, {names[1]}, {code_version()}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         with atomic_path(arguments.out / f"{name}.csv") as draft, draft.open("w", encoding="utf-8", newline="") as file:
@@ -98,6 +106,7 @@ def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Expe
             f"small_model={json.dumps(model)}",
             f"output_dir={json.dumps(str(arguments.runs / f'{layers}-layers-{passes}-passes'))}",
             f"small_training.num_train_epochs={passes}",
+            "selection.mode=paper",
             "selection.verify=all",
         ]
         options = ["--config_path", str(Path(arguments.config_path).resolve())]
@@ -170,27 +179,25 @@ def verification_table(experiment: Experiment, target: Scores, arguments: argpar
     return rows
 
 
-def departure_table(experiment: Experiment, target: Scores, arguments: argparse.Namespace) -> list[dict]:
-    """Overlap with the published rule's coreset when one departure of the released code is made (README's numbers),
-    on the same stored scores and draws. Means over seeds."""
+def departure_table(
+    experiment: Experiment, target: Scores, tuned_target: Scores | None, seeds: list[int]
+) -> list[dict]:
+    """Overlap with the published rule's coreset when ONE departure of the released code is made (README's numbers),
+    on the same stored scores and draws. Means over seeds (of draws)."""
     selection = experiment.selection
-    small = read_scores(experiment.small_scores).of_all_rows()
-    reset = released_scores(experiment)
-    tuned = read_scores(arguments.baseline_scores, list(BASELINE_COLUMNS)) if arguments.baseline_scores else None
-    if tuned is not None and tuned.fingerprint != target.fingerprint:
-        raise UserError(f"--baseline_scores {tuned.source}: scores of other data than {target.source}")
+    small, reset = read_scores(experiment.small_scores).of_all_rows(), released_scores(experiment)
     shared: dict[str, dict[float, list[float]]] = {}
-    for seed, rate in itertools.product(arguments.seeds, selection.rates):
+    for seed, rate in itertools.product(seeds, selection.rates):
         cutoff = selection.hardest_cutoff
         paper = Settings("paper", selection.num_strata, selection.verify_per_stratum, cutoff, seed)
         released = replace(paper, mode="released")
-
         m, strata = coreset_size(rate, len(small)), cut_strata(small, paper)
         by_v, by_sum = (
             allocate_budgets(strata.sizes, ratios(small, sampled(target, strata, by), by), m, by.mode)
             for by in (paper, released)
         )
         own_extremes = ratios_by_own_extremes(small, target, strata, paper)
+        published = staff_coreset(small, target, paper, rate)
         variants = {
             "1 tuned query and value adapters reset": staff_coreset(reset, target, paper, rate),
             "2 target scores everything": staff_coreset(small, target, paper, rate, everything=True),
@@ -198,25 +205,36 @@ def departure_table(experiment: Experiment, target: Scores, arguments: argparse.
             "4 highest scores inside a stratum": choose_within_strata(small, strata, by_v, m, "released", seed).rows,
             "5 scores doubled": staff_coreset(2 * small, target, paper, rate),
             "6 another seed": staff_coreset(small, target, replace(paper, seed=seed + 1000), rate),
-            "1 to 5: mode released": staff_coreset(reset, target, released, rate, everything=True),
-            "ours: V by the verified samples' own extremes": choose_staff(
+            "1 to 5, mode released": staff_coreset(reset, target, released, rate, everything=True),
+            "V by the verified samples' extremes alone": choose_staff(
                 small, strata, own_extremes, rate, "paper", seed
             ).rows,
         }
-        published = staff_coreset(small, target, paper, rate)
-        overlaps = {name: overlap(rows, published) for name, rows in variants.items()}
-        for number, method in ((7, "el2n"), (8, "ccs"), (9, "d2")) if tuned is not None else ():
-            chosen = [
-                baseline(method, tuned.columns, len(small), selection.model_copy(update={"variant": by, "seed": seed}))
-                for by in ("published", "released")
-            ]
-            overlaps[f"{number} {method}"] = overlap(*(rule(rate).rows for rule in chosen))
-        for name, value in overlaps.items():
-            shared.setdefault(name, {}).setdefault(rate, []).append(value)
+        for name, rows in variants.items():
+            shared.setdefault(name, {}).setdefault(rate, []).append(overlap(rows, published))
+    if tuned_target is not None:
+        # CCS and D2 read one EL2N here, so that nothing but their own departure tells them apart.
+        columns = tuned_target.columns
+        one_el2n = columns | {"el2n_released": columns["el2n"]}
+        for name, method, read in (("7 EL2N", "el2n", columns), ("8 CCS", "ccs", one_el2n), ("9 D2", "d2", one_el2n)):
+            for seed in seeds if method == "ccs" else seeds[:1]:
+                published, released = (
+                    baseline(method, read, len(small), selection.model_copy(update={"variant": by, "seed": seed}))
+                    for by in ("published", "released")
+                )
+                for rate in selection.rates:
+                    rows = released(rate).rows, published(rate).rows
+                    shared.setdefault(name, {}).setdefault(rate, []).append(overlap(*rows))
     return [
         {"departure": name, **{f"rate_{rate:g}": _mean(values) for rate, values in by_rate.items()}}
         for name, by_rate in shared.items()
     ]
+
+
+def fingerprint_of(experiment: Experiment, runs: Path) -> str:
+    """Of the training split that every experiment of this run will have."""
+    experiment.output_dir = str(runs.resolve() / "split")
+    return training_split(experiment).fingerprint
 
 
 def released_scores(experiment: Experiment) -> np.ndarray:
@@ -257,11 +275,6 @@ def ratios_by_own_extremes(small: np.ndarray, target: Scores, strata: Strata, se
         )
         for rows in drawn
     ]
-
-
-def overlap(rows: np.ndarray, others: np.ndarray) -> float:
-    """|A ∩ B| / m."""
-    return len(np.intersect1d(rows, others)) / len(rows)
 
 
 def _mean(values) -> float:

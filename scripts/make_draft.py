@@ -9,6 +9,7 @@ ordinary Hugging Face checkpoint with draft.json: what was dropped and the loss 
 
 import argparse
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def main() -> None:
 
     samples = llama_factory.tokenised_rows(experiment, arguments.target, "train", split.rows)[rows]
     cost = Cost(CUTTING, Path(target).name, len(rows), device=device_name(), precision=identity["precision"])
+    started = time.perf_counter()
     with building(out, identity) as draft, measured(experiment.folder, cost):
         model = load_for_scoring(target, None, identity["precision"])
         parent, name = decoder_layers(model)
@@ -77,7 +79,9 @@ def main() -> None:
         whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
         keep_layers(whole, cut.kept)
         save_with_tokenizer(whole, target, draft)
-        write_json(draft / "draft.json", {"target": Path(target).name, **identity, **asdict(cut)})
+        # What it cost stays with the model: every experiment that uses it owes that.
+        paid = {"tokens": cost.tokens, "parameters": cost.parameters, "seconds": time.perf_counter() - started}
+        write_json(draft / "draft.json", {"target": Path(target).name, **identity, **asdict(cut), "cost": paid})
     print(f"loss {cut.full_loss:.3f} with {count} layers, {cut.loss_after_drop[-1]:.3f} with {cut.kept} -> {out}")
 
 

@@ -19,7 +19,7 @@ from finetune import llama_factory  # noqa: E402
 from finetune.data_split import training_split  # noqa: E402
 from selection.config import REPOSITORY, load_grid  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
-from selection.files import model_fingerprint  # noqa: E402
+from selection.files import model_fingerprint, only_one  # noqa: E402
 from selection.models import parameters_of  # noqa: E402
 from selection.reproduction import (  # noqa: E402
     Job,
@@ -42,8 +42,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder of cells.csv (default data/results/<name of the YAML>)")
     parser.add_argument("--runs", type=Path, help="folder of the run folders (default runs/reproduce/<name>)")
     arguments = parser.parse_args()
-    if arguments.jobs < 1:
-        raise UserError(f"--jobs {arguments.jobs}: at least one cell at a time")
     grid, name = load_grid(arguments.config), arguments.config.stem
     results = (arguments.results or REPOSITORY / "data" / "results" / name) / "cells.csv"
     runs = (arguments.runs or REPOSITORY / "runs" / "reproduce" / name).resolve()
@@ -57,10 +55,9 @@ def main() -> None:
         paths = [llama_factory.model_path(model) for model in models]
         settings = settings_digest(experiment, split.fingerprint, map(model_fingerprint, paths))
         sizes = tuple(map(parameters_of, paths))
-        for cell in own:
-            known[cell] = experiment, len(split.rows), settings, sizes
-            if cell in done and done[cell]["settings"] != settings:
-                raise UserError(f"{results} was made otherwise ({cell}: other settings, data or models): move it away")
+        known |= dict.fromkeys(own, (experiment, len(split.rows), settings, sizes))
+        if other := [cell for cell in done if cell.task == task and done[cell]["settings"] != settings]:
+            raise UserError(f"{results} was made otherwise ({other[0]}: other settings, data or models): move it away")
         missing = [cell for cell in own if cell not in done]
         jobs += jobs_of(task, seed, missing, experiment, command_line, len(split.rows))
     print(f"{name}: {len(cells)} cells, {sum(cell in done for cell in cells)} of them there")
@@ -75,7 +72,8 @@ def main() -> None:
             f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)"
         )
 
-    run_jobs(jobs, arguments.jobs, runs / "logs", finished)
+    with only_one(runs):
+        run_jobs(jobs, arguments.jobs, runs / "logs", finished)
     print(f"{len(cells)} cells -> {results}")
 
 

@@ -120,8 +120,8 @@ def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest
             choose_staff(effort, each, [None] * len(each.members), rate, "paper", seed).rows
             for effort, each in zip(efforts, strata, strict=True)
         )
-        by_chance = float(np.mean([_shared(of_a, rows) for rows in of_shuffled]))
-        overlaps.append(Overlap(rate, m, _shared(*highest), _shared(of_a, of_b), by_chance))
+        by_chance = float(np.mean([overlap(of_a, rows) for rows in of_shuffled]))
+        overlaps.append(Overlap(rate, m, overlap(*highest), overlap(of_a, of_b), by_chance))
     groups = [_stratum_of_each_row(each, len(a.index)) for each in strata[:2]]
     return Agreement(
         num_rows=len(a.index),
@@ -133,7 +133,8 @@ def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest
     )
 
 
-def _shared(rows: np.ndarray, others: np.ndarray) -> float:
+def overlap(rows: np.ndarray, others: np.ndarray) -> float:
+    """|A ∩ B| / m of two coresets of m rows."""
     return len(np.intersect1d(rows, others, assume_unique=True)) / len(rows)
 
 

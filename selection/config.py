@@ -208,10 +208,17 @@ class Grid(_Section):
     """By name."""
     methods: list[Literal["full", Method]] = Field(min_length=1)
     """full is the target tuned on everything."""
-    rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
+    rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
     """Fractions of the training split to keep."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     """Each seeds tuning (the speculator's too), scoring and every random choice; the split stays the same."""
+
+    @field_validator("methods", "rates", "seeds")
+    @classmethod
+    def _each_once(cls, values: list) -> list:
+        if len(set(values)) < len(values):
+            raise ValueError("each may be given once")
+        return values
 
 
 class _Loader(yaml.SafeLoader):

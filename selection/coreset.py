@@ -61,6 +61,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments, experiment, selection = parse_arguments(), None, Selection()
+    if arguments.features and not {"d2", "moderate"} & set(arguments.method or []):
+        raise UserError("--features is read by --method d2 and moderate alone: leave it out or ask for one of them")
     if arguments.config_path:
         experiment = load_experiment(arguments.config_path, arguments.set)
         selection = experiment.selection
@@ -156,6 +158,8 @@ def cut_baseline(arguments, experiment: Experiment | None, method: str, source: 
     scores.check_complete()
     if elsewhere:
         scores.columns["hidden_state"] = read_features(arguments.features, len(scores.index))
+    if method == "length" and len(empty := np.flatnonzero(scores.columns["n_response_tokens"] < 1)):
+        raise UserError(f"{scores.source}: row {scores.index[empty[0]]} has no response token: remove the row")
     rule = baseline(method, scores.columns, len(scores.index), selection)
     record: dict[str, Any] = {"seed": selection.seed}
     if method in ("el2n", "ccs", "d2"):

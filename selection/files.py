@@ -39,6 +39,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Raises: UserError where another process is inside of this for the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".running").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is at work in {folder}: wait for it, or stop it") from None
+        yield
+
+
 def write_json(path: Path, value: object) -> None:
     """One JSON document, atomically. NaN and infinity are refused: they are not JSON."""
     with atomic_path(path) as draft:

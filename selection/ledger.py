@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from selection.config import Experiment
+from selection.config import Experiment, from_repository
 from selection.errors import UserError
+from selection.files import read_json
 
 CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
 SPECULATIVE_SCORES, VERIFICATION, CORESETS = "speculative scores", "verification", "coresets"
@@ -102,26 +103,29 @@ def summarise(experiment: Experiment) -> CostSummary:
     """
     costs = read_ledger(experiment.folder)
     selection = dict.fromkeys(SELECTION_STAGES, 0.0)
-    for cost in selection_costs(experiment.folder, "staff"):
+    for cost in selection_costs(experiment, "staff"):
         selection[cost.stage] += cost.seconds
-    small, target, verified = (
-        [c for c in costs if c.stage == stage] for stage in (SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION)
+    small, scored, target, verified = (
+        [c for c in costs if c.stage == stage]
+        for stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES, TARGET_TUNING, VERIFICATION)
     )
     if full := [c for c in target if c.what == "full"]:
         return CostSummary(selection, full[-1].seconds, "measured")
-    if not small:
-        return CostSummary(selection, None, "unknown before something was tuned")
-    epochs = [
+    passes, target_passes = (
         (experiment.training | keys).get("num_train_epochs", 3)
         for keys in (experiment.small_training, experiment.target_training)
-    ]
-    full_tokens = small[-1].tokens / epochs[0] * epochs[1]
+    )
+    if small and passes:
+        full_tokens = small[-1].tokens / passes * target_passes
+    elif scored:
+        full_tokens = sum(c.tokens for c in scored) * target_passes
+    else:
+        return CostSummary(selection, None, "unknown before something was tuned or scored")
     if target:
         per_token = sum(c.seconds for c in target) / sum(c.tokens for c in target)
         return CostSummary(selection, per_token * full_tokens, "scaled by tokens from its tuning on coresets")
-    scored = [c for c in costs if c.stage == SPECULATIVE_SCORES]
-    if not (scored and verified):
-        return CostSummary(selection, None, "unknown before the scores")
+    if not (small and scored and verified):
+        return CostSummary(selection, None, "unknown before something was tuned and all was scored")
     ratio = verified[-1].parameters / scored[-1].parameters
     per_token = small[-1].seconds / small[-1].tokens * ratio
     return CostSummary(
@@ -129,16 +133,35 @@ def summarise(experiment: Experiment) -> CostSummary:
     )
 
 
-def selection_costs(run_folder: Path, method: str) -> list[Cost]:
-    """The entries that a method's coresets were paid with: STAFF's four stages and the cutting of its speculator;
-    for a baseline that scores the tuned target, tuning that on everything and scoring it. All rates share them."""
-    by_model = {
-        "staff": lambda c: c.stage in SELECTION_STAGES[:-1],
-        "random": lambda c: False,
-        "length": lambda c: False,
-    }.get(method, lambda c: c.stage == TARGET_SCORES or (c.stage == TARGET_TUNING and c.what == "full"))
-    costs = read_ledger(run_folder)
-    return [c for c in costs if by_model(c)] + [c for c in costs if c.stage == CORESETS and c.what == method][-1:]
+def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
+    """What a method's coresets were paid with; all rates share it.
+
+    STAFF: cutting the speculator, if it is one that was cut (its draft.json says what that took), tuning it, its
+    scores, verification. A baseline that reads the tuned target's scores: tuning that on everything, and the scores.
+    A tuning that was made again counts once, the last; parts of an interrupted scoring run add up.
+    """
+    costs = read_ledger(experiment.folder)
+
+    def last(stage: str, what: str | None = None) -> list[Cost]:
+        return [c for c in costs if c.stage == stage and what in (None, c.what)][-1:]
+
+    def scores(stage: str) -> list[Cost]:
+        return [c for c in costs if c.stage == stage]
+
+    if method == "staff":
+        paid = _cutting(experiment) + (last(SPECULATIVE_TUNING) if experiment.tuned_small else [])
+        paid += scores(SPECULATIVE_SCORES) + scores(VERIFICATION)
+    elif method in ("random", "length"):
+        paid = []
+    else:
+        paid = last(TARGET_TUNING, "full") + scores(TARGET_SCORES)
+    return paid + last(CORESETS, method)
+
+
+def _cutting(experiment: Experiment) -> list[Cost]:
+    draft = from_repository(experiment.small_model) / "draft.json"
+    paid = read_json(draft).get("cost") if draft.exists() else None
+    return [Cost(CUTTING, experiment.small_model, **paid)] if paid else []
 
 
 def format_summary(summary: CostSummary) -> str:

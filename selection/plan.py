@@ -58,10 +58,6 @@ class Plan:
     def selection_seconds(self) -> float:
         return sum(stage.seconds for stage in self.selection)
 
-    def relative_cost(self, rate: float, reuses: int) -> float:
-        """Selection-to-tuning ratio: (selection / reuses + tuning on the coreset) / tuning on everything."""
-        return (self.selection_seconds / reuses + self.coresets[rate].seconds) / self.full.seconds
-
 
 def make_plan(experiment: Experiment, lengths: dict[str, Sequence[int]], speeds: dict[str, Speed]) -> Plan:
     """The costs of every stage. `lengths` and `speeds` by "small" and "target": tokens of each row of the training
@@ -160,10 +156,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def selection_to_tuning(selection: float, coreset: float, full: float, reuses: int) -> float:
+    """Selection-to-tuning ratio: (selection / reuses + tuning on the coreset) / tuning on everything, in seconds."""
+    return (selection / reuses + coreset) / full
+
+
 def verdict(rate: float, selection: float, coreset: float, full: float, reuses: int) -> str:
     """Whether selection pays at a rate: whether a `reuses`-th of it and tuning on the coreset take less time than
     tuning on everything. Args: seconds of all selection, tuning on the coreset, tuning on everything."""
-    ratio = (selection / reuses + coreset) / full
+    ratio = selection_to_tuning(selection, coreset, full, reuses)
     said = f"{ratio:.2f} of the time of tuning on everything (random selection: {coreset / full:.2f})"
     if ratio < 1:
         return f"at rate {rate:g} selection pays: {said}"
@@ -256,7 +257,7 @@ def _scoring(experiment: Experiment, name: str, path: str, rows: Dataset, precis
     """Scoring as the stages do it, and its batches. The small model carries a LoRA, as its tuning leaves one."""
     settings, keys = experiment.selection, tuning_keys(experiment, name)
     model = load_for_scoring(path, None, precision)
-    if settings.phi == "all_lora" or (name == "small" and _is_lora(keys)):
+    if settings.phi == "all_lora" or (name == "small" and _is_lora(keys) and experiment.tuned_small):
         model = with_fresh_lora(model, **tuning_lora(keys), seed=settings.seed)
     scorer = EffortScorer(model, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, settings.columns)
     budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)

@@ -9,8 +9,10 @@ import json
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,10 +21,21 @@ from tqdm import tqdm
 
 from selection.config import REPOSITORY, Experiment, Grid, load_experiment
 from selection.coreset_files import coreset_name
+from selection.device import choose_precision
 from selection.errors import UserError
 from selection.files import atomic_path, digest, read_json
-from selection.flops import scoring_flops, tuning_flops
-from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING, Cost, read_ledger, selection_costs
+from selection.flops import forward_flops, scoring_flops, tuning_flops
+from selection.ledger import (
+    CUTTING,
+    SPECULATIVE_TUNING,
+    TARGET_TUNING,
+    Cost,
+    ledger_path,
+    read_ledger,
+    selection_costs,
+)
+from selection.score_files import SCORER_VERSION
+from selection.verification import RULES_VERSION
 
 _METRICS = {"rouge_l": "rouge-l", "bleu_4": "bleu-4", "rouge_1": "rouge-1", "rouge_2": "rouge-2"}
 
@@ -84,11 +97,24 @@ def load(arguments: list[str]) -> Experiment:
     return load_experiment(arguments[1], arguments[3::2])
 
 
+# What a cell's figures do not depend on, or what is a cell's own: method, rate and seed.
+_NO_SETTINGS = {
+    "output_dir": True,
+    "selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"},
+    "training": {"seed"},
+    "evaluation": {"batch_size"},
+}
+
+
 def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[str]) -> str:
-    """What a cell's figures depend on, but for its method and rate: 16 hex digits."""
-    settings = experiment.model_dump(exclude={"output_dir": True, "selection": {"methods", "rates"}})
-    texts = [json.dumps(settings, sort_keys=True), fingerprint, *models]
-    return digest(*(text.encode() for text in texts))[:16]
+    """What the figures of all cells of a task depend on, number formats and rules included: 16 hex digits.
+
+    Args: `fingerprint` of the training split, `models` the two models' fingerprints.
+    """
+    settings = experiment.model_dump(exclude=_NO_SETTINGS)
+    formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
+    texts = [json.dumps(settings, sort_keys=True), *formats, str(SCORER_VERSION), str(RULES_VERSION)]
+    return digest(*(text.encode() for text in (*texts, fingerprint, *models)))[:16]
 
 
 def jobs_of(
@@ -143,35 +169,45 @@ def jobs_of(
 def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callable[[Job], None]) -> None:
     """Run jobs, `parallel` at a time, each in one of that many processes that import everything once.
 
-    `finished` is called after each. Raises: UserError with what a failed job said; those that run are waited for.
+    `finished` is called after each. Raises: UserError with what a failed job said, after those that run have ended;
+    no more are begun.
     """
+    if parallel < 1:
+        raise UserError(f"--jobs {parallel}: at least one at a time")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
     log_folder.mkdir(parents=True, exist_ok=True)
-    waiting, done, running = list(jobs), set(), {}
+    waiting, done, running, failures = list(jobs), set(), {}, []
     names = {job.name for job in jobs}
     with (
         ProcessPoolExecutor(parallel, mp_context=get_context("spawn")) as pool,
         tqdm(total=sum(job.rows for job in jobs), unit="rows", smoothing=0, desc="tuning") as progress,
     ):
-        while waiting or running:
-            for job in [j for j in waiting if j.needs is None or j.needs in done or j.needs not in names]:
-                if len(running) == parallel:
-                    break
+        while running or (waiting and not failures):
+            ready = [job for job in waiting if job.needs is None or job.needs in done or job.needs not in names]
+            for job in ready[: 0 if failures else parallel - len(running)]:
                 waiting.remove(job)
                 log = log_folder / f"{job.name.replace(', ', '-').replace(' ', '-')}.log"
                 running[pool.submit(run_commands, job.commands, log)] = job, log
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job, log = running.pop(future)
-                if said := future.result():
-                    raise UserError(f"{job.name}: {said} (log: {log})")
+                try:
+                    said = future.result()
+                except BrokenProcessPool:
+                    said = "a process was killed, perhaps for want of memory: give fewer --jobs"
+                if said:
+                    failures.append(f"{job.name}: {said} (log: {log})")
+                    continue
                 done.add(job.name)
                 finished(job)
                 progress.update(job.rows)
+    if failures:
+        raise UserError(failures[0])
 
 
 def run_commands(commands: list[list[str]], log: Path) -> str | None:
     """Run stage scripts in this process, all they print into `log`; what the first failing one said, or None."""
     with log.open("a", encoding="utf-8") as file:
+        begun = file.tell()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     for script, *arguments in commands:
@@ -182,8 +218,12 @@ def run_commands(commands: list[list[str]], log: Path) -> str | None:
         except SystemExit as stop:
             if stop.code:
                 sys.stderr.flush()
-                errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")]
-                return errors[-1].removeprefix("error: ") if errors else f"{script} stopped with exit code {stop.code}"
+                said = log.read_bytes()[begun:].decode("utf-8", "replace").splitlines()
+                errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+                return errors[-1] if errors else f"{script} stopped with exit code {stop.code}"
+        except Exception as error:  # a stage's own bug, or a device out of memory: named here, in full in the log
+            traceback.print_exc()
+            return f"{script}: {type(error).__name__}: {error}"
         finally:
             sys.stdout.flush()
     return None
@@ -193,18 +233,17 @@ def finished_cell(
     cell: Cell, grid: Grid, experiment: Experiment, num_rows: int, settings: str, sizes: tuple[int, int]
 ) -> dict:
     """A cell's row of cells.csv, out of its run folder. `sizes`: parameters of the small model and of the target."""
-    metrics = read_json(experiment.folder / "eval" / cell.tuned / "metrics.json")
-    costs = read_ledger(experiment.folder)
-    tuning = [c for c in costs if c.stage == TARGET_TUNING and c.what == cell.tuned][-1]
-    selection = [] if cell.method == "full" else selection_costs(experiment.folder, cell.method)
+    metrics_path = experiment.folder / "eval" / cell.tuned / "metrics.json"
+    metrics = read_json(metrics_path)
+    if "by_sample" not in metrics:
+        raise UserError(f"{metrics_path} was made before scores were kept by sample: remove {metrics_path.parent}")
+    tuned = [c for c in read_ledger(experiment.folder) if c.stage == TARGET_TUNING and c.what == cell.tuned]
+    if not tuned:
+        raise UserError(f"{ledger_path(experiment.folder)} does not say what tuning {cell.tuned} cost: remove the run")
+    tuning, selection = tuned[-1], [] if cell.method == "full" else selection_costs(experiment, cell.method)
 
     def flops(cost: Cost) -> float:
-        if cost.stage in (SPECULATIVE_TUNING, TARGET_TUNING):
-            lora = experiment.training.get("finetuning_type", "lora") == "lora"
-            checkpointing = not experiment.training.get("disable_gradient_checkpointing", False)
-            parameters = sizes[0] if cost.stage == SPECULATIVE_TUNING else sizes[1]
-            return tuning_flops(parameters, cost.tokens, lora, checkpointing)
-        return scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
+        return stage_flops(cost, experiment, sizes)
 
     task = grid.tasks[cell.task]
     return {
@@ -236,6 +275,19 @@ def finished_cell(
     }
 
 
+def stage_flops(cost: Cost, experiment: Experiment, sizes: tuple[int, int]) -> float:
+    """Of one stage; `sizes` as above."""
+    if cost.stage == CUTTING:
+        return forward_flops(cost.parameters, cost.tokens)
+    if cost.stage not in (SPECULATIVE_TUNING, TARGET_TUNING):
+        return scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
+    small = cost.stage == SPECULATIVE_TUNING
+    keys = experiment.training | (experiment.small_training if small else experiment.target_training)
+    lora = keys.get("finetuning_type", "lora") == "lora"
+    checkpointing = not keys.get("disable_gradient_checkpointing", False)
+    return tuning_flops(sizes[0] if small else sizes[1], cost.tokens, lora, checkpointing)
+
+
 def read_cells(path: Path) -> dict[Cell, dict[str, str]]:
     """The rows of a cells.csv by cell; none where there is no file yet. Raises: UserError where it is no such file."""
     if not path.exists():
@@ -264,6 +316,6 @@ def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
         selection = costs.setdefault((row["task"], row["method"], str(row["seed"])), row)
         row |= {key: value for key, value in selection.items() if key.startswith("selection_")}
     with atomic_path(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

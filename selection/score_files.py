@@ -12,6 +12,7 @@ import pyarrow.parquet
 from selection.errors import UserError
 from selection.files import atomic_path, code_version, digest, first_difference, read_json, write_json
 
+SCORER_VERSION = 2  # counted up where a change moves scores by more than fp32's noise
 SCHEMA = pa.schema(
     [
         ("index", pa.int64()),  # row of the training split

@@ -16,12 +16,11 @@ from selection.device import choose_precision, device_name
 from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.errors import UserError
 from selection.files import model_fingerprint
-from selection.ledger import Cost, measured
+from selection.ledger import TARGET_SCORES, Cost, measured
 from selection.models import count_parameters, load_for_scoring, tuning_lora, with_fresh_lora
-from selection.score_files import ScoreFolder
+from selection.score_files import SCORER_VERSION, ScoreFolder
 from selection.self_test import TOLERANCE, self_test
 
-SCORER_VERSION = 2  # counted up where a change moves scores by more than fp32's noise
 _ROWS_PER_PART = 256  # what a killed run loses at most
 
 
@@ -56,7 +55,8 @@ def score_rows(
             llama_factory.model_path(model),
             tuned,
             precision,
-            settings.mode == "released" and tuned is not None,
+            # Of the speculator: what the released code did to a tuned target is not known.
+            settings.mode == "released" and tuned is not None and stage != TARGET_SCORES,
         )
         cost.parameters = count_parameters(loaded)
         if highest >= loaded.get_input_embeddings().num_embeddings:

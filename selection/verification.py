@@ -12,6 +12,8 @@ from selection.files import digest, first_difference, read_json, write_json
 from selection.score_files import Scores
 from selection.staff import Strata, draw_verification_samples, min_max_normalise, stratify, verification_ratio
 
+RULES_VERSION = 2  # of draws, V_i and choice: counted up where the same scores give another coreset
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -103,4 +105,4 @@ def read_verification(path: Path, settings: Settings, speculative: Scores) -> li
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
     scores = digest(np.ascontiguousarray(speculative.effort).tobytes())
-    return {**asdict(settings), "speculative_scores_sha256": scores}
+    return {**asdict(settings), "rules": RULES_VERSION, "speculative_scores_sha256": scores}

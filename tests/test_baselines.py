@@ -237,3 +237,23 @@ def test_scores_that_are_no_numbers_are_refused_by_column_and_row(tmp_path):
     arguments = ["--scores", tmp_path / "scores.parquet", "--rate", 0.2, "--method", "ccs", "--out", tmp_path / "out"]
     done = run_script("selection/coreset.py", *arguments, check=False)
     assert_one_line_error(done, "row 8 has el2n inf")
+
+
+def test_a_row_without_response_tokens_and_features_nobody_reads_are_refused(tmp_path):
+    tokens = make_columns(60)["n_response_tokens"]
+    tokens[9] = 0
+    write_table(tmp_path / "scores.parquet", n_response_tokens=tokens)
+    arguments = [
+        "--scores",
+        tmp_path / "scores.parquet",
+        "--rate",
+        0.2,
+        "--method",
+        "length",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = run_script("selection/coreset.py", *arguments, check=False)
+    assert_one_line_error(done, "row 9 has no response token")
+    done = run_script("selection/coreset.py", *arguments, "--features", "F.npy", check=False)
+    assert_one_line_error(done, "--features is read by --method d2 and moderate alone")

@@ -109,14 +109,18 @@ def test_the_settings_of_a_cell_change_with_what_its_figures_depend_on(grid, tmp
     experiment = load(arguments)
     same = load(experiment_arguments(grid(rates=[0.2], methods=["random"]), tmp_path / "elsewhere", "biology", 3))
     digests = {settings_digest(each, "data", ["small", "target"]) for each in (experiment, same)}
+    digests.add(
+        settings_digest(load(experiment_arguments(grid(), tmp_path, "biology", 4)), "data", ["small", "target"])
+    )
+    free = [*arguments, "--set", "selection.self_test=0", "--set", "evaluation.batch_size=3"]
+    digests.add(settings_digest(load(free), "data", ["small", "target"]))
     assert len(digests) == 1
-    others = [
-        load([*arguments, "--set", change]) for change in ("selection.num_strata=3", "training.learning_rate=0.1")
-    ]
+    changes = ("selection.num_strata=3", "training.learning_rate=0.1", "precision=bf16")
+    others = [load([*arguments, "--set", change]) for change in changes]
     digests |= {settings_digest(each, "data", ["small", "target"]) for each in others}
     digests |= {settings_digest(experiment, "other", ["small", "target"])}
     digests |= {settings_digest(experiment, "data", ["small", "other"])}
-    assert len(digests) == 5
+    assert len(digests) == 6
 
 
 def row_of(cell: Cell, **changes) -> dict:
@@ -150,6 +154,8 @@ def test_a_file_that_holds_no_cells_is_refused(tmp_path, text):
         ({"tasks": {"a/b": TASKS["biology"]}}, "tasks.a/b"),
         ({"tasks": {}}, "tasks"),
         ({"rates": [0]}, "rates.0"),
+        ({"rates": [1.0]}, "rates.0"),
+        ({"rates": [0.1, 0.2, 0.1]}, "each may be given once"),
         ({"seeds": []}, "seeds"),
         ({"seed": 1}, "unknown key seed"),
     ],
@@ -194,6 +200,12 @@ def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
     with pytest.raises(UserError, match=r"a, first: --config_path none\.yaml: .* \(log: .*a-first\.log\)"):
         run_jobs([failing, Job("second", [], 1, needs="a, first")], 2, tmp_path, finished.append)
     assert finished == []
+    crash = Job("crash", [["tests/none.py"]], 1)
+    with pytest.raises(UserError, match=r"crash: tests/none\.py: FileNotFoundError: "):
+        run_jobs([crash, Job("second", [], 1, needs="crash")], 1, tmp_path, finished.append)
+    assert finished == []
+    with pytest.raises(UserError, match="--jobs 0"):
+        run_jobs([], 0, tmp_path, finished.append)
     order = [Job("late", [], 1, needs="early"), Job("early", [], 1), Job("free", [], 1, needs="done long ago")]
     run_jobs(order, 1, tmp_path, lambda job: finished.append(job.name))
     assert finished.index("early") < finished.index("late") and len(finished) == 3
@@ -217,10 +229,10 @@ def test_reproduce_refuses_cells_of_other_settings(make_experiment, rows, tmp_pa
     )
     results = tmp_path / "results"
     results.mkdir()
-    write_cells(results / "cells.csv", {Cell("a", "random", 0.5, 1): row_of(Cell("a", "random", 0.5, 1))}, [])
+    other_seed = Cell("a", "random", 0.5, 2)  # not of this grid, but a table would put both into one mean
+    write_cells(results / "cells.csv", {other_seed: row_of(other_seed)}, [])
     before = (results / "cells.csv").read_bytes()
     command = ["--config", tmp_path / "grid.yaml", "--results", results, "--runs", tmp_path / "runs"]
     done = run_script("scripts/reproduce.py", *command, check=False)
-    assert_one_line_error(done, "cells.csv was made otherwise (a, seed 1, random-0.5")
+    assert_one_line_error(done, "cells.csv was made otherwise (a, seed 2, random-0.5")
     assert (results / "cells.csv").read_bytes() == before
-    assert_one_line_error(run_script("scripts/reproduce.py", *command, "--jobs", 0, check=False), "--jobs 0")
