@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import REPOSITORY, run_script
+from conftest import REPOSITORY, assert_one_line_error, run_script
 
 
 def demo(run_folder) -> str:
@@ -104,3 +104,40 @@ def test_the_grid_becomes_a_table(results):
         assert f"\n| {name} |" in shown
     assert (results / "results" / "tables.md").read_text() in shown
     assert all((results / "results" / name).stat().st_size > 10_000 for name in ("curves.png", "curves.svg"))
+
+
+def test_ablations_refuse_foreign_scores_first_and_end_in_three_tables(results):
+    def ablations(*more, check=True):
+        command = [
+            "--config_path",
+            REPOSITORY / "configs" / "tiny.yaml",
+            "--layers",
+            2,
+            "--passes",
+            1,
+            0,
+            "--seeds",
+            1,
+            2,
+        ]
+        command += ["--num_strata", 3, "--verify_per_stratum", 2, "--runs", results / "ablations"]
+        return run_script("scripts/ablations.py", *command, "--out", results / "tables", *more, check=check)
+
+    scores = ["--baseline_scores", results / "runs" / "go_biology-seed-1" / "scores" / "target-full"]
+    foreign = ablations(*scores, "--set", "max_samples=50", "--runs", results / "other", check=False)
+    assert_one_line_error(foreign, "scores of another training split")
+    assert not (results / "tables").exists() and not list(results.glob("other/*layers*"))
+
+    shown = ablations(*scores).stdout
+    assert (results / "tables" / "ablations.md").read_text() in shown
+    tables = {}
+    for name in ("speculator", "verification", "departures"):
+        with (results / "tables" / f"{name}.csv").open(newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+    assert [(row["layers"], row["passes"]) for row in tables["speculator"]] == [("2", "1"), ("2", "0")]
+    tokens = [int(row["tokens"]) for row in tables["speculator"]]
+    assert tokens[0] == 2 * tokens[1] > 0  # one pass of tuning takes as many as scoring
+    assert [float(row["target_gradients"]) for row in tables["verification"]] == [6]
+    by_name = {row["departure"][:1]: float(row["rate_0.2"]) for row in tables["departures"]}
+    assert by_name["5"] == 1 and len(tables["departures"]) == 11
+    assert all(0 <= shared <= 1 for shared in by_name.values())
