@@ -80,7 +80,7 @@ def test_the_grid_has_every_method_with_its_figures_and_costs(results):
         assert (float(row["selection_flops"]) == 0) == (int(row["selection_tokens"]) == 0) == free
     by_method = {row["method"]: float(row["selection_flops"]) for row in rows if row["seed"] == "1"}
     assert len({by_method[m] for m in ("grand", "el2n", "ccs", "d2", "moderate", "entropy")}) == 1
-    assert by_method["staff"] < by_method["grand"]
+    assert by_method["staff"] not in (0, by_method["grand"])
 
 
 def test_a_grid_that_was_stopped_makes_what_is_missing_and_nothing_else(results):
