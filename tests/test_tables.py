@@ -536,3 +536,19 @@ def test_error_reaches_the_shell_as_one_line(tmp_path):
     cells = [fake_cell(), fake_cell(seed=1) | {"rate": "half"}]
     done = run_script("scripts/tables.py", write_cells(tmp_path, cells), check=False)
     assert_one_line_error(done, "cells.csv, row 3, column rate: 'half' is no finite number")
+
+
+COMMITTED = sorted((REPOSITORY / "data" / "results").glob("*/cells.csv"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
+def test_committed_tables_are_those_of_the_committed_cells_and_readme_shows_them(tables, path):
+    paper = tables.read_paper(tables.PAPER_TABLE)
+    grid = tables.read_cells(path, paper)
+    committed = (path.parent / "tables.md").read_text(encoding="utf-8")
+    assert committed == tables.format_tables(grid, tables.estimate_scores(grid), paper)
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition(f"<!-- {path.parent.name}/tables.md -->")[2].partition("<!-- end -->")[0]
+    lines = [line for line in shown.splitlines() if line.startswith(("|", "- STAFF", "STAFF saves"))]
+    assert len(lines) > 20
+    assert [line for line in lines if line not in committed.splitlines()] == []
