@@ -80,7 +80,8 @@ def main() -> None:
         keep_layers(whole, cut.kept)
         save_with_tokenizer(whole, target, draft)
         # What it cost stays with the model: every experiment that uses it owes that.
-        paid = {"tokens": cost.tokens, "parameters": cost.parameters, "seconds": time.perf_counter() - started}
+        seconds = round(time.perf_counter() - started, 2)
+        paid = {"tokens": cost.tokens, "parameters": cost.parameters, "seconds": seconds}
         write_json(draft / "draft.json", {"target": Path(target).name, **identity, **asdict(cut), "cost": paid})
     print(f"loss {cut.full_loss:.3f} with {count} layers, {cut.loss_after_drop[-1]:.3f} with {cut.kept} -> {out}")
 
