@@ -310,17 +310,17 @@ def estimate_scores(grid: Grid) -> dict[tuple[str, str, str, float], Estimate]:
     return estimates
 
 
-def estimate_differences(grid: Grid, other: str) -> dict[tuple[str, str, float], Estimate]:
-    """STAFF − other of each metric, task and rate, over the seeds that both have."""
+def estimate_differences(grid: Grid, other: str, method: str = "staff") -> dict[tuple[str, str, float], Estimate]:
+    """`method` − `other` of each metric, task and rate, over the seeds that both have."""
     estimates = {}
     for task in grid.tasks:
         quantities = {}
         for metric in METRICS:
             for rate in grid.rates:
-                staff, others = grid.by_seed(task, "staff", rate), grid.by_seed(task, other, rate)
+                ours, others = grid.by_seed(task, method, rate), grid.by_seed(task, other, rate)
                 column = f"{metric}_by_sample"
                 quantities[metric, task, rate] = {
-                    seed: staff[seed][column] - others[seed][column] for seed in staff if seed in others
+                    seed: ours[seed][column] - others[seed][column] for seed in ours if seed in others
                 }
         estimates |= estimate(grid, task, quantities)
     return estimates
@@ -355,6 +355,7 @@ def format_tables(grid: Grid, estimates: dict, paper: dict) -> str:
         "Read as the tables of ROUGE-L; the paper gives no BLEU-4.",
         "## 2. STAFF against Random, CCS and Length",
         *difference_tables(grid, differences),
+        *random_table(grid),
         "## 3. What selection costs",
         *(block for task in grid.tasks for block in cost_tables(grid, task)),
         COST_CAPTION,
@@ -490,6 +491,26 @@ def difference_tables(grid: Grid, differences: dict[str, dict]) -> list[str]:
         "be expected to have an interval without it. Nothing here is about other models or data."
     )
     return [*blocks, caption]
+
+
+def random_table(grid: Grid) -> list[str]:
+    """Every method against Random, which costs nothing."""
+    rows = []
+    for method in grid.methods:
+        if method in ("full", "random"):
+            continue
+        found = estimate_differences(grid, "random", method)
+        for task in grid.tasks:
+            of_task = [found.get(("rouge_l", task, rate)) for rate in grid.rates]
+            mean = _pool_any({i: one for i, one in enumerate(of_task) if one is not None})
+            texts = [_shown(one, signed_interval) for one in (*of_task, mean)]
+            rows.append([METHODS[method][0], task, *texts])
+    heading = ["method − Random", "task", *(f"{pruning_rate(rate):g} %" for rate in grid.rates), "mean"]
+    return [
+        "### ROUGE-L of every method against Random, by pruning rate",
+        markdown_table(heading, rows),
+        "Differences and intervals as above.",
+    ]
 
 
 def _pool_any(estimates: dict) -> Estimate | None:

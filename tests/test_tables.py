@@ -538,6 +538,20 @@ def test_error_reaches_the_shell_as_one_line(tmp_path):
     assert_one_line_error(done, "cells.csv, row 3, column rate: 'half' is no finite number")
 
 
+def test_every_method_stands_against_random(tables, tmp_path):
+    cells = [
+        fake_cell(method=m, seed=s, lead=lead) for m, lead in (("random", 0), ("grand", 5), ("ccs", -5)) for s in (0, 1)
+    ]
+    grid = tables.read_cells(write_cells(tmp_path, cells) / "cells.csv", {})
+    text = tables.random_table(grid)[1]
+    found = tables.estimate_differences(grid, "random", "grand")["rouge_l", "biology", 0.5]
+    means = {m: np.mean([float(c["rouge_l"]) for c in cells if c["method"] == m]) for m in ("random", "grand", "ccs")}
+    assert found.mean == pytest.approx(means["grand"] - means["random"], abs=1e-3) and found.sign == 1
+    assert f"| GraNd | biology | {tables.signed_interval(found)} | {tables.signed_interval(found)} |" in text
+    assert tables.estimate_differences(grid, "random", "ccs")["rouge_l", "biology", 0.5].sign == -1
+    assert "| CCS |" in text and "| Random |" not in text
+
+
 COMMITTED = sorted((REPOSITORY / "data" / "results").glob("*/cells.csv"))
 
 
