@@ -23,14 +23,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, w
 import numpy as np  # noqa: E402
 
 from finetune.data_split import training_split  # noqa: E402
+from finetune.llama_factory import model_path  # noqa: E402
 from scripts.tables import markdown_table  # noqa: E402
 from selection.agreement import agreement, overlap  # noqa: E402
 from selection.baselines import baseline  # noqa: E402
 from selection.config import REPOSITORY, Experiment, load_experiment  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path, code_version  # noqa: E402
-from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, read_ledger  # noqa: E402
-from selection.reproduction import Job, run_jobs  # noqa: E402
+from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, selection_costs  # noqa: E402
+from selection.models import parameters_of  # noqa: E402
+from selection.reproduction import Job, run_jobs, stage_flops  # noqa: E402
 from selection.score_files import Scores, read_scores  # noqa: E402
 from selection.scoring import score_rows  # noqa: E402
 from selection.staff import (  # noqa: E402
@@ -127,13 +129,16 @@ def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Expe
 
 
 def speculator_table(experiments: dict[tuple[int, int], Experiment], target: Scores) -> list[dict]:
-    """Agreement of each speculator's scores with those of the fully scored target, and what it cost."""
+    """Agreement of each speculator's scores with those of the fully scored target, and what tuning and scoring it cost
+    (cutting it comes on top, the same for all passes)."""
     rows = []
     for (layers, passes), experiment in experiments.items():
         settings = experiment.selection
         small = read_scores(experiment.small_scores, MORE)
         found = agreement(small, target, settings.rates, settings.num_strata, settings.hardest_cutoff, settings.seed)
-        costs = [c for c in read_ledger(experiment.folder) if c.stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES)]
+        costs = [c for c in selection_costs(experiment, "staff") if c.stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES)]
+        models = (model_path(model) for model in (experiment.small_model, experiment.target_model))
+        sizes = tuple(map(parameters_of, models))
         rows.append(
             {
                 "layers": layers,
@@ -145,7 +150,7 @@ def speculator_table(experiments: dict[tuple[int, int], Experiment], target: Sco
                 **{f"overlap_staff_{o.rate:g}": round(o.staff, 4) for o in found.overlaps},
                 **{f"by_chance_{o.rate:g}": round(o.staff_by_chance, 4) for o in found.overlaps},
                 "seconds": round(sum(c.seconds for c in costs), 1),
-                "tokens": sum(c.tokens for c in costs),
+                "flops": f"{sum(stage_flops(c, experiment, sizes) for c in costs):.3g}",
             }
         )
     return rows
