@@ -142,7 +142,8 @@ def test_ablations_refuse_foreign_scores_first_and_end_in_three_tables(results):
             tables[name] = list(csv.DictReader(file))
     assert [(row["layers"], row["passes"]) for row in tables["speculator"]] == [("2", "1"), ("2", "0")]
     flops = [float(row["flops"]) for row in tables["speculator"]]
-    assert flops[0] == pytest.approx(3 * flops[1], rel=0.02)  # a pass of LoRA tuning takes twice what scoring takes
+    # A pass of LoRA tuning takes twice what scoring takes; the tuned model is scored with its adapter.
+    assert 3 * flops[1] < flops[0] < 3.3 * flops[1]
     assert [float(row["target_gradients"]) for row in tables["verification"]] == [6]
     by_name = {row["departure"][:1]: float(row["rate_0.2"]) for row in tables["departures"]}
     assert by_name["5"] == 1 and len(tables["departures"]) == 11

@@ -41,7 +41,8 @@ def experiment(tmp_path):
         (tmp_path / "small").mkdir(exist_ok=True)
         (tmp_path / "small" / "draft.json").write_text('{"cost": {"tokens": 8, "parameters": 40, "seconds": 11.0}}')
         names = {"output_dir": str(tmp_path), "small_model": str(tmp_path / "small"), "target_model": "a/b"}
-        keys = names | {"template": "chatml", "dataset": "rows.jsonl"} | changes
+        names |= {"template": "chatml", "dataset": "rows.jsonl"}
+        keys = names | {"small_training": {"num_train_epochs": 3}} | changes
         (tmp_path / "experiment.yaml").write_text(json.dumps(keys))
         ledger_path(tmp_path).write_text("".join(json.dumps(asdict(cost)) + "\n" for cost in costs))
         return load_experiment(tmp_path / "experiment.yaml")
