@@ -90,8 +90,7 @@ def test_what_is_absent_takes_the_published_value(load):
     assert (selection.hardest_cutoff, selection.num_strata, selection.verify_per_stratum, selection.mode) == published
     assert selection.rates == [0.8, 0.5, 0.3, 0.2, 0.1]
     assert (load().eval_size, load().split_seed, load().cutoff_len) == (0.1, 42, 1024)
-    # But for the speculator: one pass, where the paper has three (data/results/NOTES.md).
-    assert (load().small_training, load().target_training) == ({"num_train_epochs": 1}, {"num_train_epochs": 4})
+    assert (load().small_training, load().target_training) == ({"num_train_epochs": 3}, {"num_train_epochs": 4})
 
 
 @pytest.mark.parametrize(
