@@ -13,6 +13,7 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 from finetune.llama_factory import scores_by_sample
 from selection.config import load_grid
 from selection.errors import UserError
+from selection.files import only_one
 from selection.reproduction import (
     Cell,
     Job,
@@ -209,6 +210,13 @@ def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
     order = [Job("late", [], 1, needs="early"), Job("early", [], 1), Job("free", [], 1, needs="done long ago")]
     run_jobs(order, 1, tmp_path, lambda job: finished.append(job.name))
     assert finished.index("early") < finished.index("late") and len(finished) == 3
+
+
+def test_a_second_runner_of_the_same_run_folders_is_refused(tmp_path):
+    with only_one(tmp_path), pytest.raises(UserError, match="another process is at work in"), only_one(tmp_path):
+        pass
+    with only_one(tmp_path):  # the first is done
+        pass
 
 
 def test_scores_by_sample_are_llama_factorys_own():

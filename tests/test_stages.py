@@ -18,7 +18,7 @@ from selection import scoring
 from selection.config import load_experiment
 from selection.effort import EffortScorer
 from selection.errors import UserError
-from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, VERIFICATION
+from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_SCORES, TARGET_TUNING, VERIFICATION
 from selection.score_files import read_scores
 from selection.scoring import score_rows
 
@@ -146,6 +146,19 @@ def test_all_lora_takes_the_tuned_adapter_and_gives_the_untuned_target_a_fresh_o
     assert not np.allclose(fresh.effort, efforts)
     with pytest.raises(UserError, match=r"holds scores made otherwise \(phi:"):
         score(load_experiment(config, ["selection.phi=all_lora", "training.lora_rank=4"]), tmp_path / "fresh", every)
+
+
+def test_released_resets_the_adapters_of_the_speculator_and_not_of_the_tuned_target(
+    make_experiment, rows, tmp_path, monkeypatch
+):
+    experiment = load_experiment(make_experiment(rows), ["selection.mode=released", "selection.self_test=0"])
+    split, model, tuned = training_split(experiment), experiment.target_model, tmp_path / "tuned"
+    tune_once(experiment, model, "train", split.rows, tuned, {"max_steps": 1}, TARGET_TUNING, {})
+    asked, load = [], scoring.load_for_scoring
+    monkeypatch.setattr(scoring, "load_for_scoring", lambda *a: asked.append(a[-1]) or load(*a))
+    for stage in (SPECULATIVE_SCORES, TARGET_SCORES):
+        score_rows(experiment, split, model, tuned, np.arange(2), tmp_path / stage, stage)
+    assert asked == [True, False]
 
 
 def test_released_scores_are_twice_the_published_ones(make_experiment, rows, tmp_path):
