@@ -2,7 +2,8 @@
 # The whole method on real weights and data: STAFF and Random at 20 % kept, tuned and evaluated.
 #     bash scripts/demo.sh           SmolLM2-135M and biology question answering; about 10 minutes on 2 CPU cores
 #     bash scripts/demo.sh --tiny    the same stages on a tiny random model, about a minute: it tests the plumbing
-# A second call reuses what is there. Uses all visible GPUs; NPROC=N asks for N processes. Needs Python 3.11 with pip. RUN=folder puts the run elsewhere than runs/demo.
+# A second call reuses what is there. Needs Python 3.11 with pip. RUN=folder puts the run elsewhere than runs/demo.
+# Uses all visible GPUs; NPROC=N asks for N processes.
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case ${1:-} in

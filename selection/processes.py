@@ -19,6 +19,7 @@ from selection.errors import UserError
 
 _SILENCE = 60.0  # seconds without a sign of life after which a process counts as dead
 _BETWEEN_SIGNS = 2.0
+_GO_ON = "what is finished is kept; call the same command again, on all hosts, to go on"
 
 
 @functools.cache
@@ -43,10 +44,17 @@ class Processes:
     def wait(self) -> None:
         """Until every process has called this as often. Raises: UserError where another one stopped."""
         self._waits += 1
-        if self._store is not None:
-            with _store_errors():
-                self._store.add(f"wait-{self._waits}", 1)
-            self._until(lambda: self._store.add(f"wait-{self._waits}", 0) >= self.count)
+        if self._store is None:
+            return
+        arrived, pause, checked = f"wait-{self._waits}", 0.01, 0.0
+        self._ask("add", arrived, 1)
+        self._heard = [time.monotonic()] * self.count
+        while self._ask("add", arrived, 0) < self.count:
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.5)
+            if time.monotonic() - checked > _BETWEEN_SIGNS:
+                checked = time.monotonic()
+                self._check_others()
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -66,12 +74,10 @@ class Processes:
         """The JSON values of all processes, by rank, in every process."""
         if self._store is None:
             return [value]
-        with _store_errors():
-            self._store.set(f"value-{self._waits}-{self.rank}", json.dumps(value))
         keys = [f"value-{self._waits}-{rank}" for rank in range(self.count)]
+        self._ask("set", keys[self.rank], json.dumps(value))
         self.wait()
-        with _store_errors():
-            return [json.loads(self._store.get(key)) for key in keys]
+        return [json.loads(self._ask("get", key)) for key in keys]
 
     def first_to_say(self, text: str) -> bool:
         """Whether no other process has said the same before; the others learn that this one ended with it.
@@ -80,24 +86,37 @@ class Processes:
         """
         if self._store is None:
             return True
-        with contextlib.suppress(Exception):  # the store may be what failed
-            known = self._store.check(["failed"])
+        with contextlib.suppress(UserError):  # the store may be what failed
+            known = self._ask("check", ["failed"])
             if not known:
-                self._store.set("failed", f"process {self.rank} on {socket.gethostname()}: {text}")
-            return self._store.add(f"said {text}", 1) == 1 and not (known and text.startswith("interrupted"))
+                self._ask("set", "failed", f"process {self.rank} on {socket.gethostname()}: {text}")
+            return self._ask("add", f"said {text}", 1) == 1 and not (known and text.startswith("interrupted"))
         return True
 
     def _join(self) -> None:
         from torch.distributed import rendezvous
 
-        _end_with_parent()
-        with _store_errors():
+        self._asked: float | None = None  # when the question was put that the store has not answered yet
+        try:
             self._store = next(rendezvous("env://"))[0]
-            self._store.set(f"host-{self.rank}", socket.gethostname())
-        self._beats, self._heard = [0] * self.count, [time.monotonic()] * self.count
+        except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
+            raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}: use torchrun") from None
+        threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+        self._ask("set", f"host-{self.rank}", socket.gethostname())
+        self._signs, self._heard = [0] * self.count, [time.monotonic()] * self.count
         threading.Thread(target=self._give_signs, daemon=True).start()
         if not self.leads:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the leader prints for all, until the end
+
+    def _ask(self, question: str, *arguments: Any) -> Any:
+        """Raises: UserError where the store, which lives with the first host's torchrun, is gone."""
+        self._asked = time.monotonic()
+        try:
+            return getattr(self._store, question)(*arguments)
+        except (RuntimeError, OSError):
+            raise UserError(f"lost the other processes: {_GO_ON}") from None
+        finally:
+            self._asked = None
 
     def _give_signs(self) -> None:
         with contextlib.suppress(Exception):  # without a store the main thread finds out by itself
@@ -105,53 +124,28 @@ class Processes:
                 self._store.add(f"sign-{self.rank}", 1)
                 time.sleep(_BETWEEN_SIGNS)
 
-    def _until(self, done: Callable[[], bool]) -> None:
-        pause, checked = 0.01, 0.0
-        with _store_errors():
-            self._heard = [time.monotonic()] * self.count
-            while not done():
-                time.sleep(pause)
-                pause = min(1.5 * pause, 0.5)
-                if time.monotonic() - checked > _BETWEEN_SIGNS:
-                    checked = time.monotonic()
-                    self._check_others()
-
-    def _check_others(self) -> None:
-        if self._store.check(["failed"]):
-            raise UserError(f"another process stopped: {self._store.get('failed').decode()}")
-        for rank in range(self.count):
-            beats = self._store.add(f"sign-{rank}", 0)
-            if beats != self._beats[rank]:
-                self._beats[rank], self._heard[rank] = beats, time.monotonic()
-            elif time.monotonic() - self._heard[rank] > _SILENCE:
-                host = self._store.get(f"host-{rank}").decode() if self._store.check([f"host-{rank}"]) else "its host"
-                raise UserError(
-                    f"process {rank} on {host} has given no sign of life for {_SILENCE:.0f} s: what is finished is "
-                    "kept; call the same command again, on all hosts, to go on"
-                )
-
-
-@contextlib.contextmanager
-def _store_errors() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, ConnectionError, TimeoutError) as error:  # torch's DistError is a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"lost the other processes ({reason}): what is finished is kept; call the same command again"
-        ) from None
-
-
-def _end_with_parent() -> None:
-    """End when the process that made this one is gone: a killed launcher leaves no workers behind."""
-    parent = os.getppid()
-
-    def watch() -> None:
+    def _watch(self, parent: int) -> None:
+        """End when torchrun, which made this process, is gone, or the network: then nobody would be told otherwise."""
         while os.getppid() == parent:
             time.sleep(0.5)
+            asked = self._asked
+            if asked is not None and time.monotonic() - asked > _SILENCE:
+                print(f"error: no answer from the other processes for {_SILENCE:.0f} s: {_GO_ON}", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(2)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def _check_others(self) -> None:
+        if self._ask("check", ["failed"]):
+            raise UserError(f"another process stopped: {self._ask('get', 'failed').decode()}")
+        for rank in range(self.count):
+            signs = self._ask("add", f"sign-{rank}", 0)
+            if signs != self._signs[rank]:
+                self._signs[rank], self._heard[rank] = signs, time.monotonic()
+            elif time.monotonic() - self._heard[rank] > _SILENCE:
+                known = self._ask("check", [f"host-{rank}"])
+                host = self._ask("get", f"host-{rank}").decode() if known else "its host"
+                raise UserError(f"process {rank} on {host} has given no sign of life for {_SILENCE:.0f} s: {_GO_ON}")
 
 
 def shards(weights: list[int], count: int) -> list[list[int]]:
