@@ -38,7 +38,7 @@ class Scores:
 
     index: np.ndarray  # (n,) int64, ascending, unique
     columns: dict[str, np.ndarray]  # each (n,) float64, finite, not negative; hidden_state (n, d) float32, finite
-    ids: list[str] | None
+    ids: list[str] | pa.ChunkedArray | None  # None too where they were not asked for
     fingerprint: str | None  # of the training split
     num_rows: int | None  # of the training split
     source: str
@@ -66,24 +66,31 @@ class Scores:
 
     def only(self, rows: np.ndarray) -> "Scores":
         """Just these rows, which must have scores."""
-        positions = self._positions(rows)
+        positions = self.positions(rows)
         columns = {name: values[positions] for name, values in self.columns.items()}
         return replace(self, index=rows, columns=columns, ids=None)
 
     def at(self, rows: np.ndarray) -> np.ndarray:
         """The effort scores of `rows`. Raises: UserError naming the first row that has none."""
-        return self.effort[self._positions(rows)]
+        return self.effort[self.positions(rows)]
 
-    def _positions(self, rows: np.ndarray) -> np.ndarray:
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """Where `rows` stand in `index`. Raises: UserError naming the first row that has no score."""
         position = np.minimum(np.searchsorted(self.index, rows), len(self.index) - 1)
         if len(absent := rows[self.index[position] != rows]):
             raise UserError(f"{self.source}: row {absent[0]} was drawn for verification and has no score there")
         return position
 
+    def ids_at(self, positions: np.ndarray) -> list[str]:
+        if isinstance(self.ids, list):
+            return [self.ids[position] for position in positions]
+        return self.ids.take(pa.array(positions)).to_pylist()
 
-def read_scores(path: Path, columns: Sequence[str] = ("effort",)) -> Scores:
-    """Read a score folder or a plain file with columns `index`, those asked for (and `id`, if there).
 
+def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = True) -> Scores:
+    """Read a score folder or a plain file with columns `index`, those asked for (and `id`, if there and `ids`).
+
+    Of each part only these columns are read, and none is held twice as a whole: 10⁸ rows of one column need about 4 GB.
     Raises: UserError for a missing or unreadable file, a missing column, no rows, a duplicate or negative index,
     and figures that are NaN, infinite or negative; each names the row.
     """
@@ -95,33 +102,87 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",)) -> Scores:
             raise UserError(f"{path / 'manifest.json'} is no manifest of a score folder") from None
     else:
         fingerprint = num_rows = None
-    table = pa.concat_tables([_read_table(part, ("index", "id", *columns)) for part in _parts(path)])
-    index = _numbers(table, "index", path)
+    names = ("index", "id", *columns) if ids else ("index", *columns)
+    indices, pieces, id_pieces = [], {name: [] for name in columns}, []
+    for part in _parts(path):
+        table = _read_table(part, names)
+        indices.append(_row_numbers(table, path))
+        for name in columns:
+            pieces[name].append((_vectors if name == "hidden_state" else _numbers)(table, name, path))
+        if ids and "id" in table.column_names:
+            id_pieces.append(_ids(table, path).to_numpy())
+    index = np.concatenate(indices)
     if len(index) == 0:
         raise UserError(f"{path} holds no scores")
-    if not np.isfinite(index).all() or (index != np.floor(index)).any() or index.min() < 0 or index.max() >= 2**63:
-        raise UserError(f"{path}: column index must hold row numbers of the training split: 0, 1, 2, …")
-    order = np.argsort(index, kind="stable")
-    index = index[order].astype(np.int64)
-    if len(repeated := index[1:][index[1:] == index[:-1]]):
-        raise UserError(f"{path}: row {repeated[0]} has more than one score")
+    num_parts, _ = len(indices), indices.clear()
+    index, places = _ascending(index, path)
     figures = {}
     for name in columns:
         if name == "hidden_state":
-            figures[name] = check_features(_vectors(table, name, path)[order], index, str(path))
+            if len({piece.shape[1] for piece in pieces[name]}) != 1:
+                raise UserError(f"{path}: column {name} must hold lists of one length")
+            figures[name] = check_features(_in_place(pieces[name], places, pieces[name][0].dtype), index, str(path))
             continue
-        values = figures[name] = _numbers(table, name, path)[order].astype(np.float64)
+        values = figures[name] = _in_place(pieces[name], places, np.float64)
         if len(bad := np.flatnonzero(~(np.isfinite(values) & (values >= 0)))):
             raise UserError(
                 f"{path}: row {index[bad[0]]} has {name} {values[bad[0]]} ({len(bad)} such rows in all): it must be "
                 "finite and not negative; score these rows again or leave them out of the data"
             )
-    ids = None
-    if "id" in table.column_names:
-        if not pa.types.is_string(table["id"].type) and not pa.types.is_integer(table["id"].type):
-            raise UserError(f"{path}: column id holds {table['id'].type}, not text")
-        ids = table["id"].cast(pa.string()).take(pa.array(order)).to_pylist()
-    return Scores(index, figures, ids, fingerprint, num_rows, str(path))
+    if id_pieces and len(id_pieces) != num_parts:
+        raise UserError(f"{path}: only {len(id_pieces)} of {num_parts} parts have a column id: all need one, or none")
+    names_of_rows = _in_place(id_pieces, places, object).tolist() if id_pieces else None
+    return Scores(index, figures, names_of_rows, fingerprint, num_rows, str(path))
+
+
+def read_ids(path: Path, rows: np.ndarray) -> pa.ChunkedArray | None:
+    """The ids of `rows` (m,), ascending row numbers that the score folder or file has; None where it has no ids."""
+    wanted = np.zeros(rows[-1] + 1, dtype=bool)
+    wanted[rows] = True
+    found, pieces = [], []
+    for part in _parts(path):
+        table = _read_table(part, ("index", "id"))
+        if "id" not in table.column_names:
+            return None
+        index = _row_numbers(table, path)
+        here = np.flatnonzero(index < len(wanted))
+        here = here[wanted[index[here]]]
+        found.append(index[here])
+        pieces += _ids(table, path).take(pa.array(here)).cast(pa.large_string()).chunks  # beyond 2 GiB of text
+    return pa.chunked_array(pieces, pa.large_string()).take(pa.array(np.argsort(np.concatenate(found))))
+
+
+def _ascending(index: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The row numbers in ascending order, and the place of each one given (n,); None where they are in order.
+
+    Raises: UserError where one comes twice.
+    """
+    if (index[1:] > index[:-1]).all():
+        return index, None
+    if index.max() < len(index):
+        seen = np.zeros(len(index), dtype=bool)
+        seen[index] = True
+        if seen.all():  # rows 0 to n − 1, each once: its number is its place
+            return np.arange(len(index)), index
+    order = np.argsort(index, kind="stable")
+    index = index[order]
+    if len(repeated := index[1:][index[1:] == index[:-1]]):
+        raise UserError(f"{path}: row {repeated[0]} has more than one score")
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    return index, places
+
+
+def _in_place(pieces: list[np.ndarray], places: np.ndarray | None, dtype: type) -> np.ndarray:
+    """The pieces (k, …) joined to one (n, …), each row at its place; empties `pieces`, to hold no column twice."""
+    joined = np.empty((sum(map(len, pieces)), *pieces[0].shape[1:]), dtype=dtype)
+    end = len(joined)
+    while pieces:
+        piece = pieces.pop()
+        start = end - len(piece)
+        joined[slice(start, end) if places is None else places[start:end]] = piece
+        end = start
+    return joined
 
 
 def has_column(path: Path, name: str) -> bool:
@@ -152,9 +213,9 @@ def _read_table(path: Path, names: Sequence[str]) -> pa.Table:
             as_text = pa.csv.ConvertOptions(column_types={"id": pa.string()})
             return pa.csv.read_csv(path, convert_options=as_text)
         if path.suffix == ".parquet":
-            there = pa.parquet.read_schema(path).names
-            wanted = [name for name in names if name in there]
-            return pa.parquet.read_table(path, columns=wanted, partitioning=None)
+            with pa.parquet.ParquetFile(path) as file:
+                there = file.schema_arrow.names
+                return file.read([name for name in names if name in there], use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read scores from {path}: {error}") from None
     raise UserError(f"{path}: scores are read from a score folder, a .parquet or a .csv file")
@@ -173,6 +234,21 @@ def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise UserError(f"{path}: column {name} holds {column.type}, not numbers")
     return column.to_numpy()
+
+
+def _row_numbers(table: pa.Table, path: Path) -> np.ndarray:
+    index = _numbers(table, "index", path)
+    whole = index.dtype.kind != "f" or (index == np.floor(index)).all()
+    if len(index) and not (whole and index.min() >= 0 and index.max() < 2**63):
+        raise UserError(f"{path}: column index must hold row numbers of the training split: 0, 1, 2, …")
+    return index.astype(np.int64, copy=False)
+
+
+def _ids(table: pa.Table, path: Path) -> pa.ChunkedArray:
+    column = _column(table, "id", path)
+    if not pa.types.is_string(column.type) and not pa.types.is_integer(column.type):
+        raise UserError(f"{path}: column id holds {column.type}, not text")
+    return column.cast(pa.string())
 
 
 def _vectors(table: pa.Table, name: str, path: Path) -> np.ndarray:
