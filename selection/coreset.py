@@ -15,7 +15,7 @@ target's scores are complete. Writes OUT/METHOD-RATE.json.
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +28,7 @@ from selection.config import Experiment, Method, Selection, validated  # noqa: E
 from selection.coreset_files import write_coreset  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
-from selection.score_files import Scores, check_features, read_ids, read_scores  # noqa: E402
+from selection.score_files import Scores, check_features, read_scores  # noqa: E402
 from selection.staff import Choice, Strata, choose_staff  # noqa: E402
 from selection.stage import add_experiment_arguments, load_experiment  # noqa: E402
 from selection.verification import Settings, StratumRecord, cut_strata, read_verification, verify  # noqa: E402
@@ -103,10 +103,8 @@ def cut_coresets(
     any_rate = np.zeros(len(scores.index), dtype=bool)
     for _, choice, _ in choices:
         any_rate[choice.rows] = True
-    rows = np.flatnonzero(any_rate)
-    chosen = replace(scores, index=rows, columns={}, num_rows=len(scores.index))
-    del scores, choose  # large; the ids take their place
-    chosen = replace(chosen, ids=read_ids(source, rows))
+    del choose  # holds what all rates share
+    chosen = scores.chosen(np.flatnonzero(any_rate))
     return [(method, rate, choice, chosen, record) for rate, choice, record in choices]
 
 

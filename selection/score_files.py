@@ -81,6 +81,11 @@ class Scores:
             raise UserError(f"{self.source}: row {absent[0]} was drawn for verification and has no score there")
         return position
 
+    def chosen(self, rows: np.ndarray) -> "Scores":
+        """What a coreset's file tells of its `rows`, ascending: their ids, read only now, and N; no figures."""
+        ids = read_ids(Path(self.source), rows)
+        return replace(self, index=rows, columns={}, ids=ids, num_rows=len(self.index))
+
     def ids_at(self, positions: np.ndarray) -> list[str]:
         if isinstance(self.ids, list):
             return [self.ids[position] for position in positions]
