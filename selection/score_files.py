@@ -111,15 +111,21 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
     indices, pieces, id_pieces = [], {name: [] for name in columns}, []
     for part in _parts(path):
         table = _read_table(part, names)
+        if not table.num_rows:
+            continue
         indices.append(_row_numbers(table, path))
         for name in columns:
             pieces[name].append((_vectors if name == "hidden_state" else _numbers)(table, name, path))
         if ids and "id" in table.column_names:
             id_pieces.append(_ids(table, path).to_numpy())
-    index = np.concatenate(indices)
-    if len(index) == 0:
+    if not indices:
         raise UserError(f"{path} holds no scores")
-    num_parts, _ = len(indices), indices.clear()
+    if id_pieces and len(id_pieces) != len(indices):
+        raise UserError(
+            f"{path}: only {len(id_pieces)} of {len(indices)} parts have a column id: all need one, or none"
+        )
+    index = np.concatenate(indices)
+    del indices
     index, places = _ascending(index, path)
     figures = {}
     for name in columns:
@@ -134,8 +140,6 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
                 f"{path}: row {index[bad[0]]} has {name} {values[bad[0]]} ({len(bad)} such rows in all): it must be "
                 "finite and not negative; score these rows again or leave them out of the data"
             )
-    if id_pieces and len(id_pieces) != num_parts:
-        raise UserError(f"{path}: only {len(id_pieces)} of {num_parts} parts have a column id: all need one, or none")
     names_of_rows = _in_place(id_pieces, places, object).tolist() if id_pieces else None
     return Scores(index, figures, names_of_rows, fingerprint, num_rows, str(path))
 
