@@ -5,8 +5,9 @@
 
 Every point is a process of its own, so its peak memory is its own: it reads what the method needs from a score folder
 of random figures, as the scoring stage leaves it (parts in no order of rows), chooses, and writes the coreset with its
-ids. "growth" is the exponent of the choice's seconds between a size and the one before it: 1 is linear. Features are
-made as hidden states are: clusters around a large common mean. The folders are made under --folder and removed.
+ids. "CPU" are the processor seconds of the choice: other work on the machine hardly touches them. "growth" is their
+exponent between a size and the one before it: 1 is linear. Features are made as hidden states are: clusters around a
+large common mean. The folders are made under --folder and removed.
 """
 
 import argparse
@@ -58,7 +59,8 @@ def main() -> None:
     if min(arguments.rows or [10]) < 10 or arguments.features < 1:
         raise UserError("--rows and --features: give at least 10 rows and one feature")
     print(
-        f"{'method':<16}{'rows':>12}{'reading, s':>12}{'choice, s':>12}{'growth':>8}{'writing, s':>12}{'peak, GiB':>11}"
+        f"{'method':<16}{'rows':>12}{'reading, s':>12}{'choice, s':>12}{'CPU, s':>10}{'growth':>8}{'writing, s':>12}"
+        f"{'peak, GiB':>11}"
     )
     before: dict[str, tuple[int, float]] = {}
     for rows in sorted(arguments.rows or [10**power for power in range(4, 9)]):
@@ -75,10 +77,11 @@ def main() -> None:
                     growth = ""
                     if name in before:
                         fewer, seconds = before[name]
-                        growth = f"{math.log(point['choice'] / seconds) / math.log(rows / fewer):.2f}"
-                    before[name] = rows, point["choice"]
+                        growth = f"{math.log(point['cpu'] / seconds) / math.log(rows / fewer):.2f}"
+                    before[name] = rows, point["cpu"]
                     print(
-                        f"{name:<16}{rows:>12,}{point['reading']:>12.3f}{point['choice']:>12.4f}{growth:>8}"
+                        f"{name:<16}{rows:>12,}{point['reading']:>12.3f}{point['choice']:>12.4f}"
+                        f"{point['cpu']:>10.4f}{growth:>8}"
                         f"{point['writing']:>12.3f}{point['peak']:>11.2f}",
                         flush=True,
                     )
@@ -95,28 +98,32 @@ def measure_apart(job: dict) -> dict[str, float]:
 
 def measure(folder: str, method: str, mode: str, rate: float) -> dict[str, float]:
     """Seconds of reading, choice (the median of up to 5 within a second) and writing; peak memory in GiB."""
-    path, selection, times = Path(folder) / "scores", Selection(mode=mode), []
+    path, selection = Path(folder) / "scores", Selection(mode=mode)
     started = time.perf_counter()
     columns = ("effort",) if method == "staff" else columns_of(method, selection.baseline_variant)
     scores = read_scores(path, columns, ids=False).check_complete()
     # Released: the target has scored everything too.
     target = read_scores(path, ids=False) if (method, mode) == ("staff", "released") else None
-    times.append(time.perf_counter() - started)
-    choices = []
+    reading = time.perf_counter() - started
+    choices, cpu = [], []
     while len(choices) < 5 and sum(choices) < 1:
-        started = time.perf_counter()
+        started, cpu_before = time.perf_counter(), time.process_time()
         if method == "staff":
             choice = choose_by_staff(scores, target, selection, rate)
         else:
             choice = baseline(method, scores.columns, len(scores.index), selection)(rate)
         choices.append(time.perf_counter() - started)
-    times.append(statistics.median(choices))
+        cpu.append(time.process_time() - cpu_before)
     started = time.perf_counter()
     scores.columns.clear()
     write_coreset(Path(folder), method, rate, choice, scores.chosen(choice.rows), {})
-    times.append(time.perf_counter() - started)
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-    return dict(zip(("reading", "choice", "writing"), times, strict=True)) | {"peak": peak}
+    return {
+        "reading": reading,
+        "choice": statistics.median(choices),
+        "cpu": statistics.median(cpu),
+        "writing": time.perf_counter() - started,
+        "peak": int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20,
+    }
 
 
 def choose_by_staff(scores, target, selection: Selection, rate: float):
