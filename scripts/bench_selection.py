@@ -1,13 +1,23 @@
-"""How long a method takes to cut a coreset from stored scores, and how much memory: arithmetic alone, random data.
+"""How long cutting a coreset from stored scores takes, how much memory, and how both grow with the number of rows.
 
+    python scripts/bench_selection.py
     python scripts/bench_selection.py --method d2 --rows 115784 --features 576
 
-Features are made as hidden states are: clusters around a large common mean.
+Every point is a process of its own, so its peak memory is its own: it reads what the method needs from a score folder
+of random figures, as the scoring stage leaves it (parts in no order of rows), chooses, and writes the coreset with its
+ids. "CPU" are the processor seconds of the choice: other work on the machine hardly touches them. "growth" is their
+exponent between a size and the one before it: 1 is linear. Features are made as hidden states are: clusters around a
+large common mean. The folders are made under --folder and removed.
 """
 
 import argparse
-import resource
+import json
+import math
+import re
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import get_args
@@ -15,47 +25,143 @@ from typing import get_args
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
 import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet  # noqa: E402
 
 from selection.baselines import baseline, columns_of  # noqa: E402
 from selection.config import Method, Selection  # noqa: E402
+from selection.coreset_files import write_coreset  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
+from selection.files import write_json  # noqa: E402
+from selection.score_files import MORE_COLUMNS, SCHEMA, read_scores  # noqa: E402
+from selection.staff import choose_staff  # noqa: E402
+from selection.verification import Settings, cut_strata, draw, verify  # noqa: E402
 
 CLUSTERS = 300
+ROWS_PER_PART, MOST_PARTS = 256, 10_000  # as scoring writes them, but for larger parts beyond 2.56 million rows
+READ_FEATURES = ("moderate", "d2")
+MOST_ROWS_WITH_FEATURES = 10**5  # of these where no --rows are given: D2 grows with N² · d
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    methods = [method for method in get_args(Method) if method != "staff"]
-    parser.add_argument("--method", nargs="+", choices=methods, required=True)
-    parser.add_argument("--rows", type=int, nargs="+", required=True, help="N")
+    methods = get_args(Method)
+    parser.add_argument("--method", nargs="+", choices=methods, default=methods, help="default: all")
+    parser.add_argument("--rows", type=int, nargs="+", help="N; default: 10^4 to 10^8, of moderate and d2 to 10^5")
     parser.add_argument("--features", type=int, default=576, help="d, of the methods that read features")
     parser.add_argument("--rate", type=float, default=0.1, help="fraction to keep")
+    parser.add_argument("--folder", type=Path, help="where the score folders are made (10^8 rows: 6 GB); default: /tmp")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if min(arguments.rows) < 10 or arguments.features < 1:
+    if arguments.worker:
+        print(json.dumps(measure(**json.loads(arguments.worker))))
+        return
+    if min(arguments.rows or [10]) < 10 or arguments.features < 1:
         raise UserError("--rows and --features: give at least 10 rows and one feature")
-    print(f"{'method':<10}{'rows':>12}{'seconds':>10}{'peak GiB so far':>17}")
-    for rows in sorted(arguments.rows):
-        for method in arguments.method:
-            selection = Selection()
-            names = columns_of(method, selection.baseline_variant)
-            columns = {name: random_column(name, rows, arguments.features) for name in names}
-            started = time.perf_counter()
-            baseline(method, columns, rows, selection)(arguments.rate)
-            seconds = time.perf_counter() - started
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-            print(f"{method:<10}{rows:>12,}{seconds:>10.2f}{peak:>17.2f}", flush=True)
+    print(
+        f"{'method':<16}{'rows':>12}{'reading, s':>12}{'choice, s':>12}{'CPU, s':>10}{'growth':>8}{'writing, s':>12}"
+        f"{'peak, GiB':>11}"
+    )
+    before: dict[str, tuple[int, float]] = {}
+    for rows in sorted(arguments.rows or [10**power for power in range(4, 9)]):
+        few_enough = arguments.rows or rows <= MOST_ROWS_WITH_FEATURES
+        methods = [method for method in arguments.method if few_enough or method not in READ_FEATURES]
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            width = arguments.features if set(methods) & set(READ_FEATURES) else None
+            make_score_folder(Path(folder) / "scores", rows, width)
+            for method in methods:
+                for mode in ("paper", "released") if method == "staff" else ("paper",):
+                    name = f"staff, {mode}" if method == "staff" else method
+                    job = {"folder": folder, "method": method, "mode": mode, "rate": arguments.rate}
+                    point = measure_apart(job)
+                    growth = ""
+                    if name in before:
+                        fewer, seconds = before[name]
+                        growth = f"{math.log(point['cpu'] / seconds) / math.log(rows / fewer):.2f}"
+                    before[name] = rows, point["cpu"]
+                    print(
+                        f"{name:<16}{rows:>12,}{point['reading']:>12.3f}{point['choice']:>12.4f}"
+                        f"{point['cpu']:>10.4f}{growth:>8}"
+                        f"{point['writing']:>12.3f}{point['peak']:>11.2f}",
+                        flush=True,
+                    )
 
 
-def random_column(name: str, rows: int, width: int) -> np.ndarray:
+def measure_apart(job: dict) -> dict[str, float]:
+    """`measure` in a fresh process."""
+    done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode} (9: out of memory)"])[-1]
+        raise UserError(f"{job['method']} failed: {reason.removeprefix('error: ')}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(folder: str, method: str, mode: str, rate: float) -> dict[str, float]:
+    """Seconds of reading, choice (the median of up to 5 within a second) and writing; peak memory in GiB."""
+    path, selection = Path(folder) / "scores", Selection(mode=mode)
+    started = time.perf_counter()
+    columns = ("effort",) if method == "staff" else columns_of(method, selection.baseline_variant)
+    scores = read_scores(path, columns, ids=False).check_complete()
+    # Released: the target has scored everything too.
+    target = read_scores(path, ids=False) if (method, mode) == ("staff", "released") else None
+    reading = time.perf_counter() - started
+    choices, cpu = [], []
+    while len(choices) < 5 and sum(choices) < 1:
+        started, cpu_before = time.perf_counter(), time.process_time()
+        if method == "staff":
+            choice = choose_by_staff(scores, target, selection, rate)
+        else:
+            choice = baseline(method, scores.columns, len(scores.index), selection)(rate)
+        choices.append(time.perf_counter() - started)
+        cpu.append(time.process_time() - cpu_before)
+    started = time.perf_counter()
+    scores.columns.clear()
+    write_coreset(Path(folder), method, rate, choice, scores.chosen(choice.rows), {})
+    return {
+        "reading": reading,
+        "choice": statistics.median(choices),
+        "cpu": statistics.median(cpu),
+        "writing": time.perf_counter() - started,
+        "peak": int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20,
+    }
+
+
+def choose_by_staff(scores, target, selection: Selection, rate: float):
+    """Steps 3 to 5: strata, draws, V_i and choice."""
+    settings = Settings.of(selection)
+    strata = cut_strata(scores.effort, settings)
+    if target is None:
+        target = scores.only(np.sort(np.concatenate(draw(strata, settings))))
+    ratios = [record.verification_ratio for record in verify(scores.effort, target, settings, strata)]
+    return choose_staff(scores.effort, strata, ratios, rate, settings.mode, settings.seed)
+
+
+def make_score_folder(path: Path, rows: int, width: int | None) -> None:
+    """Random figures for every row, with features of `width` where it is given."""
     rng = np.random.default_rng(0)
-    if name == "n_response_tokens":
-        return rng.integers(1, 200, rows).astype(np.float64)
+    write_json(path / "manifest.json", {"identity": {"data_fingerprint": "random"}, "num_rows": rows})
+    names = [*SCHEMA.names, "el2n", "entropy"] + (["hidden_state"] if width else [])
+    centres = 10 + 3 * rng.standard_normal((CLUSTERS, width or 0), dtype=np.float32)
+    index = rng.permutation(rows)
+    per_part = max(ROWS_PER_PART, -(-rows // MOST_PARTS))
+    for start in range(0, rows, per_part):
+        part = index[start : start + per_part]
+        columns = {name: part if name == "index" else random_column(rng, name, len(part), centres) for name in names}
+        types = {field.name: field.type for field in SCHEMA} | MORE_COLUMNS
+        table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
+        pa.parquet.write_table(table, path / f"part-{start:016x}.parquet")
+
+
+def random_column(rng: np.random.Generator, name: str, rows: int, centres: np.ndarray) -> np.ndarray | list[np.ndarray]:
+    if name == "id":  # 16 hex digits
+        digits = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)[rng.integers(16, size=(rows, 16), dtype=np.uint8)]
+        return digits.view("S16")[:, 0].astype("U16")
+    if name in ("n_prompt_tokens", "n_response_tokens"):
+        return rng.integers(1, 200, rows, dtype=np.int32)
     if name != "hidden_state":
         return rng.lognormal(size=rows)
-    centres = 10 + 3 * rng.standard_normal((CLUSTERS, width), dtype=np.float32)
-    features = rng.standard_normal((rows, width), dtype=np.float32)
-    features += centres[rng.integers(CLUSTERS, size=rows)]
-    return features
+    features = rng.standard_normal((rows, centres.shape[1]), dtype=np.float32)
+    return list(features + centres[rng.integers(CLUSTERS, size=rows)])
 
 
 if __name__ == "__main__":

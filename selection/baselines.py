@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from selection.config import Selection
-from selection.staff import Choice, choose_first, choose_staff, random_order, stratify
+from selection.staff import Choice, choose_first, choose_lowest, choose_staff, random_keys, stratify
 
 Columns = dict[str, np.ndarray]
 
@@ -43,16 +43,16 @@ def baseline(method: str, columns: Columns, num_rows: int, selection: Selection)
     if method == "ccs":
         # CCS (Zheng et al. 2023): equal-width strata of EL2N, equal budgets, smallest stratum first, random inside.
         return _by_strata(values[0], cutoff, "paper", selection)
-    order = {
-        "random": lambda: random_order(num_rows, selection.seed),
-        # GraNd (Paul et al. 2021): highest ‖∇_φ L‖₂. EL2N (same): highest error norm. Entropy: highest mean entropy.
-        "grand": lambda: _highest_first(values[0]),
-        "el2n": lambda: _highest_first(values[0]),
-        "entropy": lambda: _highest_first(values[0]),
-        "moderate": lambda: moderate_order(values[0]),
-        "d2": lambda: d2_after_cut(*values, selection.baseline_variant, cutoff),
-    }[method]()
-    return lambda rate: choose_first(order, rate)
+    if method in ("moderate", "d2"):
+        order = (
+            moderate_order(values[0])
+            if method == "moderate"
+            else d2_after_cut(*values, selection.baseline_variant, cutoff)
+        )
+        return lambda rate: choose_first(order, rate)
+    # GraNd (Paul et al. 2021): highest ‖∇_φ L‖₂. EL2N (same): highest error norm. Entropy: highest mean entropy.
+    keys = random_keys(num_rows, selection.seed) if method == "random" else -values[0]
+    return lambda rate: choose_lowest(keys, rate)
 
 
 def _by_strata(scores: np.ndarray, cutoff: float, mode: str, selection: Selection) -> Callable[[float], Choice]:
@@ -60,11 +60,6 @@ def _by_strata(scores: np.ndarray, cutoff: float, mode: str, selection: Selectio
     strata = stratify(scores, selection.num_strata, cutoff)
     unverified = [None] * len(strata.members)
     return lambda rate: choose_staff(scores, strata, unverified, rate, mode, selection.seed)
-
-
-def _highest_first(scores: np.ndarray) -> np.ndarray:
-    """Rows (N,) by falling score; of equal ones the earlier first."""
-    return np.argsort(-scores, kind="stable")
 
 
 def moderate_order(features: np.ndarray) -> np.ndarray:

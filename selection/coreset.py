@@ -29,7 +29,7 @@ from selection.coreset_files import write_coreset  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
 from selection.score_files import Scores, check_features, read_scores  # noqa: E402
-from selection.staff import Choice, choose_staff  # noqa: E402
+from selection.staff import Choice, Strata, choose_staff  # noqa: E402
 from selection.stage import add_experiment_arguments, load_experiment  # noqa: E402
 from selection.verification import Settings, StratumRecord, cut_strata, read_verification, verify  # noqa: E402
 
@@ -85,21 +85,29 @@ def main() -> None:
         else:
             with measured(experiment.folder, Cost(CORESETS, method, device="CPU")) as cost:
                 cut += cut_coresets(arguments, experiment, method, selection)
-                cost.samples = len(cut[-1][3].index)
+                cost.samples = cut[-1][3].num_rows
     for method, rate, choice, scores, record in cut:
         path = write_coreset(arguments.out, method, rate, choice, scores, record)
-        print(f"{method} at rate {rate:g}: {len(choice.rows)} of {len(scores.index)} rows -> {path}")
+        print(f"{method} at rate {rate:g}: {len(choice.rows)} of {scores.num_rows} rows -> {path}")
 
 
 def cut_coresets(
     arguments: argparse.Namespace, experiment: Experiment | None, method: str, selection: Selection
 ) -> list[tuple[str, float, Choice, Scores, dict[str, Any]]]:
-    """One method's coresets at every asked rate."""
+    """One method's coresets at every asked rate, with what is to be known of the chosen rows alone."""
     source = arguments.scores or scores_of(experiment, method)
     scores, choose = (cut_staff if method == "staff" else cut_baseline)(
         arguments, experiment, method, source, selection
     )
-    return [(method, rate, choice, scores, record) for rate in arguments.rate for choice, record in [choose(rate)]]
+    choices = [(rate, *choose(rate)) for rate in arguments.rate]
+    any_rate = np.zeros(scores.index[-1] + 1, dtype=bool)
+    for _, choice, _ in choices:
+        if len(scores.left_out):  # the rules count the rows that have scores, 0 to n − 1
+            choice.rows = scores.index[choice.rows]
+        any_rate[choice.rows] = True
+    del choose  # holds what all rates share
+    chosen = scores.chosen(np.flatnonzero(any_rate))
+    return [(method, rate, choice, chosen, record) for rate, choice, record in choices]
 
 
 def scores_of(experiment: Experiment, method: str) -> Path:
@@ -115,13 +123,13 @@ def scores_of(experiment: Experiment, method: str) -> Path:
 
 
 def cut_staff(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:
-    settings, scores = Settings.of(selection), read_scores(source)
+    settings, scores = Settings.of(selection), read_scores(source, ids=False)
     speculative = scores.of_all_rows()
     verification = arguments.verification
     if experiment is not None and not arguments.target_scores:
         verification = verification or experiment.verification
     strata = cut_strata(speculative, settings)
-    records = verified_strata(arguments.target_scores, verification, scores, settings)
+    records = verified_strata(arguments.target_scores, verification, scores, settings, strata)
     ratios = [record.verification_ratio for record in records]
 
     def choose(rate: float) -> tuple[Choice, dict[str, Any]]:
@@ -134,13 +142,13 @@ def cut_staff(arguments, experiment: Experiment | None, method: str, source: Pat
 
 
 def verified_strata(
-    target_scores: Path | None, verification: Path | None, scores: Scores, settings: Settings
+    target_scores: Path | None, verification: Path | None, scores: Scores, settings: Settings, strata: Strata
 ) -> list[StratumRecord]:
     if (target_scores is None) == (verification is None):
         raise UserError("STAFF needs either --target_scores or --verification beside --scores")
     if target_scores is None:
         return read_verification(verification, settings, scores)
-    target, num_rows = read_scores(target_scores), len(scores.index)
+    target, num_rows = read_scores(target_scores, ids=False), len(scores.index) + len(scores.left_out)
     if target.index[-1] >= num_rows:
         raise UserError(
             f"{target.source} scores row {target.index[-1]}, {scores.source} only rows up to {num_rows - 1}: "
@@ -148,16 +156,18 @@ def verified_strata(
         )
     if target.fingerprint != scores.fingerprint and None not in (target.fingerprint, scores.fingerprint):
         raise UserError(f"{target.source} and {scores.source} are scores of different data (fingerprints differ)")
-    return verify(scores.effort, target, settings)
+    return verify(scores.effort, target, settings, strata, scores.index)
 
 
 def cut_baseline(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:
     columns = columns_of(method, selection.baseline_variant)
     elsewhere = arguments.features is not None and "hidden_state" in columns
-    scores = read_scores(source, [name for name in columns if not (elsewhere and name == "hidden_state")])
+    read = [name for name in columns if not (elsewhere and name == "hidden_state")]
+    scores = read_scores(source, read, ids=False)
     scores.check_complete()
     if elsewhere:
-        scores.columns["hidden_state"] = read_features(arguments.features, len(scores.index))
+        features = read_features(arguments.features, len(scores.index) + len(scores.left_out))
+        scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
     if method == "length" and len(empty := np.flatnonzero(scores.columns["n_response_tokens"] < 1)):
         raise UserError(f"{scores.source}: row {scores.index[empty[0]]} has no response token: remove the row")
     rule = baseline(method, scores.columns, len(scores.index), selection)

@@ -1,17 +1,20 @@
 """Coresets on disk: our JSON, and the index lists that the authors published as `.pt`."""
 
+import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from selection.errors import UserError
-from selection.files import code_version, read_json, write_json
+from selection.files import atomic_path, code_version, read_json
 from selection.score_files import Scores
 from selection.staff import Choice
 
+_CHUNK = 2**16  # rows written at a time
 _RESERVED = ("train", "eval", "full", "untuned")  # names of a run folder's own data sets and tuned targets
 
 
@@ -34,24 +37,45 @@ def coreset_name(method: str, rate: float) -> str:
 def write_coreset(
     folder: Path, method: str, rate: float, choice: Choice, scores: Scores, record: dict[str, Any]
 ) -> Path:
-    """Write METHOD-RATE.json, the keys of `record` in between; returns the file."""
+    """Write METHOD-RATE.json, the keys of `record` in between; returns the file. `scores` has at least the chosen rows.
+
+    Indices and ids go out piece by piece, in the layout of `write_json`: no list of all of them is ever held.
+    """
     path = folder / f"{coreset_name(method, rate)}.json"
-    indices = choice.rows.tolist()
-    write_json(
-        path,
-        {
-            "method": method,
-            "rate": rate,
-            **record,
-            "num_rows": len(scores.index),
-            "size": len(indices),
-            "data_fingerprint": scores.fingerprint,
-            "code_version": code_version(),
-            "indices": indices,
-            "ids": [scores.ids[i] for i in indices] if scores.ids else None,
-        },
-    )
+    about = {
+        "method": method,
+        "rate": rate,
+        **record,
+        "num_rows": len(scores.index) if scores.num_rows is None else scores.num_rows,
+        "size": len(choice.rows),
+        "data_fingerprint": scores.fingerprint,
+        "code_version": code_version(),
+    }
+    head = json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
+    with atomic_path(path) as draft, draft.open("w", encoding="utf-8") as file:
+        file.write(f'{head},\n "indices": [')
+        positions = scores.positions(choice.rows)
+        _write_items(file, (choice.rows[chunk].tolist() for chunk in _chunks(len(positions))))
+        file.write('\n ],\n "ids": ')
+        if scores.ids is None:
+            file.write("null\n}\n")
+        else:
+            file.write("[")
+            _write_items(file, (scores.ids_at(positions[chunk]) for chunk in _chunks(len(positions))))
+            file.write("\n ]\n}\n")
     return path
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, length, _CHUNK))
+
+
+def _write_items(file: TextIO, pieces: Iterable[list]) -> None:
+    """The items of a list, one a line."""
+    between = "\n  "
+    for items in pieces:
+        file.write(between + json.dumps(items, separators=(",\n  ", ": "), ensure_ascii=False)[1:-1])
+        between = ",\n  "
 
 
 def read_coreset(path: Path) -> Coreset:

@@ -41,16 +41,23 @@ MORE_COLUMNS = {
 }
 
 
+_NONE = np.empty(0, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Scores:
-    """Figures by row. `ids`, `fingerprint` and `num_rows` are known where our own folder was read."""
+    """Figures by row. `ids`, `fingerprint` and `num_rows` are known where our own folder was read.
+
+    Rows that scoring left out, as their loss or score is not finite, have none: no method sees them.
+    """
 
     index: np.ndarray  # (n,) int64, ascending, unique
     columns: dict[str, np.ndarray]  # each (n,) float64, finite, not negative; hidden_state (n, d) float32, finite
-    ids: list[str] | None
+    ids: list[str] | pa.ChunkedArray | None  # None too where they were not asked for
     fingerprint: str | None  # of the training split
     num_rows: int | None  # of the training split
     source: str
+    left_out: np.ndarray = _NONE  # rows, ascending
 
     @property
     def effort(self) -> np.ndarray:
@@ -58,11 +65,12 @@ class Scores:
 
     def check_complete(self) -> "Scores":
         """Raises: UserError where a row of the training split is missing."""
-        num_rows = len(self.index) if self.num_rows is None else self.num_rows
-        if len(self.index) != num_rows or self.index[-1] != num_rows - 1:
-            gaps = np.flatnonzero(self.index != np.arange(len(self.index)))  # ascending and unique, so a gap shows
-            hole = int(gaps[0]) if len(gaps) else len(self.index)
-            missing = max(num_rows, int(self.index[-1]) + 1) - len(self.index)
+        index = np.union1d(self.index, self.left_out) if len(self.left_out) else self.index
+        num_rows = len(index) if self.num_rows is None else self.num_rows
+        if len(index) != num_rows or index[-1] != num_rows - 1:
+            gaps = np.flatnonzero(index != np.arange(len(index)))  # ascending and unique, so a gap shows
+            hole = int(gaps[0]) if len(gaps) else len(index)
+            missing = max(num_rows, int(index[-1]) + 1) - len(index)
             raise UserError(
                 f"{self.source}: row {hole} of the training split has no score ({missing} rows in all): "
                 "every row needs one"
@@ -70,29 +78,46 @@ class Scores:
         return self
 
     def of_all_rows(self) -> np.ndarray:
-        """The effort scores as (N,), row by row. Raises: UserError where a row of the training split has none."""
+        """The effort scores as (N,), row by row (those of `index`, where rows were left out).
+
+        Raises: UserError where a row of the training split was not scored.
+        """
         return self.check_complete().effort
 
     def only(self, rows: np.ndarray) -> "Scores":
-        """Just these rows, which must have scores."""
-        positions = self._positions(rows)
+        """Just these rows, which must have been scored."""
+        left_out = np.intersect1d(rows, self.left_out)
+        rows = np.setdiff1d(rows, left_out) if len(left_out) else rows
+        positions = self.positions(rows)
         columns = {name: values[positions] for name, values in self.columns.items()}
-        return replace(self, index=rows, columns=columns, ids=None)
+        return replace(self, index=rows, columns=columns, ids=None, left_out=left_out)
 
     def at(self, rows: np.ndarray) -> np.ndarray:
         """The effort scores of `rows`. Raises: UserError naming the first row that has none."""
-        return self.effort[self._positions(rows)]
+        return self.effort[self.positions(rows)]
 
-    def _positions(self, rows: np.ndarray) -> np.ndarray:
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """Where `rows` stand in `index`. Raises: UserError naming the first row that has no score."""
         position = np.minimum(np.searchsorted(self.index, rows), len(self.index) - 1)
         if len(absent := rows[self.index[position] != rows]):
             raise UserError(f"{self.source}: row {absent[0]} was drawn for verification and has no score there")
         return position
 
+    def chosen(self, rows: np.ndarray) -> "Scores":
+        """What a coreset's file tells of its `rows`, ascending: their ids, read only now, and N; no figures."""
+        ids = read_ids(Path(self.source), rows)
+        return replace(self, index=rows, columns={}, ids=ids, num_rows=len(self.index) + len(self.left_out))
 
-def read_scores(path: Path, columns: Sequence[str] = ("effort",)) -> Scores:
-    """Read a score folder or a plain file with columns `index`, those asked for (and `id`, if there).
+    def ids_at(self, positions: np.ndarray) -> list[str]:
+        if isinstance(self.ids, list):
+            return [self.ids[position] for position in positions]
+        return self.ids.take(pa.array(positions)).to_pylist()
 
+
+def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = True) -> Scores:
+    """Read a score folder or a plain file with columns `index`, those asked for (and `id`, if there and `ids`).
+
+    Of each part only these columns are read, and none is held twice as a whole: 10⁸ rows of one column need about 4 GB.
     Raises: UserError for a missing or unreadable file, a missing column, no rows, a duplicate or negative index,
     and figures that are NaN, infinite or negative; each names the row.
     """
@@ -100,40 +125,114 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",)) -> Scores:
         manifest = read_sealed(path / "manifest.json")
         try:
             fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
-        except (KeyError, TypeError):
+            named = np.array(manifest["left_out"], dtype=np.int64)
+        except (KeyError, TypeError, ValueError):
             raise UserError(f"{path / 'manifest.json'} is no manifest of a score folder") from None
     else:
         fingerprint = num_rows = None
-    table = pa.concat_tables([_read_table(part, ("index", "id", *columns)) for part in _parts(path)])
-    index = _numbers(table, "index", path)
-    if len(index) == 0:
+    names = ("index", "id", *columns) if ids else ("index", *columns)
+    indices, pieces, id_pieces = [], {name: [] for name in columns}, []
+    for part in _parts(path):
+        if path.is_dir() and not is_intact(part):
+            raise UserError(f"{part} is damaged (its checksum does not fit): run the scoring stage again to mend it")
+        table = _read_table(part, names)
+        if not table.num_rows:
+            continue
+        indices.append(_row_numbers(table, path))
+        for name in columns:
+            pieces[name].append((_vectors if name == "hidden_state" else _numbers)(table, name, path))
+        if ids and "id" in table.column_names:
+            id_pieces.append(_ids(table, path).to_numpy())
+    if not indices:
         raise UserError(f"{path} holds no scores")
-    if not np.isfinite(index).all() or (index != np.floor(index)).any() or index.min() < 0 or index.max() >= 2**63:
-        raise UserError(f"{path}: column index must hold row numbers of the training split: 0, 1, 2, …")
-    order = np.argsort(index, kind="stable")
-    index = index[order].astype(np.int64)
-    if len(repeated := index[1:][index[1:] == index[:-1]]):
-        raise UserError(f"{path}: row {repeated[0]} has more than one score")
+    if id_pieces and len(id_pieces) != len(indices):
+        raise UserError(
+            f"{path}: only {len(id_pieces)} of {len(indices)} parts have a column id: all need one, or none"
+        )
+    index = np.concatenate(indices)
+    del indices
+    index, places = _ascending(index, path)
     figures = {}
     for name in columns:
         if name == "hidden_state":
-            figures[name] = check_features(_vectors(table, name, path)[order], index, str(path))
-            continue
-        values = figures[name] = _numbers(table, name, path)[order].astype(np.float64)
-        fine = np.isfinite(values) & (values >= 0)
-        if path.is_dir():  # rows that scoring left out, and said so
-            fine |= np.isnan(values)
-        if len(bad := np.flatnonzero(~fine)):
+            if len({piece.shape[1] for piece in pieces[name]}) != 1:
+                raise UserError(f"{path}: column {name} must hold lists of one length")
+            figures[name] = _in_place(pieces[name], places, pieces[name][0].dtype)
+        else:
+            figures[name] = _in_place(pieces[name], places, np.float64)
+    names_of_rows = _in_place(id_pieces, places, object).tolist() if id_pieces else None
+    left_out = _NONE
+    if path.is_dir() and (nothing := np.isin(index, named) | _without_figures(figures, len(index))).any():
+        left_out, index = index[nothing], index[~nothing]
+        figures = {name: values[~nothing] for name, values in figures.items()}
+        names_of_rows = names_of_rows and [each for each, out in zip(names_of_rows, nothing, strict=True) if not out]
+    for name, values in figures.items():
+        if name == "hidden_state":
+            check_features(values, index, str(path))
+        elif len(bad := np.flatnonzero(~(np.isfinite(values) & (values >= 0)))):
             raise UserError(
                 f"{path}: row {index[bad[0]]} has {name} {values[bad[0]]} ({len(bad)} such rows in all): it must be "
                 "finite and not negative; score these rows again or leave them out of the data"
             )
-    ids = None
-    if "id" in table.column_names:
-        if not pa.types.is_string(table["id"].type) and not pa.types.is_integer(table["id"].type):
-            raise UserError(f"{path}: column id holds {table['id'].type}, not text")
-        ids = table["id"].cast(pa.string()).take(pa.array(order)).to_pylist()
-    return Scores(index, figures, ids, fingerprint, num_rows, str(path))
+    return Scores(index, figures, names_of_rows, fingerprint, num_rows, str(path), left_out)
+
+
+def _without_figures(figures: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
+    """Rows (n,) that have no number in some column: what scoring writes for a row that it leaves out."""
+    nothing = np.zeros(num_rows, dtype=bool)
+    for values in figures.values():
+        nothing |= np.isnan(values if values.ndim == 1 else values[:, 0])
+    return nothing
+
+
+def read_ids(path: Path, rows: np.ndarray) -> pa.ChunkedArray | None:
+    """The ids of `rows` (m,), ascending row numbers that the score folder or file has; None where it has no ids."""
+    wanted = np.zeros(rows[-1] + 1, dtype=bool)
+    wanted[rows] = True
+    found, pieces = [], []
+    for part in _parts(path):
+        table = _read_table(part, ("index", "id"))
+        if "id" not in table.column_names:
+            return None
+        index = _row_numbers(table, path)
+        here = np.flatnonzero(index < len(wanted))
+        here = here[wanted[index[here]]]
+        found.append(index[here])
+        pieces += _ids(table, path).take(pa.array(here)).cast(pa.large_string()).chunks  # beyond 2 GiB of text
+    return pa.chunked_array(pieces, pa.large_string()).take(pa.array(np.argsort(np.concatenate(found))))
+
+
+def _ascending(index: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The row numbers in ascending order, and the place of each one given (n,); None where they are in order.
+
+    Raises: UserError where one comes twice.
+    """
+    if (index[1:] > index[:-1]).all():
+        return index, None
+    if index.max() < len(index):
+        seen = np.zeros(len(index), dtype=bool)
+        seen[index] = True
+        if seen.all():  # rows 0 to n − 1, each once: its number is its place
+            return np.arange(len(index)), index
+    order = np.argsort(index, kind="stable")
+    index = index[order]
+    if len(repeated := index[1:][index[1:] == index[:-1]]):
+        raise UserError(f"{path}: row {repeated[0]} has more than one score")
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    return index, places
+
+
+def _in_place(pieces: list[np.ndarray], places: np.ndarray | None, dtype: type) -> np.ndarray:
+    """The pieces (k, …) joined to one (n, …), each row at its place; empties `pieces`, to hold no column twice."""
+    joined = np.empty((sum(map(len, pieces)), *pieces[0].shape[1:]), dtype=dtype)
+    end = len(joined)
+    while pieces:
+        piece = pieces.pop()
+        start = end - len(piece)
+        joined[slice(start, end) if places is None else places[start:end]] = piece
+        end = start
+    return joined
 
 
 def has_column(path: Path, name: str) -> bool:
@@ -154,10 +253,6 @@ def _parts(path: Path) -> list[Path]:
     parts = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
     if not parts:
         raise UserError(f"{path} holds no finished part yet: run the scoring stage to its end")
-    if path.is_dir() and (damaged := [part for part in parts if not is_intact(part)]):
-        raise UserError(
-            f"{damaged[0]} is damaged (its checksum does not fit): run the scoring stage again, it mends it"
-        )
     return parts
 
 
@@ -168,9 +263,9 @@ def _read_table(path: Path, names: Sequence[str]) -> pa.Table:
             as_text = pa.csv.ConvertOptions(column_types={"id": pa.string()})
             return pa.csv.read_csv(path, convert_options=as_text)
         if path.suffix == ".parquet":
-            there = pa.parquet.read_schema(path).names
-            wanted = [name for name in names if name in there]
-            return pa.parquet.read_table(path, columns=wanted, partitioning=None)
+            with pa.parquet.ParquetFile(path) as file:
+                there = file.schema_arrow.names
+                return file.read([name for name in names if name in there], use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read scores from {path}: {error}") from None
     raise UserError(f"{path}: scores are read from a score folder, a .parquet or a .csv file")
@@ -189,6 +284,21 @@ def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise UserError(f"{path}: column {name} holds {column.type}, not numbers")
     return column.to_numpy()
+
+
+def _row_numbers(table: pa.Table, path: Path) -> np.ndarray:
+    index = _numbers(table, "index", path)
+    whole = index.dtype.kind != "f" or (index == np.floor(index)).all()
+    if len(index) and not (whole and index.min() >= 0 and index.max() < 2**63):
+        raise UserError(f"{path}: column index must hold row numbers of the training split: 0, 1, 2, …")
+    return index.astype(np.int64, copy=False)
+
+
+def _ids(table: pa.Table, path: Path) -> pa.ChunkedArray:
+    column = _column(table, "id", path)
+    if not pa.types.is_string(column.type) and not pa.types.is_integer(column.type):
+        raise UserError(f"{path}: column id holds {column.type}, not text")
+    return column.cast(pa.string())
 
 
 def _vectors(table: pa.Table, name: str, path: Path) -> np.ndarray:
@@ -281,8 +391,7 @@ class ScoreFolder:
 
         Raises: UserError where they are more than 1 %.
         """
-        scores = read_scores(self.path)
-        self.manifest["left_out"] = scores.index[np.isnan(scores.effort)].tolist()
+        self.manifest["left_out"] = read_scores(self.path, ids=False).left_out.tolist()
         write_sealed(self.manifest_path, self.manifest)
         self.check_left_out(rows)
         self.plan_path.unlink(missing_ok=True)

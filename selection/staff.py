@@ -12,6 +12,8 @@ import numpy as np
 
 from selection.errors import UserError
 
+_CHUNK = 2**20  # rows worked on at a time where a whole array of results would be large
+
 # One independent random stream per purpose: what is drawn in one place never shifts another.
 _VERIFICATION, _WITHIN_STRATUM, _FILL, _RANDOM = range(4)
 
@@ -23,6 +25,20 @@ def _random_ranks(num_rows: int, seed: int, purpose: int) -> np.ndarray:
     slightly different scores differ slightly.
     """
     return np.random.default_rng([seed, purpose]).random(num_rows)
+
+
+def lowest(values: np.ndarray, count: int) -> np.ndarray:
+    """Which of `values` (n,) are the `count` lowest, of equal ones the earlier: a mask (n,), in time O(n).
+
+    All choices here are of this form, so nothing is sorted as a whole: 10⁸ rows are cut in seconds.
+    """
+    if count <= 0 or count >= len(values):
+        return np.full(len(values), count > 0)
+    threshold = np.partition(values, count - 1)[count - 1]
+    chosen = values < threshold
+    ties = np.flatnonzero(values == threshold)
+    chosen[ties[: count - np.count_nonzero(chosen)]] = True
+    return chosen
 
 
 def floor_share(share: float, count: int) -> int:
@@ -75,16 +91,22 @@ def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Stra
     Args: scores (N,), any scale (equal-width cuts do not depend on it); K = `num_strata`.
     Of equal scores at the cut the earlier rows stay. Empty strata vanish.
     """
-    order = np.argsort(scores, kind="stable")
     num_kept = len(scores) - floor_share(hardest_cutoff, len(scores))
-    kept, hardest = np.sort(order[:num_kept]), order[num_kept:]
     if num_kept == 0:
         raise UserError(f"hardest_cutoff {hardest_cutoff:g} leaves none of {len(scores)} rows: give a smaller one")
-    kept_scores = scores[kept].astype(np.float64)
+    is_kept = lowest(scores, num_kept)
+    kept, dropped = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
+    hardest = dropped[np.argsort(scores[dropped], kind="stable")]
+    kept_scores = scores[kept].astype(np.float64, copy=False)
     low, high = kept_scores.min(), kept_scores.max()
     num_strata = num_strata if high > low else 1
     edges = np.linspace(low, high, num_strata + 1)
-    stratum = np.searchsorted(edges[1:-1], kept_scores, side="right")
+    # In the smallest type that holds K: numpy sorts one or two bytes by radix, in time O(N).
+    stratum = np.empty(num_kept, dtype=np.min_scalar_type(num_strata))
+    for start in range(0, num_kept, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        stratum[chunk] = np.searchsorted(edges[1:-1], kept_scores[chunk], side="right")
+    del kept_scores
     by_stratum = np.split(
         kept[np.argsort(stratum, kind="stable")], np.cumsum(np.bincount(stratum, minlength=num_strata))[:-1]
     )
@@ -106,7 +128,7 @@ def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str
         if mode == "released" and len(rows) <= verify_per_stratum:
             draws.append(rows[:0])
         else:
-            draws.append(np.sort(rows[np.argsort(ranks[rows])[:verify_per_stratum]]))
+            draws.append(rows[lowest(ranks[rows], verify_per_stratum)])
     return draws
 
 
@@ -171,29 +193,33 @@ def choose_within_strata(
     scores: np.ndarray, strata: Strata, budgets: list[int], m: int, mode: str, seed: int
 ) -> Choice:
     """`choose_staff` from given budgets on."""
-    # What decides inside a stratum, lowest first.
-    ranks = -scores if mode == "released" else _random_ranks(len(scores), seed, _WITHIN_STRATUM)
-    chosen, spare = [], []
+    chosen = np.zeros(len(scores), dtype=bool)
+    ranks = None if mode == "released" else _random_ranks(len(scores), seed, _WITHIN_STRATUM)
     for rows, budget in zip(strata.members, budgets, strict=True):
-        ranked = rows[np.argsort(ranks[rows], kind="stable")]
-        chosen.append(ranked[:budget])
-        spare.append(ranked[budget:])
-    missing = m - sum(map(len, chosen))
-    unchosen = np.concatenate(spare)
-    fill = unchosen[np.argsort(_random_ranks(len(scores), seed, _FILL)[unchosen])[:missing]]
-    filled = [int(np.isin(rows, fill, assume_unique=True).sum()) for rows in spare]
-    from_hardest = strata.hardest[: missing - len(fill)]
-    return Choice(
-        rows=np.sort(np.concatenate([*chosen, fill, from_hardest])),
-        budgets=[len(rows) + extra for rows, extra in zip(chosen, filled, strict=True)],
-        filled=filled,
-        from_hardest=len(from_hardest),
-    )
+        chosen[rows[lowest(-scores[rows] if ranks is None else ranks[rows], budget)]] = True
+    del ranks
+    taken = [int(chosen[rows].sum()) for rows in strata.members]
+    missing, filled, from_hardest = m - sum(taken), [0] * len(taken), 0
+    if missing:
+        unchosen = [rows[~chosen[rows]] for rows in strata.members]
+        ends, unchosen = np.cumsum([len(rows) for rows in unchosen]), np.concatenate(unchosen)
+        is_fill = lowest(_random_ranks(len(scores), seed, _FILL)[unchosen], missing)
+        filled = [int(part.sum()) for part in np.split(is_fill, ends[:-1])]
+        from_hardest = missing - sum(filled)
+        chosen[unchosen[is_fill]] = True
+        chosen[strata.hardest[:from_hardest]] = True
+    budgets = [rows + extra for rows, extra in zip(taken, filled, strict=True)]
+    return Choice(np.flatnonzero(chosen), budgets, filled, from_hardest)
 
 
-def random_order(num_rows: int, seed: int) -> np.ndarray:
-    """All N rows in random order: the Random baseline takes the first m."""
-    return np.argsort(_random_ranks(num_rows, seed, _RANDOM))
+def random_keys(num_rows: int, seed: int) -> np.ndarray:
+    """A random number for each row: the Random baseline takes the m lowest."""
+    return _random_ranks(num_rows, seed, _RANDOM)
+
+
+def choose_lowest(keys: np.ndarray, rate: float) -> Choice:
+    """The m rows with the lowest `keys` (N,), of equal ones the earlier."""
+    return Choice(rows=np.flatnonzero(lowest(keys, coreset_size(rate, len(keys)))))
 
 
 def choose_first(order: np.ndarray, rate: float) -> Choice:

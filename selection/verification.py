@@ -51,8 +51,17 @@ def draw(strata: Strata, settings: Settings) -> list[np.ndarray]:
     return draw_verification_samples(strata, settings.verify_per_stratum, settings.mode, settings.seed)
 
 
-def verify(speculative: np.ndarray, target: Scores, settings: Settings) -> list[StratumRecord]:
-    """V_i for every verified stratum. `speculative` (N,); `target` holds at least the drawn rows.
+def verify(
+    speculative: np.ndarray,
+    target: Scores,
+    settings: Settings,
+    strata: Strata | None = None,
+    index: np.ndarray | None = None,
+) -> list[StratumRecord]:
+    """V_i for every verified stratum. `speculative` (N,); `target` has scored at least the drawn rows.
+
+    `strata`: those of `cut_strata`, from whoever has them already. `index` (N,): the row numbers, where they are not
+    0 to N − 1 because rows were left out in scoring. A drawn row that the target left out counts for neither model.
 
     Scores are min–max normalised first, each model's over D. Where the target has scored only the verified samples,
     its minimum and maximum over D are unknown. In both modes its least and greatest verified score then get the
@@ -60,19 +69,28 @@ def verify(speculative: np.ndarray, target: Scores, settings: Settings) -> list[
     models agreed; so V says where they disagree and not how few samples were looked at. (With the minimum and maximum
     over the verified samples themselves V comes out too high, as the hardest samples are never among them.)
     """
-    strata = cut_strata(speculative, settings)
+    strata = cut_strata(speculative, settings) if strata is None else strata
     draws = draw(strata, settings)
+    numbers = draws if index is None else [index[rows] for rows in draws]
+    if len(target.left_out):
+        known = [~np.isin(rows, target.left_out) for rows in numbers]
+        draws, numbers = ([rows[k] for rows, k in zip(each, known, strict=True)] for each in (draws, numbers))
     drawn = np.concatenate(draws)
-    normalised = min_max_normalise(speculative, reference=speculative)
-    complete = len(target.index) == len(speculative)
-    known = target.effort if complete else target.at(drawn)
-    low, high = (0.0, 1.0) if complete or not len(drawn) else (normalised[drawn].min(), normalised[drawn].max())
+    speculatives = targets = np.empty(0)  # normalised scores of the drawn rows
+    if len(drawn):
+        complete = len(target.index) + len(target.left_out) >= len(speculative)
+        of_drawn = target.at(np.concatenate(numbers))
+        speculatives = min_max_normalise(speculative[drawn], reference=speculative)
+        low, high = (0.0, 1.0) if complete else (speculatives.min(), speculatives.max())
+        targets = min_max_normalise(of_drawn, reference=target.effort if complete else of_drawn)
+        targets = low + (high - low) * targets
+    ends = np.cumsum([len(rows) for rows in draws])[:-1]
     records = []
-    for i, rows in enumerate(draws):
+    for i, (rows, ours, theirs) in enumerate(
+        zip(numbers, np.split(speculatives, ends), np.split(targets, ends), strict=True)
+    ):
         sums: tuple[Any, Any, Any] = (None, None, None)
         if len(rows):
-            ours = normalised[rows]
-            theirs = low + (high - low) * min_max_normalise(target.at(rows), reference=known)
             sums = float(ours.sum()), float(theirs.sum()), verification_ratio(theirs, ours)
         records.append(StratumRecord(i, strata.score_ranges[i], strata.sizes[i], rows.tolist(), *sums))
     return records
@@ -104,5 +122,5 @@ def read_verification(path: Path, settings: Settings, speculative: Scores) -> li
 
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
-    scores = digest(np.ascontiguousarray(speculative.effort).tobytes())
+    scores = digest(memoryview(np.ascontiguousarray(speculative.effort)).cast("B"))
     return {**asdict(settings), "rules": RULES_VERSION, "speculative_scores_sha256": scores}

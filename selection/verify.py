@@ -31,7 +31,7 @@ def main() -> None:
     scores = read_scores(experiment.small_scores)
     ScoreFolder(experiment.small_scores, score_identity(experiment, split, small, tuned), len(every))  # or refuse
     speculative = scores.of_all_rows()
-    drawn = np.sort(np.concatenate(draw(cut_strata(speculative, settings), settings)))
+    drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(speculative, settings), settings))])
     rows = every if experiment.selection.verify_all else drawn
     if not len(rows):
         raise UserError("no stratum has more than verify_per_stratum samples, nothing to verify: lower num_strata")
@@ -39,7 +39,8 @@ def main() -> None:
     if not processes().leads:
         return
     # Of what earlier settings left there, nothing but the asked rows counts.
-    records = verify(speculative, read_scores(experiment.target_scores).only(rows), settings)
+    target = read_scores(experiment.target_scores).only(rows)
+    records = verify(speculative, target, settings, index=scores.index)
     write_verification(experiment.verification, settings, scores, records)
     ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]
     print(

@@ -15,12 +15,12 @@ from selection.score_files import Scores
 from selection.staff import (
     Strata,
     allocate_budgets,
-    choose_first,
+    choose_lowest,
     choose_staff,
     coreset_size,
     draw_verification_samples,
     min_max_normalise,
-    random_order,
+    random_keys,
     stratify,
     verification_ratio,
 )
@@ -81,7 +81,7 @@ def cases(draw) -> Case:
 
 
 def choose_random(num_rows: int, rate: float, seed: int):
-    return choose_first(random_order(num_rows, seed), rate)
+    return choose_lowest(random_keys(num_rows, seed), rate)
 
 
 def in_stratum(rows: np.ndarray, strata: Strata, i: int) -> list[int]:
