@@ -13,11 +13,11 @@ from finetune.data_split import TrainingSplit
 from finetune.tuning import check_base
 from selection.config import Experiment
 from selection.device import choose_precision, device_name
-from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
+from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory, tokens_per_batch
 from selection.errors import UserError
 from selection.files import model_fingerprint
 from selection.ledger import TARGET_SCORES, Cost, measured
-from selection.models import count_parameters, load_for_scoring, tuning_lora, with_fresh_lora
+from selection.models import count_parameters, load_for_scoring, placement, tuning_lora, with_fresh_lora
 from selection.score_files import SCORER_VERSION, ScoreFolder
 from selection.self_test import TOLERANCE, self_test
 
@@ -57,6 +57,7 @@ def score_rows(
             precision,
             # Of the speculator: what the released code did to a tuned target is not known.
             settings.mode == "released" and tuned is not None and stage != TARGET_SCORES,
+            **placement(experiment, model, tuned),
         )
         cost.parameters = count_parameters(loaded)
         if highest >= loaded.get_input_embeddings().num_embeddings:
@@ -116,6 +117,7 @@ def score_identity(experiment: Experiment, split: TrainingSplit, model: str, tun
         "phi": _phi_identity(experiment, tuned),
         "scorer": SCORER_VERSION,
         "precision": choose_precision(settings.precision),
+        "quantization_bit": placement(experiment, model, tuned).get("quantization_bit"),
     }
 
 
@@ -131,7 +133,8 @@ def _phi_identity(experiment: Experiment, tuned: Path | None) -> dict[str, Any]:
 
 def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: list[int]) -> dict[str, np.ndarray]:
     samples = tokenised[batch]
-    scores = scorer.score(samples["input_ids"], samples["labels"])
+    names = [f"row {row} of the training split (id {split.ids[row]})" for row in batch]
+    scores = score_within_memory(scorer, samples["input_ids"], samples["labels"], names)
     for name, values in scores.items():
         if not (fine := values.isfinite().reshape(len(batch), -1).all(1)).all():
             row = batch[int((~fine).nonzero()[0])]
