@@ -76,10 +76,11 @@ def score_rows(
         if first := rows[: settings.self_test].tolist():
             samples = tokenised[first]
             names = [f"row {row} of the training split (id {split.ids[row]})" for row in first]
-            worst = self_test(scorer, samples["input_ids"], samples["labels"], names, precision, budget)
+            noise = "8 bit" if store.manifest["identity"].get("quantization_bit") == 8 else precision
+            worst = self_test(scorer, samples["input_ids"], samples["labels"], names, noise, budget)
             print(
                 f"self-test: {len(first)} samples in a batch and one by one agree to {worst:.2g} relative "
-                f"({precision} allows {TOLERANCE[precision]:g})"
+                f"({noise} allows {TOLERANCE[noise]:g})"
             )
         parts = store.plan(
             rows,

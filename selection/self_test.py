@@ -12,7 +12,14 @@ from selection.phi import LinearMap
 
 # Largest difference of a score that is the number format's own noise. Parity is better than 1e-5 in fp32, but the
 # gradient of a sample known by heart, softmax − 1, cancels in plain autograd too.
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
+# LLM.int8 rounds inputs to 8 bits, but for the columns in which any sample of the batch has an outlier: a score moves
+# with its batch, on SmolLM2-135M-Instruct by 2 % (median) and at most 12 %.
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "8 bit": 0.3}
+_ADVICE = {
+    "fp32": "please report this model",
+    "bf16": "score in fp32 (selection.precision)",
+    "8 bit": "score without selection.quantization_bit",
+}
 
 
 def scores_one_by_one(
@@ -85,7 +92,7 @@ def self_test(
     """Score the samples in batches of at most `budget` tokens and one by one; the largest difference of effort or loss,
     relative to the sample's own or to the median of all, whichever is larger.
 
-    `names` say what each sample is. Raises: UserError where it exceeds the tolerance of `precision`.
+    `names` say what each sample is; `precision` is a key of TOLERANCE. Raises: UserError where that is exceeded.
     """
     batches = plan_batches(range(len(names)), [len(ids) for ids in input_ids], budget)
     scores = [
@@ -111,7 +118,7 @@ def self_test(
             raise UserError(
                 f"self-test: {names[i]} has {what} {ours[i]:.7g} in a batch and {plain[i]:.7g} by plain autograd, a "
                 f"relative difference of {difference[i]:.2g} where {precision} allows {TOLERANCE[precision]:g}: "
-                + ("score in fp32 (selection.precision)" if precision != "fp32" else "please report this model")
+                + _ADVICE[precision]
                 + ", or skip the test with --self_test 0"
             )
         worst = max(worst, float(difference.max()))
