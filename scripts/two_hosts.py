@@ -158,8 +158,8 @@ def wait_for_parts(run: Path, runs: list[subprocess.Popen], count: float) -> Non
 def finish(runs: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
     """Exit codes, and what each said of an error."""
     said = [each.communicate(timeout=_SECONDS)[1] for each in runs]
-    errors = [[line for line in text.splitlines() if line.startswith("error: ")] or ["nothing"] for text in said]
-    return [each.returncode for each in runs], [lines[-1] for lines in errors]
+    errors = [[line for line in text.splitlines() if line.startswith("error: ")] or [text[-1000:]] for text in said]
+    return [each.returncode for each in runs], [lines[0] for lines in errors]
 
 
 if __name__ == "__main__":

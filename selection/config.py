@@ -65,7 +65,14 @@ class Selection(_Section):
     """Number format of scoring; auto takes bf16 where the device computes in it."""
     tokens_per_batch: int | None = Field(default=None, ge=1)
     """Tokens of one scoring batch, padding included; absent: 2,048 on a CPU and 16,384 on a
-    GPU, under all_lora 512 and 4,096."""
+    GPU, under all_lora 512 and 4,096. Halved by itself, for the rest of a run, where the memory does not hold them."""
+    device_map: Literal["auto"] | None = None
+    """Where the target lies while it scores. auto: spread by accelerate over all visible GPUs, then the CPU's memory,
+    in one process; absent: on one device. The speculative model is small and always lies on one."""
+    quantization_bit: Literal[8, 4] | None = None
+    """Weights of the target's linear maps in 8 or 4 bits while it scores, through bitsandbytes (LLM.int8; NF4, doubly
+    quantised), as LLaMA-Factory's key of this name does when it tunes. The scores are others; the speculative model
+    and every tuning stay as they are."""
     self_test: int = Field(default=4, ge=0)
     """Rows that are also scored one by one, by plain autograd, before a scoring run; it stops where they differ."""
     seed: int = Field(default=42, ge=0)

@@ -6,6 +6,7 @@ inputs and output gradients of φ's linear maps. No sample's gradient depends on
 """
 
 import contextlib
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from selection.phi import find_phi, unwrap
-from selection.sample_norms import listening_to_linear, listening_to_lora, sum_of_squares
+from selection.errors import UserError
+from selection.phi import device_of, find_phi, unwrap
+from selection.sample_norms import listening_to_linear, listening_to_lora, replaced_forward, sum_of_squares
 
 IGNORED_LABEL = -100
 # Numbers of one chunk of logits: N × vocabulary never exists as a whole. A GPU needs more rows to be busy.
@@ -53,12 +55,13 @@ class EffortScorer:
         self.model, self.columns = unwrap(model), columns
         self.phi = find_phi(model, phi)
         self.lora_a, self.lora_scaling = None, alpha / rank
-        self.device = model.device
+        self.device = device_of(self.model.get_input_embeddings())  # tokens start here
+        self.largest_batch = math.inf  # tokens, padding included; see score_within_memory
         self._table: torch.Tensor | None = None  # (n, V), of `_head`
         if phi == "v_lora_b":
             width = self.phi.maps[0].input_width
             uniform = torch.rand((rank, width), generator=torch.Generator().manual_seed(seed))
-            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(self.phi.maps[0].weight.device)  # (r, d_in)
+            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(self.phi.maps[0].device)  # (r, d_in)
 
     def score(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Score a batch of tokenised samples (labels as LLaMA-Factory makes them, −100 where there is no loss).
@@ -75,6 +78,7 @@ class EffortScorer:
         squares = torch.zeros(len(input_ids), device=self.device)
         with self._listening(squares, batch.tokens.shape[1]) as ends:
             hidden = _last_hidden_state(self.model, batch.tokens)  # (B, T, d)
+            batch = batch.to(hidden.device)  # the last layer's, where a model lies on several
             by_token, head_gradient = self._head(hidden.detach().flatten(0, 1)[batch.head_rows], batch)
             gradient = hidden.new_zeros(hidden.shape)
             gradient.flatten(0, 1)[batch.head_rows] = head_gradient
@@ -84,7 +88,7 @@ class EffortScorer:
             torch.autograd.grad(hidden, ends, gradient, allow_unused=True)  # fills `squares`
 
         means = {name: batch.per_sample(values) / batch.counts for name, values in by_token.items()}
-        means["effort"] = (squares + others).sqrt() / batch.counts
+        means["effort"] = (squares.to(hidden.device) + others).sqrt() / batch.counts
         of_response = (batch.labels != IGNORED_LABEL).float()  # (B, T)
         own_counts = of_response.sum(1)
         if "el2n_released" in means:
@@ -98,6 +102,13 @@ class EffortScorer:
         if "hidden_state" in self.columns:
             scores["hidden_state"] = on_cpu[:, len(means) :]
         return scores
+
+    def free_memory(self) -> None:
+        """Give back what is kept between batches."""
+        self._table = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def _listening(self, squares: torch.Tensor, length: int) -> Iterator[list[torch.Tensor]]:
@@ -129,7 +140,7 @@ class EffortScorer:
         One float32 table, kept from batch to batch, holds a chunk's logits, log-probabilities, probabilities and
         their gradient in turn: fresh memory of that size costs more than what is computed in it.
         """
-        size = _rows_at_once(self.model)
+        size = _rows_at_once(self.model, hidden.device)
         figures, gradients = [], []
         for rows, targets, own in zip(*(each.split(size) for each in (hidden, batch.targets, batch.own)), strict=True):
             rows = rows.detach().requires_grad_()
@@ -172,7 +183,7 @@ class EffortScorer:
             alone = torch.zeros_like(gradient)
             alone[sample] = gradient[sample]
             parts = torch.autograd.grad(hidden, others, alone, retain_graph=True, allow_unused=True)
-            reached = [sum_of_squares(part) for part in parts if part is not None]
+            reached = [sum_of_squares(part).to(gradient.device) for part in parts if part is not None]
             squares.append(sum(reached, start=gradient.new_zeros((), dtype=torch.float32)))
         return torch.stack(squares)
 
@@ -183,9 +194,9 @@ def response_losses(
 ) -> torch.Tensor:
     """Mean cross-entropy per response token of each sample (B,): a forward pass and nothing else."""
     model = unwrap(model)
-    batch = _Batch.of(input_ids, labels, model.device)
+    batch = _Batch.of(input_ids, labels, device_of(model.get_input_embeddings()))
     hidden = _last_hidden_state(model, batch.tokens).flatten(0, 1)
-    size = _rows_at_once(model)
+    batch, size = batch.to(hidden.device), _rows_at_once(model, hidden.device)
     losses = [
         functional.cross_entropy(_logits(model, rows).float(), targets, reduction="none")
         for rows, targets in zip(hidden[batch.head_rows].split(size), batch.targets.split(size), strict=True)
@@ -231,6 +242,9 @@ class _Batch:
         arrays = tokens, own, wanted.ravel().nonzero()[0], targets[wanted], own[wanted], sample
         return cls(*(torch.from_numpy(a).to(device) for a in arrays), torch.from_numpy(counts).float().to(device))
 
+    def to(self, device: torch.device) -> "_Batch":
+        return _Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
     def per_sample(self, values: torch.Tensor) -> torch.Tensor:
         """(n,) by head row, summed by sample (B,)."""
         return torch.zeros_like(self.counts).index_add_(0, self.sample, values)
@@ -255,9 +269,9 @@ def _last_hidden_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Te
             model.set_attn_implementation(chosen)
 
 
-def _rows_at_once(model: PreTrainedModel) -> int:
+def _rows_at_once(model: PreTrainedModel, device: torch.device) -> int:
     """Rows of hidden states whose logits make one chunk."""
-    return max(1, _LOGITS_AT_ONCE.get(model.device.type, 2**24) // model.config.get_text_config().vocab_size)
+    return max(1, _LOGITS_AT_ONCE.get(device.type, 2**24) // model.config.get_text_config().vocab_size)
 
 
 class _Hidden(BaseModelOutputWithPast):
@@ -272,12 +286,9 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
     The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
     """
-    decoder = model.get_decoder()
-    decoder.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])
-    try:
-        return model(inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0)  # [0] would copy in its backward
-    finally:
-        del decoder.forward
+    with replaced_forward(model.get_decoder(), lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])):
+        logits = model(inputs_embeds=hidden[None], use_cache=False).logits
+    return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
 
 
 def tokens_per_batch(phi: str, device: torch.device) -> int:
@@ -287,7 +298,48 @@ def tokens_per_batch(phi: str, device: torch.device) -> int:
     return small if phi == "all_lora" else large
 
 
-def plan_batches(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+def score_within_memory(
+    scorer: EffortScorer,
+    input_ids: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    names: Sequence[str] | None = None,
+) -> dict[str, torch.Tensor]:
+    """`scorer.score`, in smaller batches where its device's memory does not hold this one.
+
+    Out of memory, the batch's token budget is halved and what is left done again, until it fits; the scorer keeps that
+    budget for the batches to come. No sample's score depends on its neighbours, but kernels choose their order of
+    summation by the shape of a batch: the last bits of a score do. (Under quantization_bit 8 more than the last bits:
+    see TOLERANCE in selection/self_test.py.)
+
+    `names` say what each sample is. Raises: UserError where one sample alone does not fit.
+    """
+    lengths, pieces, order = [len(ids) for ids in input_ids], [], []
+    pending = plan_batches(range(len(lengths)), lengths, scorer.largest_batch)
+    while pending:
+        batch = pending[0]
+        try:
+            piece = scorer.score([input_ids[i] for i in batch], [labels[i] for i in batch])
+        except torch.OutOfMemoryError:
+            piece = None  # freed below: within this clause the error's traceback still holds the pass's tensors
+        if piece is not None:
+            pieces.append(piece)
+            order += pending.pop(0)
+            continue
+        scorer.free_memory()
+        if len(batch) == 1:
+            name = names[batch[0]] if names else f"sample {batch[0]} of a batch"
+            raise UserError(
+                f"out of memory on {name}, {lengths[batch[0]]} tokens, scored alone: lower cutoff_len, or, where it is "
+                "the target that scores, give selection.device_map auto or selection.quantization_bit"
+            )
+        scorer.largest_batch = min(scorer.largest_batch, len(batch) * lengths[batch[0]]) // 2
+        print(f"out of memory: batches of at most {scorer.largest_batch} tokens from here on")
+        pending = plan_batches([i for batch in pending for i in batch], lengths, scorer.largest_batch)
+    back = torch.tensor(order).argsort()
+    return {name: torch.cat([piece[name] for piece in pieces])[back] for name in pieces[0]}
+
+
+def plan_batches(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: float) -> list[list[int]]:
     """Cut `rows` into batches of similar length, the longest first (so memory's peak shows at once).
 
     A batch holds at most `tokens_per_batch` tokens, padding included, but at least one sample.

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import get_max_memory
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as QUERY_AND_VALUE
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
+from selection.config import Experiment
 from selection.device import device
 from selection.errors import UserError
 from selection.phi import unwrap
@@ -18,28 +22,79 @@ from selection.phi import unwrap
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_for_scoring(model: str, tuned: Path | None, precision: str, reset_query_value: bool = False) -> nn.Module:
+def load_for_scoring(
+    model: str,
+    tuned: Path | None,
+    precision: str,
+    reset_query_value: bool = False,
+    device_map: str | None = None,
+    quantization_bit: int | None = None,
+) -> nn.Module:
     """`model` (a folder or hub name), with the outcome of its tuning: an adapter, or a whole model.
 
     `reset_query_value` (released): take the tuned adapters of query and value projection out again. The released
     code puts its scoring LoRA on the tuned model under the adapter's own name, which re-initialises them.
-    Raises: UserError where the folder cannot be loaded.
+    `device_map`, `quantization_bit`: as in selection/config.py; the head is never quantised.
+    Raises: UserError where the folder cannot be loaded, or bitsandbytes is asked for and not installed.
     """
     transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
+    placed = {"device_map": device_map, "max_memory": _room_for_weights()} if device_map else {}
+    if quantization_bit is not None:
+        if not is_bitsandbytes_available():
+            raise UserError(
+                f"selection.quantization_bit {quantization_bit} needs bitsandbytes from {BITSANDBYTES_MIN_VERSION} on: "
+                "pip install bitsandbytes, or leave the key out"
+            )
+        placed = (
+            {"device_map": {"": device()}} | placed | {"quantization_config": _quantised(quantization_bit, precision)}
+        )
     source = str(tuned) if tuned is not None and not (tuned / "adapter_config.json").exists() else model
     try:
         config = AutoConfig.from_pretrained(source).get_text_config()
         # Fused attention leaves the soft-capping of attention logits out; LLaMA-Factory does not tune with it either.
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[precision], attn_implementation=attention)
-        loaded = loaded.to(device())
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[precision], attn_implementation=attention, **placed
+        )
+        if not placed:
+            loaded = loaded.to(device())
         if tuned is not None and source == model:
-            loaded = PeftModel.from_pretrained(loaded, tuned, autocast_adapter_dtype=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            again = {"max_memory": placed["max_memory"]} if device_map else {}  # PEFT places an offloaded model anew
+            loaded = PeftModel.from_pretrained(loaded, tuned, autocast_adapter_dtype=False, **again)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load model {source}: {error}") from None
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' 4-bit product for CPUs that has no gradient
+            module.support_avx512bf16_for_cpu = False
     if reset_query_value:
         _reset_query_value(loaded)
     return loaded.eval()
+
+
+def placement(experiment: Experiment, model: str, tuned: Path | None) -> dict[str, Any]:
+    """`device_map` and `quantization_bit` for load_for_scoring: what is configured for the target, nothing for the
+    speculative model."""
+    settings = experiment.selection
+    if model != experiment.target_model or (tuned is not None and tuned == experiment.tuned_small):
+        return {}
+    return {"device_map": settings.device_map, "quantization_bit": settings.quantization_bit}
+
+
+def _room_for_weights() -> dict[int | str, int]:
+    """Bytes by device for accelerate's placement: 85 % of what a GPU has free, the rest for batches."""
+    return {where: free if where == "cpu" else int(0.85 * free) for where, free in get_max_memory().items()}
+
+
+def _quantised(bits: int, precision: str) -> BitsAndBytesConfig:
+    """As LLaMA-Factory loads under the same `quantization_bit`."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[precision],
+    )
 
 
 def _reset_query_value(model: nn.Module) -> None:
@@ -70,7 +125,13 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
 
 def count_parameters(model: nn.Module) -> int:
     """Weights that a forward pass multiplies with, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(_shape(parameter).numel() for parameter in model.parameters())
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the weight itself where two of its numbers are packed into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.shape if state is None else state.shape
 
 
 def tuning_lora(keys: dict[str, Any]) -> dict[str, Any]:

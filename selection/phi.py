@@ -26,6 +26,20 @@ class LinearMap:
         return linear(self.module).weight
 
     @property
+    def output_width(self) -> int:
+        """d_out, of a fused projection all of it."""
+        return self.weight.shape[1] if self.transposed else linear(self.module).out_features
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(linear(self.module))
+
+    @property
+    def weight_at_hand(self) -> bool:
+        """Whether `weight` is what the map multiplies with, and not a quantised form or offloaded."""
+        return self.weight.is_floating_point() and not self.weight.is_meta
+
+    @property
     def transposed(self) -> bool:
         """Whether the weight is stored as (d_in, d_out), as in GPT-2."""
         return isinstance(linear(self.module), Conv1D)
@@ -73,6 +87,9 @@ def find_phi(model: nn.Module, name: str) -> Phi:
             for key, parameter in layer.named_parameters()
             if parameter.dim() >= 2 and id(parameter) not in inside and "lora_" not in key
         }
+        for key, parameter in others.items():
+            if parameter.is_meta:
+                raise UserError(f"phi last_layer: {key} is offloaded from its device: use phi v_lora_b or v_weight")
         maps = [LinearMap(f"{layer_name}.{key}", linear(module)) for key, module in found.items()]
         return Phi(name, maps, others)
     return Phi(name, [find_value_projection(model)])
@@ -93,6 +110,9 @@ def _lora_pairs(model: nn.Module) -> list[LoraPair]:
                 f"phi all_lora: {name} has no plain A and B in a decoder layer (but DoRA, a bias, several adapters, a "
                 "merged or disabled one, or it stands on embedding, head or experts): use phi last_layer"
             )
+        # The whole model would have to stay on its device until the backward pass has been through it.
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise UserError(f"phi all_lora: {name} is offloaded from its device: use phi last_layer or v_lora_b")
         found.append(LoraPair(name, module, active[0]))
     if not found:
         looked_at = ", ".join(projections(last_decoder_layer(model)[1])) or "no linear map"
@@ -105,6 +125,15 @@ def _lora_pairs(model: nn.Module) -> list[LoraPair]:
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper (its adapters stay in place)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes: its weights' device, or the one that accelerate brings them to for it."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        if getattr(each, "execution_device", None) is not None:
+            return torch.device(each.execution_device)
+    return next(module.parameters()).device
 
 
 def last_decoder_layer(model: nn.Module) -> tuple[str, nn.Module]:
@@ -168,7 +197,7 @@ def find_value_projection(model: nn.Module) -> LinearMap:
     try:
         # The composed softmax, whose gradient is exactly 0 here; fused attention kernels leave rounding noise.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            token = torch.ones((1, 1), dtype=torch.long, device=model.device)
+            token = torch.ones((1, 1), dtype=torch.long, device=device_of(unwrap(model).get_input_embeddings()))
             hidden = unwrap(model).get_decoder()(input_ids=token, use_cache=False).last_hidden_state
             direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
             outputs = [output for _, output in seen.values()]

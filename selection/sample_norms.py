@@ -38,6 +38,19 @@ def by_sample(rows: torch.Tensor, shape: tuple[int, int], name: str) -> torch.Te
     return rows.reshape(*shape, rows.shape[-1])
 
 
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Another forward for a while; what accelerate put in its place (it moves inputs between devices) comes back."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
 class _Once:
     """Called at each use of a module: of a gradient that is the sum over two uses the norms do not add up."""
 
@@ -77,9 +90,10 @@ def listening_to_linear(
                 gradient = gradient[..., linear_map.columns]
             gradient = by_sample(gradient, shape, linear_map.name)
             if projected is None:
-                squares.add_(squared_norms(seen, gradient))
+                norms = squared_norms(seen, gradient)
             else:
-                squares.add_(squared_norms(projected(seen.float()), gradient.float()))
+                norms = squared_norms(projected(seen.float()), gradient.float())
+            squares.add_(norms.to(squares.device))  # a model's layers may lie on several devices
 
         output.register_hook(add)
         return output
@@ -105,14 +119,12 @@ def listening_to_lora(pair: LoraPair, squares: torch.Tensor, length: int, start:
     def forward(inputs: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         once()
         output = layer.base_layer(inputs, *args, **kwargs)
+        output = output.clone() if output._is_view() else output  # as bitsandbytes answers; not to be added to in place
         a, b = layer.lora_A[adapter].weight.to(output.dtype), layer.lora_B[adapter].weight.to(output.dtype)
         return _AddLora.apply(output, inputs, start, a, b, scaling, squares, shape, pair.name)
 
-    layer.forward = forward
-    try:
+    with replaced_forward(layer, forward):
         yield
-    finally:
-        del layer.forward
 
 
 class _AddLora(torch.autograd.Function):
@@ -135,5 +147,6 @@ class _AddLora(torch.autograd.Function):
         seen, g, seen_hidden, g_hidden = (
             by_sample(each, shape, name) for each in (inputs, gradient, hidden, hidden_gradient)
         )
-        squares.add_(squared_norms(seen_hidden, g), alpha=scaling**2).add_(squared_norms(seen, g_hidden))
+        norms = scaling**2 * squared_norms(seen_hidden, g) + squared_norms(seen, g_hidden)
+        squares.add_(norms.to(squares.device))
         return gradient, hidden_gradient @ a if ctx.needs_input_grad[1] else None, *[None] * 7

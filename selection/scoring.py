@@ -16,11 +16,11 @@ from finetune.tokenised import lengths as lengths_of
 from finetune.tuning import check_base
 from selection.config import Experiment
 from selection.device import choose_precision, device_name
-from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
+from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory, tokens_per_batch
 from selection.errors import UserError
 from selection.files import held, model_fingerprint
 from selection.ledger import TARGET_SCORES, Cost, measured
-from selection.models import count_parameters, load_for_scoring, tuning_lora, with_fresh_lora
+from selection.models import count_parameters, load_for_scoring, placement, tuning_lora, with_fresh_lora
 from selection.processes import processes, shards
 from selection.score_files import SCORER_VERSION, ScoreFolder, check_left_out
 from selection.self_test import TOLERANCE, self_test
@@ -46,6 +46,8 @@ def score_rows(
     passes per sample; nothing that follows depends on the factor. Raises: UserError where more than 1 % are left out.
     """
     together = processes()
+    if together.count > 1 and placement(experiment, model, tuned).get("device_map"):
+        raise UserError("selection.device_map auto spreads one process over all GPUs: give NPROC=1, or no torchrun")
     with held(folder) if together.leads else contextlib.nullcontext():
         _score_rows(experiment, split, model, tuned, rows, folder, stage)
         together.wait()  # the leader's lock is everybody's
@@ -75,6 +77,7 @@ def _score_rows(experiment, split, model, tuned, rows, folder, stage) -> None:
             precision,
             # Of the speculator: what the released code did to a tuned target is not known.
             settings.mode == "released" and tuned is not None and stage != TARGET_SCORES,
+            **placement(experiment, model, tuned),
         )
         cost.parameters = count_parameters(loaded)
         if highest_token(tokenised) >= loaded.get_input_embeddings().num_embeddings:
@@ -93,10 +96,11 @@ def _score_rows(experiment, split, model, tuned, rows, folder, stage) -> None:
         if first := rows[: settings.self_test].tolist():
             samples = tokenised[first]
             names = [f"row {row} of the training split (id {split.ids[row]})" for row in first]
-            worst = self_test(scorer, samples["input_ids"], samples["labels"], names, precision, budget)
+            noise = "8 bit" if store.manifest["identity"].get("quantization_bit") == 8 else precision
+            worst = self_test(scorer, samples["input_ids"], samples["labels"], names, noise, budget)
             print(
                 f"self-test: {len(first)} samples in a batch and one by one agree to {worst:.2g} relative "
-                f"({precision} allows {TOLERANCE[precision]:g})"
+                f"({noise} allows {TOLERANCE[noise]:g})"
             )
         parts = together.from_leader(
             lambda: store.plan(
@@ -148,6 +152,7 @@ def score_identity(experiment: Experiment, split: TrainingSplit, model: str, tun
         "phi": _phi_identity(experiment, tuned),
         "scorer": SCORER_VERSION,
         "precision": choose_precision(settings.precision),
+        "quantization_bit": placement(experiment, model, tuned).get("quantization_bit"),
     }
 
 
@@ -163,14 +168,13 @@ def _phi_identity(experiment: Experiment, tuned: Path | None) -> dict[str, Any]:
 
 def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: list[int]) -> dict[str, np.ndarray]:
     samples = tokenised[batch]
-    scores = {name: values.numpy() for name, values in scorer.score(samples["input_ids"], samples["labels"]).items()}
+    names = [f"row {row} of the training split (id {split.ids[row]})" for row in batch]
+    tensors = score_within_memory(scorer, samples["input_ids"], samples["labels"], names)
+    scores = {name: values.numpy() for name, values in tensors.items()}
     finite = {name: np.isfinite(values).reshape(len(batch), -1).all(1) for name, values in scores.items()}
     for i in np.flatnonzero(~np.all(list(finite.values()), axis=0)):
         said = ", ".join(name for name in scores if not finite[name][i])
-        tqdm.write(
-            f"left out: row {batch[i]} of the training split (id {split.ids[batch[i]]}): {said} not finite",
-            file=sys.stderr,
-        )
+        tqdm.write(f"left out: {names[i]}: {said} not finite", file=sys.stderr)
         for values in scores.values():
             values[i] = np.nan
     responses = [sum(label != IGNORED_LABEL for label in labels[1:]) for labels in samples["labels"]]

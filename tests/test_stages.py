@@ -160,7 +160,7 @@ def test_released_resets_the_adapters_of_the_speculator_and_not_of_the_tuned_tar
     split, model, tuned = training_split(experiment), experiment.target_model, tmp_path / "tuned"
     tune_once(experiment, model, "train", split.rows, tuned, {"max_steps": 1}, TARGET_TUNING, {})
     asked, load = [], scoring.load_for_scoring
-    monkeypatch.setattr(scoring, "load_for_scoring", lambda *a: asked.append(a[-1]) or load(*a))
+    monkeypatch.setattr(scoring, "load_for_scoring", lambda *a, **k: asked.append(a[-1]) or load(*a, **k))
     for stage in (SPECULATIVE_SCORES, TARGET_SCORES):
         score_rows(experiment, split, model, tuned, np.arange(2), tmp_path / stage, stage)
     assert asked == [True, False]
