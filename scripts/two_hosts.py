@@ -102,7 +102,7 @@ def compare(folder: Path, hosts: list[str], rows: int) -> int:
             if codes[0] == 0:
                 failed += 1
                 print(f"{scenario}: the first host took the run for finished")
-            print(f"{scenario}: the other host ended {ended:.0f} s later, {len(kept)} parts kept. It said: {said[0]}")
+            print(f"{scenario}: the first host ended {ended:.0f} s later, {len(kept)} parts kept. It said: {said[0]}")
             runs = [begin(host, run, model, rows) for host in hosts]
         codes, said = finish(runs)
         if any(codes):

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ class Scores:
     fingerprint: str | None  # of the training split
     num_rows: int | None  # of the training split
     source: str
-    left_out: np.ndarray = _NONE  # rows, ascending
+    left_out: np.ndarray = field(default_factory=lambda: _NONE)  # rows, ascending
 
     @property
     def effort(self) -> np.ndarray:
@@ -125,7 +125,7 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
         manifest = read_sealed(path / "manifest.json")
         try:
             fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
-            named = np.array(manifest["left_out"], dtype=np.int64)
+            named = np.array(manifest.get("left_out", []), dtype=np.int64)
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path / 'manifest.json'} is no manifest of a score folder") from None
     else:
@@ -398,7 +398,7 @@ class ScoreFolder:
 
     def check_left_out(self, rows: np.ndarray) -> None:
         """Raises: UserError where more than 1 % of `rows` have no finite score."""
-        check_left_out(len(np.intersect1d(self.manifest["left_out"], rows)), len(rows), str(self.path))
+        check_left_out(len(np.intersect1d(self.manifest.get("left_out", []), rows)), len(rows), str(self.path))
 
 
 def check_left_out(count: int, num_rows: int, source: str) -> None:
@@ -411,8 +411,9 @@ def check_left_out(count: int, num_rows: int, source: str) -> None:
 
 
 def is_intact(part: Path) -> bool:
-    """Whether a part holds what was written to it, by the checksum in its name."""
-    return part.stem.rpartition("-")[2] == file_digest(part)[:16]
+    """Whether a part holds what was written to it, by the checksum in its name; one that has none is taken as it is."""
+    checksum = part.stem.split("-")[2:]
+    return not checksum or checksum[0] == file_digest(part)[:16]
 
 
 def _plan_id(part: list[list[int]]) -> str:

@@ -38,8 +38,8 @@ def folder(path, efforts, fingerprint: str, tokens: int = 5):
     store = ScoreFolder(path, {"data_fingerprint": fingerprint}, len(rows))
     (part,) = store.plan(rows, lambda missing: [[missing.tolist()]])
     columns = {"id": [f"id{row}" for row in rows], "n_prompt_tokens": rows, "n_response_tokens": rows % 3 + tokens}
-    store.write_part(part, columns | {"index": rows, "loss": rows / 2, "effort": np.asarray(efforts)}, 1.0, 1)
-    store.finish()
+    store.write_part(part, columns | {"index": rows, "loss": rows / 2, "effort": np.asarray(efforts)})
+    store.finish(rows)
     return path
 
 

@@ -295,7 +295,7 @@ def test_a_folder_is_read_as_by_the_plain_version(tmp_path, kind, num_parts):
         index = INDICES[kind](rng, 30)  # with 40 parts some are empty
         effort = rng.choice([0.0, 1.5, 2.5], 30)
         if seed == 2:
-            effort[rng.integers(30, size=2)] = np.nan, -1.0
+            effort[rng.integers(30, size=2)] = np.inf, -1.0
         columns = {
             "id": [f"id{row}" for row in range(30)] if seed else rng.integers(0, 99, 30),
             "effort": effort,
