@@ -5,22 +5,38 @@ so row i of our training split is row i of its train part, and published index l
 again: `train`, `eval` and every coreset are data sets of their own in `<run folder>/data/dataset_info.json`.
 """
 
+import contextlib
+import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pyarrow as pa
 
 from finetune import llama_factory
 from selection.config import DatasetFormat, Experiment, from_repository
 from selection.errors import UserError
-from selection.files import atomic_path, digest, first_difference, locked, read_json, write_json
+from selection.files import (
+    atomic_path,
+    digest,
+    file_digest,
+    first_difference,
+    locked,
+    read_json,
+    read_sealed,
+    write_json,
+    write_sealed,
+)
+from selection.processes import processes
 
 
 @dataclass(frozen=True)
 class TrainingSplit:
     """The training split's identity. `ids[i]` is the content hash of row i, `fingerprint` that of all in order."""
 
-    rows: list[dict]
+    rows: "datasets.Dataset"  # noqa: F821  of the raw rows, memory-mapped
     ids: list[str]
     fingerprint: str
 
@@ -36,39 +52,79 @@ def _as_json(value: object, **options) -> str:
 
 
 def training_split(experiment: Experiment) -> TrainingSplit:
-    """Load the training split, making it on the first call.
+    """Load the training split, making it on the first call; of several processes the leader makes it.
 
     Raises: UserError for a data file that cannot be read, without usable rows, with rows without a response, and
     where the run folder holds the split of other data.
     """
+    with processes().leader_first():
+        return _training_split(experiment)
+
+
+def _training_split(experiment: Experiment) -> TrainingSplit:
     source = from_repository(experiment.dataset)
-    try:
-        content = digest(source.read_bytes())
-    except OSError as error:
-        raise UserError(f"dataset {experiment.dataset}: {error.strerror or error} (looked for {source})") from None
+    if not source.is_file():
+        raise UserError(f"dataset {experiment.dataset}: No such file (looked for {source})")
     wanted = {
-        "dataset_sha256": content,
+        "dataset_sha256": _content(source),
         "dataset_format": experiment.dataset_format.entry,
         "max_samples": experiment.max_samples,
         "eval_size": experiment.eval_size,
         "split_seed": experiment.split_seed,
     }
     record_path = experiment.data_folder / "split.json"
-    if not record_path.exists():
+    files = [split_path(experiment, name) for name in ("train", "eval")]
+    record = read_sealed(record_path) if record_path.exists() else {}
+    if not record or (record.get("made_from") == wanted and not all(path.exists() for path in files)):
         _make_split(experiment, source, wanted)
-    record = read_json(record_path)
-    if difference := first_difference(record["made_from"], wanted):
+        record = read_sealed(record_path)
+    if difference := first_difference(record.get("made_from", {}), wanted):
         raise UserError(
             f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
         )
-    train, held_out = (_identify(experiment, name) for name in ("train", "eval"))
-    if (train.fingerprint, held_out.fingerprint) != (record["fingerprint"], record["eval_fingerprint"]):
-        raise UserError(f"the split in {experiment.data_folder} was changed by hand: remove {experiment.folder}")
+    if list(map(file_digest, files)) != record.get("files"):
+        raise UserError(
+            f"the split in {experiment.data_folder} is damaged or was changed by hand: remove {experiment.folder}"
+        )
+    list_datasets(experiment, ["train", "eval"])
+    train = _identify(experiment, "train")
+    if train.fingerprint != record.get("fingerprint"):
+        raise UserError(f"{record_path} is of other rows than {files[0]}: remove {experiment.folder}")
     return train
 
 
+def split_path(experiment: Experiment, name: str) -> Path:
+    """A data set of the run folder, an Arrow file: "train", "eval" or a coreset's name."""
+    return experiment.data_folder / f"{name}.arrow"
+
+
+def rows_of(experiment: Experiment, name: str) -> "datasets.Dataset":  # noqa: F821
+    """The raw rows of a data set of the run folder, memory-mapped. Raises: UserError where the file is no data set."""
+    from datasets import Dataset
+
+    path = split_path(experiment, name)
+    try:
+        rows = Dataset.from_file(str(path))
+        rows.data.validate(full=True)  # an Arrow file with wrong offsets would be read outside its bounds
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"{path} is no data set of ours ({error}): remove {experiment.folder}") from None
+
+
+def _content(source: Path) -> str:
+    """`digest` of the file's bytes, without reading them all at once."""
+    sha = hashlib.sha256(source.stat().st_size.to_bytes(8, "little"))
+    try:
+        with source.open("rb") as file:
+            while block := file.read(2**20):
+                sha.update(block)
+    except OSError as error:
+        raise UserError(f"dataset {source}: {error.strerror or error}") from None
+    return sha.hexdigest()
+
+
 def _identify(experiment: Experiment, name: str) -> TrainingSplit:
-    rows = read_json(experiment.data_folder / f"{name}.json")
+    rows = rows_of(experiment, name)
     ids = [row_id(row) for row in rows]
     form = _as_json(experiment.dataset_format.entry, sort_keys=True)  # the same rows read otherwise are other data
     return TrainingSplit(rows, ids, digest(form.encode(), *(i.encode() for i in ids)))
@@ -77,46 +133,68 @@ def _identify(experiment: Experiment, name: str) -> TrainingSplit:
 def _make_split(experiment: Experiment, source: Path, made_from: dict) -> None:
     from datasets import Dataset
 
-    rows = read_rows(source, experiment.dataset_format)[: experiment.max_samples]
-    if len(rows) < 2:
-        raise UserError(f"dataset {experiment.dataset} has {len(rows)} usable rows: at least 2 are needed to split it")
-    # The permutation depends on the number of rows and the seed alone, so splitting row numbers splits the rows.
-    numbers = Dataset.from_dict({"row": range(len(rows))})
-    try:
-        parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
-    except ValueError:
-        raise UserError(f"eval_size {experiment.eval_size:g} of {len(rows)} rows leaves none to train on") from None
-    for name, part in (("train", "train"), ("eval", "test")):
-        write_dataset(experiment, name, [rows[i] for i in parts[part]["row"]])
+    with reading_rows(source, experiment.dataset_format) as rows:
+        num_rows = min(len(rows), experiment.max_samples or len(rows))
+        if num_rows < 2:
+            raise UserError(
+                f"dataset {experiment.dataset} has {num_rows} usable rows: at least 2 are needed to split it"
+            )
+        # The permutation depends on the number of rows and the seed alone, so splitting row numbers splits the rows.
+        numbers = Dataset.from_dict({"row": range(num_rows)})
+        try:
+            parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
+        except ValueError:
+            raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
+        for name, part in (("train", "train"), ("eval", "test")):
+            write_dataset(experiment, name, rows.select(parts[part]["row"]))
     train, held_out = (_identify(experiment, name) for name in ("train", "eval"))
-    record = {"made_from": made_from, "fingerprint": train.fingerprint, "eval_fingerprint": held_out.fingerprint}
-    write_json(experiment.data_folder / "split.json", record)
+    files = [file_digest(split_path(experiment, name)) for name in ("train", "eval")]
+    record = {"made_from": made_from, "fingerprint": train.fingerprint, "files": files}
+    write_sealed(experiment.data_folder / "split.json", record)
     sizes = f"{len(train.rows)} training and {len(held_out.rows)} evaluation rows"
     print(f"split {source.name}: {sizes} -> {experiment.data_folder}")
 
 
-def write_dataset(experiment: Experiment, name: str, rows: list[dict]) -> Path:
+def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821
     """Write rows as a LLaMA-Factory data set with its `dataset_info.json` entry; returns the file."""
-    folder = experiment.data_folder
-    path = folder / f"{name}.json"
-    with atomic_path(path) as draft:
-        draft.write_text(_as_json(rows, indent=1) + "\n", encoding="utf-8")
-    info_path = folder / "dataset_info.json"
-    with locked(folder):  # several coresets may be tuned at a time
-        info = read_json(info_path) if info_path.exists() else {}
-        info[name] = {"file_name": path.name, **experiment.dataset_format.entry}
-        write_json(info_path, info)
+    path = split_path(experiment, name)
+    with (
+        atomic_path(path) as draft,
+        pa.OSFile(str(draft), "wb") as file,
+        pa.ipc.new_stream(file, rows.features.arrow_schema) as writer,
+    ):
+        for batch in rows.with_format("arrow").iter(batch_size=1000):
+            writer.write_table(batch)
+    list_datasets(experiment, [name])
     return path
+
+
+def list_datasets(experiment: Experiment, names: list[str]) -> None:
+    """See that `dataset_info.json` says of these data sets that they are our files, and nothing else of them.
+
+    Whatever it said before (a run folder may come from a stranger), LLaMA-Factory reads nothing else under these names.
+    """
+    path = experiment.data_folder / "dataset_info.json"
+    with locked(experiment.data_folder):  # several coresets may be tuned at a time
+        info = read_json(path) if path.exists() else {}
+        if not isinstance(info, dict):
+            raise UserError(f"{path} lists no data sets: remove it")
+        ours = {
+            name: {"file_name": split_path(experiment, name).name, **experiment.dataset_format.entry} for name in names
+        }
+        if info | ours != info:
+            write_json(path, info | ours)
 
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read_rows(path: Path, dataset_format: DatasetFormat) -> list[dict]:
+@contextlib.contextmanager
+def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """Rows of a JSON, JSONL, CSV or Parquet file as `datasets` reads them, and so as LLaMA-Factory sees them.
 
-    Every row is put through LLaMA-Factory's converter: it drops rows without a response silently, which would shift
-    every later row number. Raises: UserError, naming the rows (counted from 0, as everywhere).
+    They stay on disk. Every row is put through LLaMA-Factory's converter: it drops rows without a response silently,
+    which would shift every later row number. Raises: UserError, naming the rows (counted from 0, as everywhere).
     """
     from datasets import load_dataset
 
@@ -124,14 +202,13 @@ def read_rows(path: Path, dataset_format: DatasetFormat) -> list[dict]:
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     with tempfile.TemporaryDirectory() as cache:
         try:
-            table = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache)
-            rows = table.to_list()
+            rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache)
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None
-    if unusable := llama_factory.rows_without_response(rows, dataset_format.entry):
-        named = ", ".join(map(str, unusable[:5]))
-        raise UserError(
-            f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row {named}: "
-            "LLaMA-Factory would drop them; mend or remove them, or describe the columns with dataset_format"
-        )
-    return rows
+        if unusable := llama_factory.rows_without_response(rows, dataset_format.entry):
+            named = ", ".join(map(str, unusable[:5]))
+            raise UserError(
+                f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row {named}: "
+                "LLaMA-Factory would drop them; mend or remove them, or describe the columns with dataset_format"
+            )
+        yield rows

@@ -14,13 +14,22 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
 from finetune import llama_factory  # noqa: E402
-from finetune.data_split import row_id, training_split  # noqa: E402
+from finetune.data_split import row_id, rows_of, training_split  # noqa: E402
 from finetune.tuning import check_base  # noqa: E402
 from selection.config import Experiment, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
-from selection.files import building, code_version, digest, model_fingerprint, read_json, reuse, write_json  # noqa: E402
+from selection.files import (  # noqa: E402
+    building_together,
+    code_version,
+    digest,
+    model_fingerprint,
+    read_json,
+    reuse,
+    write_json,
+)
 from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
+from selection.processes import processes  # noqa: E402
 from selection.stage import add_experiment_arguments  # noqa: E402
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
@@ -52,7 +61,7 @@ def evaluate(experiment: Experiment, name: str) -> dict:
     tuned = None if name == "untuned" else experiment.tuned_target(name)
     if tuned is not None:
         check_base(tuned, experiment.target_model)
-    held_out = read_json(experiment.data_folder / "eval.json")
+    held_out = rows_of(experiment, "eval")
     precision = choose_precision(experiment.precision)
     folder = experiment.folder / "eval" / name
     identity = {
@@ -65,25 +74,34 @@ def evaluate(experiment: Experiment, name: str) -> dict:
         "max_new_tokens": experiment.evaluation.max_new_tokens,
         "precision": precision,
     }
-    if reuse(folder, identity):
+    together = processes()
+    if together.from_leader(lambda: reuse(folder, identity)):
         print(f"evaluation: reusing {folder}")
         return read_json(folder / "metrics.json")
-    tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)
-    cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision)
+    with together.leader_first():
+        tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)
+    cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision, processes=together.count)
     cost.tokens = sum(map(len, tokenised["input_ids"]))  # prompts and references
-    with building(folder, identity) as draft, measured(experiment.folder, cost):
+    with building_together(folder, identity) as draft, measured(experiment.folder, cost):
         computed = llama_factory.predict(experiment, experiment.target_model, tuned, draft, precision)
-        metrics = {metric: round(computed[f"predict_{metric}"], 4) for metric in METRICS}
-        metrics |= {"samples": len(held_out), "target": experiment.target_model, "tuned": name}
-        metrics |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "code_version": code_version()}
-        with (draft / "predictions.jsonl").open(encoding="utf-8") as file:
-            answers = [json.loads(line) for line in file]
-        by_sample = llama_factory.scores_by_sample([a["predict"] for a in answers], [a["label"] for a in answers])
-        metrics["by_sample"] = {metric: by_sample[metric] for metric in METRICS}
-        write_json(draft / "metrics.json", metrics)
+        if together.leads:
+            write_metrics(experiment, name, draft, computed, len(held_out))
+    metrics = read_json(folder / "metrics.json")
     print(f"evaluation of {name}: ROUGE-L {metrics['rouge-l']:.2f}, BLEU-4 {metrics['bleu-4']:.2f} -> {folder}")
     return metrics
 
 
+def write_metrics(experiment: Experiment, name: str, folder: Path, computed: dict[str, float], samples: int) -> None:
+    """metrics.json in `folder`, where predictions.jsonl is."""
+    metrics = {metric: round(computed[f"predict_{metric}"], 4) for metric in METRICS}
+    metrics |= {"samples": samples, "target": experiment.target_model, "tuned": name}
+    metrics |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "code_version": code_version()}
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
+        answers = [json.loads(line) for line in file]
+    by_sample = llama_factory.scores_by_sample([a["predict"] for a in answers], [a["label"] for a in answers])
+    metrics["by_sample"] = {metric: by_sample[metric] for metric in METRICS}
+    write_json(folder / "metrics.json", metrics)
+
+
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, one_gpu=True)

@@ -41,10 +41,10 @@ def main() -> None:
         check_fits(coreset, split.ids, split.fingerprint, str(path))
     for coreset in coresets:
         print(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
-        rows, folder = [split.rows[i] for i in coreset.indices], experiment.tuned_target(coreset.name)
+        rows, folder = split.rows.select(coreset.indices), experiment.tuned_target(coreset.name)
         keys, stage = experiment.target_training, TARGET_TUNING
         tune_once(experiment, experiment.target_model, coreset.name, rows, folder, keys, stage, report)
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, one_gpu=True)

@@ -7,12 +7,17 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
 
 from selection.config import Experiment, from_repository
 from selection.errors import UserError
 from selection.files import read_json
+from selection.processes import processes
 
 
 def import_llama_factory() -> None:
@@ -56,7 +61,7 @@ def model_path(model: str) -> str:
     return str(folder)
 
 
-def rows_without_response(rows: list[dict], dataset_format: dict[str, Any]) -> list[int]:
+def rows_without_response(rows: Iterable[dict], dataset_format: dict[str, Any]) -> list[int]:
     """Row numbers that LLaMA-Factory would drop, or whose response is blank.
 
     Raises: UserError where a row lacks a column that `dataset_format` names.
@@ -118,6 +123,17 @@ def _quiet():
 
 
 @contextlib.contextmanager
+def _alone():
+    """Without torchrun's variables: what the leader does before the others is not to wait for them."""
+    names = [name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith("LOCAL_")]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextlib.contextmanager
 def _user_errors(what: str):
     """Turn what LLaMA-Factory and transformers say about arguments, templates and model folders into one line."""
     from safetensors import SafetensorError
@@ -128,7 +144,7 @@ def _user_errors(what: str):
         raise UserError(f"{what}: {error}") from error
 
 
-def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: list[dict]):
+def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821
     """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
 
     Columns input_ids, attention_mask, labels (−100 on the prompt). Raises: UserError for an unknown template, a
@@ -142,7 +158,8 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: l
     from llamafactory.model import load_tokenizer
 
     arguments = _arguments(experiment, model, experiment.folder, "fp32") | {"dataset": dataset, "do_train": True}
-    with _user_errors(f"model {model}, template {experiment.template}"):
+    arguments["use_cpu"] = True  # or LLaMA-Factory refuses where it sees several GPUs
+    with _user_errors(f"model {model}, template {experiment.template}"), _alone():
         model_args, data_args, training_args, _, _ = get_train_args(arguments)
         training_args.log_level, training_args.log_level_replica = "error", "error"
         tokenizer_module = load_tokenizer(model_args)
@@ -153,18 +170,30 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: l
     rows = data["train_dataset"]
     if len(rows) != len(raw_rows):
         raise UserError(
-            f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of {dataset}.json: remove {experiment.data_folder}"
+            f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of {dataset}.arrow: "
+            f"remove {experiment.data_folder}"
         )
-    check_tokenizer(
-        tokenizer_module["tokenizer"], [json.dumps(row, ensure_ascii=False) for row in raw_rows[:32]], model
-    )
-    for number, labels in enumerate(rows["labels"]):
-        if all(label == IGNORE_INDEX for label in labels[1:]):
-            raise UserError(
-                f"row {number} of {dataset}.json: cutoff_len {experiment.cutoff_len} leaves no response token "
-                f"({len(labels)} tokens kept): raise cutoff_len or remove the row"
-            )
+    texts = [json.dumps(row, ensure_ascii=False, default=str) for row in raw_rows.take(min(32, len(raw_rows)))]
+    check_tokenizer(tokenizer_module["tokenizer"], texts, model)
+    if len(cut := np.flatnonzero(response_lengths(rows, IGNORE_INDEX) == 0)):
+        raise UserError(
+            f"row {cut[0]} of {dataset}.arrow: cutoff_len {experiment.cutoff_len} leaves no response token: raise "
+            "cutoff_len or remove the row"
+        )
     return rows
+
+
+def response_lengths(tokenised, ignored: int) -> np.ndarray:
+    """Tokens of each row that the loss counts (N,): labels but the first that are not `ignored`."""
+    counts = []
+    for chunk in tokenised.data.column("labels").chunks:
+        ends = np.cumsum(pc.list_value_length(chunk).to_numpy())
+        starts = np.concatenate([[0], ends[:-1]])
+        counted = chunk.flatten().to_numpy() != ignored
+        counted[starts[starts < ends]] = False  # nothing predicts the first token
+        total = np.concatenate([[0], np.cumsum(counted)])
+        counts.append(total[ends] - total[starts])
+    return np.concatenate(counts)
 
 
 def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
@@ -234,6 +263,7 @@ def tune(
     _check(arguments, f"tuning {model}")
     with _user_errors(f"tuning {model}"), _quiet():
         run_exp(arguments, callbacks=[_progress("tuning")])
+    processes().wait()  # the leader writes
     return read_json(output_dir / "train_results.json") | {
         "tokens": read_json(output_dir / "trainer_state.json")["num_input_tokens_seen"]
     }
@@ -265,8 +295,9 @@ def predict(
     _check(arguments, f"evaluating {model}")
     with _user_errors(f"evaluating {model}"), _quiet():
         run_exp(arguments, callbacks=[_progress("answers")])
-    (output_dir / "generated_predictions.jsonl").rename(output_dir / "predictions.jsonl")
-    return read_json(output_dir / "predict_results.json")
+    if processes().leads:
+        (output_dir / "generated_predictions.jsonl").rename(output_dir / "predictions.jsonl")
+    return read_json(output_dir / "predict_results.json") if processes().leads else {}
 
 
 def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, list[float]]:
@@ -275,7 +306,6 @@ def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, lis
     Keys rouge-1, rouge-2, rouge-l, bleu-4, each with one figure an answer.
     """
     import_llama_factory()
-    import numpy as np
     from llamafactory.train.sft.metric import ComputeSimilarity
     from transformers import EvalPrediction
 

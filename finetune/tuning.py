@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from finetune import llama_factory
-from finetune.data_split import row_id, write_dataset
+from finetune.data_split import row_id, rows_of, write_dataset
 from selection.config import Experiment
 from selection.device import choose_precision, device_name
 from selection.errors import UserError
-from selection.files import building, digest, model_fingerprint, read_json, reuse
+from selection.files import building_together, digest, made_from, model_fingerprint, reuse
 from selection.ledger import TARGET_TUNING, Cost, measured
+from selection.processes import processes
 
 
 def tune_once(
     experiment: Experiment,
     model: str,
     dataset: str,
-    rows: list[dict],
+    rows: "datasets.Dataset",  # noqa: F821
     folder: Path,
     keys: dict[str, Any],
     stage: str,
@@ -28,9 +29,11 @@ def tune_once(
     """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`.
 
     `keys` are LLaMA-Factory's, `report` those that only add logging. The folder appears when training is done, never
-    before: nothing can be taken for finished, or resumed, that is not.
+    before: nothing can be taken for finished, or resumed, that is not. Under torchrun the processes share each
+    optimiser step's samples. (The last step of a pass, where it is not full, accelerate fills up with samples from the
+    pass' start, so that every process has some.)
     """
-    precision = choose_precision(experiment.precision)
+    together, precision = processes(), choose_precision(experiment.precision)
     identity = {
         "model": model_fingerprint(llama_factory.model_path(model)),
         "rows": digest(*(row_id(row).encode() for row in rows)),
@@ -40,28 +43,51 @@ def tune_once(
         "precision": precision,
         "keys": experiment.training | keys,
     }
-    if reuse(folder, identity):
+    if together.from_leader(lambda: reuse(folder, identity)):
         print(f"{stage}: reusing {folder}")
         return
-    print(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
-    # What can be wrong with the rows is found before anything costs, with the held-out ones too.
-    llama_factory.tokenised_rows(experiment, model, dataset, rows)
-    llama_factory.tokenised_rows(experiment, model, "eval", read_json(experiment.data_folder / "eval.json"))
+    shares = share_of_batch(experiment.training | keys, together.count)
+    if together.leads:
+        if dataset != "train":  # which stands there, for all stages
+            print(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
+        # What can be wrong with the rows is found before anything costs, with the held-out ones too.
+        llama_factory.tokenised_rows(experiment, model, dataset, rows)
+        llama_factory.tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
     what = folder.name if stage == TARGET_TUNING else model
     if report:
         os.environ.setdefault("WANDB_DIR", str(experiment.folder))  # else it writes into the working directory
-    with building(folder, identity) as draft:
-        cost = Cost(stage, what, samples=len(rows), device=device_name(), precision=precision)
+    with building_together(folder, identity) as draft:
+        cost = Cost(stage, what, len(rows), device=device_name(), precision=precision, processes=together.count)
         with measured(experiment.folder, cost):
-            metrics = llama_factory.tune(experiment, model, dataset, draft, precision, keys | report)
+            metrics = llama_factory.tune(experiment, model, dataset, draft, precision, keys | shares | report)
             cost.tokens = metrics["tokens"]
     print(f"{stage}: {model} on {dataset} ({len(rows)} rows), training loss {metrics['train_loss']:.4f} -> {folder}")
 
 
+def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:
+    """What each of several processes takes of an optimiser step, as LLaMA-Factory's keys; none for one process.
+
+    A step has per_device_train_batch_size x gradient_accumulation_steps samples, as for one process. (LLaMA-Factory
+    alone would give each process as many: fewer and larger steps on more GPUs.) Raises: UserError where they cannot
+    be shared out evenly.
+    """
+    if processes == 1:
+        return {}
+    size = keys.get("per_device_train_batch_size", 8)
+    samples = size * keys.get("gradient_accumulation_steps", 1)
+    if samples % processes:
+        raise UserError(
+            f"{processes} processes cannot share the {samples} samples of a step (training: "
+            "per_device_train_batch_size x gradient_accumulation_steps): give another number of processes"
+        )
+    share = samples // processes
+    at_once = max(n for n in range(1, min(size, share) + 1) if share % n == 0)
+    return {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": share // at_once}
+
+
 def check_base(tuned: Path, model: str) -> None:
     """Raises: UserError where `tuned` was not made from `model` as it is now."""
-    record = read_json(tuned / "made_from.json")
-    if record["model"] != model_fingerprint(llama_factory.model_path(model)):
+    if made_from(tuned).get("model") != model_fingerprint(llama_factory.model_path(model)):
         raise UserError(f"{tuned} was tuned from another model than {model}: remove it or give another output_dir")
 
 

@@ -3,6 +3,7 @@
 #     bash scripts/demo.sh           SmolLM2-135M and biology question answering; about 10 minutes on 2 CPU cores
 #     bash scripts/demo.sh --tiny    the same stages on a tiny random model, about a minute: it tests the plumbing
 # A second call reuses what is there. Needs Python 3.11 with pip. RUN=folder puts the run elsewhere than runs/demo.
+# Uses all visible GPUs; NPROC=N asks for N processes.
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case ${1:-} in
@@ -19,14 +20,14 @@ at=(--config_path "$config" --set "output_dir='$run'")
 started=$SECONDS
 if [ "$name" = tiny ]; then
     export OMP_NUM_THREADS=1 # more threads slow tiny models down
-    python "$scripts/make_tiny_model.py" --out "$repository/models/tiny"
-    python "$scripts/make_draft.py" "${at[@]}" \
+    run python "$scripts/make_tiny_model.py" --out "$repository/models/tiny"
+    run python "$scripts/make_draft.py" "${at[@]}" \
         --target "$repository/models/tiny" --layers 2 --out "$repository/models/tiny-2-layers"
 else
-    bash "$scripts/demo_models.sh" "${at[@]:2}"
+    run bash "$scripts/demo_models.sh" "${at[@]:2}"
 fi
-bash "$repository/selection/selection.sh" "${at[@]:1}"
-python "$repository/finetune/finetune-select.py" "${at[@]}" --select_path "$run"/coresets/*-0.2.json
-python "$repository/finetune/eval.py" "${at[@]}"
-python "$scripts/demo_report.py" "${at[@]}"
+run bash "$repository/selection/selection.sh" "${at[@]:1}"
+stage finetune/finetune-select.py "${at[@]}" --select_path "$run"/coresets/*-0.2.json
+stage finetune/eval.py "${at[@]}"
+run python "$scripts/demo_report.py" "${at[@]}"
 echo "demo: $((SECONDS - started)) s after the install"

@@ -4,6 +4,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 target=$repository/models/smollm2-135m-instruct
-python "$repository/scripts/prepare_model.py" --out "$target"
-python "$repository/scripts/make_draft.py" --config_path "$repository/configs/demo.yaml" \
+run python "$repository/scripts/prepare_model.py" --out "$target"
+run python "$repository/scripts/make_draft.py" --config_path "$repository/configs/demo.yaml" \
     --target "$target" --layers 16 --out "$target-16-layers" "$@"

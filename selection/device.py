@@ -1,13 +1,16 @@
 """Where and in which number format to compute: decided here, printed with the reason."""
 
+import os
 from pathlib import Path
 
 import torch
 
 
 def device() -> torch.device:
-    """The first visible GPU, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The first visible GPU, of several processes on a host each its own, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def choose_precision(asked: str) -> str:

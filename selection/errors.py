@@ -1,26 +1,68 @@
 """How a stage ends when something is wrong with what the user gave it: one line, exit code 2."""
 
+import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+
+# What the system refuses and the user can mend: no space, no permission, a read-only file system, and the like.
+_OF_THE_SYSTEM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+    errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+}  # fmt: skip
 
 
 class UserError(Exception):
     """Something that the user can mend. The message says what is wrong, where, and what to do."""
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage script's `main`; a UserError becomes one line on stderr and exit code 2.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: whatever is being written is dropped, what is finished stays."""
 
-    A process uses one GPU: the first where the user names none (LLaMA-Factory refuses to start when it sees several).
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
+    """Run a stage script's `main`; a UserError becomes one line on stderr and exit code 2, a signal 130 or 143.
+
+    `one_gpu`: see only the first GPU where the user names none, as LLaMA-Factory refuses to tune when it sees several
+    and was not started by torchrun.
     """
-    if "LOCAL_RANK" not in os.environ:
+    from selection.processes import processes
+
+    if one_gpu and "LOCAL_RANK" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+    together = None
     try:
+        together = processes()
         main()
+        return
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: call the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        text, code = f"error: {error}", 2
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        text, code = f"error: {error.strerror}{where}: see to it, then call the same command again to go on", 2
+    except MemoryError:
+        text, code = "error: out of memory: give fewer rows or a smaller model", 2
+    except Interrupted as stop:
+        text, code = "interrupted: call the same command again to go on", 128 + stop.number
+    text = " ".join(text.split())
+    if together is None or together.first_to_say(text):
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame) -> None:
+    """The first signal counts; torchrun and terminals send several, and the end is not to be interrupted."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(number)

@@ -2,26 +2,39 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from selection import __version__
 from selection.config import REPOSITORY
 from selection.errors import UserError
+from selection.processes import processes
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; renamed to `path` at the end, removed if anything is raised."""
+    """Gives a path beside `path` to write to; renamed to `path` at the end, removed if anything is raised.
+
+    What a killed process left behind goes with the next call for the same path.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            if not Path("/proc", left.suffixes[-2][1:]).exists():
+                left.unlink(missing_ok=True)
         yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())  # else a power failure may keep the name and lose the content
         os.replace(draft, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
@@ -33,22 +46,42 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time: for files in `folder` that are read, changed and written again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
+    with _lock_file(folder / ".lock") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
         yield
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Raises: UserError where another process is inside of this for the same folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".running").open("w") as file:
+def held(path: Path) -> Iterator[None]:
+    """Alone at work on `path`, a file or folder in the making. Raises: UserError saying who else is."""
+    with _lock_file(path.with_name(f".{path.name}.lock")) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is at work in {folder}: wait for it, or stop it") from None
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{path} is held by {holder}: wait for it, or stop it") from None
+        except OSError as error:  # a file system without locks
+            print(f"{path.parent} cannot be locked ({error.strerror}): see that no second run works in it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
         yield
+
+
+def _lock_file(path: Path) -> TextIO:
+    with _user_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+", encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def _user_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def write_json(path: Path, value: object) -> None:
@@ -65,6 +98,29 @@ def read_json(path: Path) -> object:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON: {error}") from None
+
+
+def write_sealed(path: Path, record: dict[str, Any]) -> None:
+    """A JSON record with a checksum of what it says, for `read_sealed`."""
+    write_json(path, {**record, "sha256": _seal(record)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Raises: UserError where it is missing, no JSON object, or does not say what was written.
+
+    One that was written by hand, without a checksum, is taken as it is.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds no keys")
+    seal = record.pop("sha256", None)
+    if seal is not None and seal != _seal(record):
+        raise UserError(f"{path} is damaged (its checksum does not fit): remove it and make it again")
+    return record
+
+
+def _seal(record: dict[str, Any]) -> str:
+    return digest(json.dumps(record, sort_keys=True).encode())
 
 
 def digest(*chunks: bytes) -> str:
@@ -97,31 +153,77 @@ def first_difference(stored: dict, wanted: dict) -> str | None:
 def reuse(folder: Path, identity: dict) -> bool:
     """Whether `folder` is a finished product of exactly this `identity`; False where there is none.
 
-    Raises: UserError where it was made from something else: it is neither used nor overwritten.
+    Raises: UserError where it was made from something else, or changed since: it is neither used nor overwritten.
     """
     if not folder.exists():
         return False
-    record = read_json(folder / "made_from.json")
+    record = made_from(folder)
     if difference := first_difference(record, identity):
         raise UserError(f"{folder} was made otherwise ({difference}): remove it or give another output_dir")
     return True
 
 
+def made_from(folder: Path) -> dict:
+    """The identity of a finished product. Raises: UserError where a file of it is damaged or missing."""
+    record, checksums = read_json(folder / "made_from.json"), folder / "checksums.json"
+    if not isinstance(record, dict):
+        raise UserError(f"{folder / 'made_from.json'} is no record of how {folder} was made: remove that folder")
+    for name, checksum in (read_sealed(checksums) if checksums.exists() else {}).items():
+        if not (folder / name).is_file() or file_digest(folder / name) != checksum:
+            raise UserError(f"{folder / name} is damaged or missing: remove {folder} and call the same command again")
+    return record
+
+
 @contextlib.contextmanager
 def building(folder: Path, identity: dict) -> Iterator[Path]:
-    """Gives an empty folder to fill; it becomes `folder`, with its identity, once all is done, or vanishes."""
-    draft = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        try:
-            draft.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-        yield draft
-        write_json(draft / "made_from.json", identity)
-        draft.rename(folder)
-    finally:
+    """Gives an empty folder to fill; it becomes `folder`, with its identity, once all is done, or vanishes.
+
+    Raises: UserError where another run is making it.
+    """
+    draft = _draft_of(folder)
+    with held(folder):
         shutil.rmtree(draft, ignore_errors=True)
+        try:
+            with _user_errors(folder):
+                draft.mkdir(parents=True)
+            yield draft
+            write_json(draft / "made_from.json", identity)
+            files = sorted(path for path in draft.rglob("*") if path.is_file())
+            checksums = {str(path.relative_to(draft)): file_digest(path) for path in files}
+            write_sealed(draft / "checksums.json", checksums)
+            with _user_errors(folder):
+                draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def building_together(folder: Path, identity: dict) -> Iterator[Path]:
+    """`building` for all processes of this call: each is given the same folder, the leader makes and names it."""
+    together = processes()
+    if together.leads:
+        with building(folder, identity) as draft:
+            together.wait()
+            yield draft
+            together.wait()
+    else:
+        together.wait()
+        yield _draft_of(folder)
+        together.wait()
+    together.wait()
+
+
+def _draft_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, as 64 hex digits. Raises: UserError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 _IDENTIFYING = ("made_from.json", "*config.json", "*.safetensors", "*.bin", "tokenizer*", "*.model", "chat_template*")

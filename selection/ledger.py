@@ -11,7 +11,8 @@ from pathlib import Path
 
 from selection.config import Experiment, from_repository
 from selection.errors import UserError
-from selection.files import read_json
+from selection.files import locked, read_json
+from selection.processes import processes
 
 CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
 SPECULATIVE_SCORES, VERIFICATION, CORESETS = "speculative scores", "verification", "coresets"
@@ -34,6 +35,7 @@ class Cost:
     device: str = ""
     precision: str = ""
     finished: str = ""
+    processes: int = 1
 
 
 def ledger_path(run_folder: Path) -> Path:
@@ -42,15 +44,19 @@ def ledger_path(run_folder: Path) -> Path:
 
 @contextlib.contextmanager
 def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
-    """Fill in wall time and peak memory of what runs inside, and append the entry; if it fails, for what was scored."""
+    """Fill in wall time and peak memory of what runs inside, and append the entry; if it fails, for what was scored.
+
+    Of several processes the leader enters the stage. If it fails, each enters what it has scored, the leader the time.
+    """
     if gpu := _gpu():
         gpu.reset_peak_memory_stats()
     started = time.perf_counter()
     try:
         yield cost
     finally:
-        if sys.exc_info()[0] is None or (cost.stage in _SCORING_STAGES and cost.samples):
-            _append(run_folder, cost, time.perf_counter() - started)
+        leads, failed = processes().leads, sys.exc_info()[0] is not None
+        if (cost.stage in _SCORING_STAGES and cost.samples) if failed else leads:
+            _append(run_folder, cost, time.perf_counter() - started if leads else 0.0)
 
 
 def _gpu():
@@ -65,7 +71,7 @@ def _append(run_folder: Path, cost: Cost, seconds: float) -> None:
     peak = gpu.max_memory_allocated() if gpu else resident
     cost.peak_memory_gb = round(peak / 1e9, 2)
     cost.finished = time.strftime("%Y-%m-%dT%H:%M:%S")
-    with ledger_path(run_folder).open("a", encoding="utf-8") as file:
+    with locked(run_folder), ledger_path(run_folder).open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(cost)) + "\n")
     print(
         f"{cost.stage} of {cost.what}: {cost.samples} samples, {cost.tokens} tokens, {cost.seconds:.1f} s, "

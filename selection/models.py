@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as QUERY_AND_VALUE
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ def load_for_scoring(model: str, tuned: Path | None, precision: str, reset_query
     code puts its scoring LoRA on the tuned model under the adapter's own name, which re-initialises them.
     Raises: UserError where the folder cannot be loaded.
     """
+    transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
     source = str(tuned) if tuned is not None and not (tuned / "adapter_config.json").exists() else model
     try:
         config = AutoConfig.from_pretrained(source).get_text_config()

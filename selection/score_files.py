@@ -1,5 +1,6 @@
 """Per-sample scores on disk: a folder with `manifest.json` and Parquet parts, or a plain Parquet or CSV file."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,15 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from selection.errors import UserError
-from selection.files import atomic_path, code_version, digest, first_difference, read_json, write_json
+from selection.files import (
+    atomic_path,
+    code_version,
+    digest,
+    file_digest,
+    first_difference,
+    read_sealed,
+    write_sealed,
+)
 
 SCORER_VERSION = 2  # counted up where a change moves scores by more than fp32's noise
 SCHEMA = pa.schema(
@@ -100,7 +109,7 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
     and figures that are NaN, infinite or negative; each names the row.
     """
     if path.is_dir():
-        manifest = read_json(path / "manifest.json")
+        manifest = read_sealed(path / "manifest.json")
         try:
             fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
         except (KeyError, TypeError):
@@ -135,7 +144,10 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
             figures[name] = check_features(_in_place(pieces[name], places, pieces[name][0].dtype), index, str(path))
             continue
         values = figures[name] = _in_place(pieces[name], places, np.float64)
-        if len(bad := np.flatnonzero(~(np.isfinite(values) & (values >= 0)))):
+        fine = np.isfinite(values) & (values >= 0)
+        if path.is_dir():  # rows that scoring left out, and said so
+            fine |= np.isnan(values)
+        if len(bad := np.flatnonzero(~fine)):
             raise UserError(
                 f"{path}: row {index[bad[0]]} has {name} {values[bad[0]]} ({len(bad)} such rows in all): it must be "
                 "finite and not negative; score these rows again or leave them out of the data"
@@ -212,6 +224,10 @@ def _parts(path: Path) -> list[Path]:
     parts = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
     if not parts:
         raise UserError(f"{path} holds no finished part yet: run the scoring stage to its end")
+    if path.is_dir() and (damaged := [part for part in parts if not is_intact(part)]):
+        raise UserError(
+            f"{damaged[0]} is damaged (its checksum does not fit): run the scoring stage again, it mends it"
+        )
     return parts
 
 
@@ -276,7 +292,8 @@ class ScoreFolder:
 
     `identity` says what the numbers depend on; a folder made under another identity is refused, so scores of two
     models, data sets or number formats never mix. `columns`: of MORE_COLUMNS those that must be there; a folder that
-    has more keeps them, in every part.
+    has more keeps them, in every part. A part's file name says which batches of the plan it holds and carries a
+    checksum of its content: part-<plan>-<content>.parquet.
     """
 
     def __init__(self, path: Path, identity: dict, num_rows: int, columns: Sequence[str] = ()):
@@ -286,55 +303,93 @@ class ScoreFolder:
             "num_rows": num_rows,
             "columns": [name for name in MORE_COLUMNS if name in columns],
             "code_version": code_version(),
-            "cost": {"seconds": 0.0, "samples": 0, "tokens": 0},
+            "left_out": [],  # rows whose loss or score is not finite
         }
         self.begun = any(path.glob("part-*.parquet"))  # a manifest without scores binds nobody
         if self.begun:
-            self.manifest = read_json(self.manifest_path)
+            self.manifest = read_sealed(self.manifest_path)
             if difference := first_difference(self.manifest.get("identity", {}), identity):
                 raise UserError(f"{path} holds scores made otherwise ({difference}): remove it or change output_dir")
             if absent := [name for name in columns if name not in self.manifest["columns"]]:
                 raise UserError(f"{path} holds scores without {', '.join(absent)}: remove it or change output_dir")
 
+    def drop_damaged(self) -> None:
+        """Remove parts whose content is not what was written, saying so: their rows count as missing again."""
+        for part in self.path.glob("part-*.parquet"):
+            if not is_intact(part):
+                print(f"{part} is damaged: its rows are scored again")
+                part.unlink(missing_ok=True)
+
     def missing(self, rows: np.ndarray) -> np.ndarray:
         """Of `rows`, those that no part holds yet."""
-        parts = sorted(self.path.glob("part-*.parquet"))
-        done = [_numbers(_read_table(part, ("index",)), "index", part) for part in parts]
+        done = [_numbers(_read_table(part, ("index",)), "index", part) for part in self.path.glob("part-*.parquet")]
         return np.setdiff1d(rows, np.concatenate(done)) if done else rows
 
     def plan(self, rows: np.ndarray, make_parts, about: dict | None = None) -> list[list[list[int]]]:
         """The parts still to be scored: each a list of batches, each a list of rows.
 
         `make_parts` cuts the missing rows into parts. Its plan is kept until it is done, so that an interrupted run
-        goes on with the same batches: a score's last bits depend on what shares its batch. `about` joins the
-        manifest, for the reader.
+        goes on with the same batches, whatever the number of processes: a score's last bits depend on what shares
+        its batch. `about` joins the manifest, for the reader.
         """
         self.manifest |= about or {}
-        write_json(self.manifest_path, self.manifest)
-        parts = read_json(self.plan_path)["parts"] if self.begun and self.plan_path.exists() else []
-        planned, missing = {row for part in parts for batch in part for row in batch}, self.missing(rows)
+        write_sealed(self.manifest_path, self.manifest)
+        parts, missing = self._planned() if self.begun else [], self.missing(rows)
+        planned = {row for part in parts for batch in part for row in batch}
         if not (planned <= set(rows.tolist()) and set(missing.tolist()) <= planned):  # not the plan of this request
             parts = make_parts(missing)
-            write_json(self.plan_path, {"parts": parts})
-        return [part for part in parts if not self._part_path(part).exists()]
+            write_sealed(self.plan_path, {"parts": parts})
+        return [part for part in parts if not any(self.path.glob(f"part-{_plan_id(part)}-*.parquet"))]
 
-    def write_part(self, part: list[list[int]], columns: dict[str, np.ndarray], seconds: float, tokens: int) -> None:
-        """One finished part, then its cost. `columns` are SCHEMA's and the manifest's, in the part's order."""
+    def _planned(self) -> list[list[list[int]]]:
+        """All parts of the plan in progress; none where there is no plan, or a damaged one."""
+        try:
+            return read_sealed(self.plan_path)["parts"] if self.plan_path.exists() else []
+        except (UserError, KeyError):
+            return []
+
+    def write_part(self, part: list[list[int]], columns: dict[str, np.ndarray]) -> None:
+        """One finished part. `columns` are SCHEMA's and the manifest's, in the part's order."""
         schema = SCHEMA
         for name in self.manifest["columns"]:
             schema = schema.append(pa.field(name, MORE_COLUMNS[name]))
         table = pa.table([pa.array(list(columns[field.name]), field.type) for field in schema], schema=schema)
-        with atomic_path(self._part_path(part)) as draft:
-            pa.parquet.write_table(table, draft)
-        cost = self.manifest["cost"]
-        cost["seconds"] = round(cost["seconds"] + seconds, 3)
-        cost["samples"] += table.num_rows
-        cost["tokens"] += tokens
-        write_json(self.manifest_path, self.manifest)
+        content = pa.BufferOutputStream()
+        pa.parquet.write_table(table, content)
+        content = content.getvalue()
+        path = self.path / f"part-{_plan_id(part)}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
+        with atomic_path(path) as draft:
+            draft.write_bytes(content)
 
-    def finish(self) -> None:
-        """Every asked row has its score: forget the plan."""
+    def finish(self, rows: np.ndarray) -> None:
+        """Every one of `rows` has its score: note those that are not finite, forget the plan.
+
+        Raises: UserError where they are more than 1 %.
+        """
+        scores = read_scores(self.path)
+        self.manifest["left_out"] = scores.index[np.isnan(scores.effort)].tolist()
+        write_sealed(self.manifest_path, self.manifest)
+        self.check_left_out(rows)
         self.plan_path.unlink(missing_ok=True)
 
-    def _part_path(self, part: list[list[int]]) -> Path:
-        return self.path / f"part-{digest(repr(part).encode())[:16]}.parquet"
+    def check_left_out(self, rows: np.ndarray) -> None:
+        """Raises: UserError where more than 1 % of `rows` have no finite score."""
+        check_left_out(len(np.intersect1d(self.manifest["left_out"], rows)), len(rows), str(self.path))
+
+
+def check_left_out(count: int, num_rows: int, source: str) -> None:
+    """Raises: UserError where more than 1 % of the rows have no finite score."""
+    if 100 * count > num_rows:
+        raise UserError(
+            f"{source}: {count} of {num_rows} rows have a loss or score that is NaN or infinite, more than 1 %: "
+            "look at these rows, or score in fp32 (selection.precision) into another output_dir"
+        )
+
+
+def is_intact(part: Path) -> bool:
+    """Whether a part holds what was written to it, by the checksum in its name."""
+    return part.stem.rpartition("-")[2] == file_digest(part)[:16]
+
+
+def _plan_id(part: list[list[int]]) -> str:
+    return digest(repr(part).encode())[:16]

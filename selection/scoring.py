@@ -1,6 +1,7 @@
 """Score rows of the training split with one of an experiment's models, into its score folder."""
 
-import time
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,22 @@ from tqdm import tqdm
 
 from finetune import llama_factory
 from finetune.data_split import TrainingSplit
+from finetune.tokenised import highest_token, tokenised_split
+from finetune.tokenised import lengths as lengths_of
 from finetune.tuning import check_base
 from selection.config import Experiment
 from selection.device import choose_precision, device_name
 from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.errors import UserError
-from selection.files import model_fingerprint
+from selection.files import held, model_fingerprint
 from selection.ledger import TARGET_SCORES, Cost, measured
 from selection.models import count_parameters, load_for_scoring, tuning_lora, with_fresh_lora
-from selection.score_files import SCORER_VERSION, ScoreFolder
+from selection.processes import processes, shards
+from selection.score_files import SCORER_VERSION, ScoreFolder, check_left_out
 from selection.self_test import TOLERANCE, self_test
 
-_ROWS_PER_PART = 256  # what a killed run loses at most
+# A part is what a killed run loses of each process, and what processes share out.
+_BATCHES_PER_PART, _ENOUGH_PARTS = 8, 64
 
 
 def score_rows(
@@ -35,22 +40,35 @@ def score_rows(
 ) -> None:
     """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already.
 
-    The first `selection.self_test` rows are scored one by one too, and must agree with their batch.
-    Released: each score is doubled, as by the released code's two backward passes per sample; nothing that follows
-    depends on the factor. Raises: UserError for a score that is NaN or infinite, naming the row.
+    Under torchrun every process scores its share of the parts. The first `selection.self_test` rows are scored one by
+    one too, and must agree with their batch. A row whose loss or score is NaN or infinite is named and gets the score
+    NaN: it is left out of every coreset. Released: each score is doubled, as by the released code's two backward
+    passes per sample; nothing that follows depends on the factor. Raises: UserError where more than 1 % are left out.
     """
-    settings = experiment.selection
-    store = ScoreFolder(
-        folder, score_identity(experiment, split, model, tuned), num_rows=len(split.rows), columns=settings.columns
-    )
+    together = processes()
+    with held(folder) if together.leads else contextlib.nullcontext():
+        _score_rows(experiment, split, model, tuned, rows, folder, stage)
+        together.wait()  # the leader's lock is everybody's
+
+
+def _score_rows(experiment, split, model, tuned, rows, folder, stage) -> None:
+    settings, together = experiment.selection, processes()
+    with together.leader_first():
+        store = ScoreFolder(
+            folder, score_identity(experiment, split, model, tuned), num_rows=len(split.rows), columns=settings.columns
+        )
+        if together.leads:
+            store.drop_damaged()
     precision = store.manifest["identity"]["precision"]
-    if not len(store.missing(rows)):
+    store.check_left_out(rows)
+    if not together.from_leader(lambda: len(store.missing(rows))):
         print(f"{stage}: reusing {folder}")
         return
-    tokenised = llama_factory.tokenised_rows(experiment, model, "train", split.rows)
-    lengths = [len(ids) for ids in tokenised["input_ids"]]
-    highest = max(max(ids) for ids in tokenised["input_ids"])
-    with measured(experiment.folder, Cost(stage, model, device=device_name(), precision=precision)) as cost:
+    with together.leader_first():
+        tokenised = tokenised_split(experiment, model, split)
+    lengths = lengths_of(tokenised)
+    cost = Cost(stage, model, device=device_name(), precision=precision, processes=together.count)
+    with measured(experiment.folder, cost):
         loaded = load_for_scoring(
             llama_factory.model_path(model),
             tuned,
@@ -59,9 +77,9 @@ def score_rows(
             settings.mode == "released" and tuned is not None and stage != TARGET_SCORES,
         )
         cost.parameters = count_parameters(loaded)
-        if highest >= loaded.get_input_embeddings().num_embeddings:
+        if highest_token(tokenised) >= loaded.get_input_embeddings().num_embeddings:
             raise UserError(
-                f"template {experiment.template} makes token {highest}, which {model} has no embedding for: "
+                f"template {experiment.template} makes a token that {model} has no embedding for: "
                 "give the model's own template"
             )
         if settings.phi == "all_lora" and not isinstance(loaded, PeftModel):
@@ -80,24 +98,38 @@ def score_rows(
                 f"self-test: {len(first)} samples in a batch and one by one agree to {worst:.2g} relative "
                 f"({precision} allows {TOLERANCE[precision]:g})"
             )
-        parts = store.plan(
-            rows,
-            lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)),
-            about={"model": model, "tuned": tuned and tuned.name, "phi_modules": scorer.phi.modules},
+        parts = together.from_leader(
+            lambda: store.plan(
+                rows,
+                lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)),
+                about={"model": model, "tuned": tuned and tuned.name, "phi_modules": scorer.phi.modules},
+            )
         )
-        with tqdm(total=sum(len(b) for part in parts for b in part), unit="samples", desc=stage) as progress:
-            for part in parts:
-                started, columns = time.perf_counter(), []
+        tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
+        own = [parts[i] for i in shards(tokens, together.count)[together.rank]]
+        left_out = 0
+        with tqdm(
+            total=sum(len(batch) for part in own for batch in part),
+            unit="samples",
+            desc=stage if together.count == 1 else f"{stage} (process 1 of {together.count})",
+            disable=not together.leads,
+        ) as progress:
+            for part in own:
+                columns = []
                 for batch in part:
                     columns.append(_score_batch(scorer, tokenised, split, batch))
                     progress.update(len(batch))
                 joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
                 joined["effort"] *= 2 if settings.mode == "released" else 1
-                tokens = int((joined["n_prompt_tokens"] + joined["n_response_tokens"]).sum())
-                store.write_part(part, joined, time.perf_counter() - started, tokens)
+                left_out += int(np.isnan(joined["effort"]).sum())
+                check_left_out(left_out, len(rows), str(folder))
+                store.write_part(part, joined)
                 cost.samples += len(joined["index"])
-                cost.tokens += tokens
-        store.finish()
+                cost.tokens += int((joined["n_prompt_tokens"] + joined["n_response_tokens"]).sum())
+        shares = together.gather([cost.samples, cost.tokens])
+        cost.samples, cost.tokens = (sum(share) for share in zip(*shares, strict=True))
+        if together.leads:
+            store.finish(rows)
     print(f"{stage}: {len(rows)} rows -> {folder}")
 
 
@@ -131,30 +163,27 @@ def _phi_identity(experiment: Experiment, tuned: Path | None) -> dict[str, Any]:
 
 def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: list[int]) -> dict[str, np.ndarray]:
     samples = tokenised[batch]
-    scores = scorer.score(samples["input_ids"], samples["labels"])
-    for name, values in scores.items():
-        if not (fine := values.isfinite().reshape(len(batch), -1).all(1)).all():
-            row = batch[int((~fine).nonzero()[0])]
-            what = "not finite" if values.dim() > 1 else float(values[batch.index(row)])
-            raise UserError(
-                f"row {row} of the training split (id {split.ids[row]}) has {name} {what}: "
-                "look at the row, or score in fp32 (selection.precision)"
-            )
+    scores = {name: values.numpy() for name, values in scorer.score(samples["input_ids"], samples["labels"]).items()}
+    finite = {name: np.isfinite(values).reshape(len(batch), -1).all(1) for name, values in scores.items()}
+    for i in np.flatnonzero(~np.all(list(finite.values()), axis=0)):
+        said = ", ".join(name for name in scores if not finite[name][i])
+        tqdm.write(
+            f"left out: row {batch[i]} of the training split (id {split.ids[batch[i]]}): {said} not finite",
+            file=sys.stderr,
+        )
+        for values in scores.values():
+            values[i] = np.nan
     responses = [sum(label != IGNORED_LABEL for label in labels[1:]) for labels in samples["labels"]]
     return {
         "index": np.array(batch),
         "id": np.array([split.ids[row] for row in batch]),
         "n_prompt_tokens": np.array([len(i) - r for i, r in zip(samples["input_ids"], responses, strict=True)]),
         "n_response_tokens": np.array(responses),
-        **{name: values.numpy() for name, values in scores.items()},
+        **scores,
     }
 
 
 def _cut_parts(batches: list[list[int]]) -> list[list[list[int]]]:
-    """Consecutive batches joined to parts of about `_ROWS_PER_PART` rows."""
-    parts: list[list[list[int]]] = [[]]
-    for batch in batches:
-        if sum(map(len, parts[-1])) >= _ROWS_PER_PART:
-            parts.append([])
-        parts[-1].append(batch)
-    return parts
+    """Consecutive batches joined to parts, of one batch where there are few."""
+    size = min(_BATCHES_PER_PART, max(1, len(batches) // _ENOUGH_PARTS))
+    return [batches[start : start + size] for start in range(0, len(batches), size)]

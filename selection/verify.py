@@ -17,6 +17,7 @@ import numpy as np  # noqa: E402
 from finetune.data_split import training_split  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import VERIFICATION  # noqa: E402
+from selection.processes import processes  # noqa: E402
 from selection.score_files import ScoreFolder, read_scores  # noqa: E402
 from selection.scoring import score_identity, score_rows  # noqa: E402
 from selection.stage import load_scoring_arguments  # noqa: E402
@@ -35,6 +36,8 @@ def main() -> None:
     if not len(rows):
         raise UserError("no stratum has more than verify_per_stratum samples, nothing to verify: lower num_strata")
     score_rows(experiment, split, experiment.target_model, None, rows, experiment.target_scores, VERIFICATION)
+    if not processes().leads:
+        return
     # Of what earlier settings left there, nothing but the asked rows counts.
     records = verify(speculative, read_scores(experiment.target_scores).only(rows), settings)
     write_verification(experiment.verification, settings, scores, records)

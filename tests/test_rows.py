@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import REPOSITORY, assert_one_line_error, run_script
+from datasets import Dataset
 
 from finetune import llama_factory
-from finetune.data_split import row_id, training_split, write_dataset
+from finetune.data_split import row_id, rows_of, training_split, write_dataset
 from selection.config import load_experiment
 from selection.errors import UserError
 from selection.files import read_json
@@ -48,9 +49,9 @@ def test_our_split_is_the_one_llama_factory_makes(make_experiment, rows, tmp_pat
     assert len(ours) == 24
     assert ours["input_ids"] == theirs["train_dataset"]["input_ids"]
     assert ours["labels"] == theirs["train_dataset"]["labels"]
-    held_out = json.loads((experiment.data_folder / "eval.json").read_text())
-    assert [row["id"] for row in held_out + split.rows] != [row["id"] for row in rows]
-    assert sorted(map(row_id, held_out + split.rows)) == sorted(map(row_id, rows))
+    everything = [*rows_of(experiment, "eval"), *split.rows]
+    assert [row["id"] for row in everything] != [row["id"] for row in rows]
+    assert sorted(map(row_id, everything)) == sorted(map(row_id, rows))
 
 
 def test_the_exported_coreset_is_what_llama_factory_trains_on(make_experiment, rows):
@@ -58,7 +59,7 @@ def test_the_exported_coreset_is_what_llama_factory_trains_on(make_experiment, r
     split = training_split(experiment)
     everything = llama_factory.tokenised_rows(experiment, experiment.target_model, "train", split.rows)
     indices = [1, 5, 6, 20]
-    write_dataset(experiment, "some", [split.rows[i] for i in indices])
+    write_dataset(experiment, "some", split.rows.select(indices))
     trained = tokens_of_llama_factory(experiment, dataset_dir=str(experiment.data_folder), dataset="some")
     assert trained["train_dataset"]["input_ids"] == [everything[i]["input_ids"] for i in indices]
     assert trained["train_dataset"]["labels"] == [everything[i]["labels"] for i in indices]
@@ -67,7 +68,7 @@ def test_the_exported_coreset_is_what_llama_factory_trains_on(make_experiment, r
 def test_llamafactory_cli_trains_on_the_exported_coreset_as_it_is(make_experiment, rows, tmp_path):
     experiment = load_experiment(make_experiment(rows))
     split = training_split(experiment)
-    write_dataset(experiment, "some", split.rows[:8])
+    write_dataset(experiment, "some", split.rows.take(8))
     keys = {
         "stage": "sft",
         "do_train": True,
@@ -138,7 +139,7 @@ def test_a_response_that_is_all_cut_off_is_named(make_experiment, rows):
         row["conversations"] += [{"from": "human", "value": "c " * 200}, {"from": "gpt", "value": "d"}]
     form = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}
     experiment = load_experiment(make_experiment(turns, dataset_format=form, cutoff_len=2))
-    with pytest.raises(UserError, match=r"row 0 of train\.json: cutoff_len 2 leaves no response token"):
+    with pytest.raises(UserError, match=r"row 0 of train\.arrow: cutoff_len 2 leaves no response token"):
         llama_factory.tokenised_rows(experiment, experiment.target_model, "train", training_split(experiment).rows)
 
 
@@ -182,8 +183,8 @@ def test_a_split_that_leaves_nothing_to_train_on_is_refused(make_experiment, row
 def test_a_held_out_split_changed_by_hand_is_refused(make_experiment, rows):
     experiment = load_experiment(make_experiment(rows))
     training_split(experiment)
-    held_out = experiment.data_folder / "eval.json"
-    held_out.write_text(held_out.read_text().replace("biological", "physical"))
+    held_out = experiment.data_folder / "eval.arrow"
+    held_out.write_bytes(held_out.read_bytes().replace(b"biological", b"philosophi"))
     with pytest.raises(UserError, match="was changed by hand"):
         training_split(experiment)
 
@@ -217,7 +218,7 @@ def test_errors_of_a_stage_are_one_line_with_exit_code_2(make_experiment, rows, 
 
 def test_data_sets_that_are_written_at_the_same_time_are_all_listed(make_experiment, rows):
     experiment = load_experiment(make_experiment(rows))
-    names = [f"coreset-{i}" for i in range(40)]
+    names, one = [f"coreset-{i}" for i in range(40)], Dataset.from_list(rows[:1])
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: write_dataset(experiment, name, rows[:1]), names))
+        list(pool.map(lambda name: write_dataset(experiment, name, one), names))
     assert sorted(read_json(experiment.data_folder / "dataset_info.json")) == sorted(names)

@@ -49,13 +49,13 @@ def open_folder(path: Path, **changes) -> ScoreFolder:
 
 def write_all(folder: ScoreFolder, parts: list) -> None:
     for part in parts:
-        folder.write_part(part, columns_of(part), seconds=0.5, tokens=20)
+        folder.write_part(part, columns_of(part))
 
 
 def filled_folder(path: Path, rows=range(NUM_ROWS)) -> Path:
     folder = open_folder(path)
     write_all(folder, folder.plan(np.array(rows), one_row_batches))
-    folder.finish()
+    folder.finish(np.array(rows))
     return path
 
 
@@ -72,17 +72,16 @@ def test_a_folder_is_read_as_it_was_written(tmp_path):
 
 def test_a_part_holds_every_column_under_its_type(tmp_path):
     folder, part = open_folder(tmp_path / "scores"), [[3, 1], [4]]
-    folder.write_part(part, columns_of(part), seconds=1.0, tokens=10)
+    folder.write_part(part, columns_of(part))
     (path,) = folder.path.glob("part-*.parquet")
     table = pa.parquet.read_table(path)
     assert table.schema.equals(SCHEMA)
     assert table.to_pydict() == {name: values.tolist() for name, values in columns_of(part).items()}
 
 
-def test_the_manifest_adds_up_the_cost(tmp_path):
+def test_the_manifest_says_what_the_scores_are_of(tmp_path):
     manifest = read_json(filled_folder(tmp_path / "scores") / "manifest.json")
-    assert manifest["cost"] == {"seconds": 2.5, "samples": NUM_ROWS, "tokens": 100}
-    assert manifest["identity"] == IDENTITY
+    assert (manifest["identity"], manifest["left_out"]) == (IDENTITY, [])
 
 
 @pytest.mark.parametrize("change", [{"model": "other"}, {"data_fingerprint": "other"}, {"phi": "v_weight"}])
@@ -106,7 +105,7 @@ def test_an_interrupted_plan_goes_on_with_the_same_batches(tmp_path):
     assert left == [parts[0], *parts[3:]]
     write_all(again, left)
     assert again.plan(rows, never) == []
-    again.finish()
+    again.finish(rows)
     assert read_scores(tmp_path / "scores").of_all_rows().tolist() == (rows / 7).tolist()
 
 

@@ -1,0 +1,69 @@
+"""Run a stage on all visible GPUs: torchrun with one process each, or simply here where there is one or none.
+
+    python selection/launch.py selection/effort_score.py --config_path configs/demo.yaml
+
+NPROC=N asks for N processes. Ends as the stage ended; torchrun itself would end with 1 and a traceback.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+from selection.errors import Interrupted, UserError, run_stage  # noqa: E402
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        raise UserError("say which stage to run, e.g. launch.py selection/effort_score.py --config_path …")
+    asked = os.environ.get("NPROC", "")
+    if asked and not (asked.isdigit() and int(asked)):
+        raise UserError(f"NPROC={asked}: give the number of processes")
+    count = int(asked) if asked else _visible_gpus()
+    if count == 1:
+        sys.argv = sys.argv[1:]
+        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        _run_many(count, sys.argv[1:])
+
+
+def _visible_gpus() -> int:
+    """At least 1. Asked of the driver, without torch, which takes seconds to import."""
+    import subprocess
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return max(1, len([each for each in named.split(",") if each.strip()]))
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 1
+    return max(1, sum(line.startswith("GPU ") for line in found.splitlines()))
+
+
+def _run_many(count: int, command: list[str]) -> None:
+    import logging
+
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the stage has said what is wrong
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    try:
+        run.run(run.parse_args(["--standalone", "--nproc_per_node", str(count), *command]))
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        # The first to fail speaks for all: torchrun ends the others by a signal.
+        stopped = [code for code in codes if code not in (-15, 143)]
+        code = stopped[0] if stopped else 143
+        sys.exit(code if code > 0 else 128 - code)
+    except SignalException as stop:
+        raise Interrupted(int(stop.sigval)) from None
+
+
+if __name__ == "__main__":
+    run_stage(main)
