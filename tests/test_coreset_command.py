@@ -55,7 +55,8 @@ def write_scores(path: Path, effort: np.ndarray, rows: np.ndarray | None = None)
         counts = np.ones(len(rows), dtype=np.int32)
         columns = dict(index=rows, id=ids, n_prompt_tokens=counts, n_response_tokens=counts, effort=effort[rows])
         folder = ScoreFolder(path, {"data_fingerprint": "fingerprint"}, len(effort))
-        folder.write_part([rows.tolist()], columns | {"loss": effort[rows]}, seconds=1.0, tokens=1)
+        folder.plan(rows, lambda missing: [[missing.tolist()]])
+        folder.write_part([rows.tolist()], columns | {"loss": effort[rows]})
     return path
 
 
