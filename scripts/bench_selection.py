@@ -32,7 +32,7 @@ from selection.baselines import baseline, columns_of  # noqa: E402
 from selection.config import Method, Selection  # noqa: E402
 from selection.coreset_files import write_coreset  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
-from selection.files import write_json  # noqa: E402
+from selection.files import file_digest, write_json  # noqa: E402
 from selection.score_files import MORE_COLUMNS, SCHEMA, read_scores  # noqa: E402
 from selection.staff import choose_staff  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify  # noqa: E402
@@ -149,7 +149,9 @@ def make_score_folder(path: Path, rows: int, width: int | None) -> None:
         columns = {name: part if name == "index" else random_column(rng, name, len(part), centres) for name in names}
         types = {field.name: field.type for field in SCHEMA} | MORE_COLUMNS
         table = pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
-        pa.parquet.write_table(table, path / f"part-{start:016x}.parquet")
+        part_path = path / "part.parquet"
+        pa.parquet.write_table(table, part_path)
+        part_path.rename(path / f"part-{start:016x}-{file_digest(part_path)[:16]}.parquet")
 
 
 def random_column(rng: np.random.Generator, name: str, rows: int, centres: np.ndarray) -> np.ndarray | list[np.ndarray]:

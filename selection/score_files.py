@@ -162,7 +162,7 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
             figures[name] = _in_place(pieces[name], places, np.float64)
     names_of_rows = _in_place(id_pieces, places, object).tolist() if id_pieces else None
     left_out = _NONE
-    if path.is_dir() and (nothing := np.isin(index, named) | _without_figures(figures, len(index))).any():
+    if path.is_dir() and (nothing := _without_figures(figures, index, named)).any():
         left_out, index = index[nothing], index[~nothing]
         figures = {name: values[~nothing] for name, values in figures.items()}
         names_of_rows = names_of_rows and [each for each, out in zip(names_of_rows, nothing, strict=True) if not out]
@@ -177,9 +177,9 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
     return Scores(index, figures, names_of_rows, fingerprint, num_rows, str(path), left_out)
 
 
-def _without_figures(figures: dict[str, np.ndarray], num_rows: int) -> np.ndarray:
-    """Rows (n,) that have no number in some column: what scoring writes for a row that it leaves out."""
-    nothing = np.zeros(num_rows, dtype=bool)
+def _without_figures(figures: dict[str, np.ndarray], index: np.ndarray, named: np.ndarray) -> np.ndarray:
+    """Whether a row (n,) is `named` or has no number in some column: what scoring writes for a row it leaves out."""
+    nothing = np.isin(index, named) if len(named) else np.zeros(len(index), dtype=bool)
     for values in figures.values():
         nothing |= np.isnan(values if values.ndim == 1 else values[:, 0])
     return nothing

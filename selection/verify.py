@@ -28,7 +28,7 @@ def main() -> None:
     experiment, _ = load_scoring_arguments(argparse.ArgumentParser(description=__doc__))
     split, settings = training_split(experiment), Settings.of(experiment.selection)
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
-    scores = read_scores(experiment.small_scores)
+    scores = read_scores(experiment.small_scores, ids=False)
     ScoreFolder(experiment.small_scores, score_identity(experiment, split, small, tuned), len(every))  # or refuse
     speculative = scores.of_all_rows()
     drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(speculative, settings), settings))])
@@ -39,7 +39,7 @@ def main() -> None:
     if not processes().leads:
         return
     # Of what earlier settings left there, nothing but the asked rows counts.
-    target = read_scores(experiment.target_scores).only(rows)
+    target = read_scores(experiment.target_scores, ids=False).only(rows)
     records = verify(speculative, target, settings, index=scores.index)
     write_verification(experiment.verification, settings, scores, records)
     ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]

@@ -20,7 +20,7 @@ from selection.baselines import baseline, columns_of
 from selection.config import Selection
 from selection.coreset_files import read_coreset, write_coreset
 from selection.errors import UserError
-from selection.files import code_version, digest, write_json
+from selection.files import code_version, digest, file_digest, write_json
 from selection.score_files import Scores, read_ids, read_scores
 from selection.staff import (
     Choice,
@@ -31,6 +31,7 @@ from selection.staff import (
     coreset_size,
     draw_verification_samples,
     floor_share,
+    lowest,
     min_max_normalise,
     stratify,
     verification_ratio,
@@ -154,13 +155,23 @@ def plain_read(paths: list[Path], columns: tuple[str, ...]) -> tuple[list, dict[
             figures[name] = np.array(table[name].to_pylist(), dtype=np.float32)[order]
             continue
         figures[name] = table[name].to_numpy()[order].astype(np.float64)
-        if len(bad := np.flatnonzero(~(np.isfinite(figures[name]) & (figures[name] >= 0)))):
+        if len(bad := np.flatnonzero(~(np.isnan(figures[name]) | (np.isfinite(figures[name]) & (figures[name] >= 0))))):
             return f"row {index[bad[0]]} has {name} {figures[name][bad[0]]} ({len(bad)} such rows in all)"
     ids = table["id"].cast(pa.string()).take(pa.array(order)).to_pylist() if "id" in table.column_names else None
     return index.tolist(), figures, ids
 
 
 # The method
+
+
+@by_property
+@given(score_arrays(), st.integers(-1, 130), st.integers(0, 5))
+def test_the_lowest_are_the_first_of_a_stable_sort(values, count, num_nan):
+    """Rows that scoring left out are NaN."""
+    values = values.copy()
+    values[np.random.default_rng(count + 1).integers(len(values), size=num_nan)] = np.nan
+    expected = np.argsort(values, kind="stable")[: max(count, 0)]
+    assert np.flatnonzero(lowest(values, count)).tolist() == sorted(expected.tolist())
 
 
 def assert_same(fast: Choice, plain: Choice) -> None:
@@ -266,9 +277,13 @@ def write_parts(folder: Path, index: np.ndarray, num_parts: int, **columns: np.n
     write_json(folder / "manifest.json", {"identity": {"data_fingerprint": "x"}, "num_rows": len(index)})
     table, paths = pa.table({"index": index, **columns}), []
     for i, rows in enumerate(np.array_split(np.arange(len(index)), num_parts)):
-        paths.append(folder / f"part-{i}.parquet")
-        pa.parquet.write_table(table.take(pa.array(rows)), paths[-1])
+        paths.append(write_part(folder, i, table.take(pa.array(rows))))
     return paths
+
+
+def write_part(folder: Path, number: int, table: pa.Table) -> Path:
+    pa.parquet.write_table(table, folder / "new")
+    return (folder / "new").rename(folder / f"part-{number:03d}-{file_digest(folder / 'new')[:16]}.parquet")
 
 
 INDICES = {
@@ -328,7 +343,7 @@ def test_numbers_of_other_types_in_other_parts_are_read(tmp_path):
     folder = tmp_path / "scores"
     write_parts(folder, np.array([2, 0]), 1, n_response_tokens=np.array([7, 8], dtype=np.int32))
     more = pa.table({"index": np.array([1], dtype=np.int16), "n_response_tokens": np.array([0.5])})
-    pa.parquet.write_table(more, folder / "part-1.parquet")
+    write_part(folder, 1, more)
     assert read_scores(folder, ("n_response_tokens",)).columns["n_response_tokens"].tolist() == [8.0, 0.5, 7.0]
 
 
@@ -343,7 +358,7 @@ def test_numbers_of_other_types_in_other_parts_are_read(tmp_path):
 def test_parts_that_do_not_fit_each_other_are_refused(tmp_path, other, said):
     folder = tmp_path / "scores"
     write_parts(folder, np.array([0]), 1, effort=[1.0], hidden_state=[[1.0]])
-    pa.parquet.write_table(pa.table({"index": [1], **other}), folder / "part-1.parquet")
+    write_part(folder, 1, pa.table({"index": [1], **other}))
     with pytest.raises(UserError, match=said):
         read_scores(folder, ("effort", "hidden_state"))
 
