@@ -13,12 +13,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 from finetune import llama_factory  # noqa: E402
 from finetune.data_split import row_id, rows_of, training_split  # noqa: E402
 from finetune.tuning import check_base  # noqa: E402
 from selection.config import Experiment, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import (  # noqa: E402
     building_together,
     code_version,

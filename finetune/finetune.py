@@ -11,10 +11,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 from finetune.data_split import training_split  # noqa: E402
 from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
 from selection.config import load_experiment  # noqa: E402
-from selection.errors import run_stage  # noqa: E402
 from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING  # noqa: E402
 from selection.stage import add_experiment_arguments  # noqa: E402
 

@@ -12,10 +12,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 import numpy as np  # noqa: E402
 
 from finetune.data_split import training_split  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import SPECULATIVE_SCORES, TARGET_SCORES  # noqa: E402
 from selection.score_files import MORE_COLUMNS  # noqa: E402
 from selection.scoring import score_rows  # noqa: E402

@@ -13,6 +13,8 @@ _OF_THE_SYSTEM = {
     errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
 }  # fmt: skip
 
+_INTERRUPTED = "interrupted: call the same command again to go on"
+
 
 class UserError(Exception):
     """Something that the user can mend. The message says what is wrong, where, and what to do."""
@@ -36,9 +38,7 @@ def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
 
     if one_gpu and "LOCAL_RANK" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
+    _on_signals(_interrupt)
     together = None
     try:
         together = processes()
@@ -54,15 +54,30 @@ def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
     except MemoryError:
         text, code = "error: out of memory: give fewer rows or a smaller model", 2
     except Interrupted as stop:
-        text, code = "interrupted: call the same command again to go on", 128 + stop.number
+        text, code = _INTERRUPTED, 128 + stop.number
     text = " ".join(text.split())
     if together is None or together.first_to_say(text):
         print(text, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
+def end_on_signals() -> None:
+    """For the seconds before `run_stage`, while a stage script imports: Ctrl-C and SIGTERM end it with one line."""
+    _on_signals(_end)
+
+
+def _on_signals(handler: Callable) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame) -> None:
+    print(_INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
 def _interrupt(number: int, frame) -> None:
     """The first signal counts; torchrun and terminals send several, and the end is not to be interrupted."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+    _on_signals(signal.SIG_IGN)
     raise Interrupted(number)
