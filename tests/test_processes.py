@@ -1,0 +1,128 @@
+"""The processes of one torchrun call: what they tell each other, how they notice a dead one, what each gets to do."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from conftest import run_script
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed import TCPStore
+
+import selection.processes
+from finetune.tuning import share_of_batch
+from selection.errors import UserError
+from selection.processes import processes, shards
+
+
+def together(count: int, work, ends: float = 60) -> list:
+    """What `work(processes)` returns, or the text of its UserError, in each of `count` forked processes."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    fork, said = multiprocessing.get_context("fork"), []
+
+    def run(rank: int, end) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0"}
+        processes.cache_clear()
+        try:
+            end.send(work(processes()))
+        except UserError as error:
+            end.send(str(error))
+
+    ends_at, children = time.monotonic() + ends, []
+    for rank in range(count):
+        ours, theirs = fork.Pipe()
+        children.append((fork.Process(target=run, args=(rank, theirs)), ours))
+        children[-1][0].start()
+    for child, ours in children:
+        said.append(ours.recv() if ours.poll(max(0.1, ends_at - time.monotonic())) else None)
+        child.kill()
+        child.join()
+    return said
+
+
+def test_values_come_from_every_process_by_rank():
+    def work(group):
+        first = group.gather({"rank": group.rank})
+        second = group.gather(group.rank * 10)
+        return first, second, group.from_leader(lambda: [1, "a"])
+
+    assert together(3, work) == [([{"rank": 0}, {"rank": 1}, {"rank": 2}], [0, 10, 20], [1, "a"])] * 3
+
+
+def test_the_leader_goes_first(tmp_path):
+    def work(group):
+        with group.leader_first():
+            there = (tmp_path / "made").exists()
+            if group.leads:
+                time.sleep(0.5)
+                (tmp_path / "made").touch()
+        return there
+
+    assert together(3, work) == [False, True, True]
+
+
+def test_a_process_without_a_sign_of_life_is_named(monkeypatch):
+    monkeypatch.setattr(selection.processes, "_SILENCE", 1.5)
+    monkeypatch.setattr(selection.processes, "_BETWEEN_SIGNS", 0.2)
+
+    def work(group):
+        if group.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        group.wait()
+
+    said = together(3, work, ends=15)
+    assert said[1] is None
+    assert all("process 1 on" in text and "has given no sign of life" in text for text in (said[0], said[2]))
+
+
+def test_the_others_learn_why_one_stopped_and_one_line_is_said_once(monkeypatch):
+    monkeypatch.setattr(selection.processes, "_BETWEEN_SIGNS", 0.1)
+
+    def work(group):
+        if group.rank:
+            return group.first_to_say("error: row 3 is odd")
+        time.sleep(0.5)
+        group.wait()
+
+    said = together(3, work)
+    assert sorted(said[1:]) == [False, True]
+    assert "another process stopped: process" in said[0] and said[0].endswith("error: row 3 is odd")
+
+
+def test_alone_nobody_is_waited_for():
+    group = selection.processes.Processes(0, 1)
+    group.wait()
+    assert group.gather("x") == ["x"] and group.from_leader(lambda: 3) == 3 and group.leads
+    assert group.first_to_say("a") and group.first_to_say("a")
+
+
+@given(weights=st.lists(st.integers(0, 1000), max_size=60), count=st.integers(1, 8))
+def test_shards_hold_every_part_once_and_weigh_about_the_same(weights, count):
+    chosen = shards(weights, count)
+    assert sorted(part for shard in chosen for part in shard) == list(range(len(weights)))
+    loads = [sum(weights[part] for part in shard) for shard in chosen]
+    assert max(loads) - min(loads) <= max(weights, default=0)
+    assert chosen == shards(weights, count)
+
+
+@given(size=st.integers(1, 32), steps=st.integers(1, 32), count=st.integers(1, 16))
+def test_processes_share_the_samples_of_a_step(size, steps, count):
+    keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    if size * steps % count:
+        with pytest.raises(UserError, match=f"{count} processes cannot share the {size * steps} samples of a step"):
+            share_of_batch(keys, count)
+        return
+    shared = keys | share_of_batch(keys, count)
+    assert shared["per_device_train_batch_size"] * shared["gradient_accumulation_steps"] * count == size * steps
+    assert shared["per_device_train_batch_size"] <= size
+
+
+@pytest.mark.parametrize("asked", ["0", "many", "-1"])
+def test_a_number_of_processes_that_is_none_is_refused(asked, monkeypatch):
+    monkeypatch.setenv("NPROC", asked)
+    done = run_script("selection/launch.py", "selection/costs.py", check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: NPROC={asked}: give the number of processes\n")
