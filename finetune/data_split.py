@@ -10,10 +10,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from finetune import llama_factory
 from selection.config import DatasetFormat, Experiment, from_repository
 from selection.errors import UserError
-from selection.files import atomic_path, digest, first_difference, locked, read_json, write_json
+from selection.files import atomic_path, checked, digest, first_difference, locked, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def training_split(experiment: Experiment) -> TrainingSplit:
     record_path = experiment.data_folder / "split.json"
     if not record_path.exists():
         _make_split(experiment, source, wanted)
-    record = read_json(record_path)
+    record = checked(_SplitRecord, read_json(record_path), record_path)
     if difference := first_difference(record["made_from"], wanted):
         raise UserError(
             f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
@@ -67,8 +69,15 @@ def training_split(experiment: Experiment) -> TrainingSplit:
     return train
 
 
+class _SplitRecord(TypedDict):
+    made_from: dict
+    fingerprint: str
+    eval_fingerprint: str
+
+
 def _identify(experiment: Experiment, name: str) -> TrainingSplit:
-    rows = read_json(experiment.data_folder / f"{name}.json")
+    path = experiment.data_folder / f"{name}.json"
+    rows = checked(list[dict], read_json(path), path)
     ids = [row_id(row) for row in rows]
     form = _as_json(experiment.dataset_format.entry, sort_keys=True)  # the same rows read otherwise are other data
     return TrainingSplit(rows, ids, digest(form.encode(), *(i.encode() for i in ids)))

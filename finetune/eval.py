@@ -21,6 +21,7 @@ from selection.device import choose_precision, device_name  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import building, code_version, digest, model_fingerprint, read_json, reuse, write_json  # noqa: E402
 from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
+from selection.metrics import read_metrics  # noqa: E402
 from selection.stage import add_experiment_arguments  # noqa: E402
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
@@ -67,7 +68,7 @@ def evaluate(experiment: Experiment, name: str) -> dict:
     }
     if reuse(folder, identity):
         print(f"evaluation: reusing {folder}")
-        return read_json(folder / "metrics.json")
+        return read_metrics(folder)
     tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)
     cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision)
     cost.tokens = sum(map(len, tokenised["input_ids"]))  # prompts and references

@@ -11,7 +11,7 @@ from finetune.data_split import row_id, write_dataset
 from selection.config import Experiment
 from selection.device import choose_precision, device_name
 from selection.errors import UserError
-from selection.files import building, digest, model_fingerprint, read_json, reuse
+from selection.files import building, digest, model_fingerprint, read_json, read_record, reuse
 from selection.ledger import TARGET_TUNING, Cost, measured
 
 
@@ -60,9 +60,11 @@ def tune_once(
 
 def check_base(tuned: Path, model: str) -> None:
     """Raises: UserError where `tuned` was not made from `model` as it is now."""
-    record = read_json(tuned / "made_from.json")
-    if record["model"] != model_fingerprint(llama_factory.model_path(model)):
+    record = read_record(tuned / "made_from.json")
+    if record.get("model") != model_fingerprint(llama_factory.model_path(model)):
         raise UserError(f"{tuned} was tuned from another model than {model}: remove it or give another output_dir")
+    adapter = (tuned / "adapter_config.json").exists()
+    llama_factory.check_weights(tuned, "adapter_model" if adapter else "model")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -47,7 +47,7 @@ import pyarrow.parquet  # noqa: E402
 import torch  # noqa: E402
 
 from finetune import llama_factory  # noqa: E402
-from finetune.data_split import training_split  # noqa: E402
+from finetune.data_split import row_id, training_split  # noqa: E402
 from selection import coreset_files, scoring  # noqa: E402
 from selection.config import REPOSITORY, load_experiment  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
@@ -65,10 +65,11 @@ _ARGUMENTS = ["--rate", *map(str, RATES), "--num_strata", "3", "--verify_per_str
 # Mutations. Each takes what is to be changed and a random.Random.
 
 _ODD = [
-    None, True, False, 0, 1, -1, 2, 2**31, 2**53 + 1, 2**63, 10**30, 0.5, -0.0, 1e-320, 1e308, math.nan, math.inf, -math.inf,
-    "", " ", "x", "0", "1e400", "nan", "null", "x" * 5000, "\0", "\ud800", "\x1b[31m", "é\u202e", "../../around/x", "/etc/passwd",
-    "around/canary.txt", "~nobody/x", "https://localhost/x", [], {}, [[]], [None], {"": None}, [1e308] * 50,
-    "PLACEHOLDER-NEST", "!!python/object/apply:os.system ['touch PWNED']", "${jndi:x}", "{{ ''.__class__ }}",
+    None, True, False, 0, 1, -1, 2, 2**31, 2**53 + 1, 2**63, 10**30, 0.5, -0.0, 1e-320, 1e308, math.nan, math.inf,
+    -math.inf, "", " ", "x", "0", "1e400", "nan", "null", "x" * 5000, "\0", "\ud800", "\x1b[31m", "é\u202e",
+    "../../around/x", "/etc/passwd", "around/canary.txt", "~nobody/x", "https://localhost/x", [], {}, [[]], [None],
+    {"": None}, [1e308] * 50, "PLACEHOLDER-NEST",
+    "!!python/object/apply:os.system ['touch PWNED']", "${jndi:x}", "{{ ''.__class__ }}",
 ]  # fmt: skip
 
 
@@ -282,7 +283,8 @@ def mutate_npy(data: bytes, rng: random.Random) -> bytes:
         shape = rng.choice(
             ["(1000000000000, 3)", "(-1, 3)", "(14, 0)", "(14,)", "()", "(14, 10000000000)", "(" * 300, "(14, 3.0)"]
         )
-        header = f"{{'descr': '{rng.choice(['<f4', '|O', '<U9', '<M8', '|V4', '<c8'])}', 'fortran_order': False, 'shape': {shape}, }}"
+        numbers = rng.choice(["<f4", "|O", "<U9", "<M8", "|V4", "<c8"])
+        header = f"{{'descr': '{numbers}', 'fortran_order': False, 'shape': {shape}, }}"
         header = header.ljust(117) + "\n"
         out.write(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + array.tobytes())
     elif what == 2:
@@ -388,8 +390,15 @@ def sound_coresets(case: Path, result: dict, reference: object) -> str | None:
 
 
 def plain_numbers(case: Path, result: str, reference: object) -> str | None:
-    """For what is summed up and printed: nothing but finite figures, none below zero."""
-    found = re.search(r"\b(nan|inf|None|True|False)\b|(?<![\w.])-\d", result.split("STAFF against")[0])
+    """For what is summed up and printed: finite figures alone, none below zero."""
+    found = re.search(r"\b(nan|inf|None)\b|(?<![\w.])-[\d.]*[1-9]", result)
+    return f"prints {found[0]}" if found else None
+
+
+def finite_numbers(case: Path, result: str, reference: object) -> str | None:
+    """For tables: no figure that is none, unless the word is a name in the file itself."""
+    words = (case / "run" / "cells.csv").read_text()
+    found = [word for word in ("nan", "inf") if re.search(rf"\b{word}\b", result) and word not in words]
     return f"prints {found[0]}" if found else None
 
 
@@ -429,27 +438,44 @@ def sound_jobs(case: Path, result: list, reference: object) -> str | None:
 
 def run_data(name: str) -> Callable[[Path], list]:
     def run(case: Path) -> list:
-        experiment = load_experiment(
-            "experiment.yaml", [f"dataset={json.dumps(str(case / name))}", f"output_dir={case}/out"]
-        )
-        split = training_split(experiment)
-        held_out = next((case / "out" / "data").glob("eval.json*")).read_text()
-        return sorted(split.ids), held_out.count('"instruction"')
+        changes = [f"dataset={json.dumps(str(case / name))}", f"output_dir={json.dumps(str(case / 'out'))}"]
+        training_split(load_experiment("experiment.yaml", changes))
+        ids = []
+        for part in ("train", "eval"):
+            text = next((case / "out" / "data").glob(f"{part}.json*")).read_text()
+            rows = json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
+            ids += map(row_id, rows)
+        return sorted(ids)
 
     return run
 
 
-def sound_rows(case: Path, result: tuple, reference: tuple) -> str | None:
-    """Where plain Python sees the same table of texts in a JSONL file, or one row less or more, so must the split."""
-    lines = next(case.glob("data.*")).read_bytes().splitlines()
-    try:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except ValueError:
-        return None
-    if not all(isinstance(row, dict) and list(row) == ["id", "instruction", "input", "output"] for row in rows):
-        return None
-    count = len(result[0]) + result[1]
-    return None if count == len(rows) else f"{count} rows of {len(rows)}"
+def sound_rows(name: str) -> Callable[[Path, list, object], str | None]:
+    """Where plain Python finds rows of text in the file, the split has just these."""
+
+    def wrong(case: Path, result: list, reference: object) -> str | None:
+        try:
+            rows = _plain_rows(case / name)
+        except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException):
+            return None
+        keys = {"id", "instruction", "input", "output"}
+        texts = isinstance(rows, list) and all(isinstance(row, dict) and set(row) == keys for row in rows)
+        if not texts or not all(isinstance(value, str) for row in rows for value in row.values()):
+            return None
+        return None if sorted(map(row_id, rows)) == result else "other rows than the file's"
+
+    return wrong
+
+
+def _plain_rows(path: Path) -> object:
+    if path.suffix == ".parquet":
+        return pa.parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    return (
+        json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+    )
 
 
 def cut(scores: str, target: str | None, *more: str) -> Callable[[Path], dict]:
@@ -519,7 +545,7 @@ def run_cells(case: Path) -> str:
             "run",
             draw_curves=lambda grid, estimates, files: [f.write_text("") for f in files.values()],
         )
-    return printed.getvalue().replace("−", "")
+    return printed.getvalue()
 
 
 def run_tokenised(case: Path) -> list:
@@ -588,38 +614,42 @@ def anything(case: Path, result: object, reference: object) -> None:
     """A tokenizer is what its files say; check_tokenizer refuses one that loses text."""
 
 
+_SMALL, _TARGET = "run/scores/small", "run/scores/target"
+_STAFF, _TUNED, _LENGTH = "run/coresets/staff-0.3.json", "run/target/staff-0.3", ("--method", "staff", "length")
+_MODERATE = ("--method", "moderate", "--features", "features.npy")
+_VERIFICATION = "run/verification.json"
 KINDS = {
     "experiment": Kind("experiment.yaml", mutate_yaml, run_experiment, sound_coresets),
     "grid": Kind("grid.yaml", mutate_yaml, run_grid, sound_jobs),
-    "data.json": Kind("data.json", mutate_json, run_data("data.json"), anything),
-    "data.jsonl": Kind("data.jsonl", mutate_jsonl, run_data("data.jsonl"), sound_rows),
-    "data.csv": Kind("data.csv", mutate_csv, run_data("data.csv"), anything),
-    "data.parquet": Kind("data.parquet", mutate_parquet, run_data("data.parquet"), anything),
-    "score part": Kind("run/scores/small/part-*", mutate_parquet, cut("run/scores/small", "run/scores/target", "--method", "staff", "length"), same),
-    "score part, target": Kind("run/scores/target/part-*", mutate_parquet, cut("run/scores/small", "run/scores/target"), same),
-    "manifest": Kind("run/scores/small/manifest.json", mutate_json, cut("run/scores/small", "run/scores/target"), same),
+    "data.json": Kind("data.json", mutate_json, run_data("data.json"), sound_rows("data.json")),
+    "data.jsonl": Kind("data.jsonl", mutate_jsonl, run_data("data.jsonl"), sound_rows("data.jsonl")),
+    "data.csv": Kind("data.csv", mutate_csv, run_data("data.csv"), sound_rows("data.csv")),
+    "data.parquet": Kind("data.parquet", mutate_parquet, run_data("data.parquet"), sound_rows("data.parquet")),
+    "score part": Kind(f"{_SMALL}/part-*", mutate_parquet, cut(_SMALL, _TARGET, *_LENGTH), same),
+    "score part, target": Kind(f"{_TARGET}/part-*", mutate_parquet, cut(_SMALL, _TARGET), same),
+    "manifest": Kind(f"{_SMALL}/manifest.json", mutate_json, cut(_SMALL, _TARGET), same),
     "score plan": Kind("run/scores/begun/plan.json", mutate_json, run_plan, close),
-    "plain scores": Kind("scores.parquet", mutate_parquet, cut("scores.parquet", "scores.csv"), sound_coresets),
+    "scores.parquet": Kind("scores.parquet", mutate_parquet, cut("scores.parquet", "scores.csv"), sound_coresets),
     "scores.csv": Kind("scores.csv", mutate_csv, cut("scores.csv", "scores.parquet"), sound_coresets),
-    "features": Kind("features.npy", mutate_npy, cut("scores.parquet", None, "--method", "moderate", "--features", "features.npy"), sound_coresets),
-    "verification": Kind("run/verification.json", mutate_json, cut("run/scores/small", None, "--verification", "run/verification.json"), same),
-    "coreset.json": Kind("run/coresets/staff-0.3.json", mutate_json, run_select("run/coresets/staff-0.3.json"), same_or_without_hashes),
+    "features.npy": Kind("features.npy", mutate_npy, cut("scores.csv", None, *_MODERATE), sound_coresets),
+    "verification": Kind(_VERIFICATION, mutate_json, cut(_SMALL, None, "--verification", _VERIFICATION), same),
+    "coreset.json": Kind(_STAFF, mutate_json, run_select(_STAFF), same_or_without_hashes),
     "coreset.pt": Kind("rows.pt", mutate_pt, run_select("rows.pt"), same),
     "costs": Kind("run/costs.jsonl", mutate_jsonl, run_costs, plain_numbers),
     "draft": Kind("draft/draft.json", mutate_json, run_costs, plain_numbers),
-    "cells": Kind("run/cells.csv", mutate_csv, run_cells, plain_numbers),
+    "cells": Kind("run/cells.csv", mutate_csv, run_cells, finite_numbers),
     "split": Kind("run/data/split.json", mutate_json, run_split, same),
     "split's rows": Kind("run/data/train.json*", mutate_json, run_split, same),
     "dataset_info": Kind("run/data/dataset_info.json", mutate_json, run_tokenised, same),
-    "made_from": Kind("run/target/staff-0.3/made_from.json", mutate_json, run_tuned, same, ("tuned",)),
+    "made_from": Kind(f"{_TUNED}/made_from.json", mutate_json, run_tuned, same, ("tuned",)),
     "metrics": Kind("run/eval/staff-0.3/metrics.json", mutate_json, run_metrics, plain_numbers, ("tuned",)),
     "config": Kind("model/config.json", mutate_json, run_model(), repeats),
     "weights": Kind("model/model.safetensors", mutate_safetensors, run_model(), repeats),
-    "adapter_config": Kind("run/target/staff-0.3/adapter_config.json", mutate_json, run_model("run/target/staff-0.3"), repeats, ("tuned",)),
-    "adapter": Kind("run/target/staff-0.3/adapter_model.safetensors", mutate_safetensors, run_model("run/target/staff-0.3"), repeats, ("tuned",)),
+    "adapter_config": Kind(f"{_TUNED}/adapter_config.json", mutate_json, run_model(_TUNED), repeats, ("tuned",)),
+    "adapter": Kind(f"{_TUNED}/adapter_model.safetensors", mutate_safetensors, run_model(_TUNED), repeats, ("tuned",)),
     "tokenizer": Kind("model/tokenizer.json", mutate_json, run_tokenised, anything),
     "tokenizer_config": Kind("model/tokenizer_config.json", mutate_json, run_tokenised, anything),
-}  # fmt: skip
+}
 
 _STAGES = ("selection/costs.py", "selection/coreset.py", "selection/effort_score.py", "selection/verify.py")
 _STAGES += (
@@ -651,9 +681,10 @@ def prepare(base: Path, kinds: list[Kind]) -> None:
     runpy.run_path(str(REPOSITORY / "scripts" / "make_tiny_model.py"), run_name="fuzz")["main"]()
     selection = {"num_strata": 3, "verify_per_stratum": 1, "rates": list(RATES), "precision": "fp32", "self_test": 0}
     keys = {
-        "output_dir": "@/run", "small_model": "@/model", "target_model": "@/model", "template": "chatml", "dataset": "@/data.jsonl",
-        "eval_size": 0.15, "cutoff_len": 256, "precision": "fp32", "selection": selection, "training": {"seed": 7, "lora_rank": 2},
-        "small_training": {"num_train_epochs": 0}, "target_training": {"num_train_epochs": 1, "max_steps": 1},
+        "output_dir": "@/run", "small_model": "@/model", "target_model": "@/model", "template": "chatml",
+        "dataset": "@/data.jsonl", "eval_size": 0.15, "cutoff_len": 256, "precision": "fp32", "selection": selection,
+        "training": {"seed": 7, "lora_rank": 2}, "small_training": {"num_train_epochs": 0},
+        "target_training": {"num_train_epochs": 1, "max_steps": 1},
         "evaluation": {"max_new_tokens": 2},
     }  # fmt: skip
     grid = {"tasks": {"biology": {"config": "@/experiment.yaml", "set": ["cutoff_len=200"]}}}

@@ -1,6 +1,7 @@
 """Coresets on disk: our JSON, and the index lists that the authors published as `.pt`."""
 
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from selection.files import code_version, read_json, write_json
 from selection.score_files import Scores
 from selection.staff import Choice
 
-_RESERVED = ("train", "eval", "full", "untuned")  # names of a run folder's own data sets and tuned targets
+# Names of a run folder's own data sets, tuned targets and records.
+_RESERVED = ("train", "eval", "full", "untuned", "split", "dataset_info")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def read_coreset(path: Path) -> Coreset:
             raise UserError(f"{path} is no coreset: it has no list `indices`")
         indices, ids, fingerprint = record["indices"], record.get("ids"), record.get("data_fingerprint")
         num_rows = record.get("num_rows")
+        if record.get("size", len(indices)) != len(indices):
+            raise UserError(f"{path} says size {record['size']} and holds {len(indices)} indices: cut it again")
         if ids is not None and (not isinstance(ids, list) or len(ids) != len(indices)):
             raise UserError(f"{path}: `ids` must name each of the {len(indices)} indices")
     if not indices or not all(type(i) is int and 0 <= i < 2**63 for i in indices):
@@ -76,10 +80,10 @@ def read_coreset(path: Path) -> Coreset:
     ascending = np.array(indices, dtype=np.int64)[order]
     if len(repeated := ascending[1:][ascending[1:] == ascending[:-1]]):
         raise UserError(f"{path}: row {repeated[0]} is chosen more than once")
-    if path.stem in _RESERVED or not re.fullmatch(r"[\w.=+-]+", path.stem):
+    if path.stem in _RESERVED or not re.fullmatch(r"[\w=+-][\w.=+-]*", path.stem):
         raise UserError(
             f"{path}: a coreset's file name names its data set and tuned model: rename it to letters, digits and . _ - "
-            f"alone and not {', '.join(_RESERVED)}"
+            f"alone, no dot in front, and not {', '.join(_RESERVED)}"
         )
     return Coreset(path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint, num_rows)
 
@@ -88,18 +92,21 @@ def _read_published(path: Path) -> list[int]:
     import torch  # heavy, and only these files need it
 
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch checks no checksum
+            raise UserError(f"{path} is damaged ({damaged}): get it again")
         value = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(value, list | tuple):
+            return list(value)
+        # A tensor may claim more numbers than the file holds.
+        if isinstance(value, torch.Tensor) and value.ndim == 1 and value.nbytes <= path.stat().st_size:
+            return value.tolist()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception:
-        raise UserError(f"{path} is no plain index list: a list or tensor of row numbers is expected") from None
-    return (
-        value.tolist()
-        if isinstance(value, torch.Tensor) and value.ndim == 1
-        else list(value)
-        if isinstance(value, list | tuple)
-        else []
-    )
+    except UserError:
+        raise
+    except Exception:  # whatever a damaged or hostile file makes them raise
+        pass
+    raise UserError(f"{path} is no plain index list: a list or tensor of row numbers is expected")
 
 
 def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) -> None:

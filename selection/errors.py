@@ -9,6 +9,15 @@ class UserError(Exception):
     """Something that the user can mend. The message says what is wrong, where, and what to do."""
 
 
+_LONGEST = 600  # characters of a message; a file of the user's may be quoted in it
+
+
+def _one_line(message: str) -> str:
+    """In one line of limited length, without characters that a terminal would obey."""
+    message = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST - 200]} … {message[-200:]}"
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage script's `main`; a UserError becomes one line on stderr and exit code 2.
 
@@ -19,7 +28,7 @@ def run_stage(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + _one_line(str(error)), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: call the same command again to go on", file=sys.stderr)

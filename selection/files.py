@@ -9,6 +9,9 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from selection import __version__
 from selection.config import REPOSITORY
@@ -57,14 +60,47 @@ def write_json(path: Path, value: object) -> None:
         draft.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """Raises: UserError naming the file where it is missing or no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """What Python alone would take is refused: NaN, infinity, and half characters, which no file can be given.
+
+    Raises: ValueError, RecursionError.
+    """
+    value = json.loads(text, parse_constant=_refuse_constant)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+_T = TypeVar("_T")
+
+
+def checked(kind: type[_T], value: object, source: Path) -> _T:
+    """`value`, out of the file `source`, as a `kind` that pydantic knows. Raises: UserError naming the field."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(f"{source} is damaged: {where}: {first['msg']}: remove it and make it again") from None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises: UserError."""
+    return checked(dict[str, Any], read_json(path), path)
 
 
 def digest(*chunks: bytes) -> str:
@@ -101,7 +137,7 @@ def reuse(folder: Path, identity: dict) -> bool:
     """
     if not folder.exists():
         return False
-    record = read_json(folder / "made_from.json")
+    record = read_record(folder / "made_from.json")
     if difference := first_difference(record, identity):
         raise UserError(f"{folder} was made otherwise ({difference}): remove it or give another output_dir")
     return True

@@ -1,12 +1,14 @@
 """Load a model for scoring: plain transformers and PEFT, all weights in the asked number format, adapters unmerged."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as QUERY_AND_VALUE
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,7 +16,27 @@ from selection.device import device
 from selection.errors import UserError
 from selection.phi import unwrap
 
+NO_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal whether to run a model's code
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def model_errors(what: str) -> Iterator[None]:
+    """A model folder of a stranger makes transformers and PEFT raise anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
+def incomplete_adapters_refused() -> Iterator[None]:
+    """PEFT only warns where an adapter's file lacks weights, and leaves them as they are drawn: here it is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        yield
 
 
 def load_for_scoring(model: str, tuned: Path | None, precision: str, reset_query_value: bool = False) -> nn.Module:
@@ -25,16 +47,24 @@ def load_for_scoring(model: str, tuned: Path | None, precision: str, reset_query
     Raises: UserError where the folder cannot be loaded.
     """
     source = str(tuned) if tuned is not None and not (tuned / "adapter_config.json").exists() else model
-    try:
-        config = AutoConfig.from_pretrained(source).get_text_config()
+    with model_errors(f"cannot load model {source}"):
+        config = AutoConfig.from_pretrained(source, **NO_CODE).get_text_config()
         # Fused attention leaves the soft-capping of attention logits out; LLaMA-Factory does not tune with it either.
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[precision], attn_implementation=attention)
+        loaded, said = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[precision],
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **NO_CODE,
+        )
+        if absent := sorted(said["missing_keys"]):  # transformers would draw them at random
+            raise UserError(f"model {source} has no weights for {absent[0]} ({len(absent)} in all): get it again")
         loaded = loaded.to(device())
         if tuned is not None and source == model:
-            loaded = PeftModel.from_pretrained(loaded, tuned, autocast_adapter_dtype=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load model {source}: {error}") from None
+            with incomplete_adapters_refused():
+                loaded = PeftModel.from_pretrained(loaded, tuned, autocast_adapter_dtype=False)
     if reset_query_value:
         _reset_query_value(loaded)
     return loaded.eval()
@@ -82,10 +112,8 @@ def parameters_of(model: str) -> int:
 
     Raises: UserError where the configuration cannot be read or names no causal language model.
     """
-    try:
-        config = AutoConfig.from_pretrained(model)
+    with model_errors(f"cannot build model {model} from its configuration"):
+        config = AutoConfig.from_pretrained(model, **NO_CODE)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot build model {model} from its configuration: {error}") from None
+            empty = AutoModelForCausalLM.from_config(config, **NO_CODE)
     return count_parameters(empty)

@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from pydantic import PositiveInt
+from typing_extensions import TypedDict
 
 from selection.errors import UserError
-from selection.files import atomic_path, code_version, digest, first_difference, read_json, write_json
+from selection.files import atomic_path, checked, code_version, digest, first_difference, read_json, write_json
 
 SCORER_VERSION = 2  # counted up where a change moves scores by more than fp32's noise
 SCHEMA = pa.schema(
@@ -81,6 +83,15 @@ class Scores:
         return position
 
 
+class _Identity(TypedDict):
+    data_fingerprint: str
+
+
+class _Manifest(TypedDict):
+    identity: _Identity
+    num_rows: PositiveInt
+
+
 def read_scores(path: Path, columns: Sequence[str] = ("effort",)) -> Scores:
     """Read a score folder or a plain file with columns `index`, those asked for (and `id`, if there).
 
@@ -88,11 +99,8 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",)) -> Scores:
     and figures that are NaN, infinite or negative; each names the row.
     """
     if path.is_dir():
-        manifest = read_json(path / "manifest.json")
-        try:
-            fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
-        except (KeyError, TypeError):
-            raise UserError(f"{path / 'manifest.json'} is no manifest of a score folder") from None
+        manifest = checked(_Manifest, read_json(path / "manifest.json"), path / "manifest.json")
+        fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
     else:
         fingerprint = num_rows = None
     table = pa.concat_tables([_read_table(part, ("index", "id", *columns)) for part in _parts(path)])

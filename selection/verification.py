@@ -1,5 +1,6 @@
 """Step 4 on stored scores: the verification ratio V_i of each stratum, and the record of what it is made of."""
 
+import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from selection.config import Selection
 from selection.errors import UserError
-from selection.files import digest, first_difference, read_json, write_json
+from selection.files import digest, first_difference, read_record, write_json
 from selection.score_files import Scores
 from selection.staff import Strata, draw_verification_samples, min_max_normalise, stratify, verification_ratio
 
@@ -79,28 +80,27 @@ def verify(speculative: np.ndarray, target: Scores, settings: Settings) -> list[
 
 
 def write_verification(path: Path, settings: Settings, speculative: Scores, records: list[StratumRecord]) -> None:
-    write_json(
-        path,
-        {
-            **_made_from(settings, speculative),
-            "data_fingerprint": speculative.fingerprint,
-            "verified_samples": sum(len(record.verified) for record in records),
-            "strata": [asdict(record) for record in records],
-        },
-    )
+    value = {
+        **_made_from(settings, speculative),
+        "data_fingerprint": speculative.fingerprint,
+        "verified_samples": sum(len(record.verified) for record in records),
+        "strata": [asdict(record) for record in records],
+    }
+    write_json(path, value | {"sha256": _checksum(value)})
 
 
 def read_verification(path: Path, settings: Settings, speculative: Scores) -> list[StratumRecord]:
-    """Raises: UserError where it was made under other settings or from other scores."""
-    value, wanted = read_json(path), _made_from(settings, speculative)
-    try:
-        stored = {key: value[key] for key in wanted}
-        records = [StratumRecord(**{**r, "score_range": tuple(r["score_range"])}) for r in value["strata"]]
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is no verification: run verify.py") from None
-    if difference := first_difference(stored, wanted):
+    """Raises: UserError where it was made under other settings or from other scores, or was changed since."""
+    value, wanted = read_record(path), _made_from(settings, speculative)
+    if difference := first_difference({key: value.get(key) for key in wanted}, wanted):
         raise UserError(f"{path} was made otherwise ({difference}): run verify.py again under the settings of now")
-    return records
+    if value.pop("sha256", None) != _checksum(value):
+        raise UserError(f"{path} is not as verify.py wrote it: run verify.py again")
+    return [StratumRecord(**{**r, "score_range": tuple(r["score_range"])}) for r in value["strata"]]
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    return digest(json.dumps(value, sort_keys=True).encode())
 
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
