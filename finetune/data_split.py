@@ -133,7 +133,9 @@ def read_rows(path: Path, dataset_format: DatasetFormat) -> list[dict]:
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     with tempfile.TemporaryDirectory() as cache:
         try:
-            table = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache)
+            # Else pandas takes the words null, NA and None in a CSV file for nothing.
+            options = {"keep_default_na": False} if path.suffix == ".csv" else {}
+            table = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, **options)
             rows = table.to_list()
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None
