@@ -797,7 +797,7 @@ def _cells() -> str:
 
 
 def copy_case(base: Path, case: Path) -> Path:
-    shutil.copytree(base, case, symlinks=True)
+    shutil.copytree(base, case, symlinks=True, copy_function=shutil.copyfile)
     for name in ("experiment.yaml", "grid.yaml"):
         (case / name).write_text((case / name).read_text().replace("@", str(case)))
     for name in WRITABLE:

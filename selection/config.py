@@ -1,5 +1,6 @@
 """An experiment's YAML: every key, its type and its default. One file serves every stage of an experiment."""
 
+import itertools
 import math
 import os
 import re
@@ -275,13 +276,23 @@ def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
     return experiment
 
 
+_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval")
+
+
 def _refuse_links_out_of(folder: Path) -> None:
-    """A run folder from someone else must not make a stage write, or take for its own, what lies elsewhere."""
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(parent, name)
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
-                raise UserError(f"{path} is a link that leads out of the run folder: put the file itself there")
+    """A run folder from someone else must not make a stage write, or take for its own, what lies elsewhere.
+
+    Only where stages write is looked: an `output_dir` may by mistake be a whole disk.
+    """
+    try:
+        found = [Path(entry.path) for entry in os.scandir(folder)] if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
+    for stage in _STAGE_FOLDERS:
+        found += [Path(parent, name) for parent, *names in os.walk(folder / stage) for name in itertools.chain(*names)]
+    for path in found:
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
+            raise UserError(f"{path} is a link that leads out of the run folder: put the file itself there")
 
 
 def load_grid(config_path: str) -> Grid:
