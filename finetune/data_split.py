@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+from typing_extensions import TypedDict
 
 from finetune import llama_factory
 from selection.config import DatasetFormat, Experiment, from_repository
 from selection.errors import UserError
 from selection.files import (
     atomic_path,
+    checked,
     digest,
     file_digest,
     first_difference,
@@ -78,7 +80,8 @@ def _training_split(experiment: Experiment) -> TrainingSplit:
     if not record or (record.get("made_from") == wanted and not all(path.exists() for path in files)):
         _make_split(experiment, source, wanted)
         record = read_sealed(record_path)
-    if difference := first_difference(record.get("made_from", {}), wanted):
+    record = checked(_SplitRecord, record, record_path)
+    if difference := first_difference(record["made_from"], wanted):
         raise UserError(
             f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
         )
@@ -121,6 +124,12 @@ def _content(source: Path) -> str:
     except OSError as error:
         raise UserError(f"dataset {source}: {error.strerror or error}") from None
     return sha.hexdigest()
+
+
+class _SplitRecord(TypedDict):
+    made_from: dict
+    fingerprint: str
+    files: list[str]
 
 
 def _identify(experiment: Experiment, name: str) -> TrainingSplit:
@@ -202,7 +211,9 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     with tempfile.TemporaryDirectory() as cache:
         try:
-            rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache)
+            # Else pandas takes the words null, NA and None in a CSV file for nothing.
+            options = {"keep_default_na": False} if path.suffix == ".csv" else {}
+            rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, **options)
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None
         if unusable := llama_factory.rows_without_response(rows, dataset_format.entry):

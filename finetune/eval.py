@@ -27,11 +27,11 @@ from selection.files import (  # noqa: E402
     code_version,
     digest,
     model_fingerprint,
-    read_json,
     reuse,
     write_json,
 )
 from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
+from selection.metrics import read_metrics  # noqa: E402
 from selection.processes import processes  # noqa: E402
 from selection.stage import add_experiment_arguments  # noqa: E402
 
@@ -80,7 +80,7 @@ def evaluate(experiment: Experiment, name: str) -> dict:
     together = processes()
     if together.from_leader(lambda: reuse(folder, identity)):
         print(f"evaluation: reusing {folder}")
-        return read_json(folder / "metrics.json")
+        return read_metrics(folder)
     with together.leader_first():
         tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)
     cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision, processes=together.count)
@@ -89,7 +89,7 @@ def evaluate(experiment: Experiment, name: str) -> dict:
         computed = llama_factory.predict(experiment, experiment.target_model, tuned, draft, precision)
         if together.leads:
             write_metrics(experiment, name, draft, computed, len(held_out))
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_metrics(folder)
     print(f"evaluation of {name}: ROUGE-L {metrics['rouge-l']:.2f}, BLEU-4 {metrics['bleu-4']:.2f} -> {folder}")
     return metrics
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from typing_extensions import TypedDict
 
 from selection.config import Experiment, from_repository
 from selection.errors import UserError
-from selection.files import read_json
+from selection.files import checked, read_json, read_record
 from selection.processes import processes
 
 
@@ -56,9 +57,40 @@ def model_path(model: str) -> str:
         )
     if not (folder / "config.json").exists():
         raise UserError(f"model {model}: {folder} has no config.json: give the folder of a Hugging Face model")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(f"model {model}: {folder} has no weights (*.safetensors): finish the download")
+    check_weights(folder, "model")
     return str(folder)
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """The weights of a local model ("model") or adapter ("adapter_model") are safetensors, in that folder.
+
+    Raises: UserError where there are none, where they are pickled, or where a file in the folder names others.
+    """
+    index = folder / f"{name}.safetensors.index.json"
+    if (folder / f"{name}.safetensors").exists():
+        shards = []
+    elif index.exists():
+        shards = checked(_Index, read_json(index), index)["weight_map"].values()
+    elif any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder} has its weights pickled (*.bin), which are not read here: convert them to safetensors, e.g. "
+            "load them with transformers where you trust them, and save_pretrained"
+        )
+    else:
+        raise UserError(f"{folder} has no weights ({name}.safetensors): finish the download")
+    if strange := sorted(s for s in set(shards) if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", s)):
+        raise UserError(f"{index} names {strange[0]!r}: weights must be *.safetensors files of the folder itself")
+    config = folder / ("config.json" if name == "model" else "adapter_config.json")
+    keys = read_record(config)
+    if name == "model" and (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds an adapter (adapter_config.json): give the folder of the base model alone")
+    # Which weights to read, code to run, modules to import: nothing that such a file may say.
+    if said := [key for key in ("transformers_weights", "megatron_config") if keys.get(key)]:
+        raise UserError(f"{config}: {said[0]} is not taken from a model's folder: remove the key")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 def rows_without_response(rows: Iterable[dict], dataset_format: dict[str, Any]) -> list[int]:
@@ -135,13 +167,17 @@ def _alone():
 
 @contextlib.contextmanager
 def _user_errors(what: str):
-    """Turn what LLaMA-Factory and transformers say about arguments, templates and model folders into one line."""
-    from safetensors import SafetensorError
+    """Turn what LLaMA-Factory and transformers say about arguments, templates and model folders into one line.
 
+    Files of strangers make them raise anything, so nothing is left out; an error of an unusual kind is named by it.
+    """
     try:
         yield
-    except (ValueError, TypeError, ImportError, OSError, SafetensorError) as error:
-        raise UserError(f"{what}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        usual = isinstance(error, ValueError | TypeError | ImportError | OSError)
+        raise UserError(f"{what}: {'' if usual else f'{type(error).__name__}: '}{error}") from error
 
 
 def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821
@@ -293,7 +329,9 @@ def predict(
     elif tuned is not None:  # finetuning_type: full leaves a whole model
         arguments["model_name_or_path"] = str(tuned)
     _check(arguments, f"evaluating {model}")
-    with _user_errors(f"evaluating {model}"), _quiet():
+    from selection.models import incomplete_adapters_refused
+
+    with _user_errors(f"evaluating {model}"), _quiet(), incomplete_adapters_refused():
         run_exp(arguments, callbacks=[_progress("answers")])
     if processes().leads:
         (output_dir / "generated_predictions.jsonl").rename(output_dir / "predictions.jsonl")

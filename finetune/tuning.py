@@ -89,6 +89,8 @@ def check_base(tuned: Path, model: str) -> None:
     """Raises: UserError where `tuned` was not made from `model` as it is now."""
     if made_from(tuned).get("model") != model_fingerprint(llama_factory.model_path(model)):
         raise UserError(f"{tuned} was tuned from another model than {model}: remove it or give another output_dir")
+    adapter = (tuned / "adapter_config.json").exists()
+    llama_factory.check_weights(tuned, "adapter_model" if adapter else "model")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ from selection.baselines import baseline, columns_of  # noqa: E402
 from selection.config import Method, Selection  # noqa: E402
 from selection.coreset_files import write_coreset  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
-from selection.files import file_digest, write_json  # noqa: E402
+from selection.files import file_digest, write_sealed  # noqa: E402
 from selection.score_files import MORE_COLUMNS, SCHEMA, read_scores  # noqa: E402
 from selection.staff import choose_staff  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify  # noqa: E402
@@ -139,7 +139,8 @@ def choose_by_staff(scores, target, selection: Selection, rate: float):
 def make_score_folder(path: Path, rows: int, width: int | None) -> None:
     """Random figures for every row, with features of `width` where it is given."""
     rng = np.random.default_rng(0)
-    write_json(path / "manifest.json", {"identity": {"data_fingerprint": "random"}, "num_rows": rows})
+    manifest = {"identity": {"data_fingerprint": "random"}, "num_rows": rows, "columns": [], "left_out": []}
+    write_sealed(path / "manifest.json", manifest)
     names = [*SCHEMA.names, "el2n", "entropy"] + (["hidden_state"] if width else [])
     centres = 10 + 3 * rng.standard_normal((CLUSTERS, width or 0), dtype=np.float32)
     index = rng.permutation(rows)

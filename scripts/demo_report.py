@@ -23,6 +23,7 @@ from selection.coreset_files import coreset_name  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import read_json  # noqa: E402
 from selection.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise  # noqa: E402
+from selection.metrics import read_metrics  # noqa: E402
 from selection.score_files import read_scores  # noqa: E402
 from selection.stage import load_experiment_from_arguments  # noqa: E402
 
@@ -43,7 +44,7 @@ def print_table(experiment: Experiment, rate: float) -> None:
         name = coreset_name(method, rate)
         if name not in tuning:
             raise UserError(f"{experiment.folder} has no tuned target {name}: run finetune-select.py first")
-        metrics = read_json(experiment.folder / "eval" / name / "metrics.json")
+        metrics = read_metrics(experiment.folder / "eval" / name)
         selection = sum(cost.seconds for cost in selection_costs(experiment, method))
         print(
             f"{name:<14}{tuning[name].samples:>6}{metrics['rouge-l']:>10.2f}{metrics['bleu-4']:>9.2f}"

@@ -28,7 +28,7 @@ from selection.draft import choose_layers, decoder_layers, keep_layers, save_wit
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import building, model_fingerprint, reuse, write_json  # noqa: E402
 from selection.ledger import CUTTING, Cost, measured  # noqa: E402
-from selection.models import count_parameters, load_for_scoring  # noqa: E402
+from selection.models import NO_CODE, count_parameters, load_for_scoring  # noqa: E402
 from selection.stage import add_experiment_arguments  # noqa: E402
 
 
@@ -76,7 +76,7 @@ def main() -> None:
         with tqdm(total=passes, unit="passes", desc="layer sensitivity") as progress:
             cut = choose_layers(model, arguments.layers, samples["input_ids"], samples["labels"], progress.update)
         del model
-        whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+        whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto", **NO_CODE)
         keep_layers(whole, cut.kept)
         save_with_tokenizer(whole, target, draft)
         # What it cost stays with the model: every experiment that uses it owes that.

@@ -1,6 +1,10 @@
 """An experiment's YAML: every key, its type and its default. One file serves every stage of an experiment."""
 
+import itertools
+import math
+import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,10 +26,16 @@ _SET_BY_THE_STAGE = {
     "include_num_input_tokens_seen", "train_on_prompt", "mask_history", "default_system", "enable_thinking",
     "preserve_thinking", "tool_format", "split_special_tokens", "use_fast_tokenizer", "ignore_pad_token_for_loss",
     "add_tokens", "add_special_tokens", "new_special_tokens_config", "resize_vocab", "model_revision", "rope_scaling",
+    # These read or write elsewhere than in the run folder, or send something away.
+    "cache_dir", "offload_folder", "adapter_folder", "media_dir", "export_dir", "logging_dir", "profiler_output_dir",
+    "swanlab_logdir", "push_to_hub", "hub_model_id", "export_hub_model_id", "generation_config",
 }  # fmt: skip
 
 
 Method = Literal["staff", "random", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy"]
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and transformers take
 
 
 class _Section(BaseModel):
@@ -75,7 +85,7 @@ class Selection(_Section):
     and every tuning stay as they are."""
     self_test: int = Field(default=4, ge=0)
     """Rows that are also scored one by one, by plain autograd, before a scoring run; it stops where they differ."""
-    seed: int = Field(default=42, ge=0)
+    seed: Seed = 42
     """Of the fresh LoRA's A, the verification draws, and every random choice of rows."""
 
     @property
@@ -132,7 +142,7 @@ class Experiment(_Section):
     """Take only the first rows of the file, before the split."""
     eval_size: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction held out."""
-    split_seed: int = Field(default=42, ge=0)
+    split_seed: Seed = 42
     """Seed of the split, `datasets`' train_test_split."""
     cutoff_len: int = Field(default=1024, ge=2)
     """Tokens of a sample at most, as LLaMA-Factory cuts them."""
@@ -154,6 +164,8 @@ class Experiment(_Section):
     def _leaves_the_stage_alone(cls, keys: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(_SET_BY_THE_STAGE & set(keys)):
             raise ValueError(f"{', '.join(taken)} cannot be given here: see _SET_BY_THE_STAGE in selection/config.py")
+        if type(passes := keys.get("num_train_epochs", 0)) not in (int, float) or not 0 <= passes < math.inf:
+            raise ValueError("num_train_epochs must be a number, not below 0")
         return keys
 
     @property
@@ -218,7 +230,7 @@ class Grid(_Section):
     """full is the target tuned on everything."""
     rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
     """Fractions of the training split to keep."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     """Each seeds tuning (the speculator's too), scoring and every random choice; the split stays the same."""
 
     @field_validator("methods", "rates", "seeds")
@@ -230,7 +242,17 @@ class Grid(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4 and would make it text)."""
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.1 wants 1.0e-4 and would make it text).
+
+    Without aliases: a few lines of them stand for more than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(
+                f"line {self.peek_event().start_mark.line + 1}: write the value out instead of an alias"
+            )
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
@@ -241,7 +263,9 @@ _Loader.add_implicit_resolver(
 def from_repository(path: str) -> Path:
     """A path out of a configuration: relative ones count from the repository."""
     try:
-        return (REPOSITORY / Path(path).expanduser()).resolve()
+        resolved = (REPOSITORY / Path(path).expanduser()).resolve()
+        resolved.exists()  # raises for a name that is too long
+        return resolved
     except (RuntimeError, ValueError, OSError) as error:  # no such home folder, a NUL byte, a loop of links
         raise UserError(f"path {path!r}: {error}") from None
 
@@ -254,7 +278,28 @@ def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
     values = _read_yaml(config_path)
     for text in overrides:
         _override(values, text)
-    return _validate(Experiment, values, str(config_path))
+    experiment = _validate(Experiment, values, str(config_path))
+    _refuse_links_out_of(experiment.folder)
+    return experiment
+
+
+_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised")
+
+
+def _refuse_links_out_of(folder: Path) -> None:
+    """A run folder from someone else must not make a stage write, or take for its own, what lies elsewhere.
+
+    Only where stages write is looked: an `output_dir` may by mistake be a whole disk.
+    """
+    try:
+        found = [Path(entry.path) for entry in os.scandir(folder)] if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
+    for stage in _STAGE_FOLDERS:
+        found += [Path(parent, name) for parent, *names in os.walk(folder / stage) for name in itertools.chain(*names)]
+    for path in found:
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
+            raise UserError(f"{path} is a link that leads out of the run folder: put the file itself there")
 
 
 def load_grid(config_path: str) -> Grid:
@@ -289,7 +334,7 @@ def _validate(section: type[_Section], values: dict, source: str):
             raise UserError(f"{source}: unknown key {key}: selection/config.py lists the keys") from None
         if first["type"] == "missing":
             raise UserError(f"{source}: key {key} is missing: add it, or give --set {key}=…") from None
-        raise UserError(f"{source}: key {key}: {first['msg']}, not {first['input']!r}") from None
+        raise UserError(f"{source}: key {key}: {first['msg']}, not {reprlib.repr(first['input'])}") from None
 
 
 def _override(values: dict, text: str) -> None:

@@ -187,7 +187,7 @@ def read_features(path: Path, num_rows: int) -> np.ndarray:
     """Features (N, d) from a .npy file. Raises: UserError where it is no such array, or not of N finite rows."""
     try:
         features = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever a damaged file makes numpy raise
         raise UserError(f"cannot read features from {path}: {error}") from None
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind not in "fiu":
         raise UserError(f"{path} holds no two-dimensional array of numbers: give N rows of d features")

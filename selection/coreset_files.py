@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any, TextIO
 import numpy as np
 
 from selection.errors import UserError
-from selection.files import atomic_path, code_version, read_json
+from selection.files import atomic_path, code_version, digest, read_json
 from selection.score_files import Scores
 from selection.staff import Choice
 
 _CHUNK = 2**16  # rows written at a time
-_RESERVED = ("train", "eval", "full", "untuned")  # names of a run folder's own data sets and tuned targets
+# Names of a run folder's own data sets, tuned targets and records.
+_RESERVED = ("train", "eval", "full", "untuned", "split", "dataset_info")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def write_coreset(
         "size": len(choice.rows),
         "data_fingerprint": scores.fingerprint,
         "code_version": code_version(),
+        "indices_sha256": _checksum(choice.rows),
     }
     head = json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
     with atomic_path(path) as draft, draft.open("w", encoding="utf-8") as file:
@@ -83,7 +86,7 @@ def read_coreset(path: Path) -> Coreset:
 
     Raises: UserError for an unreadable file, and for indices that are no row numbers or not unique.
     """
-    ids = fingerprint = num_rows = None
+    ids = fingerprint = num_rows = checksum = None
     if path.suffix == ".pt":
         indices = _read_published(path)
     else:
@@ -91,7 +94,9 @@ def read_coreset(path: Path) -> Coreset:
         if not isinstance(record, dict) or not isinstance(record.get("indices"), list):
             raise UserError(f"{path} is no coreset: it has no list `indices`")
         indices, ids, fingerprint = record["indices"], record.get("ids"), record.get("data_fingerprint")
-        num_rows = record.get("num_rows")
+        num_rows, checksum = record.get("num_rows"), record.get("indices_sha256")
+        if record.get("size", len(indices)) != len(indices):
+            raise UserError(f"{path} says size {record['size']} and holds {len(indices)} indices: cut it again")
         if ids is not None and (not isinstance(ids, list) or len(ids) != len(indices)):
             raise UserError(f"{path}: `ids` must name each of the {len(indices)} indices")
     if not indices or not all(type(i) is int and 0 <= i < 2**63 for i in indices):
@@ -100,30 +105,39 @@ def read_coreset(path: Path) -> Coreset:
     ascending = np.array(indices, dtype=np.int64)[order]
     if len(repeated := ascending[1:][ascending[1:] == ascending[:-1]]):
         raise UserError(f"{path}: row {repeated[0]} is chosen more than once")
-    if path.stem in _RESERVED or not re.fullmatch(r"[\w.=+-]+", path.stem):
+    if checksum not in (None, _checksum(ascending)):
+        raise UserError(f"{path} is damaged (the checksum of its indices does not fit): cut it again")
+    if path.stem in _RESERVED or not re.fullmatch(r"[\w=+-][\w.=+-]*", path.stem):
         raise UserError(
             f"{path}: a coreset's file name names its data set and tuned model: rename it to letters, digits and . _ - "
-            f"alone and not {', '.join(_RESERVED)}"
+            f"alone, no dot in front, and not {', '.join(_RESERVED)}"
         )
     return Coreset(path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint, num_rows)
+
+
+def _checksum(indices: np.ndarray) -> str:
+    return digest(memoryview(np.ascontiguousarray(indices, dtype=np.int64)).cast("B"))
 
 
 def _read_published(path: Path) -> list[int]:
     import torch  # heavy, and only these files need it
 
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch checks no checksum
+            raise UserError(f"{path} is damaged ({damaged}): get it again")
         value = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(value, list | tuple):
+            return list(value)
+        # A tensor may claim more numbers than the file holds.
+        if isinstance(value, torch.Tensor) and value.ndim == 1 and value.nbytes <= path.stat().st_size:
+            return value.tolist()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception:
-        raise UserError(f"{path} is no plain index list: a list or tensor of row numbers is expected") from None
-    return (
-        value.tolist()
-        if isinstance(value, torch.Tensor) and value.ndim == 1
-        else list(value)
-        if isinstance(value, list | tuple)
-        else []
-    )
+    except UserError:
+        raise
+    except Exception:  # whatever a damaged or hostile file makes them raise
+        pass
+    raise UserError(f"{path} is no plain index list: a list or tensor of row numbers is expected")
 
 
 def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from selection.effort import plan_batches, response_losses
+from selection.models import NO_CODE
 from selection.phi import last_decoder_layer, unwrap
 
 _TOKENS_PER_BATCH = 2048
@@ -99,7 +100,7 @@ def save_with_tokenizer(model: PreTrainedModel, source: str, folder: Path) -> No
     """
     model.save_pretrained(folder)
     if not Path(source).is_dir():
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, **NO_CODE).save_pretrained(folder)
         return
     for path in Path(source).iterdir():
         is_tokenizer = path.name.startswith(

@@ -20,6 +20,15 @@ class UserError(Exception):
     """Something that the user can mend. The message says what is wrong, where, and what to do."""
 
 
+_LONGEST = 600  # characters of a message; a file of the user's may be quoted in it
+
+
+def _one_line(message: str) -> str:
+    """In one line of limited length, without characters that a terminal would obey."""
+    message = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST - 200]} … {message[-200:]}"
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: whatever is being written is dropped, what is finished stays."""
 
@@ -55,7 +64,7 @@ def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
         text, code = "error: out of memory: give fewer rows or a smaller model", 2
     except Interrupted as stop:
         text, code = _INTERRUPTED, 128 + stop.number
-    text = " ".join(text.split())
+    text = _one_line(text)
     if together is None or together.first_to_say(text):
         print(text, file=sys.stderr, flush=True)
     sys.exit(code)

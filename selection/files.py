@@ -12,7 +12,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from selection import __version__
 from selection.config import REPOSITORY
@@ -90,14 +92,47 @@ def write_json(path: Path, value: object) -> None:
         draft.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """Raises: UserError naming the file where it is missing or no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """What Python alone would take is refused: NaN, infinity, and half characters, which no file can be given.
+
+    Raises: ValueError, RecursionError.
+    """
+    value = json.loads(text, parse_constant=_refuse_constant)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+_T = TypeVar("_T")
+
+
+def checked(kind: type[_T], value: object, source: Path) -> _T:
+    """`value`, out of the file `source`, as a `kind` that pydantic knows. Raises: UserError naming the field."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(f"{source} is damaged: {where}: {first['msg']}: remove it and make it again") from None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises: UserError."""
+    return checked(dict[str, Any], read_json(path), path)
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:
@@ -106,15 +141,9 @@ def write_sealed(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Raises: UserError where it is missing, no JSON object, or does not say what was written.
-
-    One that was written by hand, without a checksum, is taken as it is.
-    """
-    record = read_json(path)
-    if not isinstance(record, dict):
-        raise UserError(f"{path} holds no keys")
-    seal = record.pop("sha256", None)
-    if seal is not None and seal != _seal(record):
+    """Raises: UserError where it is missing, no JSON object, or does not say what was written."""
+    record = read_record(path)
+    if record.pop("sha256", None) != _seal(record):
         raise UserError(f"{path} is damaged (its checksum does not fit): remove it and make it again")
     return record
 
@@ -165,9 +194,7 @@ def reuse(folder: Path, identity: dict) -> bool:
 
 def made_from(folder: Path) -> dict:
     """The identity of a finished product. Raises: UserError where a file of it is damaged or missing."""
-    record, checksums = read_json(folder / "made_from.json"), folder / "checksums.json"
-    if not isinstance(record, dict):
-        raise UserError(f"{folder / 'made_from.json'} is no record of how {folder} was made: remove that folder")
+    record, checksums = read_record(folder / "made_from.json"), folder / "checksums.json"
     for name, checksum in (read_sealed(checksums) if checksums.exists() else {}).items():
         if not (folder / name).is_file() or file_digest(folder / name) != checksum:
             raise UserError(f"{folder / name} is damaged or missing: remove {folder} and call the same command again")

@@ -8,10 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+from typing_extensions import TypedDict
 
 from selection.config import Experiment, from_repository
 from selection.errors import UserError
-from selection.files import locked, read_json
+from selection.files import checked, locked, parse_json, read_json
 from selection.processes import processes
 
 CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
@@ -27,15 +31,17 @@ class Cost:
 
     stage: str
     what: str  # model, coreset or method
-    samples: int = 0
-    tokens: int = 0
-    parameters: int = 0  # of the model it ran
-    seconds: float = 0.0
-    peak_memory_gb: float = 0.0
+    samples: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+    parameters: NonNegativeInt = 0  # of the model it ran
+    seconds: NonNegativeFloat = 0.0
+    peak_memory_gb: NonNegativeFloat = 0.0
     device: str = ""
     precision: str = ""
     finished: str = ""
     processes: int = 1
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def ledger_path(run_folder: Path) -> Path:
@@ -81,13 +87,14 @@ def _append(run_folder: Path, cost: Cost, seconds: float) -> None:
 
 def read_ledger(run_folder: Path) -> list[Cost]:
     """All entries, oldest first. Raises: UserError where there is no ledger yet or a line is damaged."""
+    path = ledger_path(run_folder)
     try:
-        lines = ledger_path(run_folder).read_text(encoding="utf-8").splitlines()
-        return [Cost(**json.loads(line)) for line in lines]
-    except OSError:
+        values = [parse_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except FileNotFoundError:
         raise UserError(f"{run_folder} has no cost ledger yet: run a stage first") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{ledger_path(run_folder)} is damaged: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return checked(list[Cost], values, path)
 
 
 @dataclass(frozen=True)
@@ -166,8 +173,20 @@ def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
 
 def _cutting(experiment: Experiment) -> list[Cost]:
     draft = from_repository(experiment.small_model) / "draft.json"
-    paid = read_json(draft).get("cost") if draft.exists() else None
+    paid = checked(_Draft, read_json(draft), draft).get("cost") if draft.exists() else None
     return [Cost(CUTTING, experiment.small_model, **paid)] if paid else []
+
+
+class _Draft(TypedDict, total=False):
+    cost: "_CuttingCost"
+
+
+class _CuttingCost(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    tokens: NonNegativeInt
+    parameters: NonNegativeInt
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def format_summary(summary: CostSummary) -> str:

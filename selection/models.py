@@ -1,5 +1,8 @@
 """Load a model for scoring: plain transformers and PEFT, all weights in the asked number format, adapters unmerged."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,6 @@ import transformers
 from accelerate.utils import get_max_memory
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as QUERY_AND_VALUE
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
@@ -19,7 +21,27 @@ from selection.device import device
 from selection.errors import UserError
 from selection.phi import unwrap
 
+NO_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal whether to run a model's code
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def model_errors(what: str) -> Iterator[None]:
+    """A model folder of a stranger makes transformers and PEFT raise anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
+def incomplete_adapters_refused() -> Iterator[None]:
+    """PEFT only warns where an adapter's file lacks weights, and leaves them as they are drawn: here it is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        yield
 
 
 def load_for_scoring(
@@ -49,20 +71,27 @@ def load_for_scoring(
             {"device_map": {"": device()}} | placed | {"quantization_config": _quantised(quantization_bit, precision)}
         )
     source = str(tuned) if tuned is not None and not (tuned / "adapter_config.json").exists() else model
-    try:
-        config = AutoConfig.from_pretrained(source).get_text_config()
+    with model_errors(f"cannot load model {source}"):
+        config = AutoConfig.from_pretrained(source, **NO_CODE).get_text_config()
         # Fused attention leaves the soft-capping of attention logits out; LLaMA-Factory does not tune with it either.
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[precision], attn_implementation=attention, **placed
+        loaded, said = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[precision],
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **NO_CODE,
+            **placed,
         )
+        if absent := sorted(said["missing_keys"]):  # transformers would draw them at random
+            raise UserError(f"model {source} has no weights for {absent[0]} ({len(absent)} in all): get it again")
         if not placed:
             loaded = loaded.to(device())
         if tuned is not None and source == model:
             again = {"max_memory": placed["max_memory"]} if device_map else {}  # PEFT places an offloaded model anew
-            loaded = PeftModel.from_pretrained(loaded, tuned, autocast_adapter_dtype=False, **again)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"cannot load model {source}: {error}") from None
+            with incomplete_adapters_refused():
+                loaded = PeftModel.from_pretrained(loaded, tuned, autocast_adapter_dtype=False, **again)
     for module in loaded.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' 4-bit product for CPUs that has no gradient
             module.support_avx512bf16_for_cpu = False
@@ -145,10 +174,8 @@ def parameters_of(model: str) -> int:
 
     Raises: UserError where the configuration cannot be read or names no causal language model.
     """
-    try:
-        config = AutoConfig.from_pretrained(model)
+    with model_errors(f"cannot build model {model} from its configuration"):
+        config = AutoConfig.from_pretrained(model, **NO_CODE)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot build model {model} from its configuration: {error}") from None
+            empty = AutoModelForCausalLM.from_config(config, **NO_CODE)
     return count_parameters(empty)

@@ -20,7 +20,7 @@ from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_p
 from selection.errors import UserError
 from selection.flops import scoring_flops, tuning_flops
 from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION
-from selection.models import load_for_scoring, parameters_of, tuning_lora, with_fresh_lora
+from selection.models import NO_CODE, load_for_scoring, model_errors, parameters_of, tuning_lora, with_fresh_lora
 from selection.staff import coreset_size, floor_share
 
 _PAD_TO_MULTIPLE_OF = 8  # tuning's batches, as LLaMA-Factory pads them
@@ -288,12 +288,12 @@ def load_for_tuning(path: str, keys: dict[str, Any], seed: int) -> nn.Module:
     """A model as LLaMA-Factory tunes it under `keys`: weights as the checkpoint stores them, what is trained in fp32,
     attention by `flash_attn`, gradient checkpointing unless it is disabled."""
     attention = _ATTENTION.get(keys.get("flash_attn", "auto"))
-    try:
-        if attention is None and getattr(AutoConfig.from_pretrained(path), "attn_logit_softcapping", None):
+    with model_errors(f"cannot load model {path} for tuning"):
+        if attention is None and getattr(AutoConfig.from_pretrained(path, **NO_CODE), "attn_logit_softcapping", None):
             attention = "eager"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=attention).to(device())
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load model {path} for tuning: {error}") from None
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=attention, **NO_CODE).to(
+            device()
+        )
     model.config.use_cache = False
     if not keys.get("disable_gradient_checkpointing", False):
         model.gradient_checkpointing_enable({"use_reentrant": True})

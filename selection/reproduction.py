@@ -23,7 +23,7 @@ from selection.config import REPOSITORY, Experiment, Grid, load_experiment
 from selection.coreset_files import coreset_name
 from selection.device import choose_precision
 from selection.errors import UserError
-from selection.files import atomic_path, digest, read_json
+from selection.files import atomic_path, digest
 from selection.flops import forward_flops, scoring_flops, tuning_flops
 from selection.ledger import (
     CUTTING,
@@ -34,6 +34,7 @@ from selection.ledger import (
     read_ledger,
     selection_costs,
 )
+from selection.metrics import read_metrics
 from selection.score_files import SCORER_VERSION
 from selection.verification import RULES_VERSION
 
@@ -233,10 +234,10 @@ def finished_cell(
     cell: Cell, grid: Grid, experiment: Experiment, num_rows: int, settings: str, sizes: tuple[int, int]
 ) -> dict:
     """A cell's row of cells.csv, out of its run folder. `sizes`: parameters of the small model and of the target."""
-    metrics_path = experiment.folder / "eval" / cell.tuned / "metrics.json"
-    metrics = read_json(metrics_path)
+    evaluation = experiment.folder / "eval" / cell.tuned
+    metrics = read_metrics(evaluation)
     if "by_sample" not in metrics:
-        raise UserError(f"{metrics_path} was made before scores were kept by sample: remove {metrics_path.parent}")
+        raise UserError(f"{evaluation} was made before scores were kept by sample: remove it")
     tuned = [c for c in read_ledger(experiment.folder) if c.stage == TARGET_TUNING and c.what == cell.tuned]
     if not tuned:
         raise UserError(f"{ledger_path(experiment.folder)} does not say what tuning {cell.tuned} cost: remove the run")
@@ -297,6 +298,8 @@ def read_cells(path: Path) -> dict[Cell, dict[str, str]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file, strict=True):
+                if None in row or None in row.values():
+                    raise ValueError(f"row {len(cells) + 2} has more or fewer fields than the header")
                 if row["settings"]:
                     cells[Cell(row["task"], row["method"], float(row["rate"]), int(row["seed"]))] = row
         return cells

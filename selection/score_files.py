@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from pydantic import PositiveInt
+from typing_extensions import TypedDict
 
 from selection.errors import UserError
 from selection.files import (
     atomic_path,
+    checked,
     code_version,
     digest,
     file_digest,
@@ -114,6 +117,23 @@ class Scores:
         return self.ids.take(pa.array(positions)).to_pylist()
 
 
+class _Identity(TypedDict):
+    data_fingerprint: str
+
+
+class _Manifest(TypedDict):
+    identity: _Identity
+    num_rows: PositiveInt
+    columns: list[str]
+    left_out: list[int]
+
+
+def _read_manifest(folder: Path) -> dict:
+    record = read_sealed(folder / "manifest.json")
+    checked(_Manifest, record, folder / "manifest.json")
+    return record
+
+
 def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = True) -> Scores:
     """Read a score folder or a plain file with columns `index`, those asked for (and `id`, if there and `ids`).
 
@@ -122,12 +142,9 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
     and figures that are NaN, infinite or negative; each names the row.
     """
     if path.is_dir():
-        manifest = read_sealed(path / "manifest.json")
-        try:
-            fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
-            named = np.array(manifest.get("left_out", []), dtype=np.int64)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path / 'manifest.json'} is no manifest of a score folder") from None
+        manifest = _read_manifest(path)
+        fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
+        named = np.array(manifest["left_out"], dtype=np.int64)
     else:
         fingerprint = num_rows = None
     names = ("index", "id", *columns) if ids else ("index", *columns)
@@ -261,14 +278,21 @@ def _read_table(path: Path, names: Sequence[str]) -> pa.Table:
     try:
         if path.suffix == ".csv":
             as_text = pa.csv.ConvertOptions(column_types={"id": pa.string()})
-            return pa.csv.read_csv(path, convert_options=as_text)
+            return _with_readable_text(pa.csv.read_csv(path, convert_options=as_text))
         if path.suffix == ".parquet":
             with pa.parquet.ParquetFile(path) as file:
                 there = file.schema_arrow.names
-                return file.read([name for name in names if name in there], use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+                return _with_readable_text(file.read([name for name in names if name in there], use_threads=False))
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"cannot read scores from {path}: {error}") from None
     raise UserError(f"{path}: scores are read from a score folder, a .parquet or a .csv file")
+
+
+def _with_readable_text(table: pa.Table) -> pa.Table:
+    """The table. Raises: UnicodeDecodeError, ArrowException where names or ids are no UTF-8."""
+    if "id" in table.column_names:
+        table["id"].validate(full=True)
+    return table
 
 
 def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
@@ -332,8 +356,8 @@ class ScoreFolder:
         }
         self.begun = any(path.glob("part-*.parquet"))  # a manifest without scores binds nobody
         if self.begun:
-            self.manifest = read_sealed(self.manifest_path)
-            if difference := first_difference(self.manifest.get("identity", {}), identity):
+            self.manifest = _read_manifest(path)
+            if difference := first_difference(self.manifest["identity"], identity):
                 raise UserError(f"{path} holds scores made otherwise ({difference}): remove it or change output_dir")
             if absent := [name for name in columns if name not in self.manifest["columns"]]:
                 raise UserError(f"{path} holds scores without {', '.join(absent)}: remove it or change output_dir")
@@ -398,7 +422,7 @@ class ScoreFolder:
 
     def check_left_out(self, rows: np.ndarray) -> None:
         """Raises: UserError where more than 1 % of `rows` have no finite score."""
-        check_left_out(len(np.intersect1d(self.manifest.get("left_out", []), rows)), len(rows), str(self.path))
+        check_left_out(len(np.intersect1d(self.manifest["left_out"], rows)), len(rows), str(self.path))
 
 
 def check_left_out(count: int, num_rows: int, source: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from selection.config import Selection
 from selection.errors import UserError
-from selection.files import digest, first_difference, read_json, write_json
+from selection.files import digest, first_difference, read_sealed, write_sealed
 from selection.score_files import Scores
 from selection.staff import Strata, draw_verification_samples, min_max_normalise, stratify, verification_ratio
 
@@ -97,28 +97,21 @@ def verify(
 
 
 def write_verification(path: Path, settings: Settings, speculative: Scores, records: list[StratumRecord]) -> None:
-    write_json(
-        path,
-        {
-            **_made_from(settings, speculative),
-            "data_fingerprint": speculative.fingerprint,
-            "verified_samples": sum(len(record.verified) for record in records),
-            "strata": [asdict(record) for record in records],
-        },
-    )
+    value = {
+        **_made_from(settings, speculative),
+        "data_fingerprint": speculative.fingerprint,
+        "verified_samples": sum(len(record.verified) for record in records),
+        "strata": [asdict(record) for record in records],
+    }
+    write_sealed(path, value)
 
 
 def read_verification(path: Path, settings: Settings, speculative: Scores) -> list[StratumRecord]:
-    """Raises: UserError where it was made under other settings or from other scores."""
-    value, wanted = read_json(path), _made_from(settings, speculative)
-    try:
-        stored = {key: value[key] for key in wanted}
-        records = [StratumRecord(**{**r, "score_range": tuple(r["score_range"])}) for r in value["strata"]]
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is no verification: run verify.py") from None
-    if difference := first_difference(stored, wanted):
+    """Raises: UserError where it was made under other settings or from other scores, or was changed since."""
+    value, wanted = read_sealed(path), _made_from(settings, speculative)
+    if difference := first_difference({key: value.get(key) for key in wanted}, wanted):
         raise UserError(f"{path} was made otherwise ({difference}): run verify.py again under the settings of now")
-    return records
+    return [StratumRecord(**{**r, "score_range": tuple(r["score_range"])}) for r in value["strata"]]
 
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:

@@ -169,11 +169,13 @@ def test_a_record_that_does_not_say_what_was_written_is_refused_by_name(selected
     assert code == 2 and f"{name} is damaged (its checksum does not fit)" in said and said.count("error:") == 1
 
 
-def test_a_record_without_a_checksum_is_taken_as_it_is(tmp_path):
-    write_sealed(tmp_path / "record.json", {"a": [1, 2], "b": None})
-    assert read_sealed(tmp_path / "record.json") == {"a": [1, 2], "b": None}
-    (tmp_path / "record.json").write_text('{"a": 3}')
-    assert read_sealed(tmp_path / "record.json") == {"a": 3}
+def test_a_record_comes_back_as_it_was_written_and_one_without_a_checksum_is_refused(tmp_path):
+    record, path = {"a": [1, 2], "b": None, "c": 0.1 + 0.2, "d": "ö"}, tmp_path / "record.json"
+    write_sealed(path, record)
+    assert read_sealed(path) == record
+    path.write_text('{"a": 3}')
+    with pytest.raises(UserError, match=r"record\.json is damaged"):
+        read_sealed(path)
 
 
 def test_a_damaged_adapter_is_refused(make_experiment, rows, stage, tmp_path):

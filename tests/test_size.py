@@ -20,7 +20,7 @@ from selection.baselines import baseline, columns_of
 from selection.config import Selection
 from selection.coreset_files import read_coreset, write_coreset
 from selection.errors import UserError
-from selection.files import code_version, digest, file_digest, write_json
+from selection.files import code_version, digest, file_digest, write_json, write_sealed
 from selection.score_files import Scores, read_ids, read_scores
 from selection.staff import (
     Choice,
@@ -274,7 +274,8 @@ def test_the_baselines_are_those_of_the_plain_sort(method, scores, rate, seed):
 
 def write_parts(folder: Path, index: np.ndarray, num_parts: int, **columns: np.ndarray | list) -> list[Path]:
     folder.mkdir()
-    write_json(folder / "manifest.json", {"identity": {"data_fingerprint": "x"}, "num_rows": len(index)})
+    manifest = {"identity": {"data_fingerprint": "x"}, "num_rows": len(index), "columns": [], "left_out": []}
+    write_sealed(folder / "manifest.json", manifest)
     table, paths = pa.table({"index": index, **columns}), []
     for i, rows in enumerate(np.array_split(np.arange(len(index)), num_parts)):
         paths.append(write_part(folder, i, table.take(pa.array(rows))))
