@@ -8,11 +8,13 @@ again: `train`, `eval` and every coreset are data sets of their own in `<run fol
 import contextlib
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from typing_extensions import TypedDict
 
@@ -195,6 +197,29 @@ def list_datasets(experiment: Experiment, names: list[str]) -> None:
             write_json(path, info | ours)
 
 
+_DEEPEST = 200  # values inside of values
+_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
+
+
+def _check_json(path: Path) -> None:
+    """Refuse what Arrow's JSON reader crashes on: rows that are no objects, and values nested some thousand times.
+
+    Raises: UserError naming the line of a JSON or JSON Lines file.
+    """
+    depth = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            marks = _TEXT.sub(b"", line).strip()
+            steps = np.frombuffer(marks, dtype=np.uint8)
+            steps = np.isin(steps, list(b"[{")).astype(np.int64) - np.isin(steps, list(b"]}"))
+            if len(marks) and depth + steps.cumsum().max() > _DEEPEST:
+                raise UserError(f"{path}, line {number}: more than {_DEEPEST} values inside of each other")
+            before, depth = depth, depth + int(steps.sum())
+            begins = before or not marks or marks[:1] in b"{["
+            if depth < 0 or not begins or (depth == 0 and marks and marks[-1:] not in b"]},"):
+                raise UserError(f"{path}, line {number}: no JSON object: a row is {{…}}, rows are on lines or in [ ]")
+
+
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -209,11 +234,14 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
 
     if path.suffix not in _READERS:
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
+    if _READERS[path.suffix] == "json":
+        _check_json(path)
     with tempfile.TemporaryDirectory() as cache:
         try:
             # Else pandas takes the words null, NA and None in a CSV file for nothing.
             options = {"keep_default_na": False} if path.suffix == ".csv" else {}
             rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, **options)
+            rows.data.validate(full=True)  # text that is no UTF-8 would be found out row by row, or never
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None
         if unusable := llama_factory.rows_without_response(rows, dataset_format.entry):

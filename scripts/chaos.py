@@ -36,6 +36,8 @@ from selection.ledger import read_ledger  # noqa: E402
 from selection.processes import processes  # noqa: E402
 from selection.score_files import read_scores  # noqa: E402
 
+_PATIENCE = 5.0  # seconds that a process has to end when another one failed; torchrun gives it 30
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -160,30 +162,35 @@ def run_processes(
 ) -> int | None:
     """Run one process for each command line, as torchrun would, and kill them after `moment` seconds.
 
-    Returns the highest exit code, or None where they were killed. Of several, one may be the victim; then the others
-    are stopped as torchrun stops them.
+    Returns the highest exit code, or None where they were killed. Of several, the last may be the victim alone; then
+    the others are stopped as torchrun stops them.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if len(commands) > 1 else None
     children = [fork(line, rank, len(commands), store, log) for rank, line in enumerate(commands)]
     codes: dict[int, int] = {}
+    patience = None
     ends = None if moment is None else time.monotonic() + moment
     while len(codes) < len(children):
         if ends is not None and time.monotonic() >= ends:
-            first = children[:1] if victims == "one" and len(children) == 1 else children[-1:]
-            for child in children if victims == "all" else first:
-                if child not in codes:
-                    os.kill(child, signal.SIGKILL)
+            chosen = children if victims == "all" else children[-1:]
+            stop([child for child in chosen if child not in codes], signal.SIGKILL)
             ends, moment = None, -1.0
         gone, status = os.waitpid(-1, os.WNOHANG)
         if gone:
             codes[gone] = os.waitstatus_to_exitcode(status)
-            if codes[gone]:
-                for child in children:
-                    if child not in codes:
-                        os.kill(child, signal.SIGTERM)
+            if codes[gone] and patience is None:
+                patience = time.monotonic() + _PATIENCE
+                stop([child for child in children if child not in codes], signal.SIGTERM)
+        elif patience is not None and time.monotonic() > patience:
+            stop([child for child in children if child not in codes], signal.SIGKILL)
         else:
             time.sleep(0.002)
     return None if moment == -1.0 and any(codes.values()) else max(codes.values(), key=abs)
+
+
+def stop(children: list[int], number: signal.Signals) -> None:
+    for child in children:
+        os.kill(child, number)
 
 
 def fork(line: list[str], rank: int, count: int, store: TCPStore | None, log: Path) -> int:
@@ -193,8 +200,9 @@ def fork(line: list[str], rank: int, count: int, store: TCPStore | None, log: Pa
     code = 1
     try:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        for number in (1, 2):
+            os.dup2(file, number)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
         if store is not None:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
             os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}

@@ -469,7 +469,7 @@ def _are_texts(rows: object) -> bool:
 def _plain_rows(path: Path) -> object:
     if path.suffix == ".parquet":
         return pa.parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
+    text = path.read_bytes().decode("utf-8")  # line ends as they are
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     return (
@@ -491,7 +491,7 @@ def run_select(file: str) -> Callable[[Path], list]:
         chosen = []
         stage(
             "finetune/finetune-select.py", "--config_path", "experiment.yaml", "--select_path", file,
-            tune_once=lambda experiment, model, name, rows, *_: chosen.append([name, rows]),
+            tune_once=lambda experiment, model, name, rows, *_: chosen.append([name, list(rows)]),
         )  # fmt: skip
         return chosen
 

@@ -19,7 +19,7 @@ from finetune import llama_factory  # noqa: E402
 from finetune.data_split import training_split  # noqa: E402
 from selection.config import REPOSITORY, load_grid  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
-from selection.files import model_fingerprint, only_one  # noqa: E402
+from selection.files import held, model_fingerprint  # noqa: E402
 from selection.models import parameters_of  # noqa: E402
 from selection.reproduction import (  # noqa: E402
     Job,
@@ -72,7 +72,7 @@ def main() -> None:
             f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)"
         )
 
-    with only_one(runs):
+    with held(runs):
         run_jobs(jobs, arguments.jobs, runs / "logs", finished)
     print(f"{len(cells)} cells -> {results}")
 

@@ -89,7 +89,7 @@ class Processes:
         with contextlib.suppress(UserError):  # the store may be what failed
             known = self._ask("check", ["failed"])
             if not known:
-                self._ask("set", "failed", f"process {self.rank} on {socket.gethostname()}: {text}")
+                self._ask("set", "failed", json.dumps([socket.gethostname(), text]))
             return self._ask("add", f"said {text}", 1) == 1 and not (known and text.startswith("interrupted"))
         return True
 
@@ -137,7 +137,10 @@ class Processes:
 
     def _check_others(self) -> None:
         if self._ask("check", ["failed"]):
-            raise UserError(f"another process stopped: {self._ask('get', 'failed').decode()}")
+            host, said = json.loads(self._ask("get", "failed"))
+            if host == socket.gethostname():  # where it has been said already
+                sys.exit(2)
+            raise UserError(f"a process on {host} stopped: {said}")
         for rank in range(self.count):
             signs = self._ask("add", f"sign-{rank}", 0)
             if signs != self._signs[rank]:

@@ -242,7 +242,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays_usable(selected, st
 @pytest.mark.parametrize("method", ["staff", "random", "length"])
 def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tmp_path, stage, monkeypatch, method):
     varied = [row | {"output": f"{row['output']} {i}."} for i in range(5) for row in rows]
-    config = make_experiment(varied, small_training={"num_train_epochs": 0})
+    config = make_experiment(varied, small_training={"num_train_epochs": 0}, cutoff_len=1024)
     experiment = load_experiment(config, ["selection.self_test=0"])
     split, score, every = training_split(experiment), EffortScorer.score, np.arange(120)
     odd = split.ids[7]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 
@@ -83,14 +84,20 @@ def test_the_others_learn_why_one_stopped_and_one_line_is_said_once(monkeypatch)
     monkeypatch.setattr(selection.processes, "_BETWEEN_SIGNS", 0.1)
 
     def work(group):
-        if group.rank:
+        if group.rank > 1:
             return group.first_to_say("error: row 3 is odd")
         time.sleep(0.5)
-        group.wait()
+        if group.rank == 1:
+            selection.processes.socket = type("Elsewhere", (), {"gethostname": lambda: "another host"})
+        try:
+            group.wait()
+        except SystemExit as stop:
+            return stop.code
 
-    said = together(3, work)
-    assert sorted(said[1:]) == [False, True]
-    assert "another process stopped: process" in said[0] and said[0].endswith("error: row 3 is odd")
+    said = together(4, work)
+    assert sorted(said[2:]) == [False, True]
+    assert said[0] == 2  # its host has heard it
+    assert re.fullmatch(r"a process on \S+ stopped: error: row 3 is odd", said[1])
 
 
 def test_alone_nobody_is_waited_for():

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 from finetune.llama_factory import scores_by_sample
 from selection.config import load_grid
 from selection.errors import UserError
-from selection.files import only_one
+from selection.files import held
 from selection.reproduction import (
     Cell,
     Job,
@@ -213,9 +213,9 @@ def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
 
 
 def test_a_second_runner_of_the_same_run_folders_is_refused(tmp_path):
-    with only_one(tmp_path), pytest.raises(UserError, match="another process is at work in"), only_one(tmp_path):
+    with held(tmp_path), pytest.raises(UserError, match="is held by process"), held(tmp_path):
         pass
-    with only_one(tmp_path):  # the first is done
+    with held(tmp_path):  # the first is done
         pass
 
 
