@@ -78,10 +78,11 @@ def _training_split(experiment: Experiment) -> TrainingSplit:
     }
     record_path = experiment.data_folder / "split.json"
     files = [split_path(experiment, name) for name in ("train", "eval")]
-    record = read_sealed(record_path) if record_path.exists() else {}
-    if not record or (record.get("made_from") == wanted and not all(path.exists() for path in files)):
-        _make_split(experiment, source, wanted)
-        record = read_sealed(record_path)
+    with locked(experiment.folder):  # two stages may come to need it at a time
+        record = read_sealed(record_path) if record_path.exists() else {}
+        if not record or (record.get("made_from") == wanted and not all(path.exists() for path in files)):
+            _make_split(experiment, source, wanted)
+            record = read_sealed(record_path)
     record = checked(_SplitRecord, record, record_path)
     if difference := first_difference(record["made_from"], wanted):
         raise UserError(

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from finetune import llama_factory
 from finetune.data_split import TrainingSplit
 from selection.config import Experiment
-from selection.files import building, digest, model_fingerprint, reuse
+from selection.files import building, digest, locked, model_fingerprint, reuse
 
 
 def tokenised_split(experiment: Experiment, model: str, split: TrainingSplit):
@@ -27,9 +27,10 @@ def tokenised_split(experiment: Experiment, model: str, split: TrainingSplit):
         "llamafactory": version("llamafactory"),
     }
     folder = experiment.folder / "tokenised" / digest(json.dumps(identity).encode())[:16]
-    if not reuse(folder, identity):
-        with building(folder, identity) as draft:
-            llama_factory.tokenised_rows(experiment, model, "train", split.rows).save_to_disk(draft)
+    with locked(folder.parent):  # two stages may come to need it at a time
+        if not reuse(folder, identity):
+            with building(folder, identity) as draft:
+                llama_factory.tokenised_rows(experiment, model, "train", split.rows).save_to_disk(draft)
     return load_from_disk(folder)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune import llama_factory
-from finetune.data_split import read_rows, training_split
+from finetune.data_split import reading_rows, training_split
 from finetune.tuning import check_base
 from selection.config import DatasetFormat, load_experiment
 from selection.coreset import read_features
@@ -178,7 +178,8 @@ def test_a_script_beside_the_data_is_not_run(tmp_path, canary):
     data.write_text('{"instruction": "a", "input": "", "output": "b"}\n' * 2)
     for name in ("data.py", "tmp.py", "__init__.py", f"{tmp_path.name}.py"):
         (tmp_path / name).write_text(f"open({str(canary)!r}, 'w')")
-    assert len(read_rows(data, DatasetFormat())) == 2
+    with reading_rows(data, DatasetFormat()) as found:
+        assert len(found) == 2
 
 
 def test_an_adapter_imports_nothing(adapter):
@@ -410,7 +411,8 @@ def test_features_with_a_lying_header_are_refused(tmp_path, shape):
 def test_csv_words_that_mean_nothing_elsewhere_are_words_here(tmp_path):
     with (tmp_path / "d.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["instruction", "input", "output"], ["null", "NA", "None"], ["a", "", "nan"]])
-    rows = read_rows(tmp_path / "d.csv", DatasetFormat())
+    with reading_rows(tmp_path / "d.csv", DatasetFormat()) as found:
+        rows = list(found)
     assert [list(row.values()) for row in rows] == [["null", "NA", "None"], ["a", "", "nan"]]
 
 
@@ -477,13 +479,13 @@ def test_the_fuzz_script_finds_nothing_but_what_was_broken_on_purpose():
         runpy.run_path(sys.argv[0], run_name="__main__")"""
     program = program.replace("sys.argv[0]", repr(str(REPOSITORY / "scripts" / "fuzz.py")))
     program = program.replace("[json.loads(line) for", "[ledger.Cost(**json.loads(line)) for")
-    command = [sys.executable, "-c", program, "--count", "4", "--workers", "1", "--kind", "costs", *_LIGHT]
+    command = [sys.executable, "-c", program, "--count", "8", "--workers", "1", "--kind", "costs", *_LIGHT]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     table = [line for line in done.stdout.splitlines()[1:] if not line.startswith("failed: ")]
     counts = {line[:22].strip(): list(map(int, line[22:].split()[:4])) for line in table}
-    assert counts.pop("in all")[0] == 4 * len(counts)
+    assert counts.pop("in all")[0] == 8 * len(counts)
     broken = counts.pop("costs")
     assert broken[3] > 0 and all(failed == 0 for *_, failed in counts.values()), done.stdout
     assert sorted(counts) == sorted(_LIGHT) and sum(refused for _, _, refused, _ in counts.values()) > 15

@@ -518,5 +518,5 @@ def test_a_verification_from_other_scores_is_refused(stored):
 def test_a_file_that_is_no_verification_is_refused(tmp_path, text):
     path = tmp_path / "verification.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="no verification"):
+    with pytest.raises(UserError, match=r"verification\.json is damaged"):
         read_verification(path, SETTINGS, scores_of(None))
