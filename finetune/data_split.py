@@ -5,7 +5,9 @@ so row i of our training split is row i of its train part, and published index l
 again: `train`, `eval` and every coreset are data sets of their own in `<run folder>/data/dataset_info.json`.
 """
 
+import codecs
 import contextlib
+import glob
 import hashlib
 import json
 import re
@@ -90,12 +92,12 @@ def _training_split(experiment: Experiment) -> TrainingSplit:
         )
     if list(map(file_digest, files)) != record.get("files"):
         raise UserError(
-            f"the split in {experiment.data_folder} is damaged or was changed by hand: remove {experiment.folder}"
+            f"the split in {experiment.data_folder} is damaged or was changed by hand: remove {experiment.data_folder}"
         )
     list_datasets(experiment, ["train", "eval"])
     train = _identify(experiment, "train")
     if train.fingerprint != record.get("fingerprint"):
-        raise UserError(f"{record_path} is of other rows than {files[0]}: remove {experiment.folder}")
+        raise UserError(f"{record_path} is of other rows than {files[0]}: remove {experiment.data_folder}")
     return train
 
 
@@ -114,7 +116,7 @@ def rows_of(experiment: Experiment, name: str) -> "datasets.Dataset":  # noqa: F
         rows.data.validate(full=True)  # an Arrow file with wrong offsets would be read outside its bounds
         return rows
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{path} is no data set of ours ({error}): remove {experiment.folder}") from None
+        raise UserError(f"{path} is no data set of ours ({error}): remove {experiment.data_folder}") from None
 
 
 def _content(source: Path) -> str:
@@ -176,7 +178,7 @@ def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -
         pa.ipc.new_stream(file, rows.features.arrow_schema) as writer,
     ):
         for batch in rows.with_format("arrow").iter(batch_size=1000):
-            writer.write_table(batch)
+            writer.write_table(batch.combine_chunks())  # a chosen row is a chunk of its own, with kilobytes about it
     list_datasets(experiment, [name])
     return path
 
@@ -210,6 +212,7 @@ def _check_json(path: Path) -> None:
     depth = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             marks = _TEXT.sub(b"", line).strip()
             steps = np.frombuffer(marks, dtype=np.uint8)
             steps = np.isin(steps, list(b"[{")).astype(np.int64) - np.isin(steps, list(b"]}"))
@@ -241,7 +244,9 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
         try:
             # Else pandas takes the words null, NA and None in a CSV file for nothing.
             options = {"keep_default_na": False} if path.suffix == ".csv" else {}
-            rows = load_dataset(_READERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, **options)
+            rows = load_dataset(
+                _READERS[path.suffix], data_files=glob.escape(str(path)), split="train", cache_dir=cache, **options
+            )
             rows.data.validate(full=True)  # text that is no UTF-8 would be found out row by row, or never
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None

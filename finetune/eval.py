@@ -19,11 +19,13 @@ end_on_signals()
 
 from finetune import llama_factory  # noqa: E402
 from finetune.data_split import row_id, rows_of, training_split  # noqa: E402
+from finetune.tokenised import lengths  # noqa: E402
 from finetune.tuning import check_base  # noqa: E402
 from selection.config import Experiment, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
 from selection.files import (  # noqa: E402
     building_together,
+    check_same_everywhere,
     code_version,
     digest,
     model_fingerprint,
@@ -46,7 +48,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
-    names = arguments.tuned or sorted(p.name for p in experiment.tuned_target("").glob("[!.]*"))
+    there = processes().from_leader(lambda: sorted(p.name for p in experiment.tuned_target("").glob("[!.]*")))
+    names = arguments.tuned or there
     if not names:
         raise UserError(f"no tuned target in {experiment.tuned_target('')}: run finetune-select.py first")
     for name in names:
@@ -78,13 +81,14 @@ def evaluate(experiment: Experiment, name: str) -> dict:
         "precision": precision,
     }
     together = processes()
+    check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
         print(f"evaluation: reusing {folder}")
         return read_metrics(folder)
-    with together.leader_first():
-        tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)
     cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision, processes=together.count)
-    cost.tokens = sum(map(len, tokenised["input_ids"]))  # prompts and references
+    if together.leads:
+        tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)
+        cost.tokens = int(lengths(tokenised).sum())  # prompts and references
     with building_together(folder, identity) as draft, measured(experiment.folder, cost):
         computed = llama_factory.predict(experiment, experiment.target_model, tuned, draft, precision)
         if together.leads:

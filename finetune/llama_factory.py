@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -155,6 +156,19 @@ def _quiet():
 
 
 @contextlib.contextmanager
+def _own_cache():
+    """`datasets` keeps a copy of everything it reads, for ever, in the user's home; here only as long as needed."""
+    from datasets import config
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        kept, config.HF_DATASETS_CACHE = config.HF_DATASETS_CACHE, Path(folder)
+        try:
+            yield
+        finally:
+            config.HF_DATASETS_CACHE = kept
+
+
+@contextlib.contextmanager
 def _alone():
     """Without torchrun's variables: what the leader does before the others is not to wait for them."""
     names = [name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith("LOCAL_")]
@@ -195,7 +209,7 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
 
     arguments = _arguments(experiment, model, experiment.folder, "fp32") | {"dataset": dataset, "do_train": True}
     arguments["use_cpu"] = True  # or LLaMA-Factory refuses where it sees several GPUs
-    with _user_errors(f"model {model}, template {experiment.template}"), _alone():
+    with _user_errors(f"model {model}, template {experiment.template}"), _alone(), _own_cache():
         model_args, data_args, training_args, _, _ = get_train_args(arguments)
         training_args.log_level, training_args.log_level_replica = "error", "error"
         tokenizer_module = load_tokenizer(model_args)
@@ -287,19 +301,26 @@ def _progress(stage: str):
     return Progress()
 
 
+def _run(arguments: dict[str, Any], what: str, bar: str) -> None:
+    """LLaMA-Factory's training or generation, in all processes of this call. Raises: UserError with its objection."""
+    import_llama_factory()
+    from llamafactory.train.tuner import run_exp
+
+    from selection.models import incomplete_adapters_refused
+
+    together = processes()
+    with _user_errors(what), _quiet(), _own_cache(), together.process_group(), incomplete_adapters_refused():
+        run_exp(arguments, callbacks=[_progress(bar)])
+    together.wait()  # the leader writes
+
+
 def tune(
     experiment: Experiment, model: str, dataset: str, output_dir: Path, precision: str, keys: dict[str, Any]
 ) -> dict[str, Any]:
     """Tune `model` on a data set of the run folder as `training:` and `keys` ask; returns the trainer's metrics."""
-    import_llama_factory()
-    from llamafactory.train.tuner import run_exp
-
     arguments = _arguments(experiment, model, output_dir, precision) | {"dataset": dataset, "do_train": True}
     arguments |= {"save_strategy": "no", "include_num_input_tokens_seen": "non_padding"} | experiment.training | keys
-    _check(arguments, f"tuning {model}")
-    with _user_errors(f"tuning {model}"), _quiet():
-        run_exp(arguments, callbacks=[_progress("tuning")])
-    processes().wait()  # the leader writes
+    _run(arguments, f"tuning {model}", "tuning")
     return read_json(output_dir / "train_results.json") | {
         "tokens": read_json(output_dir / "trainer_state.json")["num_input_tokens_seen"]
     }
@@ -313,9 +334,6 @@ def predict(
     Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics, in
     percent: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters.
     """
-    import_llama_factory()
-    from llamafactory.train.tuner import run_exp
-
     arguments = _arguments(experiment, model, output_dir, precision) | {
         "eval_dataset": "eval",
         "do_predict": True,
@@ -328,11 +346,7 @@ def predict(
         arguments |= {"adapter_name_or_path": str(tuned), "finetuning_type": "lora"}
     elif tuned is not None:  # finetuning_type: full leaves a whole model
         arguments["model_name_or_path"] = str(tuned)
-    _check(arguments, f"evaluating {model}")
-    from selection.models import incomplete_adapters_refused
-
-    with _user_errors(f"evaluating {model}"), _quiet(), incomplete_adapters_refused():
-        run_exp(arguments, callbacks=[_progress("answers")])
+    _run(arguments, f"evaluating {model}", "answers")
     if processes().leads:
         (output_dir / "generated_predictions.jsonl").rename(output_dir / "predictions.jsonl")
     return read_json(output_dir / "predict_results.json") if processes().leads else {}
@@ -362,11 +376,3 @@ def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, lis
     metric = ComputeSimilarity(tokenizer=Texts)
     metric(EvalPrediction(numbers[: len(answers)], numbers[len(answers) :]), compute_result=False)
     return metric.score_dict
-
-
-def _check(arguments: dict[str, Any], what: str) -> None:
-    """Let LLaMA-Factory parse the arguments, before anything is computed. Raises: UserError with its objection."""
-    from llamafactory.hparams import get_train_args
-
-    with _user_errors(what):
-        get_train_args(dict(arguments))

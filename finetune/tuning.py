@@ -11,7 +11,7 @@ from finetune.data_split import row_id, rows_of, write_dataset
 from selection.config import Experiment
 from selection.device import choose_precision, device_name
 from selection.errors import UserError
-from selection.files import building_together, digest, made_from, model_fingerprint, reuse
+from selection.files import building_together, check_same_everywhere, digest, made_from, model_fingerprint, reuse
 from selection.ledger import TARGET_TUNING, Cost, measured
 from selection.processes import processes
 
@@ -43,20 +43,22 @@ def tune_once(
         "precision": precision,
         "keys": experiment.training | keys,
     }
+    check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
         print(f"{stage}: reusing {folder}")
         return
     shares = share_of_batch(experiment.training | keys, together.count)
-    if together.leads:
-        if dataset != "train":  # which stands there, for all stages
-            print(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
-        # What can be wrong with the rows is found before anything costs, with the held-out ones too.
-        llama_factory.tokenised_rows(experiment, model, dataset, rows)
-        llama_factory.tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
     what = folder.name if stage == TARGET_TUNING else model
     if report:
         os.environ.setdefault("WANDB_DIR", str(experiment.folder))  # else it writes into the working directory
     with building_together(folder, identity) as draft:
+        if together.leads:
+            if dataset != "train":  # which stands there, for all stages
+                print(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
+            # What can be wrong with the rows is found before anything costs, with the held-out ones too.
+            llama_factory.tokenised_rows(experiment, model, dataset, rows)
+            llama_factory.tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
+        together.wait()
         cost = Cost(stage, what, len(rows), device=device_name(), precision=precision, processes=together.count)
         with measured(experiment.folder, cost):
             metrics = llama_factory.tune(experiment, model, dataset, draft, precision, keys | shares | report)
@@ -78,7 +80,7 @@ def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:
     if samples % processes:
         raise UserError(
             f"{processes} processes cannot share the {samples} samples of a step (training: "
-            "per_device_train_batch_size x gradient_accumulation_steps): give another number of processes"
+            "per_device_train_batch_size x gradient_accumulation_steps): give NPROC=1 or another number"
         )
     share = samples // processes
     at_once = max(n for n in range(1, min(size, share) + 1) if share % n == 0)

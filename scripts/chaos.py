@@ -28,6 +28,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLI
 import numpy as np  # noqa: E402
 from torch.distributed import TCPStore  # noqa: E402
 
+import selection.processes  # noqa: E402
 from finetune.llama_factory import import_llama_factory  # noqa: E402
 from selection.config import REPOSITORY  # noqa: E402
 from selection.errors import run_stage  # noqa: E402
@@ -208,6 +209,7 @@ def fork(line: list[str], rank: int, count: int, store: TCPStore | None, log: Pa
             os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         processes.cache_clear()
+        selection.processes._PARENT = os.getppid()
         sys.argv = [str(REPOSITORY / line[0]), *line[1:]]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
@@ -233,7 +235,7 @@ def difference(unbroken: Path, run: Path) -> str | None:
             if not np.array_equal(one.index, other.index) or one.effort.tobytes() != other.effort.tobytes():
                 return f"{stored} has other scores"
     files, patterns = (
-        ["verification.json"],
+        ["verification.json", "scores/small/manifest.json", "scores/target/manifest.json"],
         (
             "data/*.arrow",
             "coresets/*.json",
@@ -243,6 +245,8 @@ def difference(unbroken: Path, run: Path) -> str | None:
         ),
     )
     files += [str(path.relative_to(unbroken)) for pattern in patterns for path in unbroken.glob(pattern)]
+    if (run / "scores" / "small" / "plan.json").exists():
+        return "scores/small has a plan that is done"
     for name in files:
         if (run / name).exists() and file_digest(run / name) != file_digest(unbroken / name):
             return f"{name} is not the same"

@@ -56,7 +56,7 @@ def print_table(experiment: Experiment, rate: float) -> None:
 
 def draw_selection(experiment: Experiment, coreset: dict) -> Path:
     """One picture: where the scores lie, how they are cut, what the target says of each stratum and what it gets."""
-    scores = read_scores(experiment.small_scores, ids=False).of_all_rows()
+    scores = read_scores(experiment.small_scores, ids=False).effort
     strata = coreset["strata"]
     edges = np.array([s["score_range"] for s in strata])
     centres, widths = edges.mean(axis=1), (edges[:, 1] - edges[:, 0]) * 0.9

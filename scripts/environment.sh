@@ -7,13 +7,16 @@ fi
 # run COMMAND …: ends as the command ends; Ctrl-C and SIGTERM reach it, so that no stage goes on without its script.
 run() {
     "$@" &
-    local child=$! status=0
-    trap 'kill -INT "$child" 2> /dev/null' INT
-    trap 'kill -TERM "$child" 2> /dev/null' TERM
-    while kill -0 "$child" 2> /dev/null; do
+    local child=$! status=0 stopped=0
+    # A script's children in the background never see SIGINT, so both arrive as SIGTERM.
+    trap 'stopped=130; kill -TERM "$child" 2> /dev/null' INT
+    trap 'stopped=143; kill -TERM "$child" 2> /dev/null' TERM
+    wait "$child" && status=0 || status=$?
+    while kill -0 "$child" 2> /dev/null; do # a signal ends the wait, not the child
         wait "$child" && status=0 || status=$?
     done
     trap - INT TERM
+    [ "$stopped" -eq 0 ] || status=$stopped
     return "$status"
 }
 

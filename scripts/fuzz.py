@@ -12,6 +12,7 @@ can vouch (a stranger's numbers) the result must be sound.
 
 import argparse
 import contextlib
+import copy
 import csv
 import gc
 import io
@@ -51,6 +52,7 @@ from finetune.data_split import row_id, rows_of, training_split  # noqa: E402
 from selection import coreset_files, scoring  # noqa: E402
 from selection.config import REPOSITORY, load_experiment  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
+from selection.files import _seal  # noqa: E402
 from selection.ledger import VERIFICATION  # noqa: E402
 from selection.models import load_for_scoring, parameters_of  # noqa: E402
 from selection.score_files import read_scores  # noqa: E402
@@ -108,7 +110,7 @@ def mutate_value(value: object, rng: random.Random) -> object:
     nodes = list(_nodes(value))
     parent, key = rng.choice(nodes)
     if parent is None:
-        return rng.choice(_ODD)
+        return copy.deepcopy(rng.choice(_ODD))
     old = parent[key]
     what = rng.randrange(8)
     if what == 0:
@@ -130,7 +132,7 @@ def mutate_value(value: object, rng: random.Random) -> object:
         at = rng.randrange(len(old) + 1)
         parent[key] = old[:at] + rng.choice(["", "0", "a", "/", "\0", "\n", "..", "é", "\\"]) + old[at + 1 :]
     else:
-        parent[key] = rng.choice(_ODD)
+        parent[key] = copy.deepcopy(rng.choice(_ODD))
     return value
 
 
@@ -143,6 +145,15 @@ def _nodes(value: object, parent=None, key=None):
 
 def _to_json(value: object) -> bytes:
     return json.dumps(value).replace('"PLACEHOLDER-NEST"', "[" * 3000 + "]" * 3000).encode()
+
+
+def mutate_sealed(data: bytes, rng: random.Random) -> bytes:
+    """With the checksum that fits, which anybody can compute."""
+    data = mutate_json(data, rng)
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        value = {key: each for key, each in json.loads(data).items() if key != "sha256"}
+        data = _to_json(value | {"sha256": _seal(value)})
+    return data
 
 
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
@@ -629,6 +640,12 @@ KINDS = {
     "scores.csv": Kind("scores.csv", mutate_csv, cut("scores.csv", "scores.parquet"), sound_coresets),
     "features.npy": Kind("features.npy", mutate_npy, cut("scores.csv", None, *_MODERATE), sound_coresets),
     "verification": Kind(_VERIFICATION, mutate_json, cut(_SMALL, None, "--verification", _VERIFICATION), same),
+    "manifest, sealed": Kind(f"{_SMALL}/manifest.json", mutate_sealed, cut(_SMALL, _TARGET), sound_coresets),
+    "score plan, sealed": Kind("run/scores/begun/plan.json", mutate_sealed, run_plan, close),
+    "verification, sealed": Kind(
+        _VERIFICATION, mutate_sealed, cut(_SMALL, None, "--verification", _VERIFICATION), sound_coresets
+    ),
+    "split, sealed": Kind("run/data/split.json", mutate_sealed, run_split, anything),
     "coreset.json": Kind(_STAFF, mutate_json, run_select(_STAFF), same_or_without_hashes),
     "coreset.pt": Kind("rows.pt", mutate_pt, run_select("rows.pt"), same),
     "costs": Kind("run/costs.jsonl", mutate_jsonl, run_costs, plain_numbers),

@@ -21,12 +21,15 @@ from typing import Any, get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 import numpy as np  # noqa: E402
 
 from selection.baselines import baseline, columns_of  # noqa: E402
 from selection.config import Experiment, Method, Selection, validated  # noqa: E402
 from selection.coreset_files import write_coreset  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
 from selection.score_files import Scores, check_features, read_scores  # noqa: E402
 from selection.staff import Choice, Strata, choose_staff  # noqa: E402
@@ -124,7 +127,7 @@ def scores_of(experiment: Experiment, method: str) -> Path:
 
 def cut_staff(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:
     settings, scores = Settings.of(selection), read_scores(source, ids=False)
-    speculative = scores.of_all_rows()
+    speculative = scores.check_complete().effort
     verification = arguments.verification
     if experiment is not None and not arguments.target_scores:
         verification = verification or experiment.verification
@@ -147,7 +150,12 @@ def verified_strata(
     if (target_scores is None) == (verification is None):
         raise UserError("STAFF needs either --target_scores or --verification beside --scores")
     if target_scores is None:
-        return read_verification(verification, settings, scores)
+        records = read_verification(verification, settings, scores)
+        if len(records) != len(strata.members):
+            raise UserError(
+                f"{verification} has {len(records)} strata, the scores {len(strata.members)}: run verify.py"
+            )
+        return records
     target, num_rows = read_scores(target_scores, ids=False), len(scores.index) + len(scores.left_out)
     if target.index[-1] >= num_rows:
         raise UserError(

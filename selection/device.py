@@ -5,12 +5,17 @@ from pathlib import Path
 
 import torch
 
+from selection.errors import UserError
+
 
 def device() -> torch.device:
     """The first visible GPU, of several processes on a host each its own, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise UserError(f"process {number} of this host has no GPU: give at most NPROC={torch.cuda.device_count()}")
+    return torch.device("cuda", number)
 
 
 def choose_precision(asked: str) -> str:

@@ -1,18 +1,22 @@
 """How a stage ends when something is wrong with what the user gave it: one line, exit code 2."""
 
 import errno
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 # What the system refuses and the user can mend: no space, no permission, a read-only file system, and the like.
 _OF_THE_SYSTEM = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
     errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.ETIMEDOUT, errno.ENOTCONN,
 }  # fmt: skip
 
+_ONE_SIGNAL = 10.0  # seconds within which signals count as one
 _INTERRUPTED = "interrupted: call the same command again to go on"
 
 
@@ -86,7 +90,13 @@ def _end(number: int, frame) -> None:
     os._exit(128 + number)
 
 
+_interrupted_at = -math.inf
+
+
 def _interrupt(number: int, frame) -> None:
-    """The first signal counts; torchrun and terminals send several, and the end is not to be interrupted."""
-    _on_signals(signal.SIG_IGN)
-    raise Interrupted(number)
+    """The first signal counts: torchrun and terminals send several, and the end is not to be interrupted. One that
+    comes much later is meant: a library may have swallowed the first."""
+    global _interrupted_at
+    if time.monotonic() - _interrupted_at > _ONE_SIGNAL:
+        _interrupted_at = time.monotonic()
+        raise Interrupted(number)

@@ -140,11 +140,17 @@ def write_sealed(path: Path, record: dict[str, Any]) -> None:
     write_json(path, {**record, "sha256": _seal(record)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Raises: UserError where it is missing, no JSON object, or does not say what was written."""
+def read_sealed(path: Path, remove: Path | None = None) -> dict[str, Any]:
+    """Raises: UserError where it is missing, no JSON object, or does not say what was written.
+
+    `remove`: what has to go then, where it is more than the file.
+    """
     record = read_record(path)
     if record.pop("sha256", None) != _seal(record):
-        raise UserError(f"{path} is damaged (its checksum does not fit): remove it and make it again")
+        raise UserError(
+            f"{path} is damaged (its checksum does not fit), or of an earlier version: remove {remove or 'it'} and "
+            "make it again"
+        )
     return record
 
 
@@ -177,6 +183,15 @@ def first_difference(stored: dict, wanted: dict) -> str | None:
         if stored.get(key) != wanted.get(key):
             return f"{key}: stored {json.dumps(stored.get(key))}, now {json.dumps(wanted.get(key))}"
     return None
+
+
+def check_same_everywhere(identity: dict) -> None:
+    """Of several processes: see that all would make the same. Raises: UserError naming the host that would not."""
+    if difference := first_difference(processes().from_leader(lambda: identity), identity):
+        raise UserError(
+            f"host {socket.gethostname()} would compute otherwise than the first one ({difference}): give all hosts "
+            "the same models, devices and arguments"
+        )
 
 
 def reuse(folder: Path, identity: dict) -> bool:

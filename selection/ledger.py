@@ -77,8 +77,10 @@ def _append(run_folder: Path, cost: Cost, seconds: float) -> None:
     peak = gpu.max_memory_allocated() if gpu else resident
     cost.peak_memory_gb = round(peak / 1e9, 2)
     cost.finished = time.strftime("%Y-%m-%dT%H:%M:%S")
-    with locked(run_folder), ledger_path(run_folder).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(cost)) + "\n")
+    with locked(run_folder), ledger_path(run_folder).open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut off
+        file.write(json.dumps(asdict(cost)).encode() + b"\n")
     print(
         f"{cost.stage} of {cost.what}: {cost.samples} samples, {cost.tokens} tokens, {cost.seconds:.1f} s, "
         f"peak memory {cost.peak_memory_gb:.2f} GB"

@@ -5,6 +5,7 @@ own for training. They share the run folder, which several hosts need to see (a 
 """
 
 import contextlib
+import datetime
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 from selection.errors import UserError
 
+_PARENT = os.getppid()  # torchrun, where there is one
 _SILENCE = 60.0  # seconds without a sign of life after which a process counts as dead
 _BETWEEN_SIGNS = 2.0
 _GO_ON = "what is finished is kept; call the same command again, on all hosts, to go on"
@@ -33,7 +35,7 @@ class Processes:
 
     def __init__(self, rank: int, count: int):
         self.rank, self.count = rank, count
-        self._store, self._waits = None, 0
+        self._store, self._waits, self._groups = None, 0, 0
         if count > 1:
             self._join()
 
@@ -80,28 +82,55 @@ class Processes:
         return [json.loads(self._ask("get", key)) for key in keys]
 
     def first_to_say(self, text: str) -> bool:
-        """Whether no other process has said the same before; the others learn that this one ended with it.
+        """Whether nobody on this host has said before why the run ends; the others learn that this one ended with it.
 
-        Interruptions are news only where nothing failed before: torchrun stops all when one has failed.
+        What comes later follows from it: torchrun stops all when one has failed, and their libraries complain.
         """
         if self._store is None:
             return True
         with contextlib.suppress(UserError):  # the store may be what failed
-            known = self._ask("check", ["failed"])
-            if not known:
+            if not self._ask("check", ["failed"]):
                 self._ask("set", "failed", json.dumps([socket.gethostname(), text]))
-            return self._ask("add", f"said {text}", 1) == 1 and not (known and text.startswith("interrupted"))
+            return self._ask("add", f"said on {socket.gethostname()}", 1) == 1
         return True
+
+    @contextlib.contextmanager
+    def process_group(self) -> Iterator[None]:
+        """A process group for what runs inside, torch's default one: LLaMA-Factory would make its own.
+
+        It makes one for each tuning in a call, and torch lets the second one find the first one's addresses.
+        """
+        if self._store is None:
+            yield
+            return
+        import torch
+        from torch import distributed
+
+        self._groups += 1
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store = distributed.PrefixStore(f"group-{self._groups}", self._store)
+        # Long, as the leader alone computes the metrics and writes while the others wait.
+        distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store, rank=self.rank, world_size=self.count, timeout=datetime.timedelta(hours=6),
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
 
     def _join(self) -> None:
         from torch.distributed import rendezvous
 
         self._asked: float | None = None  # when the question was put that the store has not answered yet
+        threading.Thread(target=self._watch, daemon=True).start()
         try:
             self._store = next(rendezvous("env://"))[0]
         except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
             raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}: use torchrun") from None
-        threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
         self._ask("set", f"host-{self.rank}", socket.gethostname())
         self._signs, self._heard = [0] * self.count, [time.monotonic()] * self.count
         threading.Thread(target=self._give_signs, daemon=True).start()
@@ -124,9 +153,9 @@ class Processes:
                 self._store.add(f"sign-{self.rank}", 1)
                 time.sleep(_BETWEEN_SIGNS)
 
-    def _watch(self, parent: int) -> None:
+    def _watch(self) -> None:
         """End when torchrun, which made this process, is gone, or the network: then nobody would be told otherwise."""
-        while os.getppid() == parent:
+        while os.getppid() == _PARENT:
             time.sleep(0.5)
             asked = self._asked
             if asked is not None and time.monotonic() - asked > _SILENCE:

@@ -4,12 +4,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from typing_extensions import TypedDict
 
 from selection.errors import UserError
@@ -81,10 +82,11 @@ class Scores:
         return self
 
     def of_all_rows(self) -> np.ndarray:
-        """The effort scores as (N,), row by row (those of `index`, where rows were left out).
-
-        Raises: UserError where a row of the training split was not scored.
-        """
+        """The effort scores as (N,), row by row. Raises: UserError where a row of the training split has none."""
+        if len(self.left_out):
+            raise UserError(
+                f"{self.source}: row {self.left_out[0]} was left out in scoring: every row needs a score here"
+            )
         return self.check_complete().effort
 
     def only(self, rows: np.ndarray) -> "Scores":
@@ -121,6 +123,10 @@ class _Identity(TypedDict):
     data_fingerprint: str
 
 
+_Batch = Annotated[list[NonNegativeInt], Field(min_length=1)]
+_Part = Annotated[list[_Batch], Field(min_length=1)]
+
+
 class _Manifest(TypedDict):
     identity: _Identity
     num_rows: PositiveInt
@@ -129,7 +135,7 @@ class _Manifest(TypedDict):
 
 
 def _read_manifest(folder: Path) -> dict:
-    record = read_sealed(folder / "manifest.json")
+    record = read_sealed(folder / "manifest.json", remove=folder)
     checked(_Manifest, record, folder / "manifest.json")
     return record
 
@@ -147,6 +153,9 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
         named = np.array(manifest["left_out"], dtype=np.int64)
     else:
         fingerprint = num_rows = None
+    asked = columns
+    if (path / "plan.json").exists() and "effort" not in columns:  # not finished: nothing else says who is left out
+        columns = ("effort", *columns)
     names = ("index", "id", *columns) if ids else ("index", *columns)
     indices, pieces, id_pieces = [], {name: [] for name in columns}, []
     for part in _parts(path):
@@ -183,6 +192,7 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
         left_out, index = index[nothing], index[~nothing]
         figures = {name: values[~nothing] for name, values in figures.items()}
         names_of_rows = names_of_rows and [each for each, out in zip(names_of_rows, nothing, strict=True) if not out]
+    figures = {name: figures[name] for name in asked}
     for name, values in figures.items():
         if name == "hidden_state":
             check_features(values, index, str(path))
@@ -364,6 +374,8 @@ class ScoreFolder:
 
     def drop_damaged(self) -> None:
         """Remove parts whose content is not what was written, saying so: their rows count as missing again."""
+        for left in self.path.glob(".part-*.partial"):  # of a killed process
+            left.unlink(missing_ok=True)
         for part in self.path.glob("part-*.parquet"):
             if not is_intact(part):
                 print(f"{part} is damaged: its rows are scored again")
@@ -388,13 +400,18 @@ class ScoreFolder:
         if not (planned <= set(rows.tolist()) and set(missing.tolist()) <= planned):  # not the plan of this request
             parts = make_parts(missing)
             write_sealed(self.plan_path, {"parts": parts})
-        return [part for part in parts if not any(self.path.glob(f"part-{_plan_id(part)}-*.parquet"))]
+        return self.remaining()
+
+    def remaining(self) -> list[list[list[int]]]:
+        """Of the plan in progress, the parts still to be scored."""
+        return [part for part in self._planned() if not any(self.path.glob(f"part-{_plan_id(part)}-*.parquet"))]
 
     def _planned(self) -> list[list[list[int]]]:
         """All parts of the plan in progress; none where there is no plan, or a damaged one."""
         try:
-            return read_sealed(self.plan_path)["parts"] if self.plan_path.exists() else []
-        except (UserError, KeyError):
+            plan = read_sealed(self.plan_path) if self.plan_path.exists() else {"parts": []}
+            return checked(list[_Part], plan.get("parts"), self.plan_path)
+        except UserError:
             return []
 
     def write_part(self, part: list[list[int]], columns: dict[str, np.ndarray]) -> None:
@@ -413,8 +430,12 @@ class ScoreFolder:
     def finish(self, rows: np.ndarray) -> None:
         """Every one of `rows` has its score: note those that are not finite, forget the plan.
 
-        Raises: UserError where they are more than 1 %.
+        Raises: UserError where a row has none, or where those that are not finite are more than 1 %.
         """
+        if not self.plan_path.exists():
+            return
+        if len(missing := self.missing(rows)):
+            raise UserError(f"{self.path}: row {missing[0]} was not scored: call the same command again")
         self.manifest["left_out"] = read_scores(self.path, ids=False).left_out.tolist()
         write_sealed(self.manifest_path, self.manifest)
         self.check_left_out(rows)

@@ -18,7 +18,7 @@ from selection.config import Experiment
 from selection.device import choose_precision, device_name
 from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory, tokens_per_batch
 from selection.errors import UserError
-from selection.files import held, model_fingerprint
+from selection.files import check_same_everywhere, held, model_fingerprint
 from selection.ledger import TARGET_SCORES, Cost, measured
 from selection.models import count_parameters, load_for_scoring, placement, tuning_lora, with_fresh_lora
 from selection.processes import processes, shards
@@ -56,14 +56,16 @@ def score_rows(
 def _score_rows(experiment, split, model, tuned, rows, folder, stage) -> None:
     settings, together = experiment.selection, processes()
     with together.leader_first():
-        store = ScoreFolder(
-            folder, score_identity(experiment, split, model, tuned), num_rows=len(split.rows), columns=settings.columns
-        )
+        identity = score_identity(experiment, split, model, tuned)
+        store = ScoreFolder(folder, identity, num_rows=len(split.rows), columns=settings.columns)
         if together.leads:
             store.drop_damaged()
-    precision = store.manifest["identity"]["precision"]
+    check_same_everywhere(identity)
+    precision = identity["precision"]
     store.check_left_out(rows)
     if not together.from_leader(lambda: len(store.missing(rows))):
+        if together.leads:
+            store.finish(rows)  # where a run was killed just before
         print(f"{stage}: reusing {folder}")
         return
     with together.leader_first():
@@ -96,19 +98,18 @@ def _score_rows(experiment, split, model, tuned, rows, folder, stage) -> None:
         if first := rows[: settings.self_test].tolist():
             samples = tokenised[first]
             names = [f"row {row} of the training split (id {split.ids[row]})" for row in first]
-            noise = "8 bit" if store.manifest["identity"].get("quantization_bit") == 8 else precision
+            noise = "8 bit" if identity["quantization_bit"] == 8 else precision
             worst = self_test(scorer, samples["input_ids"], samples["labels"], names, noise, budget)
             print(
                 f"self-test: {len(first)} samples in a batch and one by one agree to {worst:.2g} relative "
                 f"({noise} allows {TOLERANCE[noise]:g})"
             )
-        parts = together.from_leader(
-            lambda: store.plan(
-                rows,
-                lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)),
-                about={"model": model, "tuned": tuned and tuned.name, "phi_modules": scorer.phi.modules},
-            )
-        )
+        with together.leader_first():
+            if together.leads:
+                about = {"model": model, "tuned": tuned and tuned.name, "phi_modules": scorer.phi.modules}
+                store.plan(rows, lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)), about)
+            parts = store.remaining()
+        together.wait()  # nobody writes a part before all have seen what remains
         tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
         own = [parts[i] for i in shards(tokens, together.count)[together.rank]]
         left_out = 0

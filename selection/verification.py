@@ -8,7 +8,7 @@ import numpy as np
 
 from selection.config import Selection
 from selection.errors import UserError
-from selection.files import digest, first_difference, read_sealed, write_sealed
+from selection.files import checked, digest, first_difference, read_sealed, write_sealed
 from selection.score_files import Scores
 from selection.staff import Strata, draw_verification_samples, min_max_normalise, stratify, verification_ratio
 
@@ -111,7 +111,7 @@ def read_verification(path: Path, settings: Settings, speculative: Scores) -> li
     value, wanted = read_sealed(path), _made_from(settings, speculative)
     if difference := first_difference({key: value.get(key) for key in wanted}, wanted):
         raise UserError(f"{path} was made otherwise ({difference}): run verify.py again under the settings of now")
-    return [StratumRecord(**{**r, "score_range": tuple(r["score_range"])}) for r in value["strata"]]
+    return checked(list[StratumRecord], value.get("strata"), path)
 
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:

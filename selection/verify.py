@@ -33,7 +33,7 @@ def main() -> None:
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
     scores = read_scores(experiment.small_scores, ids=False)
     ScoreFolder(experiment.small_scores, score_identity(experiment, split, small, tuned), len(every))  # or refuse
-    speculative = scores.of_all_rows()
+    speculative = scores.check_complete().effort
     drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(speculative, settings), settings))])
     rows = every if experiment.selection.verify_all else drawn
     if not len(rows):

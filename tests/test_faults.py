@@ -86,17 +86,21 @@ def test_scores_and_coresets_do_not_depend_on_the_number_of_processes(make_exper
 
 def test_two_processes_tune_and_evaluate_as_one_does(make_experiment, rows, stage, tmp_path):
     config, tuned = make_experiment(rows), {}
+    torch.save(list(range(24)), tmp_path / "all.pt")
+    torch.save(list(range(8)), tmp_path / "some.pt")
     for count in (1, 2):
         at = ("--config_path", config, "--set", f"output_dir={tmp_path / str(count)}")
-        for script in ("finetune/finetune.py", "finetune/eval.py"):
-            code, said = stage(script, *at, *(("--model", "target") if "finetune.py" in script else ()), count=count)
+        # More than one in a call: each has a process group of its own.
+        tune = ("finetune/finetune-select.py", *at, "--select_path", tmp_path / "all.pt", tmp_path / "some.pt")
+        for command in (tune, ("finetune/eval.py", *at)):
+            code, said = stage(*command, count=count)
             assert code == 0, said
-        tuned[count] = load_file(tmp_path / str(count) / "target" / "full" / "adapter_model.safetensors")
-        assert made_from(tmp_path / str(count) / "eval" / "full")
+        tuned[count] = load_file(tmp_path / str(count) / "target" / "all" / "adapter_model.safetensors")
+        assert made_from(tmp_path / str(count) / "eval" / "some")
     # 24 rows are 6 full steps of 4 samples: the same samples in every step.
     for name, weight in tuned[1].items():
         torch.testing.assert_close(tuned[2][name], weight, rtol=1e-3, atol=1e-5)
-    answers = [(tmp_path / str(count) / "eval" / "full" / "predictions.jsonl").read_text() for count in (1, 2)]
+    answers = [(tmp_path / str(count) / "eval" / "all" / "predictions.jsonl").read_text() for count in (1, 2)]
     assert len(answers[0].splitlines()) == 6
     assert [json.loads(line)["label"] for line in answers[1].splitlines()] == [
         json.loads(line)["label"] for line in answers[0].splitlines()
@@ -211,6 +215,28 @@ def test_a_plan_that_cannot_be_read_is_made_again(make_experiment, rows, tmp_pat
     np.testing.assert_allclose(read_scores(folder).effort, read_scores(tmp_path / "unbroken").effort, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("command", "sent", "code"),
+    [
+        ("true", None, 0),
+        ("exit 7", None, 7),
+        ("no_such_command", None, 127),
+        ("sleep 60", "INT", 130),
+        ("sleep 60", "TERM", 143),
+        ("source environment.sh; run sleep 60", "INT", 130),
+    ],
+)
+def test_the_shell_scripts_end_as_their_stages_end(command, sent, code):
+    script = f'set -e; source environment.sh; echo ready; run bash -c "{command}"; echo on'
+    process = subprocess.Popen(["bash", "-c", script], cwd=REPOSITORY / "scripts", stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "ready\n"
+    if sent:
+        time.sleep(0.5)
+        process.send_signal(getattr(signal, f"SIG{sent}"))
+    assert process.communicate(timeout=20)[0] == ("on\n" if code == 0 else "")
+    assert process.returncode == code
+
+
 # A second run, a full disk
 
 
@@ -243,7 +269,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays_usable(selected, st
 def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tmp_path, stage, monkeypatch, method):
     varied = [row | {"output": f"{row['output']} {i}."} for i in range(5) for row in rows]
     config = make_experiment(varied, small_training={"num_train_epochs": 0}, cutoff_len=1024)
-    experiment = load_experiment(config, ["selection.self_test=0"])
+    experiment = load_experiment(config)
     split, score, every = training_split(experiment), EffortScorer.score, np.arange(120)
     odd = split.ids[7]
     tokens = []
@@ -262,9 +288,16 @@ def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tm
     score_rows(experiment, split, experiment.small_model, None, every, experiment.small_scores, VERIFICATION)
     assert read_json(experiment.small_scores / "manifest.json")["left_out"] == [7]
     scores = read_scores(experiment.small_scores)
-    assert len(scores.of_all_rows()) == 119 and 7 not in scores.index and odd not in scores.ids
+    assert len(scores.check_complete().effort) == 119 and 7 not in scores.index and odd not in scores.ids
     score_rows(experiment, split, experiment.target_model, None, every, experiment.target_scores, VERIFICATION)
     monkeypatch.undo()
+    # Killed before the last word, the run says it when called again.
+    path, plan = experiment.small_scores / "manifest.json", experiment.small_scores / "plan.json"
+    write_sealed(plan, {"parts": []})
+    write_sealed(path, read_sealed(path) | {"left_out": []})
+    assert read_scores(experiment.small_scores, columns=()).left_out.tolist() == [7]
+    score_rows(experiment, split, experiment.small_model, None, every, experiment.small_scores, VERIFICATION)
+    assert read_sealed(path)["left_out"] == [7] and not plan.exists()
     at = ("--config_path", config, "--method", method, "--rate", 0.5, 1.0)
     if method == "staff":
         code, said = stage("selection/verify.py", "--config_path", config)

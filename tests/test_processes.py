@@ -28,6 +28,7 @@ def together(count: int, work, ends: float = 60) -> list:
         os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0"}
         processes.cache_clear()
+        selection.processes._PARENT = os.getppid()
         try:
             end.send(work(processes()))
         except UserError as error:
