@@ -53,7 +53,15 @@ def score_rows(
         together.wait()  # the leader's lock is everybody's
 
 
-def _score_rows(experiment, split, model, tuned, rows, folder, stage) -> None:
+def _score_rows(
+    experiment: Experiment,
+    split: TrainingSplit,
+    model: str,
+    tuned: Path | None,
+    rows: np.ndarray,
+    folder: Path,
+    stage: str,
+) -> None:
     settings, together = experiment.selection, processes()
     with together.leader_first():
         identity = score_identity(experiment, split, model, tuned)
@@ -61,7 +69,6 @@ def _score_rows(experiment, split, model, tuned, rows, folder, stage) -> None:
         if together.leads:
             store.drop_damaged()
     check_same_everywhere(identity)
-    precision = identity["precision"]
     store.check_left_out(rows)
     if not together.from_leader(lambda: len(store.missing(rows))):
         if together.leads:
@@ -71,35 +78,18 @@ def _score_rows(experiment, split, model, tuned, rows, folder, stage) -> None:
     with together.leader_first():
         tokenised = tokenised_split(experiment, model, split)
     lengths = lengths_of(tokenised)
-    cost = Cost(stage, model, device=device_name(), precision=precision, processes=together.count)
+    cost = Cost(stage, model, device=device_name(), precision=identity["precision"], processes=together.count)
     with measured(experiment.folder, cost):
-        loaded = load_for_scoring(
-            llama_factory.model_path(model),
-            tuned,
-            precision,
-            # Of the speculator: what the released code did to a tuned target is not known.
-            settings.mode == "released" and tuned is not None and stage != TARGET_SCORES,
-            **placement(experiment, model, tuned),
-        )
-        cost.parameters = count_parameters(loaded)
-        if highest_token(tokenised) >= loaded.get_input_embeddings().num_embeddings:
+        scorer = _load_scorer(experiment, model, tuned, stage, store, cost)
+        if highest_token(tokenised) >= scorer.model.get_input_embeddings().num_embeddings:
             raise UserError(
                 f"template {experiment.template} makes a token that {model} has no embedding for: "
                 "give the model's own template"
             )
-        if settings.phi == "all_lora" and not isinstance(loaded, PeftModel):
-            loaded = with_fresh_lora(
-                loaded, **tuning_lora(experiment.training | experiment.target_training), seed=settings.seed
-            )
-        scorer = EffortScorer(
-            loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, store.manifest["columns"]
-        )
         budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
         if first := rows[: settings.self_test].tolist():
-            samples = tokenised[first]
-            names = [f"row {row} of the training split (id {split.ids[row]})" for row in first]
-            noise = "8 bit" if identity["quantization_bit"] == 8 else precision
-            worst = self_test(scorer, samples["input_ids"], samples["labels"], names, noise, budget)
+            samples, noise = tokenised[first], "8 bit" if identity["quantization_bit"] == 8 else identity["precision"]
+            worst = self_test(scorer, samples["input_ids"], samples["labels"], _names(split, first), noise, budget)
             print(
                 f"self-test: {len(first)} samples in a batch and one by one agree to {worst:.2g} relative "
                 f"({noise} allows {TOLERANCE[noise]:g})"
@@ -112,30 +102,68 @@ def _score_rows(experiment, split, model, tuned, rows, folder, stage) -> None:
         together.wait()  # nobody writes a part before all have seen what remains
         tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
         own = [parts[i] for i in shards(tokens, together.count)[together.rank]]
-        left_out = 0
-        with tqdm(
-            total=sum(len(batch) for part in own for batch in part),
-            unit="samples",
-            desc=stage if together.count == 1 else f"{stage} (process 1 of {together.count})",
-            disable=not together.leads,
-        ) as progress:
-            for part in own:
-                columns = []
-                for batch in part:
-                    columns.append(_score_batch(scorer, tokenised, split, batch))
-                    progress.update(len(batch))
-                joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
-                joined["effort"] *= 2 if settings.mode == "released" else 1
-                left_out += int(np.isnan(joined["effort"]).sum())
-                check_left_out(left_out, len(rows), str(folder))
-                store.write_part(part, joined)
-                cost.samples += len(joined["index"])
-                cost.tokens += int((joined["n_prompt_tokens"] + joined["n_response_tokens"]).sum())
+        _score_parts(scorer, store, own, len(rows), split, tokenised, 2 if settings.mode == "released" else 1, cost)
         shares = together.gather([cost.samples, cost.tokens])
         cost.samples, cost.tokens = (sum(share) for share in zip(*shares, strict=True))
         if together.leads:
             store.finish(rows)
     print(f"{stage}: {len(rows)} rows -> {folder}")
+
+
+def _load_scorer(
+    experiment: Experiment, model: str, tuned: Path | None, stage: str, store: ScoreFolder, cost: Cost
+) -> EffortScorer:
+    settings = experiment.selection
+    loaded = load_for_scoring(
+        llama_factory.model_path(model),
+        tuned,
+        cost.precision,
+        # Of the speculator: what the released code did to a tuned target is not known.
+        settings.mode == "released" and tuned is not None and stage != TARGET_SCORES,
+        **placement(experiment, model, tuned),
+    )
+    cost.parameters = count_parameters(loaded)
+    if settings.phi == "all_lora" and not isinstance(loaded, PeftModel):
+        lora = tuning_lora(experiment.training | experiment.target_training)
+        loaded = with_fresh_lora(loaded, **lora, seed=settings.seed)
+    columns = store.manifest["columns"]
+    return EffortScorer(loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, columns)
+
+
+def _score_parts(
+    scorer: EffortScorer,
+    store: ScoreFolder,
+    parts: list[list[list[int]]],
+    num_rows: int,
+    split: TrainingSplit,
+    tokenised,
+    times: int,
+    cost: Cost,
+) -> None:
+    """This process's parts, each written when it is done; `cost` counts them. Scores are taken `times` over."""
+    together, left_out = processes(), 0
+    with tqdm(
+        total=sum(len(batch) for part in parts for batch in part),
+        unit="samples",
+        desc=cost.stage if together.count == 1 else f"{cost.stage} (process 1 of {together.count})",
+        disable=not together.leads,
+    ) as progress:
+        for part in parts:
+            columns = []
+            for batch in part:
+                columns.append(_score_batch(scorer, tokenised, split, batch))
+                progress.update(len(batch))
+            joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+            joined["effort"] *= times
+            left_out += int(np.isnan(joined["effort"]).sum())
+            check_left_out(left_out, num_rows, str(store.path))
+            store.write_part(part, joined)
+            cost.samples += len(joined["index"])
+            cost.tokens += int((joined["n_prompt_tokens"] + joined["n_response_tokens"]).sum())
+
+
+def _names(split: TrainingSplit, rows: list[int]) -> list[str]:
+    return [f"row {row} of the training split (id {split.ids[row]})" for row in rows]
 
 
 def score_identity(experiment: Experiment, split: TrainingSplit, model: str, tuned: Path | None) -> dict[str, Any]:
@@ -169,7 +197,7 @@ def _phi_identity(experiment: Experiment, tuned: Path | None) -> dict[str, Any]:
 
 def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: list[int]) -> dict[str, np.ndarray]:
     samples = tokenised[batch]
-    names = [f"row {row} of the training split (id {split.ids[row]})" for row in batch]
+    names = _names(split, batch)
     tensors = score_within_memory(scorer, samples["input_ids"], samples["labels"], names)
     scores = {name: values.numpy() for name, values in tensors.items()}
     finite = {name: np.isfinite(values).reshape(len(batch), -1).all(1) for name, values in scores.items()}
