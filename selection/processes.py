@@ -180,6 +180,18 @@ class Processes:
                 raise UserError(f"process {rank} on {host} has given no sign of life for {_SILENCE:.0f} s: {_GO_ON}")
 
 
+def end_with_parent() -> None:
+    """From now on this process ends when the one that made it is gone: a killed runner leaves no workers behind."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def shards(weights: list[int], count: int) -> list[list[int]]:
     """Numbers of the parts for each of `count` processes, of about equal weight: heaviest first, each to the lightest.
 

@@ -35,6 +35,7 @@ from selection.ledger import (
     selection_costs,
 )
 from selection.metrics import read_metrics
+from selection.processes import end_with_parent
 from selection.score_files import SCORER_VERSION
 from selection.verification import RULES_VERSION
 
@@ -180,7 +181,7 @@ def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callabl
     waiting, done, running, failures = list(jobs), set(), {}, []
     names = {job.name for job in jobs}
     with (
-        ProcessPoolExecutor(parallel, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(parallel, mp_context=get_context("spawn"), initializer=end_with_parent) as pool,
         tqdm(total=sum(job.rows for job in jobs), unit="rows", smoothing=0, desc="tuning") as progress,
     ):
         while running or (waiting and not failures):

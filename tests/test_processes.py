@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from conftest import run_script
@@ -99,6 +100,36 @@ def test_the_others_learn_why_one_stopped_and_one_line_is_said_once(monkeypatch)
     assert sorted(said[2:]) == [False, True]
     assert said[0] == 2  # its host has heard it
     assert re.fullmatch(r"a process on \S+ stopped: error: row 3 is odd", said[1])
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_worker_ends_when_its_maker_is_killed():
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+
+    def worker() -> None:
+        selection.processes.end_with_parent()
+        theirs.send(os.getpid())
+        time.sleep(60)
+
+    def maker() -> None:
+        fork.Process(target=worker).start()
+        time.sleep(60)
+
+    made = fork.Process(target=maker)
+    made.start()
+    pid, ends = ours.recv(), time.monotonic() + 10
+    made.kill()
+    made.join()
+    while is_running(pid) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert not is_running(pid)
 
 
 def test_alone_nobody_is_waited_for():
