@@ -5,6 +5,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -107,7 +108,7 @@ def parse_json(text: str) -> Any:
 
     Raises: ValueError, RecursionError.
     """
-    value = json.loads(text, parse_constant=_refuse_constant)
+    value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
@@ -115,6 +116,11 @@ def parse_json(text: str) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+def _finite(number: str) -> float:
+    """1e999 would become infinity."""
+    return float(number) if math.isfinite(float(number)) else _refuse_constant(number)
 
 
 _T = TypeVar("_T")

@@ -317,7 +317,9 @@ def test_a_name_too_long_for_the_file_system_is_refused(make_experiment, rows):
             llama_factory.model_path(experiment.target_model)
 
 
-@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', '"\\ud800"', "[" * 100_000, "", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["NaN", "[Infinity]", "[1e999]", "-1e400", '{"a": -Infinity}', '"\\ud800"', "[" * 100_000, "", "\xff"]
+)
 def test_json_that_is_none(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_bytes(text.encode("latin-1"))
