@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict
 
 from selection.config import Selection
 from selection.errors import UserError
@@ -41,6 +42,8 @@ class StratumRecord:
     speculative_sum: float | None
     target_sum: float | None
     verification_ratio: float | None
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def cut_strata(speculative: np.ndarray, settings: Settings) -> Strata:
