@@ -155,7 +155,7 @@ def begin_with(unbroken: Path, run: Path, stage: Stage) -> None:
 
 def must(commands: list[list[str]], log: Path) -> None:
     if code := run_processes(commands, log):
-        sys.exit(f"{commands[0][0]} ended with {code}: {log.read_text()[-3000:]}")
+        sys.exit(f"{commands[0][0]} ended with {code}: {log.read_text(errors='replace')[-3000:]}")
 
 
 def run_processes(
@@ -166,6 +166,7 @@ def run_processes(
     Returns the highest exit code, or None where they were killed. Of several, the last may be the victim alone; then
     the others are stopped as torchrun stops them.
     """
+    log.write_bytes(b"")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if len(commands) > 1 else None
     children = [fork(line, rank, len(commands), store, log) for rank, line in enumerate(commands)]
     codes: dict[int, int] = {}
@@ -200,7 +201,7 @@ def fork(line: list[str], rank: int, count: int, store: TCPStore | None, log: Pa
         return child
     code = 1
     try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # several write it
         for number in (1, 2):
             os.dup2(file, number)
         sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115

@@ -35,8 +35,7 @@ def stage(tmp_path):
 
     def run(script: str, *arguments: object, count: int = 1) -> tuple[int, str]:
         log = tmp_path / "log"
-        log.write_text("")
-        return run_processes([[script, *map(str, arguments)]] * count, log), log.read_text()
+        return run_processes([[script, *map(str, arguments)]] * count, log), log.read_text(errors="replace")
 
     return run
 

@@ -77,7 +77,7 @@ def test_a_process_without_a_sign_of_life_is_named(monkeypatch):
             os.kill(os.getpid(), signal.SIGSTOP)
         group.wait()
 
-    said = together(3, work, ends=15)
+    said = together(3, work, ends=8)
     assert said[1] is None
     assert all("process 1 on" in text and "has given no sign of life" in text for text in (said[0], said[2]))
 
