@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, and what it cost.
 #     bash selection.sh [CONFIG] [--set key=value …]
-#     bash selection.sh --target MODEL --data FILE [--small MODEL] [--template NAME] [--run FOLDER] [--rate R …] [--set …]
-# The second form finds the rest by itself (selection/start.py). Without both: the demo, whose two models are made first. Uses all visible GPUs; NPROC=N asks for N processes.
+#     bash selection.sh --target MODEL --data FILE [more: see start.py --help]
+# The second form finds small model, template and settings by itself. Without CONFIG and --target: the demo, whose two
+# models are made first. Uses all visible GPUs; NPROC=N asks for N processes.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../scripts/environment.sh"

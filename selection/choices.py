@@ -1,0 +1,236 @@
+"""What a run needs beside a target and data: small model, template, form of the rows, K and b_v.
+
+Every choice is printed, with what overrides it.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.data_split import raw_rows
+from finetune.llama_factory import model_path
+from selection.config import (
+    REPOSITORY,
+    Experiment,
+    Selection,
+    _override,
+    _read_yaml,
+    _validate,
+    load_experiment,
+)
+from selection.data_form import DEFAULT_TAGS, detect_form
+from selection.errors import UserError
+from selection.families import Pair, find_pair, local_folder
+from selection.files import atomic_path, first_difference
+
+_OWN_OPTION = {  # keys that have one
+    "output_dir": "--run",
+    "small_model": "--small",
+    "target_model": "--target",
+    "template": "--template",
+    "dataset": "--data",
+    "selection.rates": "--rate",
+}
+_FIRST_ROWS = 100  # that the form of a data file is told by
+
+
+def start(
+    target: str,
+    data: list[Path],
+    small: str | None = None,
+    template: str | None = None,
+    run: Path | None = None,
+    rates: list[float] | None = None,
+    overrides: list[str] = (),
+) -> tuple[Path, list[str]]:
+    """Choose what is None, write the experiment to <run>/start.yaml; once for a run folder.
+
+    Returns the file, and the arguments of scripts/make_draft.py where the small model has to be cut out of the target.
+    Raises: UserError for what the choice cannot be made of, and a run folder that was started otherwise.
+    """
+    given: dict[str, Any] = {}
+    for text in overrides:
+        if option := _OWN_OPTION.get(text.partition("=")[0]):
+            raise UserError(f"--set {text}: give {option} instead")
+        _override(given, text)
+    data = [path.expanduser().resolve() for path in data]
+    if missing := [path for path in data if not path.is_file()]:
+        raise UserError(f"--data {missing[0]}: no such file")
+
+    pair = choose_models(target, small, template)
+    run = (run or REPOSITORY / "runs" / f"{data[0].stem}-{Path(pair.target).name}").expanduser().resolve()
+    small, cut = pair.small, []
+    if small is None:
+        layers = half_the_layers(pair.target)
+        small = str(run / f"{Path(pair.target).name}-{layers}-layers")  # by this run's rows, so it belongs to the run
+        cut = ["--target", pair.target, "--layers", str(layers), "--out", small]
+        print(f"speculator: {layers} layers, half of the target's, in {small}; --small M for one made otherwise")
+    form, num_rows = choose_form(data, "dataset_format" in given)
+    values = _read_yaml(str(REPOSITORY / "configs" / "own_data.yaml")) | {
+        "output_dir": _in_repository(run),
+        "small_model": _in_repository(small),
+        "target_model": _in_repository(pair.target),
+        "template": pair.template,
+        "dataset": _in_repository(data[0]) if len(data) == 1 else [_in_repository(path) for path in data],
+        "dataset_format": form,
+        "selection": {"rates": rates} if rates else {},
+    }
+    for text in overrides:
+        _override(values, text)
+    choose_strata(values["selection"], _validate(Experiment, values, "the experiment"), num_rows)
+    return write_once(_validate(Experiment, values, "the experiment")), cut
+
+
+def choose_models(target: str, small: str | None = None, template: str | None = None) -> Pair:
+    """Target, small model (None: cut one out of the target) and template; prints how it came by each.
+
+    Raises: UserError for a folder that is no model, and a target of unknown family without `template`.
+    """
+    folder = local_folder(target)
+    model_path(str(folder or target))
+    known = find_pair(target)
+    template = template or known.template
+    if template is None:
+        raise UserError(
+            f"--target: {known.why}: give --template, LLaMA-Factory's name of its chat template, and --small, a "
+            "smaller model of its family, without which one is cut out of the target"
+        )
+    print(f"target: {known.target}" + (f", of the family {known.family} {known.why}" if known.family else ""))
+    if small is not None:
+        small = str(local_folder(small) or small)
+        model_path(small)
+        print(f"small model: {small}, as given")
+    else:
+        small = _sibling(known, target_is_local=folder is not None)
+    if template != known.template:
+        print(f"template: {template}, as given")
+    else:
+        print(f"template: {template}, {'the family’s' if known.family else known.why}; --template T for another")
+    return Pair(known.target, small, template, known.family, known.why)
+
+
+def _sibling(pair: Pair, target_is_local: bool) -> str | None:
+    """The small model that configs/families.yaml names, where it can be had."""
+    cut, other = "a speculator is cut out of the target", "--small M for another"
+    if pair.small is None:
+        why = f"the family {pair.family} names none smaller" if pair.family else f"{pair.why}, so no sibling is sure"
+        print(f"small model: none: {why}; {cut}; {other}")
+        return None
+    if Path(pair.small).is_dir():
+        print(f"small model: {pair.small}, of the same family, beside the target; {other}")
+        return pair.small
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(pair.small, "config.json"), str):
+        print(f"small model: {pair.small}, of the same family, from the hub's cache; {other}")
+        return pair.small
+    if constants.HF_HUB_OFFLINE:
+        print(f"small model: {pair.small} cannot be downloaded (HF_HUB_OFFLINE is set); {cut}; {other}")
+        return None
+    beside = ", as it does not lie beside the target" if target_is_local else ""
+    print(f"small model: {pair.small}, of the same family, to be downloaded from the hub{beside}; {other}")
+    return pair.small
+
+
+def half_the_layers(target: str) -> int:
+    """Decoder layers that a cut speculator keeps. Raises: UserError where the target has but one."""
+    from transformers import AutoConfig
+
+    from selection.models import NO_CODE, model_errors
+
+    with model_errors(f"cannot read the configuration of {target}"):
+        layers = AutoConfig.from_pretrained(target, **NO_CODE).get_text_config().num_hidden_layers
+    if layers < 2:
+        raise UserError(f"{target} has {layers} layer, so no smaller model can be cut out of it: give --small")
+    return layers // 2
+
+
+def choose_form(data: list[Path], as_given: bool) -> tuple[dict[str, Any], int]:
+    """`dataset_format` of the files, and their rows in all; prints what was found."""
+    forms, counts = [], []
+    for path in data:
+        with raw_rows(path) as rows:
+            counts.append(len(rows))
+            columns, first = rows.column_names, list(rows.take(min(_FIRST_ROWS, len(rows))))
+        if as_given:
+            forms.append({})
+            print(f"data: {path}, {counts[-1]:,} rows, read as --set dataset_format says")
+            continue
+        form, used = detect_form(columns, first, str(path))
+        forms.append(form)
+        unused = [column for column in columns if column not in used]
+        roles = "" if form["formatting"] == "alpaca" else f" ({form.get('tags', DEFAULT_TAGS)['role_tag']}: roles)"
+        print(
+            f"data: {path}, {counts[-1]:,} rows, {form['formatting']}{roles}, columns {', '.join(used)}"
+            + (f" (not used: {', '.join(unused)})" if unused else "")
+            + "; --set dataset_format.… for another reading"
+        )
+    for path, form in zip(data, forms, strict=True):
+        if form != forms[0]:
+            raise UserError(f"--data: {path} is of another form than {data[0]}: give files of one form")
+    return forms[0], sum(counts)
+
+
+def strata_for(num_rows: int, published: Selection) -> tuple[int, int]:
+    """K and b_v for a training split of `num_rows`: the target scores K · b_v rows, at most a fifth of them.
+
+    As published from 2,500 rows on. Below, K goes down first, to 10, then b_v; below 50 rows K again.
+    """
+    most = max(1, num_rows // 5)
+    num_strata = min(published.num_strata, max(10, most // published.verify_per_stratum), most)
+    return num_strata, min(published.verify_per_stratum, most // num_strata)
+
+
+def choose_strata(selection: dict[str, Any], experiment: Experiment, num_rows: int) -> None:
+    """Put K and b_v into the keys of `selection:` that --set has left open; prints why."""
+    num_rows = min(num_rows, experiment.max_samples or num_rows)
+    train = num_rows - math.ceil(num_rows * experiment.eval_size)
+    num_strata, per_stratum = strata_for(train, Selection())
+    selection.setdefault("num_strata", num_strata)
+    selection.setdefault("verify_per_stratum", per_stratum)
+    k, b = selection["num_strata"], selection["verify_per_stratum"]
+    if (num_strata, per_stratum) == (Selection().num_strata, Selection().verify_per_stratum):
+        why = "as published"
+    else:
+        why = f"lowered for {train:,} training rows, so that the target scores at most a fifth of them"
+    why = why if (k, b) == (num_strata, per_stratum) else "as given"
+    print(f"strata: {k}, of each {b} rows verified, {why}; --set selection.num_strata=K for others")
+    rates = ", ".join(f"{rate:g}" for rate in experiment.selection.rates)
+    print(f"rates: {rates}; --rate R … for others")
+
+
+def write_once(experiment: Experiment) -> Path:
+    """Write the experiment into its run folder, or find it there as it is. Raises: UserError where work was done with
+    another one."""
+    path = experiment.folder / "start.yaml"
+    if path.exists():
+        stored = load_experiment(str(path))
+        difference = first_difference(_flat(stored), _flat(experiment))
+        if difference is None:
+            print(f"experiment: reusing {path}")
+            return path
+        if experiment.data_folder.exists():
+            raise UserError(
+                f"{experiment.folder} was started otherwise ({difference}): give another --run, or remove that folder"
+            )
+    keys = yaml.safe_dump(experiment.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+    with atomic_path(path) as draft:
+        draft.write_text(f"# Written by selection/start.py; selection/config.py explains the keys.\n{keys}", "utf-8")
+    print(f"experiment: {path}")
+    return path
+
+
+def _flat(experiment: Experiment) -> dict[str, Any]:
+    """Key by key, those of sections as section.key."""
+    flat = {}
+    for key, value in experiment.model_dump().items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _in_repository(path: Path | str) -> str:
+    """As a configuration writes it: from the repository where it lies in it. A hub name stays."""
+    path = Path(path)
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
