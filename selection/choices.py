@@ -138,10 +138,10 @@ def half_the_layers(target: str) -> int:
     """Decoder layers that a cut speculator keeps. Raises: UserError where the target has but one."""
     from transformers import AutoConfig
 
-    from selection.models import NO_CODE, model_errors
-
-    with model_errors(f"cannot read the configuration of {target}"):
-        layers = AutoConfig.from_pretrained(target, **NO_CODE).get_text_config().num_hidden_layers
+    try:
+        layers = AutoConfig.from_pretrained(target, trust_remote_code=False).get_text_config().num_hidden_layers
+    except Exception as error:  # a stranger's config.json makes transformers raise anything
+        raise UserError(f"cannot read the configuration of {target}: {error}") from None
     if layers < 2:
         raise UserError(f"{target} has {layers} layer, so no smaller model can be cut out of it: give --small")
     return layers // 2
