@@ -116,8 +116,9 @@ def as_messages(row: dict, entry: dict[str, Any]) -> list[dict[str, str]]:
     Roles as LLaMA-Factory has them: system (at most one, first; none where it is empty), then user or observation (a
     tool's answer) and assistant or function (a call, JSON text) in turn. The last one is the response; tuning trains
     on every assistant and function turn. Under `formatting: openai` LLaMA-Factory itself puts "detailed thinking off"
-    behind the system prompt of rows without tools, or makes it one; the other forms stay as they are. Raises: UserError for a row that LLaMA-Factory would drop, whose response is
-    blank, or that lacks a column; the caller knows which row it is.
+    behind the system prompt of rows without tools, or makes it one; the other forms stay as they are. Raises:
+    UserError for a row that LLaMA-Factory would drop, whose response is blank, or that lacks a column; the caller
+    knows which row it is.
     """
     try:
         sample = _sample(row, entry)
