@@ -135,6 +135,46 @@ def tools_of(row: dict, entry: dict[str, Any]) -> str:
     return _sample(row, entry)["_tools"] or ""
 
 
+def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, str, bool]]:
+    """A function from a raw row to its text as the experiment's template writes it for `model`, never cut off.
+
+    It returns (prompt, completion, same): all in front of the last response; that response with its end mark, without
+    blanks that some templates put behind it; and whether the model's own tokenizer makes of the two, joined, the very
+    tokens that tuning takes. A mark that this tokenizer itself puts in front is left out of the prompt.
+    Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write.
+    """
+    import_llama_factory()
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from llamafactory.model import load_tokenizer
+    from transformers import AutoTokenizer
+
+    with _user_errors(f"model {model}, template {experiment.template}"):
+        path = model_path(model)
+        tokenizer = load_tokenizer(ModelArguments(model_name_or_path=path))["tokenizer"]
+        template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template=experiment.template))
+        users = AutoTokenizer.from_pretrained(path)
+    in_front = users("")["input_ids"][:1] if users.bos_token_id in users("")["input_ids"][:1] else []
+
+    def text_of(row: dict) -> tuple[str, str, bool]:
+        sample = _sample(row, experiment.dataset_format.entry)
+        with _user_errors(f"template {experiment.template}"):
+            pairs = template.encode_multiturn(
+                tokenizer, sample["_prompt"] + sample["_response"], sample["_system"], sample["_tools"]
+            )
+        response = [*pairs[-1][1], *([tokenizer.eos_token_id] if template.efficient_eos else [])]
+        if tokenizer.eos_token_id in response:
+            end = len(response) - response[::-1].index(tokenizer.eos_token_id)
+            response = response[:end] if not tokenizer.decode(response[end:]).strip() else response
+        prompt = [token for source, target in pairs[:-1] for token in [*source, *target]] + pairs[-1][0]
+        shown = prompt[len(in_front) :] if prompt[: len(in_front)] == in_front else prompt
+        texts = [tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in (shown, response)]
+        same = users(texts[0])["input_ids"] == prompt and users("".join(texts))["input_ids"] == prompt + response
+        return *texts, same
+
+    return text_of
+
+
 def _lacks(error: KeyError, row: dict) -> str:
     return (
         f"has no column {error.args[0]!r} (it has {', '.join(row)}): "
