@@ -1,6 +1,6 @@
 """What a run needs beside a target and data: small model, template, form of the rows, K and b_v.
 
-Every choice is printed, with what overrides it.
+Every choice is said, with what overrides it.
 """
 
 import math
@@ -20,10 +20,11 @@ from selection.config import (
     _validate,
     load_experiment,
 )
-from selection.data_form import DEFAULT_TAGS, detect_form
+from selection.data_form import detect_form
 from selection.errors import UserError
 from selection.families import Pair, find_pair, local_folder
 from selection.files import atomic_path, first_difference
+from selection.log import say
 
 _OWN_OPTION = {  # keys that have one
     "output_dir": "--run",
@@ -66,25 +67,24 @@ def start(
         layers = half_the_layers(pair.target)
         small = str(run / f"{Path(pair.target).name}-{layers}-layers")  # by this run's rows, so it belongs to the run
         cut = ["--target", pair.target, "--layers", str(layers), "--out", small]
-        print(f"speculator: {layers} layers, half of the target's, in {small}; --small M for one made otherwise")
-    form, num_rows = choose_form(data, "dataset_format" in given)
+        say(f"speculator: {layers} layers, half of the target's, in {small}; --small M for one made otherwise")
+    data_sets = [look_at(path, "dataset_format" in given) for path in data]
     values = _read_yaml(str(REPOSITORY / "configs" / "own_data.yaml")) | {
         "output_dir": _in_repository(run),
         "small_model": _in_repository(small),
         "target_model": _in_repository(pair.target),
         "template": pair.template,
-        "dataset": _in_repository(data[0]) if len(data) == 1 else [_in_repository(path) for path in data],
-        "dataset_format": form,
         "selection": {"rates": rates} if rates else {},
+        **_as_keys(data, [form for form, _ in data_sets]),
     }
     for text in overrides:
         _override(values, text)
-    choose_strata(values["selection"], _validate(Experiment, values, "the experiment"), num_rows)
+    choose_strata(values["selection"], _validate(Experiment, values, "the experiment"), [rows for _, rows in data_sets])
     return write_once(_validate(Experiment, values, "the experiment")), cut
 
 
 def choose_models(target: str, small: str | None = None, template: str | None = None) -> Pair:
-    """Target, small model (None: cut one out of the target) and template; prints how it came by each.
+    """Target, small model (None: cut one out of the target) and template; says how it came by each.
 
     Raises: UserError for a folder that is no model, and a target of unknown family without `template`.
     """
@@ -97,17 +97,17 @@ def choose_models(target: str, small: str | None = None, template: str | None = 
             f"--target: {known.why}: give --template, LLaMA-Factory's name of its chat template, and --small, a "
             "smaller model of its family, without which one is cut out of the target"
         )
-    print(f"target: {known.target}" + (f", of the family {known.family} {known.why}" if known.family else ""))
+    say(f"target: {known.target}" + (f", of the family {known.family} {known.why}" if known.family else ""))
     if small is not None:
         small = str(local_folder(small) or small)
         model_path(small)
-        print(f"small model: {small}, as given")
+        say(f"small model: {small}, as given")
     else:
         small = _sibling(known, target_is_local=folder is not None)
     if template != known.template:
-        print(f"template: {template}, as given")
+        say(f"template: {template}, as given")
     else:
-        print(f"template: {template}, {'the family’s' if known.family else known.why}; --template T for another")
+        say(f"template: {template}, {'the family’s' if known.family else known.why}; --template T for another")
     return Pair(known.target, small, template, known.family, known.why)
 
 
@@ -116,21 +116,21 @@ def _sibling(pair: Pair, target_is_local: bool) -> str | None:
     cut, other = "a speculator is cut out of the target", "--small M for another"
     if pair.small is None:
         why = f"the family {pair.family} names none smaller" if pair.family else f"{pair.why}, so no sibling is sure"
-        print(f"small model: none: {why}; {cut}; {other}")
+        say(f"small model: none: {why}; {cut}; {other}")
         return None
     if Path(pair.small).is_dir():
-        print(f"small model: {pair.small}, of the same family, beside the target; {other}")
+        say(f"small model: {pair.small}, of the same family, beside the target; {other}")
         return pair.small
     from huggingface_hub import constants, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(pair.small, "config.json"), str):
-        print(f"small model: {pair.small}, of the same family, from the hub's cache; {other}")
+        say(f"small model: {pair.small}, of the same family, from the hub's cache; {other}")
         return pair.small
     if constants.HF_HUB_OFFLINE:
-        print(f"small model: {pair.small} cannot be downloaded (HF_HUB_OFFLINE is set); {cut}; {other}")
+        say(f"small model: {pair.small} cannot be downloaded (HF_HUB_OFFLINE is set); {cut}; {other}")
         return None
     beside = ", as it does not lie beside the target" if target_is_local else ""
-    print(f"small model: {pair.small}, of the same family, to be downloaded from the hub{beside}; {other}")
+    say(f"small model: {pair.small}, of the same family, to be downloaded from the hub{beside}; {other}")
     return pair.small
 
 
@@ -147,30 +147,32 @@ def half_the_layers(target: str) -> int:
     return layers // 2
 
 
-def choose_form(data: list[Path], as_given: bool) -> tuple[dict[str, Any], int]:
-    """`dataset_format` of the files, and their rows in all; prints what was found."""
-    forms, counts = [], []
-    for path in data:
-        with raw_rows(path) as rows:
-            counts.append(len(rows))
-            columns, first = rows.column_names, list(rows.take(min(_FIRST_ROWS, len(rows))))
-        if as_given:
-            forms.append({})
-            print(f"data: {path}, {counts[-1]:,} rows, read as --set dataset_format says")
-            continue
-        form, used = detect_form(columns, first, str(path))
-        forms.append(form)
-        unused = [column for column in columns if column not in used]
-        roles = "" if form["formatting"] == "alpaca" else f" ({form.get('tags', DEFAULT_TAGS)['role_tag']}: roles)"
-        print(
-            f"data: {path}, {counts[-1]:,} rows, {form['formatting']}{roles}, columns {', '.join(used)}"
-            + (f" (not used: {', '.join(unused)})" if unused else "")
-            + "; --set dataset_format.… for another reading"
-        )
-    for path, form in zip(data, forms, strict=True):
-        if form != forms[0]:
-            raise UserError(f"--data: {path} is of another form than {data[0]}: give files of one form")
-    return forms[0], sum(counts)
+def look_at(path: Path, form_is_given: bool) -> tuple[dict[str, Any], int]:
+    """`dataset_format` of a data file, and its rows; says what was found. Raises: UserError where no form fits."""
+    with raw_rows(path) as rows:
+        count, columns = len(rows), rows.column_names
+        first = list(rows.take(min(_FIRST_ROWS, count)))
+    if form_is_given:
+        say(f"data: {path}, {count:,} rows, read as --set dataset_format says")
+        return {}, count
+    form, used = detect_form(columns, first, str(path))
+    unused = [column for column in columns if column not in used]
+    say(
+        f"data: {path}, {count:,} rows, {form['formatting']}"
+        + (f" with {', '.join(form['tags'].values())}" if "tags" in form else "")
+        + f", columns {', '.join(used)}"
+        + (f" (not used: {', '.join(unused)})" if unused else "")
+        + "; --set dataset_format.… for another reading"
+    )
+    return form, count
+
+
+def _as_keys(data: list[Path], forms: list[dict[str, Any]]) -> dict[str, Any]:
+    """The keys `dataset` and `dataset_format`: of one file plainly, of several one entry each."""
+    if len(data) == 1:
+        return {"dataset": _in_repository(data[0]), "dataset_format": forms[0]}
+    entries = [{"path": _in_repository(path)} for path in data]
+    return {"dataset": [e | ({"dataset_format": form} if form else {}) for e, form in zip(entries, forms, strict=True)]}
 
 
 def strata_for(num_rows: int, published: Selection) -> tuple[int, int]:
@@ -183,9 +185,9 @@ def strata_for(num_rows: int, published: Selection) -> tuple[int, int]:
     return num_strata, min(published.verify_per_stratum, most // num_strata)
 
 
-def choose_strata(selection: dict[str, Any], experiment: Experiment, num_rows: int) -> None:
-    """Put K and b_v into the keys of `selection:` that --set has left open; prints why."""
-    num_rows = min(num_rows, experiment.max_samples or num_rows)
+def choose_strata(selection: dict[str, Any], experiment: Experiment, rows_of_files: list[int]) -> None:
+    """Put K and b_v into the keys of `selection:` that --set has left open; says why."""
+    num_rows = sum(min(rows, experiment.max_samples or rows) for rows in rows_of_files)
     train = num_rows - math.ceil(num_rows * experiment.eval_size)
     num_strata, per_stratum = strata_for(train, Selection())
     selection.setdefault("num_strata", num_strata)
@@ -196,9 +198,9 @@ def choose_strata(selection: dict[str, Any], experiment: Experiment, num_rows: i
     else:
         why = f"lowered for {train:,} training rows, so that the target scores at most a fifth of them"
     why = why if (k, b) == (num_strata, per_stratum) else "as given"
-    print(f"strata: {k}, of each {b} rows verified, {why}; --set selection.num_strata=K for others")
+    say(f"strata: {k}, of each {b} rows verified, {why}; --set selection.num_strata=K for others")
     rates = ", ".join(f"{rate:g}" for rate in experiment.selection.rates)
-    print(f"rates: {rates}; --rate R … for others")
+    say(f"rates: {rates}; --rate R … for others")
 
 
 def write_once(experiment: Experiment) -> Path:
@@ -209,7 +211,7 @@ def write_once(experiment: Experiment) -> Path:
         stored = load_experiment(str(path))
         difference = first_difference(_flat(stored), _flat(experiment))
         if difference is None:
-            print(f"experiment: reusing {path}")
+            say(f"start: reusing {path}")
             return path
         if experiment.data_folder.exists():
             raise UserError(
@@ -218,7 +220,6 @@ def write_once(experiment: Experiment) -> Path:
     keys = yaml.safe_dump(experiment.model_dump(), sort_keys=False, allow_unicode=True, width=120)
     with atomic_path(path) as draft:
         draft.write_text(f"# Written by selection/start.py; selection/config.py explains the keys.\n{keys}", "utf-8")
-    print(f"experiment: {path}")
     return path
 
 

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, and what it cost.
-#     bash selection.sh [CONFIG] [--set key=value …]
-#     bash selection.sh --target MODEL --data FILE [more: see start.py --help]
-# The second form finds small model, template and settings by itself. Without CONFIG and --target: the demo, whose two
-# models are made first. Uses all visible GPUs; NPROC=N asks for N processes.
+#     bash selection.sh ../configs/demo.yaml          in selection/
+#     bash selection.sh CONFIG [--quiet] [--set key=value …]
+#     bash selection.sh --target MODEL --data FILE … [--quiet] [--set key=value …] [more: python start.py --help]
+# With --target, small model, template and settings are found and said. Without both: the demo, whose two models are made
+# first. Uses all visible GPUs; NPROC=N asks for N processes.
+# Needs the models and the data that CONFIG names. Writes its run folder (output_dir), coresets/ in the end.
+#     --quiet            say nothing but results, warnings and errors; default: what is done and reused, and costs
+#     --set key=value    another value for a key of CONFIG; may be given again; default: none
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+for argument in "$@"; do
+    case $argument in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;; esac
+done
 source "$here/../scripts/environment.sh"
 
 if [[ " $* " == *" --target"* || " $* " == *" --data"* ]]; then
@@ -14,9 +21,9 @@ if [[ " $* " == *" --target"* || " $* " == *" --data"* ]]; then
     run python "$here/start.py" --answer "$answer" "$@"
     mapfile -t answers < "$answer" # the experiment, then how to cut a small model where there is none
     config=${answers[0]}
-    set --
+    [[ " $* " == *" --quiet "* ]] && set -- --quiet || set --
     if [ ${#answers[@]} -gt 1 ]; then
-        run python "$repository/scripts/make_draft.py" --config_path "$config" "${answers[@]:1}"
+        run python "$repository/scripts/make_draft.py" --config_path "$config" "${answers[@]:1}" "$@"
     fi
 elif [ $# -eq 0 ] || [[ $1 == --* ]]; then
     config=$repository/configs/demo.yaml

@@ -2,7 +2,7 @@
 
     python start.py --target Qwen/Qwen2.5-7B --data my.jsonl
 
-Every choice is printed, with what overrides it. The experiment is <run folder>/start.yaml, the --config_path of every
+Every choice is said, with what overrides it. The experiment is <run folder>/start.yaml, the --config_path of every
 stage. `selection.sh` with the same arguments calls this first, then the stages. Paths count from the working directory.
 """
 
@@ -17,20 +17,32 @@ from selection.errors import end_on_signals, run_stage  # noqa: E402
 end_on_signals()
 
 from selection.choices import start  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True, help="the model to tune: a folder or a name on the model hub")
-    parser.add_argument("--data", required=True, nargs="+", type=Path, help="JSON, JSONL, CSV or Parquet file")
-    parser.add_argument("--small", help="the speculative model: a folder or a hub name (default: by the family)")
-    parser.add_argument("--template", help="LLaMA-Factory's chat template (default: the family's)")
-    parser.add_argument("--run", type=Path, help="run folder (default: runs/<data>-<target>)")
-    parser.add_argument("--rate", type=float, nargs="+", help="fractions to keep (default: the published five)")
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="override any other key")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--target", required=True, metavar="MODEL", help="to tune: a folder or a hub name; required")
+    parser.add_argument(
+        "--data", required=True, nargs="+", type=Path, metavar="FILE", help="JSON, JSONL, CSV or Parquet; required"
+    )
+    parser.add_argument(
+        "--small", metavar="MODEL", help="the speculative model; default: the family's smallest, or cut"
+    )
+    parser.add_argument("--template", metavar="NAME", help="LLaMA-Factory's chat template; default: the family's")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="run folder; default: runs/<data>-<target>")
+    parser.add_argument("--rate", type=float, nargs="+", help="fractions to keep; default: the published five")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a value for any other key of selection/config.py; may be given again; default: none",
+    )
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)  # where selection.sh reads how to go on
     given = parser.parse_args()
     path, cut = start(given.target, given.data, given.small, given.template, given.run, given.rate, given.set)
+    print(f"experiment: {path}")
     if given.answer:
         given.answer.write_text("\n".join([str(path), *cut]) + "\n", encoding="utf-8")
 

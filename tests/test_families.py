@@ -153,24 +153,24 @@ def test_a_sibling_of_the_hub_is_downloaded_cached_or_cut(model_folder, tmp_path
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert choose_models(target).small == "Qwen/Qwen2.5-0.5B"
-    assert "to be downloaded from the hub, as it does not lie beside the target" in capsys.readouterr().out
+    assert "to be downloaded from the hub, as it does not lie beside the target" in capsys.readouterr().err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert choose_models(target).small is None
-    assert "HF_HUB_OFFLINE is set); a speculator is cut out of the target" in capsys.readouterr().out
+    assert "HF_HUB_OFFLINE is set); a speculator is cut out of the target" in capsys.readouterr().err
     cached = tmp_path / "cache" / "models--Qwen--Qwen2.5-0.5B"
     (cached / "snapshots" / "1").mkdir(parents=True)
     (cached / "snapshots" / "1" / "config.json").touch()
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("1")
     assert choose_models(target).small == "Qwen/Qwen2.5-0.5B"
-    assert "from the hub's cache" in capsys.readouterr().out
+    assert "from the hub's cache" in capsys.readouterr().err
 
 
 def test_what_is_given_goes_before_what_is_found(model_folder, capsys):
     target, small = model_folder("Qwen2.5-7B"), model_folder("my-small")
     pair = choose_models(str(target), small=str(small), template="chatml")
     assert (pair.small, pair.template) == (str(small), "chatml")
-    assert capsys.readouterr().out.count("as given") == 2
+    assert capsys.readouterr().err.count("as given") == 2
 
 
 # Forms of rows
@@ -356,7 +356,7 @@ def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(beg
     before = path.stat().st_mtime_ns
     assert begin() == (path, cut)
     assert path.stat().st_mtime_ns == before
-    assert "reusing" in capsys.readouterr().out
+    assert "reusing" in capsys.readouterr().err
     begin(rates=[0.5])  # nothing was done yet
     assert load_experiment(str(path)).selection.rates == [0.5]
     (tmp_path / "run" / "data").mkdir()
