@@ -2,8 +2,9 @@
 
     python start.py --target Qwen/Qwen2.5-7B --data my.jsonl
 
-Every choice is said, with what overrides it. The experiment is <run folder>/start.yaml, the --config_path of every
-stage. `selection.sh` with the same arguments calls this first, then the stages. Paths count from the working directory.
+Needs the model (or the model hub) and the data. Every choice is said, with what overrides it. Writes
+<run folder>/start.yaml, the --config_path of every stage; `selection.sh` with the same arguments calls this first, then
+the stages. Paths count from the working directory.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.llama_factory import import_llama_factory, rows_without_response
-from selection import choices
+from selection import choices, families
 from selection.choices import choose_models, strata_for
 from selection.config import DatasetFormat, Selection, load_experiment
 from selection.data_form import detect_form
 from selection.errors import UserError
-from selection.families import find_pair, read_families
+from selection.families import Family, find_pair, read_families
 
 FAMILIES = read_families()
 MODELS = [(name, model) for name, family in FAMILIES.items() for model in family.models]
@@ -110,15 +111,21 @@ def test_a_folder_is_known_by_its_name_before_its_config(model_folder):
 
 
 def test_a_folder_is_known_by_the_name_in_its_config_before_its_type(model_folder):
-    folder = model_folder("mine", _name_or_path="Google/gemma-2-9B-it", model_type="qwen2")
+    folder = model_folder("mine", _name_or_path="qwen/QWEN2.5-7B-instruct", model_type="gemma2")
     pair = find_pair(str(folder))
-    assert (pair.target, pair.small, pair.family) == (str(folder), "google/gemma-2-2b-it", "Gemma 2 Instruct")
+    assert (pair.target, pair.small, pair.template) == (str(folder), "Qwen/Qwen2.5-0.5B-Instruct", "qwen")
 
 
 def test_the_type_alone_tells_the_template_but_no_sibling(model_folder):
     pair = find_pair(str(model_folder("mine", model_type="gemma2")))
     assert (pair.small, pair.template, pair.family) == (None, "gemma2", None)
     assert "gemma2" in pair.why
+
+
+def test_a_type_of_two_templates_tells_neither(model_folder, monkeypatch):
+    two = {t: Family(template=t, models=[f"x/{t}"], model_type="mixed") for t in ("one", "two")}
+    monkeypatch.setattr(families, "read_families", lambda: two)
+    assert find_pair(str(model_folder("mine", model_type="mixed"))).template is None
 
 
 @pytest.mark.parametrize("config", [{"model_type": "llama"}, {"model_type": "phi3"}, {"model_type": "mistral"}, {}])
@@ -330,6 +337,14 @@ def test_the_form_given_with_set_is_not_looked_for(begin, tmp_path):
     names = ["dataset_format.columns.prompt=q", "dataset_format.columns.response=a"]
     experiment = load_experiment(str(begin(data=[path], overrides=names)[0]))
     assert experiment.dataset_format.columns == {"prompt": "q", "response": "a"}
+
+
+def test_several_files_are_entries_with_a_form_each():
+    alpaca, talks = {"formatting": "alpaca"}, {"formatting": "sharegpt"}
+    keys = choices._as_keys([REPOSITORY / "data" / "a.jsonl", Path("/b.jsonl")], [alpaca, talks])
+    assert keys == {
+        "dataset": [{"path": "data/a.jsonl", "dataset_format": alpaca}, {"path": "/b.jsonl", "dataset_format": talks}]
+    }
 
 
 @pytest.mark.parametrize(
