@@ -22,6 +22,7 @@ from finetune.data_split import training_split  # noqa: E402
 from selection.ledger import SPECULATIVE_SCORES, TARGET_SCORES  # noqa: E402
 from selection.score_files import MORE_COLUMNS  # noqa: E402
 from selection.scoring import score_rows  # noqa: E402
+from selection.speculative_run import check_speculative_run  # noqa: E402
 from selection.stage import load_scoring_arguments  # noqa: E402
 
 
@@ -29,6 +30,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=["small", "target"], default="small", help="which tuned model scores")
     experiment, arguments = load_scoring_arguments(parser)
+    if arguments.model == "small" and experiment.borrows:
+        check_speculative_run(experiment, training_split(experiment))
+        print(f"{SPECULATIVE_SCORES}: reusing {experiment.small_scores}, of speculative_run")
+        return
     if arguments.model == "small":
         model, tuned = experiment.small_model, experiment.tuned_small
         folder, stage = experiment.small_scores, SPECULATIVE_SCORES
