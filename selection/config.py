@@ -200,6 +200,11 @@ class Experiment(_Section):
         return self.speculative_folder != self.folder
 
     @property
+    def record(self) -> Path:
+        """The exact configuration of the last stage that read the data."""
+        return self.folder / "experiment.yaml"
+
+    @property
     def data_folder(self) -> Path:
         """What LLaMA-Factory gets as `dataset_dir`."""
         return self.folder / "data"
@@ -311,6 +316,16 @@ def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
     for folder in {experiment.folder, experiment.speculative_folder}:
         _refuse_links_out_of(folder)
     return experiment
+
+
+def as_yaml(experiment: Experiment) -> str:
+    """Every key with its value; `load_experiment` reads it."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    return yaml.dump(experiment.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 _STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised")
