@@ -166,7 +166,7 @@ class Experiment(_Section):
     Absent: this run makes its own. Source: ours; one selection serves several targets."""
     selection: Selection = Selection()
     training: dict[str, Any] = {}
-    """LLaMA-Factory's keys for every tuning run, handed over as they are.
+    """LLaMA-Factory's keys for every tuning run, handed over as they are; num_train_epochs is a number from 0.
     Source: LLaMA-Factory's keys; configs/paper/ has the paper's values."""
     small_training: dict[str, Any] = {"num_train_epochs": 3}
     """Added for the speculative model; num_train_epochs 0 leaves it as it is. With the best of the
@@ -258,13 +258,13 @@ class Grid(_Section):
     """task × method × rate × seed: what scripts/reproduce.py tunes and evaluates."""
 
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Task], Field(min_length=1)]
-    """By name. Source: ours."""
+    """By name, of letters, digits, `_`, `.` and `-`. Source: ours."""
     methods: list[Literal["full", Method]] = Field(min_length=1)
-    """full is the target tuned on everything. Source: paper; full is its row of full data."""
+    """Each once; full is the target tuned on everything. Source: paper; full is its row of full data."""
     rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
-    """Fractions of the training split to keep. Source: paper, Table 1."""
+    """Fractions of the training split to keep, each once. Source: paper, Table 1."""
     seeds: list[Seed] = Field(min_length=1)
-    """Each seeds tuning (the speculator's too), scoring and every random choice; the split stays the same.
+    """Each, once, seeds tuning (the speculator's too), scoring and every random choice; the split stays the same.
     Source: ours; the paper names none."""
 
     @field_validator("methods", "rates", "seeds")
