@@ -1,10 +1,12 @@
 """The keys of every YAML, out of the pydantic models, into selection/README.md and finetune/README.md.
 
-python scripts/key_reference.py            # write the tables, between the files' <!-- keys … --> and <!-- end -->
-python scripts/key_reference.py --check    # exit code 2 where they are not what the models say
+    python scripts/key_reference.py
+    python scripts/key_reference.py --check    # exit code 2 where a file is not what the models say
+
+Needs both files with the lines <!-- keys … --> and <!-- end -->, and for each key a docstring that ends with its source.
+Writes the tables between these lines and leaves the rest.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from pydantic import BaseModel  # noqa: E402
 from selection.config import _SET_BY_THE_STAGE, REPOSITORY, Experiment, Grid  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 # The kinds of YAML, each with its model.
 FILES: dict[str, type[BaseModel]] = {
@@ -32,7 +35,7 @@ SOURCE = re.compile(r"\s*Source: ((?:paper|as released|LLaMA-Factory|ours)[^.]*)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 2 where a file is stale")
     check = parser.parse_args().check
     for path, text in readmes().items():

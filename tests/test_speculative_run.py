@@ -83,7 +83,7 @@ def test_a_second_target_on_the_first_ones_scores_chooses_what_its_own_would_and
     assert everything_in(lender.folder) == before and not ledger_path(borrower.folder).exists()
     said = [stage(name, second) for name in STAGES]
     assert [code for code, *_ in said] == [0, 0, 0, 0], said
-    for (_, out, _), stage_name, folder in zip(said, SPECULATIVE_STAGES[1:], ("small", "scores/small"), strict=False):
+    for (_, _, out), stage_name, folder in zip(said, SPECULATIVE_STAGES[1:], ("small", "scores/small"), strict=False):
         assert f"{stage_name}: reusing {lender.folder / folder}" in out
     assert not (borrower.folder / "small").exists() and not (borrower.folder / "scores" / "small").exists()
     assert {cost.stage for cost in read_ledger(borrower.folder)} == {VERIFICATION, CORESETS}
