@@ -107,7 +107,8 @@ def choose_models(target: str, small: str | None = None, template: str | None = 
     if template != known.template:
         say(f"template: {template}, as given")
     else:
-        say(f"template: {template}, {'the family’s' if known.family else known.why}; --template T for another")
+        source = "the family's" if known.family else known.why
+        say(f"template: {template}, {source}; --template T for another")
     return Pair(known.target, small, template, known.family, known.why)
 
 
@@ -198,7 +199,7 @@ def choose_strata(selection: dict[str, Any], experiment: Experiment, rows_of_fil
     else:
         why = f"lowered for {train:,} training rows, so that the target scores at most a fifth of them"
     why = why if (k, b) == (num_strata, per_stratum) else "as given"
-    say(f"strata: {k}, of each {b} rows verified, {why}; --set selection.num_strata=K for others")
+    say(f"strata: K = {k}, b_v = {b} rows of each verified, {why}; --set selection.num_strata=K for others")
     rates = ", ".join(f"{rate:g}" for rate in experiment.selection.rates)
     say(f"rates: {rates}; --rate R … for others")
 
