@@ -74,7 +74,7 @@ def evaluate(experiment: Experiment, name: str) -> dict:
         "model": model_fingerprint(llama_factory.model_path(experiment.target_model)),
         "tuned": tuned and model_fingerprint(tuned),
         "rows": digest(*(row_id(row).encode() for row in held_out)),
-        "dataset_format": experiment.dataset_format.entry,
+        "dataset_format": experiment.row_format.entry,
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "max_new_tokens": experiment.evaluation.max_new_tokens,

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 from typing_extensions import TypedDict
 
-from selection.config import Experiment, from_repository
+from selection.config import DatasetFormat, Experiment, from_repository
 from selection.errors import UserError
 from selection.files import checked, read_json, read_record
 from selection.processes import processes
@@ -94,10 +94,10 @@ class _Index(TypedDict):
     weight_map: dict[str, str]
 
 
-def rows_without_response(rows: Iterable[dict], dataset_format: dict[str, Any]) -> list[int]:
-    """Row numbers that LLaMA-Factory would drop, or whose response is blank.
+def _converter(dataset_format: dict[str, Any]):
+    """LLaMA-Factory's attributes of a data set, and its function from a raw row to a conversation.
 
-    Raises: UserError where a row lacks a column that `dataset_format` names.
+    That has _prompt and _response (lists of turns with role and content), _system and _tools.
     """
     import_llama_factory()
     from llamafactory.data.converter import get_dataset_converter
@@ -106,25 +106,107 @@ def rows_without_response(rows: Iterable[dict], dataset_format: dict[str, Any]) 
 
     attributes = DatasetAttr("file", dataset_name="rows")
     attributes.join(dataset_format)
-    convert = get_dataset_converter(attributes.formatting, attributes, DataArguments())
-    unusable = []
+    return attributes, get_dataset_converter(attributes.formatting, attributes, DataArguments())
+
+
+def unusable_rows(rows: Iterable[dict], dataset_format: dict[str, Any]) -> dict[int, str]:
+    """What is wrong with each row that LLaMA-Factory would drop, misread or crash on, or whose response is blank.
+
+    By row number. Raises: UserError where a row lacks a column that `dataset_format` names.
+    """
+    attributes, convert = _converter(dataset_format)
+    unusable = {}
     for number, row in enumerate(rows):
         try:
-            sample = convert(row)
+            # First of all: it stops at the first odd turn, and an unknown role raises an error without a row.
+            objection = _odd_turns(row, attributes) if attributes.formatting != "alpaca" else None
+            objection = objection or _objection(convert(row))
         except KeyError as error:
             raise UserError(
                 f"row {number} of the data set has no column {error.args[0]!r} (it has {', '.join(row)}): "
                 "say under dataset_format.columns what the columns are called"
             ) from None
         except (TypeError, ValueError, AttributeError):
-            unusable.append(number)
-            continue
-        turns = sample["_prompt"] + sample["_response"]
-        texts = all(isinstance(turn["content"], str) for turn in turns)
-        paired = len(sample["_prompt"]) % 2 == 1 and len(sample["_response"]) == 1
-        if not (texts and paired and sample["_response"][0]["content"].strip()):
-            unusable.append(number)
+            objection = "a column holds something else than text or turns"
+        if objection:
+            unusable[number] = objection
     return unusable
+
+
+def _objection(sample: dict[str, Any]) -> str | None:
+    """What is wrong with a row that LLaMA-Factory has converted; None: nothing."""
+    if not (len(sample["_prompt"]) % 2 == 1 and len(sample["_response"]) == 1):
+        return "it has not one response"
+    if not all(isinstance(turn["content"], str) for turn in sample["_prompt"] + sample["_response"]):
+        return "its prompt or response is no text"
+    if not sample["_response"][0]["content"].strip():
+        return "its response is blank"
+    if not isinstance(sample["_system"] or "", str):
+        return "its system prompt is no text"
+    try:
+        if sample["_tools"]:
+            json.loads(sample["_tools"])
+    except (TypeError, ValueError):
+        return "its tools are no text that holds JSON"
+    return None
+
+
+def _odd_turns(row: dict[str, Any], attributes) -> str | None:
+    """What is wrong with the turns of a conversation, counted from 0 with the system's; None: nothing.
+
+    Raises: KeyError where there is no such column, TypeError where it holds no list of turns.
+    """
+    turns, role, content = row[attributes.messages], attributes.role_tag, attributes.content_tag
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise TypeError
+        if absent := [tag for tag in (role, content) if tag not in turn]:
+            said = f"turn {number} has no {absent[0]!r} (it has {', '.join(turn)})"
+            return f"{said}: say under dataset_format.tags what it is called"
+    roles = [turn[role] for turn in turns]
+    begins = 1 if roles and attributes.system_tag and roles[0] == attributes.system_tag else 0
+    asks = [tag for tag in (attributes.user_tag, attributes.observation_tag) if tag]
+    answers = [tag for tag in (attributes.assistant_tag, attributes.function_tag) if tag]
+    asked = False
+    for number, name in enumerate(roles[begins:], start=begins):
+        # Several results of tools in a row are one turn of the openai form.
+        if asked and attributes.formatting == "openai" and name == attributes.observation_tag == roles[number - 1]:
+            continue
+        wanted = answers if asked else asks
+        if name not in wanted:
+            return f"turn {number} is of {name!r} where one of {' or '.join(map(repr, wanted))} is due"
+        asked = not asked
+    if asked or len(roles) == begins:
+        return f"it ends without a turn of {' or '.join(map(repr, answers))}"
+    return None
+
+
+def in_common_form(rows, dataset_format: DatasetFormat, cache: Path) -> "datasets.Dataset":  # noqa: F821
+    """The rows as conversations in COMMON_FORM, in the file `cache`: LLaMA-Factory makes the same tokens of them.
+
+    Columns messages (turns of role and content, a system prompt not among them), system and tools (text, "" for none).
+    """
+    from datasets import Features, Value
+
+    if media := {"images", "videos", "audios"} & set(dataset_format.columns):
+        raise UserError(f"dataset_format.columns.{min(media)}: data sets in different forms may hold text alone")
+    _, convert = _converter(dataset_format.entry)
+
+    def conversation(row: dict) -> dict[str, Any]:
+        sample = convert(row)
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in sample["_prompt"] + sample["_response"]]
+        return {"messages": turns, "system": sample["_system"] or "", "tools": sample["_tools"] or ""}
+
+    text = Value("large_string")  # no 2 GiB a column
+    features = Features({"messages": [{"role": text, "content": text}], "system": text, "tools": text})
+    return rows.map(
+        conversation,
+        remove_columns=rows.column_names,
+        features=features,
+        cache_file_name=str(cache),
+        load_from_cache_file=False,
+        desc="into one form",
+    )
 
 
 def _arguments(experiment: Experiment, model: str, output_dir: Path, precision: str) -> dict[str, Any]:
@@ -197,6 +279,7 @@ def _user_errors(what: str):
 def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821
     """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
 
+    In a conversation every turn of the assistant has labels, so loss and effort score are of all of them.
     Columns input_ids, attention_mask, labels (−100 on the prompt). Raises: UserError for an unknown template, a
     broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
     """
