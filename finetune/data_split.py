@@ -35,6 +35,7 @@ from selection.files import (
     locked,
     read_json,
     read_sealed,
+    write_experiment,
     write_json,
     write_sealed,
 )
@@ -67,7 +68,10 @@ def training_split(experiment: Experiment) -> TrainingSplit:
     where the run folder holds the split of other data.
     """
     with processes().leader_first():
-        return _training_split(experiment)
+        split = _training_split(experiment)
+        if processes().leads:
+            write_experiment(experiment)
+        return split
 
 
 def _training_split(experiment: Experiment) -> TrainingSplit:
@@ -176,20 +180,12 @@ def _identify(experiment: Experiment, name: str) -> TrainingSplit:
 
 
 def _make_split(experiment: Experiment, made_from: dict) -> None:
-    from datasets import Dataset
-
     with _pooled_rows(experiment) as (rows, counts):
         if len(rows) < 2:
             named = ", ".join(each.path for each in experiment.data_sets)
             raise UserError(f"dataset {named} has {len(rows)} usable rows: at least 2 are needed to split it")
-        # The permutation depends on the number of rows and the seed alone, so splitting row numbers splits the rows.
-        numbers = Dataset.from_dict({"row": range(len(rows))})
-        try:
-            parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
-        except ValueError:
-            raise UserError(f"eval_size {experiment.eval_size:g} of {len(rows)} rows leaves none to train on") from None
-        for name, part in (("train", "train"), ("eval", "test")):
-            write_dataset(experiment, name, rows.select(parts[part]["row"]))
+        for name, numbers in _split_numbers(experiment, len(rows)).items():
+            write_dataset(experiment, name, rows.select(numbers))
     train, held_out = (_identify(experiment, name) for name in ("train", "eval"))
     files = [file_digest(split_path(experiment, name)) for name in ("train", "eval")]
     record = {"made_from": made_from, "fingerprint": train.fingerprint, "files": files}
@@ -232,6 +228,23 @@ def _pooled_rows(experiment: Experiment) -> Iterator[tuple["datasets.Dataset", l
                         "remove the column from one"
                     )
         yield (parts[0] if len(parts) == 1 else concatenate_datasets(parts)), list(map(len, parts))
+
+
+def split_numbers(experiment: Experiment) -> dict[str, np.ndarray]:
+    """Row numbers in the user's data of the rows of "train" and "eval", in their order; the split must be made."""
+    return _split_numbers(experiment, sum(len(rows_of(experiment, name)) for name in ("train", "eval")))
+
+
+def _split_numbers(experiment: Experiment, num_rows: int) -> dict[str, np.ndarray]:
+    """The permutation depends on the number of rows and the seed alone, so splitting row numbers splits the rows."""
+    from datasets import Dataset
+
+    numbers = Dataset.from_dict({"row": range(num_rows)})
+    try:
+        parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
+    except ValueError:
+        raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
+    return {name: np.array(parts[part]["row"]) for name, part in (("train", "train"), ("eval", "test"))}
 
 
 def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821

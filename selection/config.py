@@ -247,6 +247,11 @@ class Experiment(_Section):
         return from_repository(self.output_dir)
 
     @property
+    def record(self) -> Path:
+        """The exact configuration of the last stage that read the data."""
+        return self.folder / "experiment.yaml"
+
+    @property
     def data_folder(self) -> Path:
         """What LLaMA-Factory gets as `dataset_dir`."""
         return self.folder / "data"
@@ -355,6 +360,16 @@ def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
     experiment = _validate(Experiment, values, str(config_path))
     _refuse_links_out_of(experiment.folder)
     return experiment
+
+
+def as_yaml(experiment: Experiment) -> str:
+    """Every key with its value; `load_experiment` reads it."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    return yaml.dump(experiment.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 _STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised")
