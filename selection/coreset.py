@@ -31,8 +31,9 @@ from selection.baselines import baseline, columns_of  # noqa: E402
 from selection.config import Experiment, Method, Selection, validated  # noqa: E402
 from selection.coreset_files import write_coreset  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
+from selection.quotas import quotas_of  # noqa: E402
 from selection.score_files import Scores, check_features, read_scores  # noqa: E402
-from selection.staff import Choice, Strata, choose_staff  # noqa: E402
+from selection.staff import Choice, Quotas, Strata, choose_staff  # noqa: E402
 from selection.stage import add_experiment_arguments, load_experiment  # noqa: E402
 from selection.verification import Settings, StratumRecord, cut_strata, read_verification, verify  # noqa: E402
 
@@ -132,14 +133,20 @@ def cut_staff(arguments, experiment: Experiment | None, method: str, source: Pat
     if experiment is not None and not arguments.target_scores:
         verification = verification or experiment.verification
     strata = cut_strata(speculative, settings)
+    quotas = quotas_of(experiment, scores)
     records = verified_strata(arguments.target_scores, verification, scores, settings, strata)
     ratios = [record.verification_ratio for record in records]
 
     def choose(rate: float) -> tuple[Choice, dict[str, Any]]:
-        choice = choose_staff(speculative, strata, ratios, rate, settings.mode, settings.seed)
+        choice = choose_staff(speculative, strata, ratios, rate, settings.mode, settings.seed, quotas)
         budgets = zip(records, choice.budgets, choice.filled, strict=True)
         table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
-        return choice, {**asdict(settings), "strata": table, "from_hardest": choice.from_hardest}
+        return choice, {
+            **asdict(settings),
+            "strata": table,
+            "from_hardest": choice.from_hardest,
+            **of_data_sets(quotas, choice),
+        }
 
     return scores, choose
 
@@ -178,7 +185,8 @@ def cut_baseline(arguments, experiment: Experiment | None, method: str, source: 
         scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
     if method == "length" and len(empty := np.flatnonzero(scores.columns["n_response_tokens"] < 1)):
         raise UserError(f"{scores.source}: row {scores.index[empty[0]]} has no response token: remove the row")
-    rule = baseline(method, scores.columns, len(scores.index), selection)
+    quotas = quotas_of(experiment, scores)
+    rule = baseline(method, scores.columns, len(scores.index), selection, quotas)
     record: dict[str, Any] = {"seed": selection.seed}
     if method in ("el2n", "ccs", "d2"):
         record["variant"] = selection.baseline_variant
@@ -188,7 +196,16 @@ def cut_baseline(arguments, experiment: Experiment | None, method: str, source: 
         record["num_strata"] = selection.num_strata
     if method in ("length", "ccs", "d2"):
         record["hardest_cutoff"] = selection.hardest_cutoff
-    return scores, lambda rate: (rule(rate), record)
+
+    def choose(rate: float) -> tuple[Choice, dict[str, Any]]:
+        choice = rule(rate)
+        return choice, record | of_data_sets(quotas, choice)
+
+    return scores, choose
+
+
+def of_data_sets(quotas: Quotas | None, choice: Choice) -> dict[str, Any]:
+    return {} if quotas is None else {"data_sets": quotas.record(choice.rows)}
 
 
 def read_features(path: Path, num_rows: int) -> np.ndarray:
