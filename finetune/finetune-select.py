@@ -19,7 +19,7 @@ end_on_signals()
 from finetune.data_split import training_split  # noqa: E402
 from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
 from selection.config import load_experiment  # noqa: E402
-from selection.coreset_files import check_fits, read_coreset  # noqa: E402
+from selection.coreset_files import check_fits, check_published, read_coreset  # noqa: E402
 from selection.ledger import TARGET_TUNING  # noqa: E402
 from selection.stage import add_experiment_arguments  # noqa: E402
 
@@ -41,6 +41,8 @@ def main() -> None:
     split = training_split(experiment)
     coresets = [read_coreset(path) for path in arguments.select_path]
     for coreset, path in zip(coresets, arguments.select_path, strict=True):
+        if path.suffix == ".pt" and (said := check_published(len(coreset.indices), len(split.rows), str(path))):
+            print(said)
         check_fits(coreset, split.ids, split.fingerprint, str(path))
     for coreset in coresets:
         print(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
