@@ -1,12 +1,16 @@
 """What comes in: forms of rows against LLaMA-Factory, several data sets, quotas, published lists."""
 
+import importlib
 import json
 import math
 import re
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -498,6 +502,49 @@ def test_which_data_set_a_row_is_of(make_experiment, rows, tmp_path):
         quotas_of(experiment, scores(range(23)))
     one = load_experiment(make_experiment(rows, "one", output_dir=str(tmp_path / "one")))
     assert quotas_of(one, scores(range(24))) is None and quotas_of(None, scores(range(24))) is None
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Runs coreset.py in this process."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the script changes it
+    main = importlib.import_module("selection.coreset").main
+
+    def call(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["coreset.py", *map(str, arguments)])
+        main()
+
+    return call
+
+
+def test_the_coreset_file_says_what_each_data_set_gave(cut, make_experiment, rows, tmp_path, capsys):
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in (("a", rows[:7]), ("b", rows[7:]))]
+    sets = [{"path": paths[0]}, {"path": paths[1], "name": "late", "quota": 0.75}]
+    config = make_experiment([], dataset=sets)
+    split, of_a = training_split(load_experiment(config)), {row_id(row) for row in rows[:7]}
+    in_a = [each in of_a for each in split.ids]
+    effort = np.random.default_rng(0).lognormal(size=24)
+    pa.csv.write_csv(pa.table({"index": np.arange(24), "effort": effort}), tmp_path / "scores.csv")
+    given = ["--config_path", config, "--scores", tmp_path / "scores.csv", "--target_scores", tmp_path / "scores.csv"]
+    cut(*given, "--method", "staff", "grand", "random", "--rate", 0.4)
+    for method in ("staff", "grand", "random"):
+        record = read_json(tmp_path / "run" / "coresets" / f"{method}-0.4.json")
+        assert record["size"] == len(record["indices"]) == 9
+        from_a = sum(in_a[i] for i in record["indices"])
+        assert record["data_sets"] == [
+            {"name": "a", "rows": sum(in_a), "chosen": from_a, "quota": None},
+            {"name": "late", "rows": 24 - sum(in_a), "chosen": 9 - from_a, "quota": 0.75},
+        ]
+        assert from_a == 3  # 9 − ⌊0.75 · 9⌋
+    said = f"leave 6 rows of a coreset of 24 to data set a, with {sum(in_a)} to choose from"
+    with pytest.raises(UserError, match=said if sum(in_a) < 6 else "asks for 18 rows of data set late, which has 17"):
+        cut(*given, "--method", "grand", "--rate", 1.0)
+    assert not (tmp_path / "run" / "coresets" / "grand-1.json").exists()
+    # One data set: the file is as it was.
+    one = make_experiment(rows, "one", output_dir=str(tmp_path / "one"))
+    training_split(load_experiment(one))
+    cut("--config_path", one, *given[2:], "--method", "grand", "--rate", 0.4)
+    assert "data_sets" not in read_json(tmp_path / "one" / "coresets" / "grand-0.4.json")
 
 
 # Published lists
