@@ -39,6 +39,7 @@ from selection.files import (
     write_json,
     write_sealed,
 )
+from selection.log import say, set_library_bars
 from selection.processes import processes
 
 
@@ -194,7 +195,7 @@ def _make_split(experiment: Experiment, made_from: dict) -> None:
     write_sealed(experiment.data_folder / "split.json", record)
     named = ", ".join(Path(each.path).name for each in experiment.data_sets)
     sizes = f"{len(train.rows)} training and {len(held_out.rows)} evaluation rows"
-    print(f"split {named}: {sizes} -> {experiment.data_folder}")
+    say(f"split {named}: {sizes} -> {experiment.data_folder}")
 
 
 @contextlib.contextmanager
@@ -213,7 +214,7 @@ def _pooled_rows(experiment: Experiment) -> Iterator[tuple["datasets.Dataset", l
             source = from_repository(each.path)
             rows = stack.enter_context(reading_rows(source, each.dataset_format))
             if each.max_samples is not None and each.max_samples < len(rows):
-                print(f"dataset {source.name}: first {each.max_samples:,} of {len(rows):,} rows")
+                say(f"dataset {source.name}: first {each.max_samples:,} of {len(rows):,} rows")
                 rows = rows.take(each.max_samples)
             if mixed:
                 rows = llama_factory.in_common_form(rows, each.dataset_format, cache / f"{number}.arrow")
@@ -316,6 +317,7 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     if _READERS[path.suffix] == "json":
         _check_json(path)
+    set_library_bars()
     with tempfile.TemporaryDirectory() as cache:
         try:
             # Else pandas takes the words null, NA and None in a CSV file for nothing.

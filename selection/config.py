@@ -125,7 +125,7 @@ class DatasetFormat(_Section):
 # The form in which the rows of a run stand where its data sets come in different ones.
 COMMON_FORM = DatasetFormat(
     formatting="sharegpt",
-    columns={"messages": "messages", "system": "system", "tools": "tools"},
+    columns={"messages": "messages", "tools": "tools"},
     tags={
         "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
         "observation_tag": "observation", "function_tag": "function", "system_tag": "system",
@@ -372,7 +372,7 @@ def as_yaml(experiment: Experiment) -> str:
     return yaml.dump(experiment.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised")
+_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export")
 
 
 def _refuse_links_out_of(folder: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from selection.errors import UserError
 from selection.files import atomic_path, code_version, digest, read_json
+from selection.log import say
 from selection.score_files import Scores
 from selection.staff import Choice, floor_share
 
@@ -32,6 +33,7 @@ class Coreset:
     ids: list[str] | None
     fingerprint: str | None
     num_rows: int | None = None  # of the training split, if known
+    published: bool = False  # a `.pt` index list
 
 
 def coreset_name(method: str, rate: float) -> str:
@@ -115,7 +117,9 @@ def read_coreset(path: Path) -> Coreset:
             f"{path}: a coreset's file name names its data set and tuned model: rename it to letters, digits and . _ - "
             f"alone, no dot in front, and not {', '.join(_RESERVED)}"
         )
-    return Coreset(path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint, num_rows)
+    return Coreset(
+        path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint, num_rows, path.suffix == ".pt"
+    )
 
 
 def _checksum(indices: np.ndarray) -> str:
@@ -146,8 +150,11 @@ def _read_published(path: Path) -> list[int]:
 def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) -> None:
     """Refuse a coreset that was chosen from other data than the training split at hand (its `ids`, row by row).
 
-    A coreset cut from plain score files has no fingerprint; then its number of rows must do.
+    A coreset cut from plain score files has no fingerprint; then its number of rows must do. A `.pt` list names no data
+    at all; then its length must be one that the paper's rates give (`check_published`), or a line says that it is none.
     """
+    if coreset.published and (said := check_published(len(coreset.indices), len(ids), source)):
+        say(said)
     if coreset.indices[-1] >= len(ids):
         raise UserError(
             f"{source}: row {coreset.indices[-1]} is outside the training split of {len(ids)} rows: "
@@ -176,8 +183,7 @@ def check_published(count: int, num_rows: int, source: str) -> str | None:
     """Whether a published list of `count` rows can be of a training split of `num_rows`: m = ⌊rate · N⌋, give or take
     one, as the authors' rounding is not known. None: it can; else a line to show.
 
-    A `.pt` list names no data, so its length is all there is to go by. Raises: UserError where it is the length of a
-    list of another of the paper's data sets.
+    Raises: UserError where it is the length of a list of another of the paper's data sets.
     """
     if _published_rate(count, num_rows):
         return None

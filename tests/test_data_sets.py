@@ -19,7 +19,7 @@ from finetune import llama_factory
 from finetune.data_split import data_sets, row_id, rows_of, split_numbers, training_split
 from selection.baselines import baseline, columns_of, moderate_order
 from selection.config import COMMON_FORM, load_experiment
-from selection.coreset_files import PUBLISHED_RATES, PUBLISHED_ROWS, check_published
+from selection.coreset_files import PUBLISHED_RATES, PUBLISHED_ROWS, check_fits, check_published, read_coreset
 from selection.errors import UserError
 from selection.files import read_json
 from selection.quotas import quotas_of
@@ -150,7 +150,7 @@ def assert_tokens_are_those_of_llama_factory(make_experiment, folder: Path, form
 def test_rows_of_every_form_together_have_the_tokens_of_their_own_form(make_experiment, tmp_path):
     experiment, theirs = assert_tokens_are_those_of_llama_factory(make_experiment, tmp_path, list(FORMS))
     assert experiment.row_format == COMMON_FORM
-    assert rows_of(experiment, "train").column_names == ["messages", "system", "tools"]
+    assert rows_of(experiment, "train").column_names == ["messages", "tools"]
     sizes = [len(rows) for _, rows in FORMS.values()]
     firsts = np.cumsum([0, *sizes])[:-1].tolist()
     assert data_sets(experiment) == list(zip(map(str, range(len(sizes))), firsts, sizes, strict=True))
@@ -248,8 +248,8 @@ def test_rows_are_pooled_in_order_and_split_once(make_experiment, rows, tmp_path
     sets = [{"path": paths[0]}, {"path": paths[1], "max_samples": 9}]
     experiment = load_experiment(make_experiment([], dataset=sets, max_samples=11))
     split, numbers = training_split(experiment), split_numbers(experiment)
-    out = capsys.readouterr().out
-    assert "dataset a.jsonl: first 11 of 12 rows\n" in out and "dataset b.jsonl: first 9 of 18 rows\n" in out
+    said = capsys.readouterr().err
+    assert "dataset a.jsonl: first 11 of 12 rows\n" in said and "dataset b.jsonl: first 9 of 18 rows\n" in said
     assert data_sets(experiment) == [("a", 0, 11), ("b", 11, 9)]
     pooled = [row | {"only here": None} for row in rows[:11]] + rows[12:21]
     for name in ("train", "eval"):
@@ -572,3 +572,18 @@ def test_a_list_of_no_published_length_is_taken_with_a_line():
     assert line.startswith(f"list.pt: {count:,} rows are no published rate") and "13,014" in line
     assert check_published(50, 1000, "list.pt") is not None
     assert check_published(101, 1000, "list.pt") is None
+
+
+def test_only_a_pt_list_is_held_against_the_published_lengths(tmp_path, capsys):
+    import torch
+
+    ids = [f"id{row}" for row in range(1000)]
+    torch.save(list(range(50)), tmp_path / "some.pt")
+    (tmp_path / "some.json").write_text(json.dumps({"indices": list(range(50))}))
+    check_fits(read_coreset(tmp_path / "some.json"), ids, "fingerprint", "some.json")
+    assert capsys.readouterr().err == ""
+    check_fits(read_coreset(tmp_path / "some.pt"), ids, "fingerprint", "some.pt")
+    assert "some.pt: 50 rows are no published rate" in capsys.readouterr().err
+    torch.save(list(range(1301)), tmp_path / "other.pt")  # before a row is found to be outside
+    with pytest.raises(UserError, match=r"other\.pt: 1,301 rows are the paper's coreset of DialogSum at rate 0\.1"):
+        check_fits(read_coreset(tmp_path / "other.pt"), ids, "fingerprint", "other.pt")
