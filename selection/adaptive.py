@@ -10,7 +10,7 @@ import numpy as np
 
 from selection.staff import allocate_budgets, verification_ratio
 
-START = 3  # draws of each stratum before anything is known
+START = 5  # draws of each stratum before anything is known: the interval of fewer is mostly noise
 SETTLED = 0.05  # of the coreset: budgets that move by less in 95 % of the resamples are settled
 RESAMPLES = 200
 _BOOTSTRAP = 4  # random stream; staff.py has 0 to 3
@@ -20,7 +20,7 @@ Pairs = tuple[np.ndarray, np.ndarray]
 
 
 def first_counts(sizes: list[int], per_stratum: int) -> list[int]:
-    """Draws of each stratum to begin with: three, or b_v = `per_stratum`, or all rows, whichever is least."""
+    """Draws of each stratum to begin with: `START`, or b_v = `per_stratum`, or all rows, whichever is least."""
     return [min(size, per_stratum, START) for size in sizes]
 
 
@@ -31,15 +31,17 @@ def next_counts(
     limit: int,
     coreset_sizes: list[int],
     seed: int,
+    settled: float = SETTLED,
     widths: Callable[..., np.ndarray] | None = None,
 ) -> list[int] | None:
     """How many rows each stratum has drawn after the next round; None where no more are to be drawn.
 
     Args: `counts` drawn so far, with `pairs` the scores of those that have any; `sizes` |B_i|; `limit` K · b_v draws
-    in all; `coreset_sizes` m at each rate; `widths` what to draw by, `budget_widths` if not given.
+    in all; `coreset_sizes` m at each rate; `settled` 0: as many as `limit` allows; `widths`: what to draw by, as a
+    rule `budget_widths`.
 
     No more: where all strata are drawn whole, `limit` draws are spent, or at every m 95 % of the resampled budgets are
-    within `SETTLED` of the estimated ones, in the share of the coreset that moves. Else as many draws as there are
+    within `settled` of the estimated ones, in the share of the coreset that moves. Else as many draws as there are
     strata go one by one to the stratum that is widest at the time, on the assumption that a width falls with the root
     of the number of draws. A round at most doubles the draws of a stratum, as the width of few samples is a guess.
     """
@@ -48,7 +50,7 @@ def next_counts(
         return None
     ratios = [verification_ratio(theirs, ours) if len(ours) else None for ours, theirs in pairs]
     replicates = resampled_ratios(counts, pairs, sizes, seed)
-    if all(np.quantile(moves(sizes, ratios, replicates, m), 0.95) <= SETTLED for m in coreset_sizes):
+    if settled and all(np.quantile(moves(sizes, ratios, replicates, m), 0.95) <= settled for m in coreset_sizes):
         return None
     low, high = np.quantile(replicates, [0.025, 0.975], axis=0)
     width = np.mean([(widths or budget_widths)(sizes, ratios, low, high, m) for m in coreset_sizes], axis=0)

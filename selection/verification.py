@@ -116,7 +116,7 @@ def adaptive_draws(
         counts = following
         draws = draw_verification_samples(strata, counts, settings.rules, settings.seed)
         yield draws
-        pairs = _pairs_of(draws, speculative, _drawn_alone(target_now(), draws, index), settings, index)
+        pairs = pairs_of(draws, speculative, _drawn_alone(target_now(), draws, index), settings, index)
         following = next_counts(counts, [pair[1:] for pair in pairs], strata.sizes, limit, ms, settings.seed)
 
 
@@ -161,13 +161,18 @@ def verified_pairs(
     target's normalised scores of them, (k,) each; empty where a stratum is not verified. Args: as `verify`."""
     if settings.verify == "adaptive":
         *_, draws = adaptive_draws(speculative, settings, strata, index, lambda: target)
-        return _pairs_of(draws, speculative, _drawn_alone(target, draws, index), settings, index)
-    return _pairs_of(draw(strata, settings), speculative, target, settings, index)
+        return pairs_of(draws, speculative, _drawn_alone(target, draws, index), settings, index)
+    return pairs_of(draw(strata, settings), speculative, target, settings, index)
 
 
-def _pairs_of(
-    draws: list[np.ndarray], speculative: np.ndarray, target: Scores, settings: Settings, index: np.ndarray | None
+def pairs_of(
+    draws: list[np.ndarray],
+    speculative: np.ndarray,
+    target: Scores,
+    settings: Settings,
+    index: np.ndarray | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """`verified_pairs` of given `draws`, the rows (places in `speculative`) of each stratum."""
     target = stratified_score(target, settings)
     numbers = draws if index is None else [index[rows] for rows in draws]
     if len(target.left_out):
