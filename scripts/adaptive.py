@@ -4,7 +4,8 @@
 
 Each run folder needs scores/small and scores/target, the latter made under verify: all. Writes adaptive.csv into
 data/results/ablations (--out) and prints it as a table: what the coreset shares with the one of the same strata and
-draws whose V_i are of all rows. Means over seeds of the draws with 95 % t intervals, each seed's value a mean over rates.
+draws whose V_i are of all rows. Means over seeds of the draws with 95 % t intervals, each seed's value a mean
+over rates.
 """
 
 import argparse

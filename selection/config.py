@@ -258,7 +258,7 @@ class Grid(_Section):
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Task], Field(min_length=1)]
     """By name."""
     methods: list[Literal["full", "staff_length", Method]] = Field(min_length=1)
-    """full is the target tuned on everything; staff_length is STAFF under mode extended with length_control residual."""
+    """full: the target tuned on everything; staff_length: STAFF in mode extended with length_control residual."""
     rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
     """Fractions of the training split to keep."""
     seeds: list[Seed] = Field(min_length=1)

@@ -139,8 +139,8 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
 def jobs_of(
     task: str, seed: int, cells: list[Cell], experiment: Experiment, arguments: list[str], num_rows: int
 ) -> list[Job]:
-    """The jobs that make `cells`, all of one task, seed and variant: STAFF's selection, the tuning of the target on everything
-    with the scores that the baselines read, and each coreset's tuning and evaluation."""
+    """The jobs that make `cells`, all of one task, seed and variant: STAFF's selection, the tuning of the target
+    on everything with the scores that the baselines read, and each coreset's tuning and evaluation."""
 
     def passes(keys: dict) -> float:
         return (experiment.training | keys).get("num_train_epochs", 3)
