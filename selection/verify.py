@@ -1,13 +1,12 @@
 """Verify the strata on the target, which is not tuned: score the drawn samples, write V_i.
 
-    python verify.py --config_path ../configs/demo.yaml
+    python verify.py --config_path ../configs/demo.yaml        # in selection/
 
 Needs the speculative scores (effort_score.py). Scores at most num_strata x verify_per_stratum samples, or all under
 verify: all; under verify: adaptive in rounds, each where the last one left the budgets most uncertain. Writes
 <run folder>/scores/target and <run folder>/verification.json.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from selection.ledger import VERIFICATION  # noqa: E402
 from selection.processes import processes  # noqa: E402
 from selection.score_files import ScoreFolder, Scores, read_scores  # noqa: E402
 from selection.scoring import score_identity, score_rows  # noqa: E402
-from selection.stage import load_scoring_arguments  # noqa: E402
+from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
 from selection.verification import (  # noqa: E402
     Settings,
     adaptive_draws,
@@ -39,7 +38,7 @@ from selection.verification import (  # noqa: E402
 
 
 def main() -> None:
-    experiment, _ = load_scoring_arguments(argparse.ArgumentParser(description=__doc__))
+    experiment, _ = load_scoring_arguments(argument_parser(__doc__))
     split, settings = training_split(experiment), Settings.of(experiment.selection)
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
     scores = read_scores(experiment.small_scores, settings.columns, ids=False)
