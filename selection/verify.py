@@ -17,18 +17,30 @@ end_on_signals()
 
 import numpy as np  # noqa: E402
 
-from finetune.data_split import training_split  # noqa: E402
+from finetune.data_split import existing_split, training_split  # noqa: E402
+from selection.config import Experiment  # noqa: E402
 from selection.ledger import VERIFICATION  # noqa: E402
 from selection.processes import processes  # noqa: E402
 from selection.score_files import ScoreFolder, read_scores  # noqa: E402
-from selection.scoring import score_identity, score_rows  # noqa: E402
+from selection.scoring import score_identity, score_rows, would_score  # noqa: E402
 from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify, write_verification  # noqa: E402
 
 
 def main() -> None:
-    experiment, _ = load_scoring_arguments(argument_parser(__doc__))
-    split, settings = training_split(experiment), Settings.of(experiment.selection)
+    experiment, arguments = load_scoring_arguments(argument_parser(__doc__))
+    split, settings = (
+        (existing_split if arguments.dry_run else training_split)(experiment),
+        Settings.of(experiment.selection),
+    )
+    if arguments.dry_run and not _is_scored(experiment):
+        most = (
+            "every row"
+            if experiment.selection.verify_all
+            else f"at most {settings.num_strata} x {settings.verify_per_stratum} rows"
+        )
+        print(f"{VERIFICATION}: would score {most} on {experiment.target_model} -> {experiment.target_scores}")
+        return
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
     scores = read_scores(experiment.small_scores, ids=False)
     ScoreFolder(experiment.small_scores, score_identity(experiment, split, small, tuned), len(every))  # or refuse
@@ -37,8 +49,9 @@ def main() -> None:
     rows = every if experiment.selection.verify_all else drawn
     if not len(rows):
         raise UserError("no stratum has more than verify_per_stratum samples, nothing to verify: lower num_strata")
-    score_rows(experiment, split, experiment.target_model, None, rows, experiment.target_scores, VERIFICATION)
-    if not processes().leads:
+    score = would_score if arguments.dry_run else score_rows
+    score(experiment, split, experiment.target_model, None, rows, experiment.target_scores, VERIFICATION)
+    if arguments.dry_run or not processes().leads:
         return
     # Of what earlier settings left there, nothing but the asked rows counts.
     target = read_scores(experiment.target_scores, ids=False).only(rows)
@@ -49,6 +62,15 @@ def main() -> None:
         f"{len(records)} strata, {len(rows)} of {len(speculative)} samples scored on the target, "
         f"V between {min(ratios, default=1):.3f} and {max(ratios, default=1):.3f} -> {experiment.verification}"
     )
+
+
+def _is_scored(experiment: Experiment) -> bool:
+    """Whether the speculative scores are there and complete."""
+    try:
+        read_scores(experiment.small_scores, ids=False).check_complete()
+    except UserError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
