@@ -51,10 +51,8 @@ def main() -> None:
     for coreset in coresets:
         say(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
         rows, folder = split.rows.select(coreset.indices), experiment.tuned_target(coreset.name)
-        keys, stage = experiment.target_training, TARGET_TUNING
-        tune_once(
-            experiment, experiment.target_model, coreset.name, rows, folder, keys, stage, report, arguments.dry_run
-        )
+        model, keys, stage = experiment.target_model, experiment.target_training, TARGET_TUNING
+        tune_once(experiment, model, coreset.name, rows, folder, keys, stage, report, arguments.dry_run)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, required: bool = T
 
 
 def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dry_run", action="store_true", help="say what would be done and what is there; write nothing"
-    )
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done and what is there already")
 
 
 def load_experiment_from_arguments(parser: argparse.ArgumentParser) -> Experiment:

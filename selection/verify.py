@@ -29,16 +29,11 @@ from selection.verification import Settings, cut_strata, draw, verify, write_ver
 
 def main() -> None:
     experiment, arguments = load_scoring_arguments(argument_parser(__doc__))
-    split, settings = (
-        (existing_split if arguments.dry_run else training_split)(experiment),
-        Settings.of(experiment.selection),
-    )
-    if arguments.dry_run and not _is_scored(experiment):
-        most = (
-            "every row"
-            if experiment.selection.verify_all
-            else f"at most {settings.num_strata} x {settings.verify_per_stratum} rows"
-        )
+    split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
+    settings = Settings.of(experiment.selection)
+    if arguments.dry_run and (split is None or not _is_scored(experiment)):
+        drawn = f"at most {settings.num_strata} x {settings.verify_per_stratum} rows"
+        most = "every row" if experiment.selection.verify_all else drawn
         print(f"{VERIFICATION}: would score {most} on {experiment.target_model} -> {experiment.target_scores}")
         return
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))

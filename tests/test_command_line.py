@@ -301,16 +301,11 @@ def test_a_dry_run_says_what_the_run_then_does_and_writes_nothing(make_experimen
     coreset = run / "coresets" / "staff-0.5.json"
     kept = contents(run)
     said = call("finetune/finetune-select.py", config, "--select_path", coreset, "--dry_run")
-    assert (
-        said == f"target tuning: would tune {config_model(config)} on staff-0.5 (12 rows) -> {run}/target/staff-0.5\n"
-    )
+    model = load_experiment(config).target_model
+    assert said == f"target tuning: would tune {model} on staff-0.5 (12 rows) -> {run}/target/staff-0.5\n"
     said = call("finetune/eval.py", config, "--tuned", "untuned", "--dry_run")
     assert said == f"evaluation of untuned: would answer 6 held-out rows -> {run}/eval/untuned\n"
     assert contents(run) == kept
-
-
-def config_model(config: Path) -> str:
-    return load_experiment(config).target_model
 
 
 def test_a_dry_selection_ends_with_the_plan_and_touches_nothing(make_experiment, rows, tmp_path):
@@ -326,5 +321,5 @@ def test_a_dry_selection_ends_with_the_plan_and_touches_nothing(make_experiment,
 
 
 def test_a_plan_refuses_a_template_beyond_the_embedding(make_experiment, rows, call):
-    with pytest.raises(UserError, match="template llama3 makes a token that .* has no embedding for"):
+    with pytest.raises(UserError, match=r"template llama3 makes a token that .* has no embedding for"):
         call("scripts/plan.py", make_experiment(rows, template="llama3"), "--seconds", 0.1)
