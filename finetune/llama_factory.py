@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 from selection.config import Experiment, from_repository
 from selection.errors import UserError
 from selection.files import checked, read_json, read_record
+from selection.log import progress_bar, set_library_bars
 from selection.processes import processes
 
 
@@ -283,7 +284,6 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
     broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
     """
     import_llama_factory()
-    from datasets import disable_progress_bars, enable_progress_bars
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.extras.constants import IGNORE_INDEX
     from llamafactory.hparams import get_train_args
@@ -291,12 +291,12 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
 
     arguments = _arguments(experiment, model, experiment.folder, "fp32") | {"dataset": dataset, "do_train": True}
     arguments["use_cpu"] = True  # or LLaMA-Factory refuses where it sees several GPUs
+    set_library_bars(long_work=len(raw_rows) >= 10_000)
     with _user_errors(f"model {model}, template {experiment.template}"), _alone(), _own_cache():
         model_args, data_args, training_args, _, _ = get_train_args(arguments)
         training_args.log_level, training_args.log_level_replica = "error", "error"
         tokenizer_module = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
-        (disable_progress_bars if len(raw_rows) < 10_000 else enable_progress_bars)()  # bars for long work only
         with _quiet():
             data = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
     rows = data["train_dataset"]
@@ -349,7 +349,6 @@ def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
 
 def _progress(stage: str):
     """A trainer callback: one bar over samples, in training with the loss."""
-    from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -358,7 +357,7 @@ def _progress(stage: str):
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 self.step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                self.bar = tqdm(total=state.max_steps * self.step, unit="samples", desc=stage)
+                self.bar = progress_bar(total=state.max_steps * self.step, unit="samples", desc=stage)
 
         def on_step_end(self, args, state, control, **kwargs):
             if self.bar is not None:
@@ -371,7 +370,7 @@ def _progress(stage: str):
         def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
             if state.is_world_process_zero:
                 if self.bar is None:
-                    self.bar = tqdm(total=len(eval_dataloader.dataset), unit="samples", desc=stage)
+                    self.bar = progress_bar(total=len(eval_dataloader.dataset), unit="samples", desc=stage)
                 self.bar.update(min(args.eval_batch_size * args.world_size, self.bar.total - self.bar.n))
 
         def close(self, args, state, control, **kwargs):
