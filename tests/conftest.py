@@ -17,10 +17,11 @@ import pytest
 # One thread, as in the scripts' processes: those are forked from this one, and OpenMP's threads do not survive that.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 REPOSITORY = Path(__file__).resolve().parents[1]
+_PATIENCE = 900  # seconds after which a script counts as hung, on a busy machine too
 
 
 def run_script(
-    script: str, *arguments: object, cwd: Path | None = None, check: bool = True
+    script: str | Path, *arguments: object, cwd: Path | None = None, check: bool = True
 ) -> subprocess.CompletedProcess:
     """Run a script as a user would; `cwd` defaults to the script's own folder.
 
@@ -33,7 +34,7 @@ def run_script(
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         if path.suffix == ".sh":
             code = subprocess.run(
-                ["bash", *command], cwd=cwd or path.parent, stdout=stdout, stderr=stderr, timeout=300
+                ["bash", *command], cwd=cwd or path.parent, stdout=stdout, stderr=stderr, timeout=_PATIENCE
             ).returncode
         else:
             code = _forked(command, cwd or path.parent, stdout.fileno(), stderr.fileno())
@@ -57,7 +58,7 @@ def _forked(command: list[str], cwd: Path, stdout: int, stderr: int) -> int:
     child = os.fork()
     if child == 0:
         _become(command, cwd, stdout, stderr)
-    ends = time.monotonic() + 300
+    ends = time.monotonic() + _PATIENCE
     while True:
         gone, status = os.waitpid(child, os.WNOHANG)
         if gone:
@@ -65,7 +66,7 @@ def _forked(command: list[str], cwd: Path, stdout: int, stderr: int) -> int:
         if time.monotonic() > ends:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            raise subprocess.TimeoutExpired(command, 300)
+            raise subprocess.TimeoutExpired(command, _PATIENCE)
         time.sleep(0.005)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 from safetensors.torch import load_file
 
 from finetune.data_split import training_split
+from finetune.llama_factory import import_llama_factory
 from scripts.chaos import run_processes
 from selection.config import load_experiment
 from selection.effort import EffortScorer
@@ -32,6 +34,7 @@ UNTUNED = ("--set", "small_training.num_train_epochs=0", "--set", "selection.tok
 @pytest.fixture
 def stage(tmp_path):
     """A function that runs a stage in `count` processes, as torchrun would; returns exit code and output."""
+    import_llama_factory()  # once, for all the processes that are forked from this one
 
     def run(script: str, *arguments: object, count: int = 1) -> tuple[int, str]:
         log = tmp_path / "log"
@@ -40,13 +43,23 @@ def stage(tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """Where `selected` keeps the run folder that it copies."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
 @pytest.fixture
-def selected(make_experiment, rows, stage) -> Path:
+def selected(make_experiment, rows, stage, tmp_path, finished_run) -> Path:
     """The configuration of a finished selection, its speculator untuned."""
     config = make_experiment(rows, small_training={"num_train_epochs": 0})
+    if finished_run.exists():
+        shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
+        return config
     for script in ("selection/effort_score.py", "selection/verify.py", "selection/coreset.py"):
         code, said = stage(script, "--config_path", config)
         assert code == 0, said
+    shutil.copytree(tmp_path / "run", finished_run, symlinks=True)
     return config
 
 
@@ -264,8 +277,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays_usable(selected, st
 # Rows without a finite score
 
 
-@pytest.mark.parametrize("method", ["staff", "random", "length"])
-def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tmp_path, stage, monkeypatch, method):
+def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tmp_path, stage, monkeypatch):
     varied = [row | {"output": f"{row['output']} {i}."} for i in range(5) for row in rows]
     config = make_experiment(varied, small_training={"num_train_epochs": 0}, cutoff_len=1024)
     experiment = load_experiment(config)
@@ -297,15 +309,15 @@ def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tm
     assert read_scores(experiment.small_scores, columns=()).left_out.tolist() == [7]
     score_rows(experiment, split, experiment.small_model, None, every, experiment.small_scores, VERIFICATION)
     assert read_sealed(path)["left_out"] == [7] and not plan.exists()
-    at = ("--config_path", config, "--method", method, "--rate", 0.5, 1.0)
-    if method == "staff":
-        code, said = stage("selection/verify.py", "--config_path", config)
-        assert code == 0, said
-        assert all(7 not in stratum["verified"] for stratum in read_json(experiment.verification)["strata"])
-    code, said = stage("selection/coreset.py", *at)
+    code, said = stage("selection/verify.py", "--config_path", config)
     assert code == 0, said
-    half, whole = (read_json(experiment.coresets / f"{method}-{rate}.json") for rate in ("0.5", "1"))
-    assert whole["indices"] == [row for row in range(120) if row != 7]
-    assert len(half["indices"]) == 59 and 7 not in half["indices"]
-    for coreset in (half, whole):
-        assert coreset["num_rows"] == 120 and coreset["ids"] == [split.ids[row] for row in coreset["indices"]]
+    assert all(7 not in stratum["verified"] for stratum in read_json(experiment.verification)["strata"])
+    methods = ("staff", "random", "length")
+    code, said = stage("selection/coreset.py", "--config_path", config, "--method", *methods, "--rate", 0.5, 1.0)
+    assert code == 0, said
+    for method in methods:
+        half, whole = (read_json(experiment.coresets / f"{method}-{rate}.json") for rate in ("0.5", "1"))
+        assert whole["indices"] == [row for row in range(120) if row != 7]
+        assert len(half["indices"]) == 59 and 7 not in half["indices"]
+        for coreset in (half, whole):
+            assert coreset["num_rows"] == 120 and coreset["ids"] == [split.ids[row] for row in coreset["indices"]]
