@@ -19,6 +19,14 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 REPOSITORY = Path(__file__).resolve().parents[1]
 _PATIENCE = 900  # seconds after which a script counts as hung, on a busy machine too
 
+# Files of more than 20 s, longest first: else one process may wait for the other at the end.
+_LONG = ("test_grid.py", "test_demo.py", "test_faults.py", "test_stages.py", "test_effort.py", "test_bench.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files, then the others in the order of names."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
 
 def run_script(
     script: str | Path, *arguments: object, cwd: Path | None = None, check: bool = True
@@ -27,7 +35,7 @@ def run_script(
 
     A Python script runs in a fork of this process: torch, transformers and LLaMA-Factory are imported there already,
     which takes 5 to 9 s of a fresh process; the suite's own modules the script imports itself. (As fresh processes:
-    test_demo.py, and the tests of signals, full disks and torchrun in test_faults.py.)
+    test_demo.py, and the tests of full disks and torchrun in test_faults.py.)
     """
     path = REPOSITORY / script
     command = [str(path), *map(str, arguments)]
