@@ -32,9 +32,11 @@ from selection.files import (
     locked,
     read_json,
     read_sealed,
+    write_experiment,
     write_json,
     write_sealed,
 )
+from selection.log import say, set_library_bars
 from selection.processes import processes
 
 
@@ -64,7 +66,10 @@ def training_split(experiment: Experiment) -> TrainingSplit:
     where the run folder holds the split of other data.
     """
     with processes().leader_first():
-        return _training_split(experiment)
+        split = _training_split(experiment)
+        if processes().leads:
+            write_experiment(experiment)
+        return split
 
 
 def _training_split(experiment: Experiment) -> TrainingSplit:
@@ -145,28 +150,37 @@ def _identify(experiment: Experiment, name: str) -> TrainingSplit:
 
 
 def _make_split(experiment: Experiment, source: Path, made_from: dict) -> None:
-    from datasets import Dataset
-
     with reading_rows(source, experiment.dataset_format) as rows:
         num_rows = min(len(rows), experiment.max_samples or len(rows))
         if num_rows < 2:
             raise UserError(
                 f"dataset {experiment.dataset} has {num_rows} usable rows: at least 2 are needed to split it"
             )
-        # The permutation depends on the number of rows and the seed alone, so splitting row numbers splits the rows.
-        numbers = Dataset.from_dict({"row": range(num_rows)})
-        try:
-            parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
-        except ValueError:
-            raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
-        for name, part in (("train", "train"), ("eval", "test")):
-            write_dataset(experiment, name, rows.select(parts[part]["row"]))
+        for name, numbers in _split_numbers(experiment, num_rows).items():
+            write_dataset(experiment, name, rows.select(numbers))
     train, held_out = (_identify(experiment, name) for name in ("train", "eval"))
     files = [file_digest(split_path(experiment, name)) for name in ("train", "eval")]
     record = {"made_from": made_from, "fingerprint": train.fingerprint, "files": files}
     write_sealed(experiment.data_folder / "split.json", record)
     sizes = f"{len(train.rows)} training and {len(held_out.rows)} evaluation rows"
-    print(f"split {source.name}: {sizes} -> {experiment.data_folder}")
+    say(f"split {source.name}: {sizes} -> {experiment.data_folder}")
+
+
+def split_numbers(experiment: Experiment) -> dict[str, np.ndarray]:
+    """Row numbers in the user's data of the rows of "train" and "eval", in their order; the split must be made."""
+    return _split_numbers(experiment, sum(len(rows_of(experiment, name)) for name in ("train", "eval")))
+
+
+def _split_numbers(experiment: Experiment, num_rows: int) -> dict[str, np.ndarray]:
+    """The permutation depends on the number of rows and the seed alone, so splitting row numbers splits the rows."""
+    from datasets import Dataset
+
+    numbers = Dataset.from_dict({"row": range(num_rows)})
+    try:
+        parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
+    except ValueError:
+        raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
+    return {name: np.array(parts[part]["row"]) for name, part in (("train", "train"), ("eval", "test"))}
 
 
 def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821
@@ -240,6 +254,7 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     if _READERS[path.suffix] == "json":
         _check_json(path)
+    set_library_bars()
     with tempfile.TemporaryDirectory() as cache:
         try:
             # Else pandas takes the words null, NA and None in a CSV file for nothing.

@@ -13,6 +13,7 @@ from selection.device import choose_precision, device_name
 from selection.errors import UserError
 from selection.files import building_together, check_same_everywhere, digest, made_from, model_fingerprint, reuse
 from selection.ledger import TARGET_TUNING, Cost, measured
+from selection.log import say
 from selection.processes import processes
 
 
@@ -34,18 +35,10 @@ def tune_once(
     pass' start, so that every process has some.)
     """
     together, precision = processes(), choose_precision(experiment.precision)
-    identity = {
-        "model": model_fingerprint(llama_factory.model_path(model)),
-        "rows": digest(*(row_id(row).encode() for row in rows)),
-        "dataset_format": experiment.dataset_format.entry,
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "precision": precision,
-        "keys": experiment.training | keys,
-    }
+    identity = tuning_identity(experiment, model, rows, keys)
     check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
-        print(f"{stage}: reusing {folder}")
+        say(f"{stage}: reusing {folder}")
         return
     shares = share_of_batch(experiment.training | keys, together.count)
     what = folder.name if stage == TARGET_TUNING else model
@@ -54,7 +47,7 @@ def tune_once(
     with building_together(folder, identity) as draft:
         if together.leads:
             if dataset != "train":  # which stands there, for all stages
-                print(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
+                say(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
             # What can be wrong with the rows is found before anything costs, with the held-out ones too.
             llama_factory.tokenised_rows(experiment, model, dataset, rows)
             llama_factory.tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
@@ -64,6 +57,19 @@ def tune_once(
             metrics = llama_factory.tune(experiment, model, dataset, draft, precision, keys | shares | report)
             cost.tokens = metrics["tokens"]
     print(f"{stage}: {model} on {dataset} ({len(rows)} rows), training loss {metrics['train_loss']:.4f} -> {folder}")
+
+
+def tuning_identity(experiment: Experiment, model: str, rows: "datasets.Dataset", keys: dict) -> dict[str, Any]:  # noqa: F821
+    """All that a tuned model depends on."""
+    return {
+        "model": model_fingerprint(llama_factory.model_path(model)),
+        "rows": digest(*(row_id(row).encode() for row in rows)),
+        "dataset_format": experiment.dataset_format.entry,
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "precision": choose_precision(experiment.precision),
+        "keys": experiment.training | keys,
+    }
 
 
 def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:
@@ -96,8 +102,8 @@ def check_base(tuned: Path, model: str) -> None:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--project", help="log to this Weights & Biases project (needs wandb)")
-    parser.add_argument("--name", help="name of the Weights & Biases run")
+    parser.add_argument("--project", help="log to this Weights & Biases project (needs wandb); default: no logging")
+    parser.add_argument("--name", help="name of the Weights & Biases run; default: one that wandb makes up")
 
 
 def report_keys(arguments: argparse.Namespace) -> dict[str, Any]:

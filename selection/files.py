@@ -12,14 +12,16 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from selection import __version__
-from selection.config import REPOSITORY
+from selection.config import REPOSITORY, Experiment, as_yaml
 from selection.errors import UserError
+from selection.log import warn
 from selection.processes import processes
 
 
@@ -66,7 +68,7 @@ def held(path: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             raise UserError(f"{path} is held by {holder}: wait for it, or stop it") from None
         except OSError as error:  # a file system without locks
-            print(f"{path.parent} cannot be locked ({error.strerror}): see that no second run works in it")
+            warn(f"{path.parent} cannot be locked ({error.strerror}): see that no second run works in it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
@@ -181,6 +183,18 @@ def code_version() -> str:
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
     return f"{__version__}+{commit}" if commit else __version__
+
+
+_LIBRARIES = ("torch", "transformers", "peft", "llamafactory", "datasets", "numpy")
+
+
+def write_experiment(experiment: Experiment) -> None:
+    """Keep the exact configuration, with versions, in the run folder: `--config_path` takes it as it stands."""
+    versions = " ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+    text = f"# suite {code_version()}, {versions}\n{as_yaml(experiment)}"
+    if not experiment.record.exists() or experiment.record.read_text(encoding="utf-8", errors="replace") != text:
+        with atomic_path(experiment.record) as draft:
+            draft.write_text(text, encoding="utf-8")
 
 
 def first_difference(stored: dict, wanted: dict) -> str | None:

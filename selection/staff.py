@@ -175,6 +175,7 @@ class Choice:
     budgets: list[int] = field(default_factory=list)  # rows taken from each stratum, the random fill included
     filled: list[int] = field(default_factory=list)  # of which by the random fill at the end
     from_hardest: int = 0
+    fill: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # the rows of that fill, ascending
 
 
 def choose_staff(
@@ -200,17 +201,18 @@ def choose_within_strata(
         chosen[rows[lowest(-scores[rows] if ranks is None else ranks[rows], budget)]] = True
     del ranks
     taken = [int(chosen[rows].sum()) for rows in strata.members]
-    missing, filled, from_hardest = m - sum(taken), [0] * len(taken), 0
+    missing, filled, from_hardest, fill = m - sum(taken), [0] * len(taken), 0, np.empty(0, dtype=np.int64)
     if missing:
         unchosen = [rows[~chosen[rows]] for rows in strata.members]
         ends, unchosen = np.cumsum([len(rows) for rows in unchosen]), np.concatenate(unchosen)
         is_fill = lowest(_random_ranks(len(scores), seed, _FILL)[unchosen], missing)
         filled = [int(part.sum()) for part in np.split(is_fill, ends[:-1])]
         from_hardest = missing - sum(filled)
-        chosen[unchosen[is_fill]] = True
+        fill = np.sort(unchosen[is_fill])
+        chosen[fill] = True
         chosen[strata.hardest[:from_hardest]] = True
     budgets = [rows + extra for rows, extra in zip(taken, filled, strict=True)]
-    return Choice(np.flatnonzero(chosen), budgets, filled, from_hardest)
+    return Choice(np.flatnonzero(chosen), budgets, filled, from_hardest, fill)
 
 
 def random_keys(num_rows: int, seed: int) -> np.ndarray:

@@ -73,6 +73,20 @@ def verify(
     over the verified samples themselves V comes out too high, as the hardest samples are never among them.)
     """
     strata = cut_strata(speculative, settings) if strata is None else strata
+    records = []
+    for i, (rows, ours, theirs) in enumerate(verified_pairs(speculative, target, settings, strata, index)):
+        sums: tuple[Any, Any, Any] = (None, None, None)
+        if len(rows):
+            sums = float(ours.sum()), float(theirs.sum()), verification_ratio(theirs, ours)
+        records.append(StratumRecord(i, strata.score_ranges[i], strata.sizes[i], rows.tolist(), *sums))
+    return records
+
+
+def verified_pairs(
+    speculative: np.ndarray, target: Scores, settings: Settings, strata: Strata, index: np.ndarray | None = None
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What `verify` takes V_i of, stratum by stratum: the verified rows' numbers, and the small model's and the
+    target's normalised scores of them, (k,) each; empty where a stratum is not verified. Args: as `verify`."""
     draws = draw(strata, settings)
     numbers = draws if index is None else [index[rows] for rows in draws]
     if len(target.left_out):
@@ -88,15 +102,21 @@ def verify(
         targets = min_max_normalise(of_drawn, reference=target.effort if complete else of_drawn)
         targets = low + (high - low) * targets
     ends = np.cumsum([len(rows) for rows in draws])[:-1]
-    records = []
-    for i, (rows, ours, theirs) in enumerate(
-        zip(numbers, np.split(speculatives, ends), np.split(targets, ends), strict=True)
-    ):
-        sums: tuple[Any, Any, Any] = (None, None, None)
-        if len(rows):
-            sums = float(ours.sum()), float(theirs.sum()), verification_ratio(theirs, ours)
-        records.append(StratumRecord(i, strata.score_ranges[i], strata.sizes[i], rows.tolist(), *sums))
-    return records
+    return list(zip(numbers, np.split(speculatives, ends), np.split(targets, ends), strict=True))
+
+
+def ratio_interval(
+    target_scores: np.ndarray, speculative_scores: np.ndarray, seed: int, resamples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Bootstrap interval of V_i over the verified samples of a stratum, percentiles of `resamples` draws of all of them
+    with replacement. Args: as `verification_ratio`. One sample, or none, says nothing of its own spread: (nan, nan)."""
+    if len(target_scores) < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).integers(len(target_scores), size=(resamples, len(target_scores)))
+    pairs = zip(target_scores[drawn], speculative_scores[drawn], strict=True)
+    ratios = [verification_ratio(theirs, ours) for theirs, ours in pairs]
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def write_verification(path: Path, settings: Settings, speculative: Scores, records: list[StratumRecord]) -> None:

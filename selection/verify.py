@@ -1,12 +1,11 @@
 """Verify the strata on the target, which is not tuned: score the drawn samples, write V_i.
 
-    python verify.py --config_path ../configs/demo.yaml
+    python verify.py --config_path ../configs/demo.yaml        # in selection/
 
 Needs the speculative scores (effort_score.py). Scores at most num_strata x verify_per_stratum samples, or all under
 verify: all. Writes <run folder>/scores/target and <run folder>/verification.json.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,18 +18,23 @@ end_on_signals()
 import numpy as np  # noqa: E402
 
 from finetune.data_split import training_split  # noqa: E402
-from selection.ledger import VERIFICATION  # noqa: E402
+from selection.ledger import VERIFICATION, share_costs  # noqa: E402
 from selection.processes import processes  # noqa: E402
 from selection.score_files import ScoreFolder, read_scores  # noqa: E402
 from selection.scoring import score_identity, score_rows  # noqa: E402
-from selection.stage import load_scoring_arguments  # noqa: E402
+from selection.speculative_run import check_speculative_run  # noqa: E402
+from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify, write_verification  # noqa: E402
 
 
 def main() -> None:
-    experiment, _ = load_scoring_arguments(argparse.ArgumentParser(description=__doc__))
+    experiment, _ = load_scoring_arguments(argument_parser(__doc__))
     split, settings = training_split(experiment), Settings.of(experiment.selection)
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
+    if experiment.borrows:
+        check_speculative_run(experiment, split)
+        if processes().leads:
+            share_costs(experiment)
     scores = read_scores(experiment.small_scores, ids=False)
     ScoreFolder(experiment.small_scores, score_identity(experiment, split, small, tuned), len(every))  # or refuse
     speculative = scores.check_complete().effort

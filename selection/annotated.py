@@ -1,0 +1,134 @@
+"""Every row of the user's data beside what selection found: score, stratum, V_i, chosen or not, and why."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from finetune.data_split import TrainingSplit, split_numbers, training_split
+from selection.config import Experiment
+from selection.coreset_files import check_fits, read_coreset
+from selection.errors import UserError
+from selection.files import checked, read_json
+from selection.score_files import Scores, has_column, read_scores
+from selection.staff import choose_staff
+from selection.verification import Settings, StratumRecord, cut_strata
+
+_LENGTHS = ("n_prompt_tokens", "n_response_tokens")
+
+
+def annotated(experiment: Experiment, coreset: Path) -> pa.Table:
+    """One line for each row of training and evaluation split, in the order of the user's data.
+
+    Columns: row (in the user's data), split ("train", "eval"), index (row of the training split), id, effort and loss
+    of the speculative model, n_prompt_tokens, n_response_tokens, target_effort (where the target scored the row),
+    stratum, verification_ratio (V_i of the stratum), verified, chosen, reason (a sentence). What is not known is null.
+    For a coreset of another method, effort and loss are still the speculative model's, and there are no strata.
+
+    Raises: UserError where the coreset is of other data, or was cut from other scores than those of now.
+    """
+    split, chosen = training_split(experiment), read_coreset(coreset)
+    check_fits(chosen, split.ids, split.fingerprint, str(coreset))
+    num_rows = len(split.rows)
+    is_chosen = np.zeros(num_rows, dtype=bool)
+    is_chosen[chosen.indices] = True
+    about = {} if coreset.suffix == ".pt" else read_json(coreset)
+    method = about.get("method", "the given list")
+    columns = {
+        "index": np.arange(num_rows),
+        "id": np.array(split.ids),
+        **_figures(experiment, num_rows),
+        "stratum": np.full(num_rows, np.nan),
+        "verification_ratio": np.full(num_rows, np.nan),
+        "verified": np.zeros(num_rows, dtype=bool),
+        "chosen": is_chosen,
+        "reason": np.where(is_chosen, f"chosen by {method}", f"not chosen by {method}").astype(object),
+    }
+    if method == "staff":
+        _explain_staff(experiment, coreset, about, columns)
+    return _in_order_of_the_data(experiment, split, columns)
+
+
+def _figures(experiment: Experiment, num_rows: int) -> dict[str, np.ndarray]:
+    """Effort, loss and lengths by the speculative model, and the target's effort: (N,) each, nan where not known."""
+    figures = dict.fromkeys(("effort", "loss", *_LENGTHS, "target_effort"), np.full(num_rows, np.nan))
+    if experiment.small_scores.exists():
+        there = [name for name in ("effort", "loss", *_LENGTHS) if has_column(experiment.small_scores, name)]
+        figures |= {name: _of_all(scores, name, num_rows) for scores, name in _read(experiment.small_scores, there)}
+    if experiment.target_scores.exists():
+        figures["target_effort"] = _of_all(read_scores(experiment.target_scores, ids=False), "effort", num_rows)
+    return figures
+
+
+def _read(path: Path, names: list[str]) -> list[tuple[Scores, str]]:
+    scores = read_scores(path, names, ids=False)
+    return [(scores, name) for name in names]
+
+
+def _of_all(scores: Scores, name: str, num_rows: int) -> np.ndarray:
+    if scores.index[-1] >= num_rows:
+        raise UserError(f"{scores.source} scores row {scores.index[-1]} of {num_rows}: they are scores of other data")
+    values = np.full(num_rows, np.nan)
+    values[scores.index] = scores.columns[name]
+    return values
+
+
+def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: dict[str, np.ndarray]) -> None:
+    """Strata, V_i and reasons, by cutting the coreset again from its own record."""
+    records = checked(list[StratumRecord], [_stratum(s) for s in about["strata"]], coreset)
+    settings = Settings(**{name: about[name] for name in Settings.__dataclass_fields__})
+    scores = read_scores(experiment.small_scores, ids=False).check_complete()
+    strata = cut_strata(scores.effort, settings)
+    ratios = [record.verification_ratio for record in records]
+    if len(ratios) == len(strata.members):
+        choice = choose_staff(scores.effort, strata, ratios, about["rate"], settings.mode, settings.seed)
+    if len(ratios) != len(strata.members) or about["indices"] != scores.index[choice.rows].tolist():
+        raise UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
+    is_chosen, reason = columns["chosen"], columns["reason"]
+    reason[:] = "left out: its loss or score is not finite"
+    drawn, passed_over = (
+        ("chosen: drawn at random in its stratum", "not drawn in its stratum")
+        if settings.mode != "released"
+        else ("chosen: among the highest of its stratum", "below the chosen of its stratum")
+    )
+    for record, members in zip(records, strata.members, strict=True):
+        rows = scores.index[members]
+        columns["stratum"][rows] = record.stratum
+        if record.verification_ratio is not None:
+            columns["verification_ratio"][rows] = record.verification_ratio
+        columns["verified"][record.verified] = True
+        reason[rows] = np.where(is_chosen[rows], drawn, passed_over)
+    reason[scores.index[choice.fill]] = "chosen: random fill of what the budgets left"
+    hardest = scores.index[strata.hardest]
+    reason[hardest] = np.where(
+        is_chosen[hardest],
+        "chosen: taken back from the hardest, as the strata do not hold enough",
+        f"dropped: among the hardest {settings.hardest_cutoff:.0%}",
+    )
+
+
+def _stratum(entry: dict) -> dict:
+    return {name: entry.get(name) for name in StratumRecord.__dataclass_fields__}
+
+
+def _in_order_of_the_data(experiment: Experiment, split: TrainingSplit, columns: dict[str, np.ndarray]) -> pa.Table:
+    whole = ("index", *_LENGTHS, "stratum")
+    arrays = {
+        name: pa.array(values, from_pandas=True).cast(pa.int64())
+        if name in whole
+        else pa.array(values, from_pandas=True)
+        for name, values in columns.items()
+    }
+    numbers = split_numbers(experiment)
+    held_out = len(numbers["eval"])
+    train = pa.table({"row": numbers["train"], "split": pa.array(["train"] * len(split.rows)), **arrays})
+    rest = pa.table(
+        {
+            "row": numbers["eval"],
+            "split": pa.array(["eval"] * held_out),
+            "chosen": pa.array([False] * held_out),
+            "verified": pa.array([False] * held_out),
+            "reason": pa.array(["held out for evaluation"] * held_out),
+        }
+    )
+    return pa.concat_tables([train, rest], promote_options="default").sort_by("row")
