@@ -75,6 +75,15 @@ def training_split(experiment: Experiment) -> TrainingSplit:
         return split
 
 
+def existing_split(experiment: Experiment) -> TrainingSplit | None:
+    """The training split where it has been made, else None; for a dry run, which writes nothing.
+
+    Raises: as `training_split`.
+    """
+    wanted, record_path = _made_from(experiment), experiment.data_folder / "split.json"
+    return _checked(experiment, read_sealed(record_path), wanted) if record_path.exists() else None
+
+
 def _training_split(experiment: Experiment) -> TrainingSplit:
     wanted = _made_from(experiment)
     record_path = experiment.data_folder / "split.json"
@@ -84,12 +93,20 @@ def _training_split(experiment: Experiment) -> TrainingSplit:
         if not record or (record.get("made_from") == wanted and not all(path.exists() for path in files)):
             _make_split(experiment, wanted)
             record = read_sealed(record_path)
+    train = _checked(experiment, record, wanted)
+    list_datasets(experiment, ["train", "eval"])
+    return train
+
+
+def _checked(experiment: Experiment, record: dict, wanted: dict) -> TrainingSplit:
+    """The split that `record` vouches for. Raises: UserError where it is of other data, or not what was written."""
+    record_path = experiment.data_folder / "split.json"
+    files = [split_path(experiment, name) for name in ("train", "eval")]
     record = _checked_record(experiment, record, wanted)
     if list(map(file_digest, files)) != record.get("files"):
         raise UserError(
             f"the split in {experiment.data_folder} is damaged or was changed by hand: remove {experiment.data_folder}"
         )
-    list_datasets(experiment, ["train", "eval"])
     train = _identify(experiment, "train")
     if train.fingerprint != record.get("fingerprint"):
         raise UserError(f"{record_path} is of other rows than {files[0]}: remove {experiment.data_folder}")
@@ -183,8 +200,9 @@ def _identify(experiment: Experiment, name: str) -> TrainingSplit:
 def _make_split(experiment: Experiment, made_from: dict) -> None:
     with _pooled_rows(experiment) as (rows, counts):
         if len(rows) < 2:
-            named = ", ".join(each.path for each in experiment.data_sets)
-            raise UserError(f"dataset {named} has {len(rows)} usable rows: at least 2 are needed to split it")
+            raise UserError(
+                f"dataset {experiment.dataset_paths} has {len(rows)} usable rows: at least 2 are needed to split it"
+            )
         for name, numbers in _split_numbers(experiment, len(rows)).items():
             write_dataset(experiment, name, rows.select(numbers))
     train, held_out = (_identify(experiment, name) for name in ("train", "eval"))

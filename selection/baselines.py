@@ -49,7 +49,7 @@ def baseline(
     """
     values = [columns[name] for name in columns_of(method, selection.baseline_variant)]
     if method == "length":
-        return _by_strata(1 / values[0], selection.hardest_cutoff, selection.mode, selection, quotas)
+        return _by_strata(1 / values[0], selection.hardest_cutoff, selection.rules, selection, quotas)
     published = selection.baseline_variant == "published"
     cutoff = selection.hardest_cutoff if published else 0.0
     if method == "ccs":
