@@ -116,6 +116,7 @@ def load(arguments: list[str]) -> Experiment:
 # What a cell's figures do not depend on, or what is a cell's own: method, rate and seed.
 _NO_SETTINGS = {
     "output_dir": True,
+    "speculative_run": True,  # whose scores are those of this run's own
     "selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"},
     "training": {"seed"},
     "evaluation": {"batch_size"},
@@ -279,7 +280,7 @@ def finished_cell(
         "rouge_l_by_sample": " ".join(f"{value:g}" for value in metrics["by_sample"]["rouge-l"]),
         "bleu_4_by_sample": " ".join(f"{value:g}" for value in metrics["by_sample"]["bleu-4"]),
         "selection_seconds": round(sum(cost.seconds for cost in selection), 2),
-        "selection_tokens": sum(cost.tokens for cost in selection),
+        "selection_tokens": round(sum(cost.tokens for cost in selection)),
         "selection_flops": f"{sum(map(flops, selection)):.4g}",
         "tuning_seconds": tuning.seconds,
         "tuning_tokens": tuning.tokens,
