@@ -1,0 +1,163 @@
+"""What is said of every row of the user's data: from where it comes, what it scored, and why it was chosen or not."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from finetune.data_split import row_id, rows_of, split_numbers, training_split
+from selection.annotated import annotated
+from selection.config import load_experiment
+from selection.coreset_files import write_coreset
+from selection.errors import UserError
+from selection.score_files import ScoreFolder, read_scores
+from selection.staff import Choice
+from selection.verification import Settings, cut_strata, draw, ratio_interval, verify, write_verification
+
+ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(130)]
+EFFORT = np.random.default_rng(0).lognormal(size=104)  # of the training split
+
+
+def write_scores(folder, split, rows, effort) -> None:
+    scores = ScoreFolder(folder, {"data_fingerprint": split.fingerprint}, len(split.rows))
+    scores.plan(rows, lambda missing: [[missing.tolist()]])
+    counts = {"n_prompt_tokens": rows + 2, "n_response_tokens": rows + 1, "loss": effort[rows] / 2}
+    ids = np.array(split.ids)[rows]
+    scores.write_part([rows.tolist()], {"index": rows, "id": ids, "effort": effort[rows], **counts})
+    scores.finish(rows)
+
+
+@pytest.fixture
+def run(make_experiment, monkeypatch):
+    """A function that gives an experiment with scores and verification, as the stages leave them, and its coresets."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the script changes it
+    cut = importlib.import_module("selection.coreset").main
+
+    def make(mode: str = "paper", effort: np.ndarray = EFFORT, **changes):
+        keys = {"mode": mode, "num_strata": 6, "verify_per_stratum": 3, "rates": [0.3, 0.95]} | changes
+        path = make_experiment(ROWS, selection=keys)
+        experiment = load_experiment(path)
+        split, settings = training_split(experiment), Settings.of(experiment.selection)
+        write_scores(experiment.small_scores, split, np.arange(len(effort)), effort)
+        scores = read_scores(experiment.small_scores, ids=False)
+        drawn = scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))]
+        write_scores(experiment.target_scores, split, np.sort(drawn), 3 * effort)
+        records = verify(scores.effort, read_scores(experiment.target_scores), settings, index=scores.index)
+        write_verification(experiment.verification, settings, scores, records)
+        monkeypatch.setattr(sys, "argv", ["coreset.py", "--config_path", str(path)])
+        cut()
+        return experiment
+
+    return make
+
+
+def test_every_row_of_the_data_has_its_line_in_its_order(run):
+    experiment = run()
+    table = annotated(experiment, experiment.coresets / "staff-0.3.json").to_pylist()
+    assert [line["row"] for line in table] == list(range(130))
+    split = training_split(experiment)
+    for line in table:
+        if line["split"] == "eval":
+            assert line["reason"] == "held out for evaluation" and not line["chosen"] and line["effort"] is None
+            continue
+        index = line["index"]
+        assert split.rows[index] == ROWS[line["row"]]
+        assert line["id"] == row_id(ROWS[line["row"]])
+        assert (line["effort"], line["loss"]) == (EFFORT[index], EFFORT[index] / 2)
+        assert line["n_response_tokens"] == index + 1
+        assert line["target_effort"] == (3 * EFFORT[index] if line["verified"] else None)
+    assert sorted(line["index"] for line in table if line["split"] == "train") == list(range(104))
+
+
+def test_the_row_numbers_are_those_of_the_split(run):
+    experiment = run()
+    for name, numbers in split_numbers(experiment).items():
+        assert list(rows_of(experiment, name)) == [ROWS[number] for number in numbers]
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+@pytest.mark.parametrize("rate", ["0.3", "0.95"])
+def test_the_reasons_add_up_to_the_coresets_own_record(run, mode, rate):
+    experiment = run(mode)
+    path = experiment.coresets / f"staff-{rate}.json"
+    coreset, table = json.loads(path.read_text()), annotated(experiment, path).to_pylist()
+    chosen = [line for line in table if line["chosen"]]
+    assert sorted(line["index"] for line in chosen) == coreset["indices"]
+    for record in coreset["strata"]:
+        here = [line for line in table if line["stratum"] == record["stratum"]]
+        assert len(here) == record["size"]
+        assert {line["verification_ratio"] for line in here} == {record["verification_ratio"]}
+        assert {line["index"] for line in here if line["verified"]} == set(record["verified"])
+        of_here = [line for line in here if line["chosen"]]
+        assert len(of_here) == record["budget"]
+        assert sum("random fill" in line["reason"] for line in of_here) == record["of_which_random_fill"]
+    assert sum("taken back" in line["reason"] for line in chosen) == coreset["from_hardest"]
+    hardest = [line for line in table if line["stratum"] is None and line["split"] == "train"]
+    assert len(hardest) == 10 and min(line["effort"] for line in hardest) == np.sort(EFFORT)[-10]
+    assert all(line["reason"].startswith("chosen") == line["chosen"] for line in table)
+    assert all("hardest" in line["reason"] for line in hardest)
+
+
+def test_rows_without_a_score_say_so(run):
+    effort = EFFORT.repeat(1)
+    effort[7] = np.nan
+    experiment = run(effort=effort)
+    table = annotated(experiment, experiment.coresets / "staff-0.95.json").to_pylist()
+    (line,) = [line for line in table if line["index"] == 7]
+    assert (line["effort"], line["stratum"], line["chosen"]) == (None, None, False)
+    assert line["reason"] == "left out: its loss or score is not finite"
+    assert sum("left out" in line["reason"] for line in table) == 1
+    assert sum(line["chosen"] for line in table) == 97  # ⌊0.95 · 103⌋
+
+
+def test_other_coresets_have_their_method_for_a_reason(run):
+    experiment = run(methods=["random"])
+    table = annotated(experiment, experiment.coresets / "random-0.3.json").to_pylist()
+    assert {line["reason"] for line in table} == {
+        "chosen by random", "not chosen by random", "held out for evaluation",
+    }  # fmt: skip
+    assert all(line["stratum"] is None for line in table)
+
+
+def test_a_coreset_of_other_scores_or_data_is_refused(run, tmp_path):
+    experiment = run()
+    path = experiment.coresets / "staff-0.3.json"
+    scores, record = read_scores(experiment.small_scores), json.loads(path.read_text())
+    rows = np.array(record["indices"])
+    rows[0] = next(row for row in range(104) if row not in rows)
+    choice = Choice(np.sort(rows))
+    about = {name: record[name] for name in (*Settings.__dataclass_fields__, "strata")}
+    other = write_coreset(tmp_path, "staff", 0.3, choice, scores, about)
+    with pytest.raises(UserError, match="cut from other scores than"):
+        annotated(experiment, other)
+    path.write_text(path.read_text().replace(record["data_fingerprint"], "0" * 64))
+    with pytest.raises(UserError, match="chosen from other data"):
+        annotated(experiment, path)
+
+
+def test_the_experiment_keeps_its_exact_configuration(run):
+    experiment = run()
+    assert experiment.record.read_text().startswith("# suite ")
+    assert load_experiment(experiment.record) == experiment
+    written = experiment.record.stat().st_mtime_ns
+    training_split(experiment)
+    assert experiment.record.stat().st_mtime_ns == written
+    training_split(load_experiment(experiment.record, ["selection.num_strata=7"]))
+    assert load_experiment(experiment.record).selection.num_strata == 7
+
+
+def test_the_interval_of_v_holds_its_level_and_narrows_with_the_samples():
+    rng = np.random.default_rng(0)
+    hits, widths = 0, {10: [], 90: []}
+    for trial in range(200):
+        for count in widths:
+            small = rng.uniform(0.5, 1, count)
+            low, high = ratio_interval(small * rng.normal(1.2, 0.3, count), small, seed=trial, resamples=200)
+            widths[count].append(high - low)
+            hits += count == 90 and low <= 1.2 <= high
+    assert 180 <= hits <= 198  # 95 % of 200, and what the percentile bootstrap lacks
+    assert 2.5 < np.mean(widths[10]) / np.mean(widths[90]) < 3.5  # √9
+    assert np.isnan(ratio_interval(np.ones(1), np.ones(1), seed=0)).all()
+    assert ratio_interval(2 * np.arange(1, 5), np.arange(1, 5), seed=0) == (2, 2)
