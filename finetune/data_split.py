@@ -36,6 +36,7 @@ from selection.files import (
     write_json,
     write_sealed,
 )
+from selection.log import say, set_library_bars
 from selection.processes import processes
 
 
@@ -162,7 +163,7 @@ def _make_split(experiment: Experiment, source: Path, made_from: dict) -> None:
     record = {"made_from": made_from, "fingerprint": train.fingerprint, "files": files}
     write_sealed(experiment.data_folder / "split.json", record)
     sizes = f"{len(train.rows)} training and {len(held_out.rows)} evaluation rows"
-    print(f"split {source.name}: {sizes} -> {experiment.data_folder}")
+    say(f"split {source.name}: {sizes} -> {experiment.data_folder}")
 
 
 def split_numbers(experiment: Experiment) -> dict[str, np.ndarray]:
@@ -253,6 +254,7 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     if _READERS[path.suffix] == "json":
         _check_json(path)
+    set_library_bars()
     with tempfile.TemporaryDirectory() as cache:
         try:
             # Else pandas takes the words null, NA and None in a CSV file for nothing.

@@ -1,12 +1,12 @@
 """Evaluate tuned targets: greedy answers to the held-out split, ROUGE-1/2/L and BLEU-4.
 
-    CUDA_VISIBLE_DEVICES=0 python eval.py --config_path ../configs/demo.yaml
+    CUDA_VISIBLE_DEVICES=0 python eval.py --config_path ../configs/demo.yaml      # in finetune/
 
-Evaluates every tuned target of the run folder, or those named with --tuned ("untuned" is the target as it is).
-Writes <run folder>/eval/<name>/predictions.jsonl and metrics.json, which has every answer's figures too.
+Needs a tuned target (finetune-select.py). Evaluates all of the run folder, or those named with --tuned ("untuned" is
+the target as it is). Prints a table; writes <run folder>/eval/<name>/predictions.jsonl and metrics.json, which has
+every answer's figures too.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -33,15 +33,16 @@ from selection.files import (  # noqa: E402
     write_json,
 )
 from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
+from selection.log import say  # noqa: E402
 from selection.metrics import read_metrics  # noqa: E402
 from selection.processes import processes  # noqa: E402
-from selection.stage import add_experiment_arguments  # noqa: E402
+from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
     parser.add_argument(
         "--tuned", nargs="+", metavar="NAME", help="e.g. staff-0.2 full untuned; default: all there are"
@@ -83,7 +84,7 @@ def evaluate(experiment: Experiment, name: str) -> dict:
     together = processes()
     check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
-        print(f"evaluation: reusing {folder}")
+        say(f"evaluation: reusing {folder}")
         return read_metrics(folder)
     cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision, processes=together.count)
     if together.leads:

@@ -1,12 +1,12 @@
-"""Tune the target on coresets: our JSON, or index lists as the authors published them (.pt).
+r"""Tune the target on coresets: our JSON, or index lists as the authors published them (.pt).
 
     CUDA_VISIBLE_DEVICES=0 python finetune-select.py --config_path ../configs/demo.yaml \
-        --select_path ../runs/demo/coresets/staff-0.2.json
+        --select_path ../runs/demo/coresets/staff-0.2.json     # in finetune/
 
-Writes the coreset as a LLaMA-Factory data set into <run folder>/data, and <run folder>/target/<coreset's name>.
+Needs the coresets (selection/coreset.py). Writes each as a LLaMA-Factory data set into <run folder>/data, and <run
+folder>/target/<coreset's name>.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa
 from selection.config import load_experiment  # noqa: E402
 from selection.coreset_files import check_fits, read_coreset  # noqa: E402
 from selection.ledger import TARGET_TUNING  # noqa: E402
-from selection.stage import add_experiment_arguments  # noqa: E402
+from selection.log import say  # noqa: E402
+from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
     add_report_arguments(parser)
     parser.add_argument(
@@ -33,7 +34,7 @@ def main() -> None:
         type=Path,
         required=True,
         nargs="+",
-        help="coresets: .json, or published .pt index lists",
+        help="coresets: .json, or published .pt index lists; required",
     )
     arguments = parser.parse_args()
     report = report_keys(arguments)
@@ -43,7 +44,7 @@ def main() -> None:
     for coreset, path in zip(coresets, arguments.select_path, strict=True):
         check_fits(coreset, split.ids, split.fingerprint, str(path))
     for coreset in coresets:
-        print(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
+        say(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
         rows, folder = split.rows.select(coreset.indices), experiment.tuned_target(coreset.name)
         keys, stage = experiment.target_training, TARGET_TUNING
         tune_once(experiment, experiment.target_model, coreset.name, rows, folder, keys, stage, report)

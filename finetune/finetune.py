@@ -1,11 +1,11 @@
 """Speculative fine-tuning: tune the small model on the whole training split. With --model target, the target.
 
-    CUDA_VISIBLE_DEVICES=0 python finetune.py --config_path ../configs/demo.yaml
+    CUDA_VISIBLE_DEVICES=0 python finetune.py --config_path ../configs/demo.yaml     # in finetune/
 
-Writes <run folder>/small (or <run folder>/target/full).
+Needs the models and the data that the YAML names. Writes the split into <run folder>/data, where it is not there yet,
+and the tuned model to <run folder>/small (or <run folder>/target/full).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,21 +19,25 @@ from finetune.data_split import training_split  # noqa: E402
 from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
 from selection.config import load_experiment  # noqa: E402
 from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING  # noqa: E402
-from selection.stage import add_experiment_arguments  # noqa: E402
+from selection.log import say  # noqa: E402
+from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
     add_report_arguments(parser)
     parser.add_argument(
-        "--model", choices=["small", "target"], default="small", help="which model to tune on everything"
+        "--model",
+        choices=["small", "target"],
+        default="small",
+        help="which model to tune on everything; default: small",
     )
     arguments = parser.parse_args()
     report = report_keys(arguments)
     experiment = load_experiment(arguments.config_path, arguments.set)
     if arguments.model == "small" and experiment.tuned_small is None:
-        print("speculative tuning: none, num_train_epochs is 0")
+        say("speculative tuning: none, num_train_epochs is 0")
         return
     split = training_split(experiment)
     if arguments.model == "small":

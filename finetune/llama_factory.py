@@ -1,6 +1,7 @@
 """The only place that calls LLaMA-Factory: its rows, its training, its generation, all through public functions."""
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from typing_extensions import TypedDict
 from selection.config import Experiment, from_repository
 from selection.errors import UserError
 from selection.files import checked, read_json, read_record
+from selection.log import progress_bar, set_library_bars
 from selection.processes import processes
 
 
@@ -99,32 +101,113 @@ def rows_without_response(rows: Iterable[dict], dataset_format: dict[str, Any]) 
 
     Raises: UserError where a row lacks a column that `dataset_format` names.
     """
+    unusable = []
+    for number, row in enumerate(rows):
+        try:
+            if _sample(row, dataset_format) is None:
+                unusable.append(number)
+        except KeyError as error:
+            raise UserError(f"row {number} of the data set {_lacks(error, row)}") from None
+    return unusable
+
+
+def as_messages(row: dict, entry: dict[str, Any]) -> list[dict[str, str]]:
+    """A raw row as the messages {role, content} that LLaMA-Factory makes of it; `entry` as in `dataset_info.json`.
+
+    Roles as LLaMA-Factory has them: system (at most one, first; none where it is empty), then user or observation (a
+    tool's answer) and assistant or function (a call, JSON text) in turn. The last one is the response; tuning trains
+    on every assistant and function turn. Under `formatting: openai` LLaMA-Factory itself puts "detailed thinking off"
+    behind the system prompt of rows without tools, or makes it one; the other forms stay as they are. Raises:
+    UserError for a row that LLaMA-Factory would drop, whose response is blank, or that lacks a column; the caller
+    knows which row it is.
+    """
+    try:
+        sample = _sample(row, entry)
+    except KeyError as error:
+        raise UserError(f"the row {_lacks(error, row)}") from None
+    if sample is None:
+        raise UserError("the row has no prompt and text response: LLaMA-Factory would drop it")
+    system = [{"role": "system", "content": sample["_system"]}] if sample["_system"] else []
+    return [*system, *sample["_prompt"], *sample["_response"]]
+
+
+def tools_of(row: dict, entry: dict[str, Any]) -> str:
+    """What a raw row says of tools, JSON text; "" for none. For a row of which `as_messages` makes messages."""
+    return _sample(row, entry)["_tools"] or ""
+
+
+def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, str, bool]]:
+    """A function from a raw row to its text as the experiment's template writes it for `model`, never cut off.
+
+    It returns (prompt, completion, same): all in front of the last response; that response with its end mark, without
+    blanks that some templates put behind it; and whether the model's own tokenizer makes of the two, joined, the very
+    tokens that tuning takes. A mark that this tokenizer itself puts in front is left out of the prompt.
+    Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write.
+    """
+    import_llama_factory()
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from llamafactory.model import load_tokenizer
+    from transformers import AutoTokenizer
+
+    with _user_errors(f"model {model}, template {experiment.template}"):
+        path = model_path(model)
+        tokenizer = load_tokenizer(ModelArguments(model_name_or_path=path))["tokenizer"]
+        template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template=experiment.template))
+        users = AutoTokenizer.from_pretrained(path)
+    in_front = users("")["input_ids"][:1] if users.bos_token_id in users("")["input_ids"][:1] else []
+
+    def text_of(row: dict) -> tuple[str, str, bool]:
+        sample = _sample(row, experiment.dataset_format.entry)
+        with _user_errors(f"template {experiment.template}"):
+            pairs = template.encode_multiturn(
+                tokenizer, sample["_prompt"] + sample["_response"], sample["_system"], sample["_tools"]
+            )
+        response = [*pairs[-1][1], *([tokenizer.eos_token_id] if template.efficient_eos else [])]
+        if tokenizer.eos_token_id in response:
+            end = len(response) - response[::-1].index(tokenizer.eos_token_id)
+            response = response[:end] if not tokenizer.decode(response[end:]).strip() else response
+        prompt = [token for source, target in pairs[:-1] for token in [*source, *target]] + pairs[-1][0]
+        shown = prompt[len(in_front) :] if prompt[: len(in_front)] == in_front else prompt
+        texts = [tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in (shown, response)]
+        same = users(texts[0])["input_ids"] == prompt and users("".join(texts))["input_ids"] == prompt + response
+        return *texts, same
+
+    return text_of
+
+
+def _lacks(error: KeyError, row: dict) -> str:
+    return (
+        f"has no column {error.args[0]!r} (it has {', '.join(row)}): "
+        "say under dataset_format.columns what the columns are called"
+    )
+
+
+def _sample(row: dict, entry: dict[str, Any]) -> dict[str, Any] | None:
+    """A raw row as LLaMA-Factory's converter makes it: _prompt, _response, _system, _tools.
+
+    None where LLaMA-Factory would drop it, and where its response is blank. Raises: KeyError for a missing column.
+    """
+    try:
+        sample = _converter(json.dumps(entry, sort_keys=True))(row)
+    except (TypeError, ValueError, AttributeError):
+        return None
+    turns = sample["_prompt"] + sample["_response"]
+    texts = all(isinstance(turn["content"], str) for turn in turns)
+    paired = len(sample["_prompt"]) % 2 == 1 and len(sample["_response"]) == 1
+    return sample if texts and paired and sample["_response"][0]["content"].strip() else None
+
+
+@functools.lru_cache
+def _converter(entry: str) -> Callable[[dict], dict]:
     import_llama_factory()
     from llamafactory.data.converter import get_dataset_converter
     from llamafactory.data.parser import DatasetAttr
     from llamafactory.hparams import DataArguments
 
     attributes = DatasetAttr("file", dataset_name="rows")
-    attributes.join(dataset_format)
-    convert = get_dataset_converter(attributes.formatting, attributes, DataArguments())
-    unusable = []
-    for number, row in enumerate(rows):
-        try:
-            sample = convert(row)
-        except KeyError as error:
-            raise UserError(
-                f"row {number} of the data set has no column {error.args[0]!r} (it has {', '.join(row)}): "
-                "say under dataset_format.columns what the columns are called"
-            ) from None
-        except (TypeError, ValueError, AttributeError):
-            unusable.append(number)
-            continue
-        turns = sample["_prompt"] + sample["_response"]
-        texts = all(isinstance(turn["content"], str) for turn in turns)
-        paired = len(sample["_prompt"]) % 2 == 1 and len(sample["_response"]) == 1
-        if not (texts and paired and sample["_response"][0]["content"].strip()):
-            unusable.append(number)
-    return unusable
+    attributes.join(json.loads(entry))
+    return get_dataset_converter(attributes.formatting, attributes, DataArguments())
 
 
 def _arguments(experiment: Experiment, model: str, output_dir: Path, precision: str) -> dict[str, Any]:
@@ -201,7 +284,6 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
     broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
     """
     import_llama_factory()
-    from datasets import disable_progress_bars, enable_progress_bars
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.extras.constants import IGNORE_INDEX
     from llamafactory.hparams import get_train_args
@@ -209,12 +291,12 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
 
     arguments = _arguments(experiment, model, experiment.folder, "fp32") | {"dataset": dataset, "do_train": True}
     arguments["use_cpu"] = True  # or LLaMA-Factory refuses where it sees several GPUs
+    set_library_bars(long_work=len(raw_rows) >= 10_000)
     with _user_errors(f"model {model}, template {experiment.template}"), _alone(), _own_cache():
         model_args, data_args, training_args, _, _ = get_train_args(arguments)
         training_args.log_level, training_args.log_level_replica = "error", "error"
         tokenizer_module = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
-        (disable_progress_bars if len(raw_rows) < 10_000 else enable_progress_bars)()  # bars for long work only
         with _quiet():
             data = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
     rows = data["train_dataset"]
@@ -267,7 +349,6 @@ def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
 
 def _progress(stage: str):
     """A trainer callback: one bar over samples, in training with the loss."""
-    from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -276,7 +357,7 @@ def _progress(stage: str):
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 self.step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                self.bar = tqdm(total=state.max_steps * self.step, unit="samples", desc=stage)
+                self.bar = progress_bar(total=state.max_steps * self.step, unit="samples", desc=stage)
 
         def on_step_end(self, args, state, control, **kwargs):
             if self.bar is not None:
@@ -289,7 +370,7 @@ def _progress(stage: str):
         def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
             if state.is_world_process_zero:
                 if self.bar is None:
-                    self.bar = tqdm(total=len(eval_dataloader.dataset), unit="samples", desc=stage)
+                    self.bar = progress_bar(total=len(eval_dataloader.dataset), unit="samples", desc=stage)
                 self.bar.update(min(args.eval_batch_size * args.world_size, self.bar.total - self.bar.n))
 
         def close(self, args, state, control, **kwargs):

@@ -13,6 +13,7 @@ from selection.device import choose_precision, device_name
 from selection.errors import UserError
 from selection.files import building_together, check_same_everywhere, digest, made_from, model_fingerprint, reuse
 from selection.ledger import TARGET_TUNING, Cost, measured
+from selection.log import say
 from selection.processes import processes
 
 
@@ -45,7 +46,7 @@ def tune_once(
     }
     check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
-        print(f"{stage}: reusing {folder}")
+        say(f"{stage}: reusing {folder}")
         return
     shares = share_of_batch(experiment.training | keys, together.count)
     what = folder.name if stage == TARGET_TUNING else model
@@ -54,7 +55,7 @@ def tune_once(
     with building_together(folder, identity) as draft:
         if together.leads:
             if dataset != "train":  # which stands there, for all stages
-                print(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
+                say(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
             # What can be wrong with the rows is found before anything costs, with the held-out ones too.
             llama_factory.tokenised_rows(experiment, model, dataset, rows)
             llama_factory.tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
@@ -96,8 +97,8 @@ def check_base(tuned: Path, model: str) -> None:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--project", help="log to this Weights & Biases project (needs wandb)")
-    parser.add_argument("--name", help="name of the Weights & Biases run")
+    parser.add_argument("--project", help="log to this Weights & Biases project (needs wandb); default: no logging")
+    parser.add_argument("--name", help="name of the Weights & Biases run; default: one that wandb makes up")
 
 
 def report_keys(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""What each choice in selection is worth, at the price of scoring only: nothing is tuned on a coreset.
+r"""What each choice in selection is worth, at the price of scoring only: nothing is tuned on a coreset.
 
     python scripts/ablations.py --config_path configs/smollm2/go_biology.yaml --layers 16 12 20 --passes 3 1 0 \
         --set max_samples=500 --set eval_size=0.2 --set selection.num_strata=20 --set selection.verify_per_stratum=5 \
         --jobs 2 --baseline_scores runs/reproduce/smollm2_cpu/go_biology-seed-1/scores/target-full
 
-Cuts speculators of some sizes out of the target, tunes each for some passes, and scores the training split on all of
-them and on the target. The first of each is the one that verification and departures are looked at with. Writes
-data/results/ablations/ (--out): speculator.csv, verification.csv and departures.csv, and ablations.md with all three as
-tables. Finished models and scores are reused.
+Needs the target (scripts/demo_models.sh). Cuts speculators of some sizes out of the target, tunes each for some passes,
+and scores the training split on all of them and on the target. The first of each is the one that verification and
+departures are looked at with. Writes data/results/ablations/ (--out): speculator.csv, verification.csv and
+departures.csv, and ablations.md with all three as tables. Finished models and scores are reused.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from selection.staff import (  # noqa: E402
     min_max_normalise,
     verification_ratio,
 )
-from selection.stage import add_experiment_arguments  # noqa: E402
+from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify  # noqa: E402
 
 MORE = ("effort", "n_response_tokens")
@@ -53,19 +53,35 @@ BASELINE_COLUMNS = ("el2n", "el2n_released", "hidden_state")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
-    parser.add_argument("--layers", type=int, nargs="+", default=[16], help="kept of the target")
-    parser.add_argument("--passes", type=int, nargs="+", default=[3, 1, 0], help="epochs of tuning")
-    parser.add_argument("--verify_per_stratum", type=int, nargs="+", default=[5, 10, 20], help="b_v")
-    parser.add_argument("--num_strata", type=int, nargs="+", default=[20, 50], help="K")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)), help="of draws")
-    parser.add_argument("--baseline_scores", type=Path, help="of the tuned target with all columns: EL2N, CCS and D2")
-    parser.add_argument("--jobs", type=int, default=1, help="speculators at a time")
     parser.add_argument(
-        "--runs", type=Path, default=REPOSITORY / "runs" / "ablations", help="folder of the run folders"
+        "--layers", type=int, nargs="+", default=[16], help="decoder layers kept of the target; default: %(default)s"
     )
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "data" / "results" / "ablations")
+    parser.add_argument(
+        "--passes", type=int, nargs="+", default=[3, 1, 0], help="epochs of tuning; default: %(default)s"
+    )
+    parser.add_argument(
+        "--verify_per_stratum", type=int, nargs="+", default=[5, 10, 20], help="b_v, rows; default: %(default)s"
+    )
+    parser.add_argument("--num_strata", type=int, nargs="+", default=[20, 50], help="K; default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)), help="of draws; default: 1 to 10")
+    parser.add_argument(
+        "--baseline_scores", type=Path, help="of the tuned target with all columns: EL2N, CCS and D2 too; default: none"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="speculators at a time; default: %(default)s")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=REPOSITORY / "runs" / "ablations",
+        help="folder of the run folders; default: runs/ablations",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=REPOSITORY / "data" / "results" / "ablations",
+        help="folder of the tables; default: data/results/ablations",
+    )
     arguments = parser.parse_args()
     if len(arguments.seeds) < 2:
         raise UserError("--seeds: give two or more, the differences between them are the yardstick")

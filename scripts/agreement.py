@@ -2,11 +2,10 @@
 
     python scripts/agreement.py runs/demo/scores/small runs/demo/scores/target --rate 0.2 0.1
 
-A and B are score folders, or Parquet or CSV files with columns index,effort and, where known, n_response_tokens. All is
-counted over the rows that both have scores for.
+Both are score folders, or Parquet or CSV files with columns index,effort and, where known, n_response_tokens. All is
+counted over the rows that both have scores for. Needs two of them; prints a table and writes nothing.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,16 +15,30 @@ from selection.agreement import agreement, format_agreement  # noqa: E402
 from selection.config import Selection, validated  # noqa: E402
 from selection.errors import run_stage  # noqa: E402
 from selection.score_files import has_column, read_scores  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     published = Selection()
-    parser.add_argument("scores", type=Path, nargs=2, metavar=("A", "B"), help="score folder or file")
-    parser.add_argument("--rate", type=float, nargs="+", default=published.rates, help="fractions to keep")
-    parser.add_argument("--num_strata", type=int, default=published.num_strata, help="K")
-    parser.add_argument("--hardest_cutoff", type=float, default=published.hardest_cutoff)
-    parser.add_argument("--seed", type=int, default=published.seed, help="of the rows drawn in each stratum")
+    parser.add_argument("scores", type=Path, nargs=2, metavar="SCORES", help="two score folders or files; required")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        nargs="+",
+        default=published.rates,
+        help="fractions of the rows to keep; default: %(default)s",
+    )
+    parser.add_argument("--num_strata", type=int, default=published.num_strata, help="K; default: %(default)s")
+    parser.add_argument(
+        "--hardest_cutoff",
+        type=float,
+        default=published.hardest_cutoff,
+        help="fraction with the highest scores that is dropped first; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=published.seed, help="of the rows drawn in each stratum; default: %(default)s"
+    )
     arguments = parser.parse_args()
     given = {name: getattr(arguments, name) for name in ("num_strata", "hardest_cutoff", "seed")}
     settings = validated(published, given | {"rates": arguments.rate})

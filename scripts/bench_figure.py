@@ -3,9 +3,9 @@
     python scripts/bench_figure.py --json data/results/bench/scoring.json --out data/results/bench/scoring.png
 
 One row of panels for each file, one panel for each φ and dtype. The line is the bound: a forward pass and nothing else.
+Needs the results; writes the picture.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,12 +19,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 from selection.config import from_repository  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path, read_json  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", nargs="+", required=True, help="results of bench_scoring.py")
-    parser.add_argument("--out", required=True, help="picture, .png")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--json", nargs="+", required=True, help="results of bench_scoring.py; required")
+    parser.add_argument("--out", required=True, help="picture, .png; required")
     arguments = parser.parse_args()
     out = from_repository(arguments.out)
     draw([read_benchmark(from_repository(path)) for path in arguments.json], out)

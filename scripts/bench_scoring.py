@@ -1,14 +1,15 @@
-"""How fast effort scores are made, against other ways to the same per-sample gradient norms.
+r"""How fast effort scores are made, against other ways to the same per-sample gradient norms.
 
-    python scripts/bench_scoring.py --model models/smollm2-135m-instruct --data data/go_biology.jsonl --rows 96 \\
+    python scripts/bench_scoring.py --model models/smollm2-135m-instruct --data data/go_biology.jsonl --rows 96 \
         --phi v_lora_b all_lora --dtype fp32 bf16 --repeat 3 --json data/results/bench/scoring.json
 
 Every measurement is a fresh process, so its peak memory is its own. Contestants take turns; the order is rotated each
 round. `suite` is always measured, on batches of similar length; so are the same batches by `func`, `opacus`,
 `opacus_ghost`, `bergson`, the bounds and `forward_backward`; `loop` and `released` take one sample at a time. What
 cannot be measured is skipped by name, with the reason. A second call with the same --json measures what is missing.
-Other packages run as their users would write it: all logits, transformers' own choice of attention, the same batches.
-A model folder without weights gets random ones of its shape. The contestants' installs: scripts/bench_requirements.txt.
+Other packages run as their users would write it: all logits, transformers' own choice of attention, the same batches. A
+model folder without weights gets random ones of its shape. The contestants' installs: scripts/bench_requirements.txt.
+Needs a model and data; writes the --json and prints a table.
 """
 
 import argparse
@@ -48,8 +49,10 @@ from selection.effort import (  # noqa: E402
 )
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import code_version, first_difference, model_fingerprint, read_json, write_json  # noqa: E402
+from selection.log import say  # noqa: E402
 from selection.models import DTYPES, load_for_scoring  # noqa: E402
 from selection.phi import last_decoder_layer, projections, unwrap  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 PHIS = ("v_lora_b", "v_weight", "last_layer", "all_lora")
 RANK, ALPHA, SEED = 81, 16, 42  # of v_lora_b, as released
@@ -516,17 +519,27 @@ def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         print(json.dumps(measure(json.loads(sys.argv[2]))))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model folder; without weights: a random model of its shape")
-    parser.add_argument("--data", required=True, help="JSON or JSONL with instruction, input and output")
-    parser.add_argument("--rows", type=int, default=96, help="the first rows of the file")
-    parser.add_argument("--phi", nargs="+", choices=PHIS, default=["v_lora_b"])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--model", required=True, help="model folder; without weights: a random model of its shape; required"
+    )
+    parser.add_argument("--data", required=True, help="JSON or JSONL with instruction, input and output; required")
+    parser.add_argument("--rows", type=int, default=96, help="the first rows of the file; default: %(default)s")
+    parser.add_argument("--phi", nargs="+", choices=PHIS, default=["v_lora_b"], help="default: v_lora_b")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="number formats; default: fp32")
     others = [name for name in CONTESTANTS if name != "suite"]
-    parser.add_argument("--against", nargs="*", choices=others, default=others)
-    parser.add_argument("--repeat", type=int, default=3, help="rounds")
-    parser.add_argument("--tokens_per_batch", type=int, help="default: the suite's own on this device")
-    parser.add_argument("--json", type=Path, required=True, help="results; measurements in it are not repeated")
+    parser.add_argument(
+        "--against", nargs="*", choices=others, default=others, help="contestants beside suite; default: all"
+    )
+    parser.add_argument("--repeat", type=int, default=3, help="rounds; default: %(default)s")
+    parser.add_argument(
+        "--tokens_per_batch",
+        type=int,
+        help="with the padding; default: the suite's own on this device",
+    )
+    parser.add_argument(
+        "--json", type=Path, required=True, help="results; measurements in it are not repeated; required"
+    )
     arguments = parser.parse_args()
     if arguments.rows < 1 or arguments.repeat < 1:
         raise UserError("--rows and --repeat: give at least 1")
@@ -556,7 +569,7 @@ def main() -> None:
             if turn:  # the same norms again
                 outcome |= {"norms": None, "losses": None}
             record["measurements"].append(measurement | outcome)
-            print(f"round {turn + 1}: {name} for {phi} in {dtype}: {outcome['seconds']:.2f} s", flush=True)
+            say(f"round {turn + 1}: {name} for {phi} in {dtype}: {outcome['seconds']:.2f} s")
             write(arguments.json, record, auto, skipped)
     print_results(*write(arguments.json, record, auto, skipped), record["skipped"])
     print(f"results: {arguments.json}")

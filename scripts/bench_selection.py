@@ -8,6 +8,7 @@ of random figures, as the scoring stage leaves it (parts in no order of rows), c
 ids. "CPU" are the processor seconds of the choice: other work on the machine hardly touches them. "growth" is their
 exponent between a size and the one before it: 1 is linear. Features are made as hidden states are: clusters around a
 large common mean. The folders are made under --folder and removed.
+Needs nothing; prints a table.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import file_digest, write_sealed  # noqa: E402
 from selection.score_files import MORE_COLUMNS, SCHEMA, read_scores  # noqa: E402
 from selection.staff import choose_staff  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify  # noqa: E402
 
 CLUSTERS = 300
@@ -44,12 +46,14 @@ MOST_ROWS_WITH_FEATURES = 10**5  # of these where no --rows are given: D2 grows 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     methods = get_args(Method)
     parser.add_argument("--method", nargs="+", choices=methods, default=methods, help="default: all")
     parser.add_argument("--rows", type=int, nargs="+", help="N; default: 10^4 to 10^8, of moderate and d2 to 10^5")
-    parser.add_argument("--features", type=int, default=576, help="d, of the methods that read features")
-    parser.add_argument("--rate", type=float, default=0.1, help="fraction to keep")
+    parser.add_argument(
+        "--features", type=int, default=576, help="d, of the methods that read features; default: %(default)s"
+    )
+    parser.add_argument("--rate", type=float, default=0.1, help="fraction of the rows to keep; default: %(default)s")
     parser.add_argument("--folder", type=Path, help="where the score folders are made (10^8 rows: 6 GB); default: /tmp")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

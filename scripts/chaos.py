@@ -4,11 +4,10 @@
 
 Every stage of the tiny demo is run by one process and by two (as torchrun runs them), killed with SIGKILL, all of its
 processes or one of them, and called again, until it ends by itself. Scores, V_i, coresets, tuned weights and answers
-must then be those of the unbroken run, bit for bit, and nothing half-written may be left. Prints a count by stage;
-exit code 1 where a trial failed, with its number: --only N repeats it.
+must then be those of the unbroken run, bit for bit, and nothing half-written may be left. Needs nothing but the stack.
+Prints a count by stage; exit code 1 where a trial failed, with its number: --only N repeats it.
 """
 
-import argparse
 import os
 import random
 import runpy
@@ -36,6 +35,7 @@ from selection.files import file_digest  # noqa: E402
 from selection.ledger import read_ledger  # noqa: E402
 from selection.processes import processes  # noqa: E402
 from selection.score_files import read_scores  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 _PATIENCE = 5.0  # seconds that a process has to end when another one failed; torchrun gives it 30
 
@@ -63,10 +63,10 @@ STAGES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=50, help="trials (default 50)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, nargs="+", help="only these trials")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--count", type=int, default=50, help="trials; default: 50")
+    parser.add_argument("--seed", type=int, default=0, help="of what is killed and when; default: 0")
+    parser.add_argument("--only", type=int, nargs="+", help="only these trials, by number; default: all")
     arguments = parser.parse_args()
     import_llama_factory()  # once, for all the processes that are forked from this one
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # The demo's two models: SmolLM2-135M-Instruct, and a speculator of 16 of its 30 layers. Reused if there.
-#     bash scripts/demo_models.sh [--set key=value …]
+#     bash scripts/demo_models.sh [--quiet] [--set key=value …]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 target=$repository/models/smollm2-135m-instruct
-run python "$repository/scripts/prepare_model.py" --out "$target"
+quiet=()
+for argument in "$@"; do
+    case $argument in --quiet) quiet=(--quiet) ;; esac
+done
+run python "$repository/scripts/prepare_model.py" --out "$target" "${quiet[@]}"
 run python "$repository/scripts/make_draft.py" --config_path "$repository/configs/demo.yaml" \
     --target "$target" --layers 16 --out "$target-16-layers" "$@"

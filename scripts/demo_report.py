@@ -2,11 +2,10 @@
 
     python scripts/demo_report.py --config_path configs/demo.yaml
 
-Prints ROUGE-L, BLEU-4 and costs of each tuned target; writes <run folder>/selection.png: the histogram of the
-speculative scores with strata, verification ratios V_i and budgets.
+Needs all stages of that run folder. Prints ROUGE-L, BLEU-4 and costs of each tuned target; writes <run
+folder>/selection.png: the histogram of the speculative scores with strata, verification ratios V_i and budgets.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,11 +24,11 @@ from selection.files import read_json  # noqa: E402
 from selection.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise  # noqa: E402
 from selection.metrics import read_metrics  # noqa: E402
 from selection.score_files import read_scores  # noqa: E402
-from selection.stage import load_experiment_from_arguments  # noqa: E402
+from selection.stage import argument_parser, load_experiment_from_arguments  # noqa: E402
 
 
 def main() -> None:
-    experiment = load_experiment_from_arguments(argparse.ArgumentParser(description=__doc__))
+    experiment = load_experiment_from_arguments(argument_parser(__doc__))
     rate = experiment.selection.rates[0]
     picture = draw_selection(experiment, read_json(experiment.coresets / f"{coreset_name('staff', rate)}.json"))
     print_table(experiment, rate)

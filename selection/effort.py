@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from selection.errors import UserError
+from selection.log import say
 from selection.phi import device_of, find_phi, unwrap
 from selection.sample_norms import listening_to_linear, listening_to_lora, replaced_forward, sum_of_squares
 
@@ -333,7 +334,7 @@ def score_within_memory(
                 "the target that scores, give selection.device_map auto or selection.quantization_bit"
             )
         scorer.largest_batch = min(scorer.largest_batch, len(batch) * lengths[batch[0]]) // 2
-        print(f"out of memory: batches of at most {scorer.largest_batch} tokens from here on")
+        say(f"out of memory: batches of at most {scorer.largest_batch} tokens from here on")
         pending = plan_batches([i for batch in pending for i in batch], lengths, scorer.largest_batch)
     back = torch.tensor(order).argsort()
     return {name: torch.cat([piece[name] for piece in pieces])[back] for name in pieces[0]}

@@ -1,12 +1,11 @@
 """Score the training split on the tuned speculative model; with --model target, on the target tuned on everything.
 
-    python effort_score.py --config_path ../configs/demo.yaml
+    python effort_score.py --config_path ../configs/demo.yaml      # in selection/
 
 Needs that model tuned first (finetune/finetune.py, with the same --model). Writes <run folder>/scores/small. The
 target's one pass collects all that the baselines read, into <run folder>/scores/target-full.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,12 +21,14 @@ from finetune.data_split import training_split  # noqa: E402
 from selection.ledger import SPECULATIVE_SCORES, TARGET_SCORES  # noqa: E402
 from selection.score_files import MORE_COLUMNS  # noqa: E402
 from selection.scoring import score_rows  # noqa: E402
-from selection.stage import load_scoring_arguments  # noqa: E402
+from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=["small", "target"], default="small", help="which tuned model scores")
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--model", choices=["small", "target"], default="small", help="which tuned model scores; default: small"
+    )
     experiment, arguments = load_scoring_arguments(parser)
     if arguments.model == "small":
         model, tuned = experiment.small_model, experiment.tuned_small

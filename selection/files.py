@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from selection import __version__
 from selection.config import REPOSITORY, Experiment, as_yaml
 from selection.errors import UserError
+from selection.log import warn
 from selection.processes import processes
 
 
@@ -67,7 +68,7 @@ def held(path: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             raise UserError(f"{path} is held by {holder}: wait for it, or stop it") from None
         except OSError as error:  # a file system without locks
-            print(f"{path.parent} cannot be locked ({error.strerror}): see that no second run works in it")
+            warn(f"{path.parent} cannot be locked ({error.strerror}): see that no second run works in it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()

@@ -2,9 +2,11 @@
 
     python selection/launch.py selection/effort_score.py --config_path configs/demo.yaml
 
-NPROC=N asks for N processes. Ends as the stage ended; torchrun itself would end with 1 and a traceback.
+Needs what the stage needs. NPROC=N asks for N processes. Ends as the stage ended; torchrun itself would end with 1 and
+a traceback.
 """
 
+import argparse
 import os
 import runpy
 import sys
@@ -13,11 +15,14 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
 from selection.errors import Interrupted, UserError, run_stage  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        raise UserError("say which stage to run, e.g. launch.py selection/effort_score.py --config_path …")
+    parser = argument_parser(__doc__)
+    parser.add_argument("stage", help="script of a stage; required")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="as the stage requires")
+    parser.parse_args()
     asked = os.environ.get("NPROC", "")
     if asked and not (asked.isdigit() and int(asked)):
         raise UserError(f"NPROC={asked}: give the number of processes")

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from selection.config import Experiment, from_repository
 from selection.errors import UserError
 from selection.files import checked, locked, parse_json, read_json
+from selection.log import say
 from selection.processes import processes
 
 CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
@@ -81,7 +82,7 @@ def _append(run_folder: Path, cost: Cost, seconds: float) -> None:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut off
         file.write(json.dumps(asdict(cost)).encode() + b"\n")
-    print(
+    say(
         f"{cost.stage} of {cost.what}: {cost.samples} samples, {cost.tokens} tokens, {cost.seconds:.1f} s, "
         f"peak memory {cost.peak_memory_gb:.2f} GB"
     )

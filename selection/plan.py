@@ -20,6 +20,7 @@ from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_p
 from selection.errors import UserError
 from selection.flops import scoring_flops, tuning_flops
 from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION
+from selection.log import say
 from selection.models import NO_CODE, load_for_scoring, model_errors, parameters_of, tuning_lora, with_fresh_lora
 from selection.staff import coreset_size, floor_share
 
@@ -200,9 +201,7 @@ def calibrate(experiment: Experiment, tokenised: dict[str, Dataset], seconds: fl
     precisions = choose_precision(experiment.selection.precision), choose_precision(experiment.precision)
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if device().type == "cpu" and load > 1 + cores / 4:  # 1 may be our own
-        print(
-            f"the machine was busy in the last minute (load {load:.1f} on {cores} cores): times may come out too long"
-        )
+        say(f"the machine was busy in the last minute (load {load:.1f} on {cores} cores): times may come out too long")
     speeds = {}
     for name, rows in tokenised.items():
         model = experiment.small_model if name == "small" else experiment.target_model
@@ -216,7 +215,7 @@ def calibrate(experiment: Experiment, tokenised: dict[str, Dataset], seconds: fl
                     "(selection.tokens_per_batch, training.per_device_train_batch_size) or take another device"
                 ) from None
             rows_per_second = len(rows) / sum(map(len, rows["input_ids"])) / per_token
-            print(f"{what} on {model}: {1 / per_token:,.0f} tokens/s, {rows_per_second:.2f} rows/s")
+            say(f"{what} on {model}: {1 / per_token:,.0f} tokens/s, {rows_per_second:.2f} rows/s")
             measured.append(per_token)
         speeds[name] = Speed(parameters_of(path), *measured)
     return speeds

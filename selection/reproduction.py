@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from tqdm import tqdm
-
 from selection.config import REPOSITORY, Experiment, Grid, load_experiment
 from selection.coreset_files import coreset_name
 from selection.device import choose_precision
@@ -34,6 +32,7 @@ from selection.ledger import (
     read_ledger,
     selection_costs,
 )
+from selection.log import progress_bar
 from selection.metrics import read_metrics
 from selection.processes import end_with_parent
 from selection.score_files import SCORER_VERSION
@@ -182,7 +181,7 @@ def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callabl
     names = {job.name for job in jobs}
     with (
         ProcessPoolExecutor(parallel, mp_context=get_context("spawn"), initializer=end_with_parent) as pool,
-        tqdm(total=sum(job.rows for job in jobs), unit="rows", smoothing=0, desc="tuning") as progress,
+        progress_bar(total=sum(job.rows for job in jobs), unit="rows", smoothing=0, desc="tuning") as progress,
     ):
         while running or (waiting and not failures):
             ready = [job for job in waiting if job.needs is None or job.needs in done or job.needs not in names]

@@ -24,6 +24,7 @@ from selection.files import (
     read_sealed,
     write_sealed,
 )
+from selection.log import warn
 
 SCORER_VERSION = 2  # counted up where a change moves scores by more than fp32's noise
 SCHEMA = pa.schema(
@@ -378,7 +379,7 @@ class ScoreFolder:
             left.unlink(missing_ok=True)
         for part in self.path.glob("part-*.parquet"):
             if not is_intact(part):
-                print(f"{part} is damaged: its rows are scored again")
+                warn(f"{part} is damaged: its rows are scored again")
                 part.unlink(missing_ok=True)
 
     def missing(self, rows: np.ndarray) -> np.ndarray:

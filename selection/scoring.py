@@ -1,13 +1,11 @@
 """Score rows of the training split with one of an experiment's models, into its score folder."""
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from tqdm import tqdm
 
 from finetune import llama_factory
 from finetune.data_split import TrainingSplit
@@ -20,6 +18,7 @@ from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, score_wi
 from selection.errors import UserError
 from selection.files import check_same_everywhere, held, model_fingerprint
 from selection.ledger import TARGET_SCORES, Cost, measured
+from selection.log import progress_bar, say, warn
 from selection.models import count_parameters, load_for_scoring, placement, tuning_lora, with_fresh_lora
 from selection.processes import processes, shards
 from selection.score_files import SCORER_VERSION, ScoreFolder, check_left_out
@@ -73,7 +72,7 @@ def _score_rows(
     if not together.from_leader(lambda: len(store.missing(rows))):
         if together.leads:
             store.finish(rows)  # where a run was killed just before
-        print(f"{stage}: reusing {folder}")
+        say(f"{stage}: reusing {folder}")
         return
     with together.leader_first():
         tokenised = tokenised_split(experiment, model, split)
@@ -90,7 +89,7 @@ def _score_rows(
         if first := rows[: settings.self_test].tolist():
             samples, noise = tokenised[first], "8 bit" if identity["quantization_bit"] == 8 else identity["precision"]
             worst = self_test(scorer, samples["input_ids"], samples["labels"], _names(split, first), noise, budget)
-            print(
+            say(
                 f"self-test: {len(first)} samples in a batch and one by one agree to {worst:.2g} relative "
                 f"({noise} allows {TOLERANCE[noise]:g})"
             )
@@ -142,11 +141,10 @@ def _score_parts(
 ) -> None:
     """This process's parts, each written when it is done; `cost` counts them. Scores are taken `times` over."""
     together, left_out = processes(), 0
-    with tqdm(
+    with progress_bar(
         total=sum(len(batch) for part in parts for batch in part),
         unit="samples",
         desc=cost.stage if together.count == 1 else f"{cost.stage} (process 1 of {together.count})",
-        disable=not together.leads,
     ) as progress:
         for part in parts:
             columns = []
@@ -203,7 +201,7 @@ def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: l
     finite = {name: np.isfinite(values).reshape(len(batch), -1).all(1) for name, values in scores.items()}
     for i in np.flatnonzero(~np.all(list(finite.values()), axis=0)):
         said = ", ".join(name for name in scores if not finite[name][i])
-        tqdm.write(f"left out: {names[i]}: {said} not finite", file=sys.stderr)
+        warn(f"left out: {names[i]}: {said} not finite")
         for values in scores.values():
             values[i] = np.nan
     responses = [sum(label != IGNORED_LABEL for label in labels[1:]) for labels in samples["labels"]]

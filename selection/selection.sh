@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
 # Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, and what it cost.
-#     bash selection.sh [CONFIG] [--set key=value …]
+#     bash selection.sh ../configs/demo.yaml          in selection/
+#     bash selection.sh CONFIG [--quiet] [--set key=value …]
 # Without CONFIG: the demo, whose two models are made first. Uses all visible GPUs; NPROC=N asks for N processes.
+# Needs the models and the data that CONFIG names. Writes its run folder (output_dir), coresets/ in the end.
+#     --quiet            say nothing but results, warnings and errors; default: what is done and reused, and costs
+#     --set key=value    another value for a key of CONFIG; may be given again; default: none
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+for argument in "$@"; do
+    case $argument in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;; esac
+done
 source "$here/../scripts/environment.sh"
 
 if [ $# -eq 0 ] || [[ $1 == --* ]]; then

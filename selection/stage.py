@@ -1,19 +1,49 @@
-"""What the stage scripts' command lines have in common."""
+"""What the scripts' command lines have in common."""
 
 import argparse
 
+from selection import log
 from selection.config import Experiment, load_experiment
+from selection.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help says how to call this)")
+
+    def parse_args(self, *arguments, **options) -> argparse.Namespace:
+        parsed = super().parse_args(*arguments, **options)
+        log.be_quiet(parsed.quiet)
+        return parsed
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A script's parser: --help begins with `description`, the script's docstring, and its example calls.
+
+    Options cannot be abbreviated. Every script takes --quiet, which parsing puts into effect. Raises, when it parses:
+    UserError for a wrong command line.
+    """
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--quiet", action="store_true", help="say nothing but results, warnings and errors")
+    return parser
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--config_path", required=required, help="YAML of the experiment (configs/)")
+    needed = "required" if required else "default: none"
+    parser.add_argument(
+        "--config_path", required=required, metavar="YAML", help=f"the experiment, e.g. configs/demo.yaml; {needed}"
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
-        metavar="key=value",
-        help="override a key, e.g. selection.mode=released",
+        metavar="KEY=VALUE",
+        help="another value for a key of the YAML, e.g. selection.mode=released; may be given again; default: none",
     )
 
 
@@ -26,7 +56,11 @@ def load_experiment_from_arguments(parser: argparse.ArgumentParser) -> Experimen
 
 def load_scoring_arguments(parser: argparse.ArgumentParser) -> tuple[Experiment, argparse.Namespace]:
     """For stages that score; the arguments for what a stage has added to the parser."""
-    parser.add_argument("--self_test", metavar="N", help="the same as --set selection.self_test=N")
+    parser.add_argument(
+        "--self_test",
+        metavar="N",
+        help="rows that are first scored one by one too, 0 for none; default: selection.self_test of the YAML (4)",
+    )
     add_experiment_arguments(parser)
     arguments = parser.parse_args()
     own = [] if arguments.self_test is None else [f"selection.self_test={arguments.self_test}"]

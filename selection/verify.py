@@ -1,12 +1,11 @@
 """Verify the strata on the target, which is not tuned: score the drawn samples, write V_i.
 
-    python verify.py --config_path ../configs/demo.yaml
+    python verify.py --config_path ../configs/demo.yaml        # in selection/
 
 Needs the speculative scores (effort_score.py). Scores at most num_strata x verify_per_stratum samples, or all under
 verify: all. Writes <run folder>/scores/target and <run folder>/verification.json.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -23,12 +22,12 @@ from selection.ledger import VERIFICATION  # noqa: E402
 from selection.processes import processes  # noqa: E402
 from selection.score_files import ScoreFolder, read_scores  # noqa: E402
 from selection.scoring import score_identity, score_rows  # noqa: E402
-from selection.stage import load_scoring_arguments  # noqa: E402
+from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
 from selection.verification import Settings, cut_strata, draw, verify, write_verification  # noqa: E402
 
 
 def main() -> None:
-    experiment, _ = load_scoring_arguments(argparse.ArgumentParser(description=__doc__))
+    experiment, _ = load_scoring_arguments(argument_parser(__doc__))
     split, settings = training_split(experiment), Settings.of(experiment.selection)
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
     scores = read_scores(experiment.small_scores, ids=False)

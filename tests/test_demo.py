@@ -14,7 +14,7 @@ def demo(run_folder) -> str:
     command = ["bash", str(REPOSITORY / "scripts" / "demo.sh"), "--tiny"]
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_demo_again_reuses_everything_and_says_so(run_folder):
 def test_demo_refuses_unknown_arguments():
     done = run_script("scripts/demo.sh", "--big", check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: unknown argument --big: the only one is --tiny\n"
+    assert done.stderr == "error: unknown argument --big: there are --tiny, --quiet and --help\n"
 
 
 METHODS = ["full", "random", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy", "staff"]

@@ -308,7 +308,7 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
     monkeypatch.setattr(plan, "load_for_tuning", watched_load)
     monkeypatch.setattr(plan.os, "getloadavg", lambda: (0.5, 0.0, 0.0))
     speeds = plan.calibrate(asked, tokenised, seconds=0.1)
-    assert "busy" not in capsys.readouterr().out
+    assert "busy" not in capsys.readouterr().err
     assert seen == [("scores", "v_weight", [3]), ("tunes", 3), ("scores", "v_weight", []), ("tunes", 2)]
     assert all(s.scoring > 0 and s.tuning > 0 for s in speeds.values())
     assert {s.parameters for s in speeds.values()} == {parameters_of(str(tiny_model))}
@@ -320,7 +320,7 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
     with pytest.raises(UserError, match=r"tuning on .* does not fit into the memory"):
         monkeypatch.setattr(plan.os, "getloadavg", lambda: (100.0, 0.0, 0.0))
         plan.calibrate(asked, tokenised, seconds=0.1)
-    assert "the machine was busy in the last minute (load 100.0 on" in capsys.readouterr().out
+    assert "the machine was busy in the last minute (load 100.0 on" in capsys.readouterr().err
 
 
 # The script

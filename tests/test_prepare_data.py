@@ -281,7 +281,7 @@ def test_check_names_the_first_difference(run, script, tmp_path, capsys):
     write_go(tmp_path / "source" / script.GO_SQLITE, terms)
     run("go_biology", "--any_count")
     run("go_biology", "--any_count", "--check")
-    assert "5 rows in the source, 5 of them belong" in capsys.readouterr().out
+    assert "5 rows in the source, 5 of them belong" in capsys.readouterr().err
     out = tmp_path / "out" / "go_biology.jsonl"
     lines = out.read_text().splitlines(keepends=True)
     for changed, row in (

@@ -97,7 +97,7 @@ def test_later_rows_join_what_is_scored_already(make_experiment, rows, tmp_path,
     assert list(score(experiment, tmp_path / "scores", np.array([2, 5, 9])).index) == [2, 5, 9]
     capsys.readouterr()
     score(experiment, tmp_path / "scores", np.array([5]))
-    assert "reusing" in capsys.readouterr().out
+    assert "reusing" in capsys.readouterr().err
 
 
 def test_rows_without_a_finite_score_are_named_and_more_than_one_percent_stop_the_run(
@@ -181,7 +181,7 @@ def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_expe
     tune_once(experiment, small, "train", split.rows, tuned, experiment.small_training, SPECULATIVE_TUNING, {})
     score_rows(experiment, split, small, tuned, every, experiment.small_scores, SPECULATIVE_SCORES)
     done = run_script("selection/verify.py", "--config_path", config, "--set", f"selection.mode={mode}")
-    assert "self-test: 4 samples in a batch and one by one agree to" in done.stdout
+    assert "self-test: 4 samples in a batch and one by one agree to" in done.stderr
     verification = json.loads(experiment.verification.read_text())
     drawn = sorted(row for stratum in verification["strata"] for row in stratum["verified"])
     scored = list(read_scores(experiment.target_scores).index)
@@ -220,7 +220,7 @@ def test_tuning_on_published_index_lists_and_refusing_what_does_not_fit(make_exp
     chosen = list(rows_of(experiment, "published"))
     assert chosen == [split.rows[i] for i in (2, 4, 7, 11)]
     assert (experiment.tuned_target("published") / "adapter_model.safetensors").exists()
-    assert "reusing" in tune("published.pt").stdout
+    assert "reusing" in tune("published.pt").stderr
 
     torch.save([4, 2, 11, 8], tmp_path / "published.pt")  # another coreset under a name that is taken
     assert_one_line_error(tune("published.pt"), "was made otherwise (rows:")
@@ -247,7 +247,7 @@ def test_an_adapter_on_another_model_is_refused(make_experiment, rows, tmp_path,
 def test_a_speculator_without_a_pass_scores_as_it_is(make_experiment, rows, tmp_path):
     config, keys = make_experiment(rows), ["small_training.num_train_epochs=0"]
     untuned = ["--config_path", config, "--set", *keys]
-    assert "none, num_train_epochs is 0" in run_script("finetune/finetune.py", *untuned).stdout
+    assert "none, num_train_epochs is 0" in run_script("finetune/finetune.py", *untuned).stderr
     run_script("selection/effort_score.py", *untuned)
     experiment = load_experiment(config, keys)
     assert not (experiment.folder / "small").exists()
