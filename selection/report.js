@@ -24,8 +24,7 @@
 
   function format(x, digits = 4) {
     if (x === null) return "–";
-    if (Number.isInteger(x)) return x.toLocaleString("en");
-    return String(Number(x.toPrecision(digits)));
+    return (Number.isInteger(x) ? x.toLocaleString("en") : String(Number(x.toPrecision(digits)))).replace("-", "−");
   }
 
   function cell(row, text, kind) {

@@ -1,4 +1,4 @@
-"""One HTML page about a run: its scores, strata, verification ratios, samples and costs, and what a coreset takes of them.
+"""One HTML page about a run: scores, strata, verification ratios, samples, costs, and what each coreset takes.
 
 The page holds everything it shows and reaches for nothing else. Each figure is defined once, as a Vega-Lite chart:
 drawn into the page as SVG, for readers and printers without scripts, and made interactive by the library's own script.
@@ -6,7 +6,9 @@ drawn into the page as SVG, for readers and printers without scripts, and made i
 
 import base64
 import hashlib
+import itertools
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +23,7 @@ import vl_convert
 from jinja2 import Environment
 from markupsafe import Markup
 
-from finetune.data_split import rows_of
+from finetune.data_split import rows_of, training_split
 from selection.agreement import partial_spearman, spearman
 from selection.annotated import annotated
 from selection.config import DatasetFormat, Experiment, as_yaml
@@ -99,8 +101,13 @@ def render(experiment: Experiment) -> str:
     both = scored[np.isfinite(figures.target[scored])]
     points, pairs = sample(scored, MOST_POINTS, seed), sample(both, MOST_POINTS, seed)
     places, explained, why_no_map = project(experiment, points)
+    of_map = {}
+    if places is not None:
+        fifth, labels = fifths(figures.effort[scored])
+        fifth = fifth[np.searchsorted(scored, points)]
+        of_map = {"x": places[:, 0], "y": places[:, 1], "fifth": np.array(labels)[fifth]}
     bases = {
-        "points": _columns(figures, points) | ({} if places is None else {"x": places[:, 0], "y": places[:, 1]}),
+        "points": _columns(figures, points) | of_map,
         "pairs": _columns(figures, pairs),
     }
     specs = charts(figures, scored, both, with_map=places is not None, with_strata=bool(shown[0].strata))
@@ -164,10 +171,10 @@ def read_run(experiment: Experiment) -> tuple[Figures, list[Shown], list[str]]:
     if not records:
         raise UserError(f"{experiment.folder} has no coreset yet: run coreset.py, then this again")
     records.sort(key=lambda each: (each[1].get("method") != "staff", each[1].get("method", ""), each[1].get("rate", 0)))
-    figures, shown, refused = None, [], []
+    figures, shown, refused, split = None, [], [], training_split(experiment)
     for path, about in records:
         try:
-            table = annotated(experiment, path)
+            table = annotated(experiment, path, split)
             train = table.filter(pc.equal(table["split"], "train")).sort_by("index")
             shown.append(_shown(experiment, path.stem, about, train, shown))
         except UserError as error:
@@ -184,7 +191,9 @@ def _shown(experiment: Experiment, name: str, about: dict, train: pa.Table, earl
     strata_of = name
     if "strata" in about:
         stratum = train["stratum"].fill_null(-1).to_numpy()
-        intervals = _intervals(experiment, about)
+        same = [s for s in earlier if _verified(s.about) == _verified(about)]
+        strata = same[0].strata if same else []
+        intervals = [(s["ratio_low"], s["ratio_high"]) for s in strata] or _intervals(experiment, about)
         strata = [_stratum(entry, *intervals[i]) for i, entry in enumerate(about["strata"])]
     elif earlier and earlier[0].strata:  # another method's coreset, by the strata of STAFF's first
         stratum, strata_of = earlier[0].stratum, earlier[0].name
@@ -193,6 +202,11 @@ def _shown(experiment: Experiment, name: str, about: dict, train: pa.Table, earl
     else:
         stratum, strata, strata_of = np.full(len(chosen), -1), [], None
     return Shown(name, about, chosen, reason, stratum, strata, strata_of)
+
+
+def _verified(about: dict) -> list | None:
+    """What V_i and its interval are made of; the rates of one run share it."""
+    return [(s["verified"], s["target_sum"]) for s in about["strata"]] if "strata" in about else None
 
 
 def _stratum(entry: dict, ratio_low: float, ratio_high: float) -> dict[str, Any]:
@@ -249,12 +263,18 @@ def verdict(summary: CostSummary | None, costs: list, name: str, no_costs: str) 
         return no_costs
     spent, full = summary.selection_total, summary.full_tuning_seconds
     if not full:
-        return f"Selection took {spent:,.1f} s; what tuning the target on everything takes is {summary.full_tuning_basis}."
-    text = f"Selection took {spent:,.1f} s, {spent / full:.0%} of the {full:,.1f} s that tuning the target on everything "
-    text += "took" if summary.full_tuning_basis == "measured" else f"would take ({summary.full_tuning_basis})"
+        return (
+            f"Selection took {spent:,.1f} s; what tuning the target on everything takes is {summary.full_tuning_basis}."
+        )
+    text = f"Selection took {spent:,.1f} s, {percent(spent / full)} of the {full:,.1f} s that tuning the target on "
+    text += (
+        "everything took"
+        if summary.full_tuning_basis == "measured"
+        else f"everything would take ({summary.full_tuning_basis})"
+    )
     tuned = [cost.seconds for cost in costs if cost.stage == TARGET_TUNING and cost.what == name]
     if tuned:
-        text += f"; with tuning the target on {name} ({tuned[-1]:,.1f} s) {(spent + tuned[-1]) / full:.0%}"
+        text += f"; with tuning the target on {name}, {tuned[-1]:,.1f} s, it is {percent((spent + tuned[-1]) / full)}"
     return text + "."
 
 
@@ -272,8 +292,9 @@ def facts(experiment: Experiment, figures: Figures, first: Shown) -> list[tuple[
         entries.append(
             (
                 "strata",
-                f"{len(first.strata)} (K = {about['num_strata']}) below the hardest {about['hardest_cutoff']:.0%}; "
-                f"{verified} rows verified (at most {about['verify_per_stratum']} a stratum)",
+                f"{len(first.strata)} (K = {about['num_strata']}) below the hardest "
+                f"{percent(about['hardest_cutoff'])}; {verified} rows verified "
+                f"(at most {about['verify_per_stratum']} a stratum)",
             )
         )
         entries.append(("rule", f"mode {about['mode']}, seed {about['seed']}"))
@@ -346,7 +367,7 @@ def _value(row: dict[str, Any], names: dict[str, str], what: str) -> Any:
 
 
 def longest_text(lengths: Sequence[int], total: int) -> int | None:
-    """To how many characters texts are to be cut so that all of them together have at most `total`; None: not at all."""
+    """To how many characters texts are to be cut so that all together have at most `total`; None: not at all."""
     ascending = np.sort(np.asarray(lengths, dtype=np.int64))
     if ascending.sum() <= total:
         return None
@@ -392,7 +413,9 @@ def _colours(domain: list[str], names: list[str], title: str | None = None) -> a
 def _axis_scale(values: np.ndarray) -> alt.Scale:
     """Logarithmic where the values span more than a factor of 30."""
     positive = len(values) and values.min() > 0
-    return alt.Scale(type="log" if positive and values.max() > 30 * values.min() else "linear", zero=False, nice=False, padding=8)
+    if positive and values.max() > 30 * values.min():
+        return alt.Scale(type="log", nice=False, padding=8)
+    return alt.Scale(zero=False, nice=False, padding=8)
 
 
 def charts(
@@ -421,25 +444,31 @@ def charts(
             tooltip=[*tip, alt.Tooltip("length:Q", title="response tokens")],
         )
     if with_map:
-        fifths = alt.Scale(type="quantile", range=[f"var(--fifth{i})" for i in range(1, 6)])
+        labels = fifths(figures.effort[scored])[1]
+        colours = alt.Scale(domain=labels, range=[f"var(--fifth{i + 1})" for i in range(len(labels))])
         marked = alt.condition("datum.status == 'chosen'", alt.value("var(--text)"), alt.value("transparent"))
         specs["map"] = scatter("points", size=38, height=440).encode(
             x=alt.X("x:Q", scale=alt.Scale(zero=False, nice=False, padding=8), title="first principal component"),
             y=alt.Y("y:Q", scale=alt.Scale(zero=False, nice=False, padding=8), title="second principal component"),
-            color=alt.Color(
-                "effort:Q", scale=fifths, legend=alt.Legend(title="score, in fifths", orient="top", format=".3g")
-            ),
+            color=alt.Color("fifth:N", scale=colours, legend=alt.Legend(title="score", orient="top", symbolOpacity=1)),
             stroke=marked,
             opacity=alt.condition("datum.status == 'chosen'", alt.value(1), alt.value(0.6)),
-            order="marked:Q",
             tooltip=tip,
-        ).transform_calculate(marked="datum.status == 'chosen' ? 1 : 0")
+        )
     return {name: _finished(chart) for name, chart in specs.items()}
 
 
+def fifths(effort: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Which fifth of the scores (n,) each one is in, and what each fifth is called, from low to high."""
+    edges = np.unique(np.quantile(effort, np.linspace(0, 1, 6)))
+    labels = [f"{number(low, 3)} to {number(high, 3)}" for low, high in itertools.pairwise(edges)]
+    return np.searchsorted(edges[1:-1], effort, side="right"), labels or [number(edges[0], 3)]
+
+
 def scatter(data: str, size: int = 30, height: int = 320) -> alt.Chart:
-    chart = alt.Chart(alt.NamedData(name=data), width=WIDTH, height=height)
-    return chart.mark_circle(size=size, opacity=0.75, strokeWidth=1.4).add_params(_zoom(["x", "y"]))
+    chart = alt.Chart(alt.NamedData(name=data), width=WIDTH, height=height).add_params(_zoom(["x", "y"]))
+    chart = chart.transform_calculate(above="datum.status == 'chosen' ? 1 : 0").encode(order="above:Q")
+    return chart.mark_circle(size=size, opacity=0.75, strokeWidth=1.4, clip=True)
 
 
 def _zoom(encodings: list[str]) -> alt.Parameter:
@@ -449,22 +478,25 @@ def _zoom(encodings: list[str]) -> alt.Parameter:
 
 def score_chart(with_strata: bool) -> alt.Chart | alt.VConcatChart:
     """Histogram; below it, on the same axis, V_i with its interval, and what each stratum has and gives."""
-    axis = alt.X("low:Q", bin="binned", scale=alt.Scale(zero=False, nice=False), title="effort score of the speculative model")
-    without_title = axis.copy(deep=False)
-    without_title.title = None
+    axis = alt.X(
+        "low:Q", bin="binned", scale=alt.Scale(zero=False, nice=False), title="effort score of the speculative model"
+    )
+    bare = axis.copy(deep=False)
+    bare.title, bare.axis = None, alt.Axis(labels=False, ticks=False)
+    whole = {"axis": alt.Axis(tickMinStep=1, format="~s")}
     zoom = _zoom(["x"])
     tip = [alt.Tooltip("low:Q", title="from", format=".4g"), alt.Tooltip("high:Q", title="to", format=".4g")]
     cut = alt.Chart(alt.NamedData(name="cut")).mark_rect(opacity=0.13, color="var(--cut)", clip=True)
     cut = cut.encode(x="low:Q", x2="high:Q")
-    edges = alt.Chart(alt.NamedData(name="edges")).mark_rule(opacity=0.25, color="var(--text)", clip=True)
+    edges = alt.Chart(alt.NamedData(name="edges")).mark_rule(opacity=0.15, color="var(--text)", clip=True)
     edges = edges.encode(x="low:Q")
     bars = (
         alt.Chart(alt.NamedData(name="bins"), width=WIDTH, height=210)
         .mark_bar(clip=True, binSpacing=0.5)
         .encode(
-            x=without_title if with_strata else axis,
+            x=bare if with_strata else axis,
             x2="high:Q",
-            y=alt.Y("rows:Q", title="rows"),
+            y=alt.Y("rows:Q", title="rows", **whole),
             color=_colours(STATUSES, ["chosen", "other", "cut"]),
             order="order:Q",
             tooltip=[*tip, "status:N", "rows:Q"],
@@ -482,7 +514,7 @@ def score_chart(with_strata: bool) -> alt.Chart | alt.VConcatChart:
         alt.Tooltip("ratio_high:Q", title="to", format=".3g"),
         "verified:Q",
     ]
-    middle = alt.X("middle:Q", title=None)
+    middle = alt.X("middle:Q", title=None, axis=alt.Axis(labels=False, ticks=False))
     spread = of_strata.mark_rule(strokeWidth=2, color="var(--ratio)", clip=True)
     spread = spread.encode(x=middle, y=alt.Y("ratio_low:Q", title="V"), y2="ratio_high:Q", tooltip=about)
     ratio = of_strata.mark_point(filled=True, size=45, opacity=1, color="var(--ratio)", clip=True)
@@ -493,7 +525,7 @@ def score_chart(with_strata: bool) -> alt.Chart | alt.VConcatChart:
         .encode(
             x=axis,
             x2="high:Q",
-            y=alt.Y("rows:Q", title="rows of a stratum"),
+            y=alt.Y("rows:Q", title="rows of a stratum", **whole),
             color=_colours([DRAWN, FILLED, LEFT], ["chosen", "filled", "other"]),
             order="order:Q",
             tooltip=["stratum:Q", *tip, "status:N", "rows:Q"],
@@ -501,7 +533,11 @@ def score_chart(with_strata: bool) -> alt.Chart | alt.VConcatChart:
         .add_params(zoom)
     )
     panels = (cut + bars + edges, cut + edges + one + spread + ratio, cut + parts)
-    return alt.vconcat(*panels, spacing=14).resolve_scale(x="shared", color="independent")
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Automatically deduplicated selection parameter"
+        )  # one for all three is meant
+        return alt.vconcat(*panels, spacing=14).resolve_scale(x="shared", color="independent")
 
 
 def _finished(chart: alt.TopLevelMixin) -> dict[str, Any]:
@@ -509,10 +545,12 @@ def _finished(chart: alt.TopLevelMixin) -> dict[str, Any]:
     text, line = "var(--text)", "var(--line)"
     of_axis = {"labelColor": text, "titleColor": text, "domainColor": line, "tickColor": line, "gridColor": line}
     chart = (
-        chart.configure(background="transparent", font="system-ui, sans-serif")
+        chart.configure(background="transparent", font="Arial, sans-serif")
         .configure_view(stroke=None)
         .configure_axis(**of_axis, titleFontWeight="normal", labelFontSize=11, titleFontSize=12, gridOpacity=0.6)
-        .configure_legend(labelColor=text, titleColor=text, titleFontWeight="normal", labelFontSize=12)
+        .configure_legend(
+            labelColor=text, titleColor=text, titleFontWeight="normal", labelFontSize=12, columnPadding=18
+        )
     )
     return chart.to_dict()
 
@@ -525,6 +563,9 @@ def bar_data(figures: Figures, shown: Shown) -> dict[str, list[dict[str, Any]]]:
     effort, status = figures.effort[scored], shown.status(scored)
     edges = bin_edges(effort, shown.strata)
     place = np.clip(np.searchsorted(edges, effort, side="right") - 1, 0, len(edges) - 2)
+    if shown.strata:  # the highest of the highest stratum lies on its edge
+        below = np.searchsorted(edges, shown.strata[-1]["high"] * (1 - 1e-12)) - 1
+        place[shown.stratum[scored] >= 0] = place[shown.stratum[scored] >= 0].clip(max=max(below, 0))
     bins = []
     for number, name in enumerate(STATUSES):
         counts = np.bincount(place[status == number], minlength=len(edges) - 1)
@@ -570,7 +611,10 @@ def with_points(bases: dict[str, dict[str, np.ndarray]], data: dict[str, Any]) -
     named = {name: values for name, values in data.items() if name != "status"}
     for name, columns in bases.items():
         status = [STATUSES[number] for number in data["status"][name]]
-        named[name] = [dict(zip([*columns, "status"], values, strict=True)) for values in zip(*columns.values(), status)]
+        named[name] = [
+            dict(zip([*columns, "status"], values, strict=True))
+            for values in zip(*columns.values(), status, strict=True)
+        ]
     return named
 
 
@@ -597,7 +641,12 @@ def number(value: float | None, digits: int = 4) -> str:
         return "–"
     if float(value).is_integer():
         return f"{int(value):,}"
-    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    text = f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    return text.replace("-", "−", 1) if value < 0 else text
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def captions(
@@ -617,7 +666,9 @@ def captions(
             highest = number(figures.effort[scored].max())
             texts["scores"] = f"The last bar holds all that lies beyond: {beyond:,} rows up to a score of {highest}."
     if explained:
-        texts["map"] += f" The two axes hold {explained[0]:.0%} and {explained[1]:.0%} of the features' variance."
+        texts["map"] += (
+            f" The two axes hold {percent(explained[0])} and {percent(explained[1])} of the features' variance."
+        )
     return texts
 
 
@@ -693,7 +744,7 @@ def _page(data: dict[str, Any], **values: Any) -> str:
     scripts = [chart_script(), (here / "report.js").read_text(encoding="utf-8")]
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "percent": percent}
     template = environment.from_string((here / "report.html").read_text(encoding="utf-8"))
     return template.render(
         **values,
