@@ -8,12 +8,13 @@ import base64
 import hashlib
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import altair as alt
 import numpy as np
@@ -22,13 +23,15 @@ import pyarrow.compute as pc
 import vl_convert
 from jinja2 import Environment
 from markupsafe import Markup
+from pydantic import ConfigDict, Field, NonNegativeInt
+from typing_extensions import TypedDict
 
 from finetune.data_split import rows_of, training_split
 from selection.agreement import partial_spearman, spearman
 from selection.annotated import annotated
 from selection.config import DatasetFormat, Experiment, as_yaml
 from selection.errors import UserError
-from selection.files import atomic_path, code_version, read_json
+from selection.files import atomic_path, checked, code_version, read_json
 from selection.ledger import TARGET_TUNING, CostSummary, read_ledger, summarise
 from selection.score_files import has_column, read_scores
 from selection.staff import lowest
@@ -89,7 +92,7 @@ def write_report(experiment: Experiment) -> Path:
     page = render(experiment)
     path = experiment.folder / "report.html"
     with atomic_path(path) as draft:
-        draft.write_text(page, encoding="utf-8", errors="replace")
+        draft.write_text(page, encoding="utf-8")
     return path
 
 
@@ -166,12 +169,17 @@ def render(experiment: Experiment) -> str:
 
 def read_run(experiment: Experiment) -> tuple[Figures, list[Shown], list[str]]:
     """The run's figures, its coresets, STAFF's first, and what is said of those that cannot be shown."""
-    found = [(path, read_json(path)) for path in sorted(experiment.coresets.glob("*.json"))]
-    records = [(path, about) for path, about in found if isinstance(about, dict) and "indices" in about]
-    if not records:
+    paths = sorted(experiment.coresets.glob("*.json"))
+    if not paths:
         raise UserError(f"{experiment.folder} has no coreset yet: run coreset.py, then this again")
+    records, refused = [], []
+    for path in paths:
+        try:
+            records.append((path, checked(_Record, read_json(path), path)))
+        except UserError as error:
+            refused.append(f"{path.stem} is not shown: {error}")
     records.sort(key=lambda each: (each[1].get("method") != "staff", each[1].get("method", ""), each[1].get("rate", 0)))
-    figures, shown, refused, split = None, [], [], training_split(experiment)
+    figures, shown, split = None, [], training_split(experiment)
     for path, about in records:
         try:
             table = annotated(experiment, path, split)
@@ -184,6 +192,31 @@ def read_run(experiment: Experiment) -> tuple[Figures, list[Shown], list[str]]:
     if not shown:
         raise UserError(refused[0])
     return figures, shown, refused
+
+
+class _Budget(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
+
+    budget: NonNegativeInt
+    of_which_random_fill: NonNegativeInt
+
+
+class _Record(TypedDict, total=False):
+    """Of a coreset's file, what the page reads and nobody else checks."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
+
+    method: str
+    rate: float
+    mode: str
+    num_strata: int
+    verify_per_stratum: int
+    hardest_cutoff: float
+    seed: int
+    from_hardest: int
+    code_version: str
+    data_fingerprint: str | None
+    strata: Annotated[list[_Budget], Field(min_length=1)]
 
 
 def _shown(experiment: Experiment, name: str, about: dict, train: pa.Table, earlier: list[Shown]) -> Shown:
@@ -621,9 +654,12 @@ def with_points(bases: dict[str, dict[str, np.ndarray]], data: dict[str, Any]) -
 def svg(name: str, spec: dict[str, Any], datasets: dict[str, list[dict[str, Any]]]) -> str:
     """The figure as SVG, to stand inside of a page: its ids are its own."""
     drawn = vl_convert.vegalite_to_svg(json.loads(_json(spec | {"datasets": datasets})), allowed_base_urls=[])
-    for mark in ('id="', "url(#", 'href="#'):
-        drawn = drawn.replace(mark, f"{mark}{name}-")
-    return drawn
+    ids: dict[str, str] = {}  # the library counts them up from figure to figure
+
+    def own(found: re.Match) -> str:
+        return ids.setdefault(found[0], f"{name}-{len(ids)}")
+
+    return re.sub(r'(?<= id=")[^"]+|(?<=url\(#)[^)]+', own, drawn)
 
 
 @cache

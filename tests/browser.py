@@ -111,7 +111,7 @@ def browser() -> Iterator[Browser]:
         command = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
         connect = f'exec "$@" 3<&{ours[0]} 4>&{theirs[1]}'
         process = subprocess.Popen(
-            ["sh", "-c", connect, "sh", *command], pass_fds=(ours[0], theirs[1]), stderr=subprocess.DEVNULL
+            ["bash", "-c", connect, "bash", *command], pass_fds=(ours[0], theirs[1]), stderr=subprocess.DEVNULL
         )
         os.close(ours[0])
         os.close(theirs[1])
