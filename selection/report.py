@@ -515,13 +515,13 @@ def score_chart(with_strata: bool) -> alt.Chart | alt.VConcatChart:
         "low:Q", bin="binned", scale=alt.Scale(zero=False, nice=False), title="effort score of the speculative model"
     )
     bare = axis.copy(deep=False)
-    bare.title, bare.axis = None, alt.Axis(labels=False, ticks=False)
+    bare.title, bare.axis = None, alt.Axis(labels=False, ticks=False, grid=False)
     whole = {"axis": alt.Axis(tickMinStep=1, format="~s")}
     zoom = _zoom(["x"])
     tip = [alt.Tooltip("low:Q", title="from", format=".4g"), alt.Tooltip("high:Q", title="to", format=".4g")]
     cut = alt.Chart(alt.NamedData(name="cut")).mark_rect(opacity=0.13, color="var(--cut)", clip=True)
     cut = cut.encode(x="low:Q", x2="high:Q")
-    edges = alt.Chart(alt.NamedData(name="edges")).mark_rule(opacity=0.15, color="var(--text)", clip=True)
+    edges = alt.Chart(alt.NamedData(name="edges")).mark_rule(opacity=0.2, color="var(--text)", clip=True)
     edges = edges.encode(x="low:Q")
     bars = (
         alt.Chart(alt.NamedData(name="bins"), width=WIDTH, height=210)
@@ -547,7 +547,7 @@ def score_chart(with_strata: bool) -> alt.Chart | alt.VConcatChart:
         alt.Tooltip("ratio_high:Q", title="to", format=".3g"),
         "verified:Q",
     ]
-    middle = alt.X("middle:Q", title=None, axis=alt.Axis(labels=False, ticks=False))
+    middle = alt.X("middle:Q", title=None, axis=alt.Axis(labels=False, ticks=False, grid=False))
     spread = of_strata.mark_rule(strokeWidth=2, color="var(--ratio)", clip=True)
     spread = spread.encode(x=middle, y=alt.Y("ratio_low:Q", title="V"), y2="ratio_high:Q", tooltip=about)
     ratio = of_strata.mark_point(filled=True, size=45, opacity=1, color="var(--ratio)", clip=True)

@@ -1,4 +1,9 @@
-"""A headless Chromium for tests, through its DevTools protocol over a pipe: no package, no port, no network."""
+"""A headless Chromium for tests, through its DevTools protocol over a pipe: no package, no port, no network.
+
+    python tests/browser.py runs/demo/report.html data/results/demo/report.png
+
+draws the upper part of a report, for README.md.
+"""
 
 import base64
 import contextlib
@@ -7,6 +12,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -125,3 +131,19 @@ def browser() -> Iterator[Browser]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def draw_report(page: Path, picture: Path) -> None:
+    """The page down to its second figure, in light colours, 1200 pixels wide."""
+    with browser() as opened:
+        opened.look()
+        opened.open(page)
+        end = opened.run("document.getElementById('length').getBoundingClientRect().top + scrollY")
+        opened.look(height=int(end))
+        while opened.run("document.querySelectorAll('.chart > div svg').length") < 2:
+            time.sleep(0.1)
+        opened.picture(picture)
+
+
+if __name__ == "__main__":
+    draw_report(Path(sys.argv[1]), Path(sys.argv[2]))
