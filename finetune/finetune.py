@@ -40,6 +40,12 @@ def main() -> None:
         say("speculative tuning: none, num_train_epochs is 0")
         return
     split = training_split(experiment)
+    if arguments.model == "small" and experiment.borrows:
+        from selection.speculative_run import check_speculative_run  # seconds of imports
+
+        check_speculative_run(experiment, split)
+        say(f"{SPECULATIVE_TUNING}: reusing {experiment.tuned_small}, of speculative_run")
+        return
     if arguments.model == "small":
         model, folder, keys, stage = (
             experiment.small_model,

@@ -35,15 +35,7 @@ def tune_once(
     pass' start, so that every process has some.)
     """
     together, precision = processes(), choose_precision(experiment.precision)
-    identity = {
-        "model": model_fingerprint(llama_factory.model_path(model)),
-        "rows": digest(*(row_id(row).encode() for row in rows)),
-        "dataset_format": experiment.dataset_format.entry,
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "precision": precision,
-        "keys": experiment.training | keys,
-    }
+    identity = tuning_identity(experiment, model, rows, keys)
     check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
         say(f"{stage}: reusing {folder}")
@@ -65,6 +57,19 @@ def tune_once(
             metrics = llama_factory.tune(experiment, model, dataset, draft, precision, keys | shares | report)
             cost.tokens = metrics["tokens"]
     print(f"{stage}: {model} on {dataset} ({len(rows)} rows), training loss {metrics['train_loss']:.4f} -> {folder}")
+
+
+def tuning_identity(experiment: Experiment, model: str, rows: "datasets.Dataset", keys: dict) -> dict[str, Any]:  # noqa: F821
+    """All that a tuned model depends on."""
+    return {
+        "model": model_fingerprint(llama_factory.model_path(model)),
+        "rows": digest(*(row_id(row).encode() for row in rows)),
+        "dataset_format": experiment.dataset_format.entry,
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "precision": choose_precision(experiment.precision),
+        "keys": experiment.training | keys,
+    }
 
 
 def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:

@@ -124,6 +124,7 @@ def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Expe
             f"small_model={json.dumps(model)}",
             f"output_dir={json.dumps(str(arguments.runs / f'{layers}-layers-{passes}-passes'))}",
             f"small_training.num_train_epochs={passes}",
+            "speculative_run=null",
             "selection.mode=paper",
             "selection.verify=all",
         ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from selection.errors import UserError
 
@@ -42,71 +42,105 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+Mode = Literal["paper", "released", "extended"]
+
+
+def rules_of(mode: str) -> str:
+    """Whose rules a mode follows, "paper" or "released": extended is the published method with additions."""
+    return "released" if mode == "released" else "paper"
+
+
 class Selection(_Section):
     """Keys under `selection:`."""
 
-    mode: Literal["paper", "released"] = "paper"
-    """Follow the published method or the authors' code wherever the two differ (the table in README.md)."""
-    verify: Literal["by_mode", "sampled", "all"] = "by_mode"
-    """Which rows the target scores: the verified samples or the whole training split. Paper: sampled; released: all."""
+    mode: Mode = "paper"
+    """Follow the published method or the authors' code wherever the two differ (the table in README.md). extended: as
+    published, and the additions of neither may be switched on (verify: adaptive, length_control). Source: ours."""
+    verify: Literal["by_mode", "sampled", "all", "adaptive"] = "by_mode"
+    """Which rows the target scores: the verified samples or the whole training split; by_mode: as `mode` says.
+    adaptive (extended alone): at most num_strata x verify_per_stratum samples, drawn where V_i leaves the budgets most
+    uncertain, until they are settled (selection/adaptive.py).
+    Source: paper (sampled); as released (all); ours (adaptive)."""
+    length_control: Literal["none", "residual"] = "none"
+    """residual (extended alone): strata and V_i are of what response length leaves unexplained of the effort scores
+    (length_residual in selection/length_control.py). Source: ours."""
     methods: list[Method] = Field(default=["staff", "random"], min_length=1)
-    """Coresets to cut. All but staff, random and length need the scores of the tuned target."""
+    """Coresets to cut. All but staff, random and length need the scores of the tuned target.
+    Source: paper; moderate and entropy as released; length ours."""
     variant: Literal["by_mode", "published", "released"] = "by_mode"
-    """Whose EL2N, CCS and D2: the papers' or those of STAFF's released code; by_mode: as `mode` says."""
+    """Whose EL2N, CCS and D2: the papers' or those of STAFF's released code; by_mode: as `mode` says. Source: ours."""
     rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.8, 0.5, 0.3, 0.2, 0.1], min_length=1)
-    """Fractions of the training split to keep; the paper's pruning rate is 1 − rate."""
+    """Fractions of the training split to keep; the paper's pruning rate is 1 − rate. Source: paper, Table 1."""
     num_strata: int = Field(default=50, ge=1, le=100_000)
-    """K, equal-width score ranges."""
+    """K, equal-width score ranges. Source: paper (50)."""
     verify_per_stratum: int = Field(default=10, ge=1)
-    """b_v, samples of each stratum that the target scores."""
+    """b_v, samples of each stratum that the target scores. Source: paper (10)."""
     hardest_cutoff: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction with the highest scores that is dropped before stratifying."""
+    """Fraction with the highest scores that is dropped before stratifying. Source: paper (a tenth)."""
     phi: Literal["v_lora_b", "v_weight", "last_layer", "all_lora"] = "v_lora_b"
     """φ, the parameters of the gradient. v_lora_b: B of a fresh LoRA on the last layer's value projection; v_weight:
     that projection's own weight; last_layer: all weight matrices of the last layer; all_lora: every A and B of the
-    tuned LoRA (a model that has none gets a fresh one, as tuning puts it on)."""
+    tuned LoRA (a model that has none gets a fresh one, as tuning puts it on).
+    Source: as released (v_lora_b); the others ours."""
     phi_rank: int = Field(default=81, ge=1)
-    """Rank r of v_lora_b's fresh LoRA, as released."""
+    """Rank r of v_lora_b's fresh LoRA. Source: as released."""
     phi_alpha: int = Field(default=16, ge=1)
-    """α of v_lora_b's fresh LoRA, as released."""
+    """α of v_lora_b's fresh LoRA. Source: as released."""
     columns: list[Literal["el2n", "el2n_released", "entropy", "hidden_state"]] = []
-    """More columns of the score files, from the same pass: see EffortScorer.score in selection/effort.py."""
+    """More columns of the score files, from the same pass: see EffortScorer.score in selection/effort.py.
+    Source: ours."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of scoring; auto takes bf16 where the device computes in it."""
+    """Number format of scoring; auto takes bf16 where the device computes in it. Source: ours."""
     tokens_per_batch: int | None = Field(default=None, ge=1)
     """Tokens of one scoring batch, padding included; absent: 2,048 on a CPU and 16,384 on a
-    GPU, under all_lora 512 and 4,096. Halved by itself, for the rest of a run, where the memory does not hold them."""
+    GPU, under all_lora 512 and 4,096. Halved by itself, for the rest of a run, where the memory does not hold them.
+    Source: ours."""
     device_map: Literal["auto"] | None = None
     """Where the target lies while it scores. auto: spread by accelerate over all visible GPUs, then the CPU's memory,
-    in one process; absent: on one device. The speculative model is small and always lies on one."""
+    in one process; absent: on one device. The speculative model is small and always lies on one. Source: ours."""
     quantization_bit: Literal[8, 4] | None = None
     """Weights of the target's linear maps in 8 or 4 bits while it scores, through bitsandbytes (LLM.int8; NF4, doubly
     quantised), as LLaMA-Factory's key of this name does when it tunes. The scores are others; the speculative model
-    and every tuning stay as they are."""
+    and every tuning stay as they are. Source: ours, named as LLaMA-Factory's key."""
     self_test: int = Field(default=4, ge=0)
-    """Rows that are also scored one by one, by plain autograd, before a scoring run; it stops where they differ."""
+    """Rows that are also scored one by one, by plain autograd, before a scoring run; it stops where they differ.
+    Source: ours."""
     seed: Seed = 42
-    """Of the fresh LoRA's A, the verification draws, and every random choice of rows."""
+    """Of the fresh LoRA's A, the verification draws, and every random choice of rows.
+    Source: ours; the released code draws without a seed."""
+
+    @field_validator("verify", "length_control")
+    @classmethod
+    def _only_extended(cls, value: str, info: ValidationInfo) -> str:
+        if value in ("adaptive", "residual") and info.data.get("mode") != "extended":
+            raise ValueError("neither the paper nor the released code has it: give selection.mode extended with it")
+        return value
+
+    @property
+    def rules(self) -> str:
+        """ "paper" or "released"."""
+        return rules_of(self.mode)
 
     @property
     def baseline_variant(self) -> str:
         """ "published" or "released"."""
-        return {"paper": "published", "released": "released"}[self.mode] if self.variant == "by_mode" else self.variant
+        return {"paper": "published", "released": "released"}[self.rules] if self.variant == "by_mode" else self.variant
 
     @property
     def verify_all(self) -> bool:
-        return self.verify == "all" or (self.verify == "by_mode" and self.mode == "released")
+        return self.verify == "all" or (self.verify == "by_mode" and self.rules == "released")
 
 
 class DatasetFormat(_Section):
     """Keys under `dataset_format:`, LLaMA-Factory's own (its data/README.md)."""
 
     formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
-    """Form of a row: instruction, input and output, or a conversation."""
+    """Form of a row: instruction, input and output, or a conversation. Source: LLaMA-Factory's key of this name."""
     columns: dict[str, str] = {}
-    """What the columns are called, e.g. `prompt: question`; empty: LLaMA-Factory's defaults."""
+    """What the columns are called, e.g. `prompt: question`; empty: LLaMA-Factory's defaults.
+    Source: LLaMA-Factory's key of this name."""
     tags: dict[str, str] = {}
-    """What roles and contents are called inside a conversation."""
+    """What roles and contents are called inside a conversation. Source: LLaMA-Factory's key of this name."""
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -118,52 +152,60 @@ class Evaluation(_Section):
     """Keys under `evaluation:`."""
 
     max_new_tokens: int = Field(default=128, ge=1)
-    """Bound on a generated answer."""
+    """Bound on a generated answer. Source: ours; the paper is silent."""
     batch_size: int = Field(default=16, ge=1)
-    """Answers generated at a time."""
+    """Answers generated at a time. Source: ours; the paper is silent."""
 
 
 class Experiment(_Section):
     """A whole experiment. Relative paths count from the repository, so no stage depends on the working directory."""
 
     output_dir: str
-    """Run folder: split, tuned models, scores, coresets, evaluations and the cost ledger of this experiment."""
+    """Run folder: split, tuned models, scores, coresets, evaluations and the cost ledger of this experiment.
+    Source: ours."""
     small_model: str
-    """θ_s: model folder or model-hub name of the speculative model."""
+    """θ_s: model folder or model-hub name of the speculative model. Source: paper."""
     target_model: str
-    """θ_t: model folder or model-hub name."""
+    """θ_t: model folder or model-hub name. Source: paper."""
     template: str
-    """LLaMA-Factory's chat template of the family."""
+    """LLaMA-Factory's chat template of the family. Source: LLaMA-Factory's key of this name."""
     dataset: str
-    """JSON, JSONL, CSV or Parquet file; all rows are pooled and split once."""
+    """JSON, JSONL, CSV or Parquet file; all rows are pooled and split once. Source: ours; pooled as in the paper."""
     dataset_format: DatasetFormat = DatasetFormat()
     """How the rows are to be read; absent: alpaca."""
     max_samples: int | None = Field(default=None, ge=2)
-    """Take only the first rows of the file, before the split."""
+    """Take only the first rows of the file, before the split. Source: ours."""
     eval_size: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Fraction held out."""
+    """Fraction held out. Source: paper (a tenth)."""
     split_seed: Seed = 42
-    """Seed of the split, `datasets`' train_test_split."""
+    """Seed of the split, `datasets`' train_test_split. Source: LLaMA-Factory's seed, 42 there too."""
     cutoff_len: int = Field(default=1024, ge=2)
-    """Tokens of a sample at most, as LLaMA-Factory cuts them."""
+    """Tokens of a sample at most, as LLaMA-Factory cuts them.
+    Source: paper (1024); LLaMA-Factory's key of this name."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of tuning and generation (LLaMA-Factory keeps the weights as the checkpoint has them); auto takes
-    bf16 where the device computes in it."""
+    bf16 where the device computes in it. Source: ours; the paper tunes in fp16."""
+    speculative_run: str | None = None
+    """Another run folder, finished up to effort_score.py, whose tuned speculative model and scores are taken instead of
+    made again: it needs the same data, small model, training and settings of scoring. The two share what these cost.
+    Absent: this run makes its own. Source: ours; one selection serves several targets."""
     selection: Selection = Selection()
     training: dict[str, Any] = {}
-    """LLaMA-Factory's keys for every tuning run, handed over as they are."""
+    """LLaMA-Factory's keys for every tuning run, handed over as they are; num_train_epochs is a number from 0.
+    Source: LLaMA-Factory's keys; configs/paper/ has the paper's values."""
     small_training: dict[str, Any] = {"num_train_epochs": 3}
-    """Added for the speculative model; num_train_epochs 0 leaves it as it is. Published: 3; with the best of the
-    speculators we tried, fewer passes lose agreement with the target (data/results/NOTES.md)."""
+    """Added for the speculative model; num_train_epochs 0 leaves it as it is. With the best of the
+    speculators we tried, fewer passes lose agreement with the target (data/results/NOTES.md).
+    Source: paper (3 passes)."""
     target_training: dict[str, Any] = {"num_train_epochs": 4}
-    """Added for the target."""
+    """Added for the target. Source: paper (4 passes)."""
     evaluation: Evaluation = Evaluation()
 
     @field_validator("training", "small_training", "target_training")
     @classmethod
     def _leaves_the_stage_alone(cls, keys: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(_SET_BY_THE_STAGE & set(keys)):
-            raise ValueError(f"{', '.join(taken)} cannot be given here: see _SET_BY_THE_STAGE in selection/config.py")
+            raise ValueError(f"{', '.join(taken)} cannot be given here: finetune/README.md says why")
         if type(passes := keys.get("num_train_epochs", 0)) not in (int, float) or not 0 <= passes < math.inf:
             raise ValueError("num_train_epochs must be a number, not below 0")
         return keys
@@ -171,6 +213,16 @@ class Experiment(_Section):
     @property
     def folder(self) -> Path:
         return from_repository(self.output_dir)
+
+    @property
+    def speculative_folder(self) -> Path:
+        """The run folder of the tuned speculative model and its scores: this one, or `speculative_run`."""
+        return from_repository(self.speculative_run) if self.speculative_run is not None else self.folder
+
+    @property
+    def borrows(self) -> bool:
+        """Whether these are another run's: then nothing in that folder is made or changed."""
+        return self.speculative_folder != self.folder
 
     @property
     def record(self) -> Path:
@@ -185,7 +237,8 @@ class Experiment(_Section):
     @property
     def tuned_small(self) -> Path | None:
         """None where `small_training` asks for no pass: then the speculative model scores as it is."""
-        return self.folder / "small" if (self.training | self.small_training).get("num_train_epochs", 3) else None
+        passes = (self.training | self.small_training).get("num_train_epochs", 3)
+        return self.speculative_folder / "small" if passes else None
 
     def tuned_target(self, dataset: str) -> Path:
         """The target tuned on a data set of the run folder: "full" or a coreset's name."""
@@ -193,7 +246,7 @@ class Experiment(_Section):
 
     @property
     def small_scores(self) -> Path:
-        return self.folder / "scores" / "small"
+        return self.speculative_folder / "scores" / "small"
 
     @property
     def target_scores(self) -> Path:
@@ -217,26 +270,28 @@ class Task(_Section):
     """A task of a grid: an experiment, and what to change in it."""
 
     config: str
-    """YAML of the experiment."""
+    """YAML of the experiment. Source: ours."""
     set: list[str] = []
-    """Changes, each as `--set` takes it: key=value."""
+    """Changes, each as `--set` takes it: key=value. Source: ours."""
     paper_target: str | None = None
-    """Which target of data/paper_table1.csv this is to reproduce; absent: none."""
+    """Which target of data/paper_table1.csv this is to reproduce; absent: none. Source: paper, Table 1."""
     paper_task: str | None = None
-    """Which task of data/paper_table1.csv."""
+    """Which task of data/paper_table1.csv. Source: paper, Table 1."""
 
 
 class Grid(_Section):
     """task × method × rate × seed: what scripts/reproduce.py tunes and evaluates."""
 
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Task], Field(min_length=1)]
-    """By name."""
-    methods: list[Literal["full", Method]] = Field(min_length=1)
-    """full is the target tuned on everything."""
+    """By name, of letters, digits, `_`, `.` and `-`. Source: ours."""
+    methods: list[Literal["full", "staff_length", Method]] = Field(min_length=1)
+    """Each once; full is the target tuned on everything, staff_length STAFF in mode extended with length_control
+    residual. Source: paper; full is its row of full data; staff_length ours."""
     rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
-    """Fractions of the training split to keep."""
+    """Fractions of the training split to keep, each once. Source: paper, Table 1."""
     seeds: list[Seed] = Field(min_length=1)
-    """Each seeds tuning (the speculator's too), scoring and every random choice; the split stays the same."""
+    """Each, once, seeds tuning (the speculator's too), scoring and every random choice; the split stays the same.
+    Source: ours; the paper names none."""
 
     @field_validator("methods", "rates", "seeds")
     @classmethod
@@ -284,7 +339,8 @@ def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
     for text in overrides:
         _override(values, text)
     experiment = _validate(Experiment, values, str(config_path))
-    _refuse_links_out_of(experiment.folder)
+    for folder in {experiment.folder, experiment.speculative_folder}:
+        _refuse_links_out_of(folder)
     return experiment
 
 
@@ -346,7 +402,7 @@ def _validate(section: type[_Section], values: dict, source: str):
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: unknown key {key}: selection/config.py lists the keys") from None
+            raise UserError(f"{source}: unknown key {key}: selection/README.md lists the keys") from None
         if first["type"] == "missing":
             raise UserError(f"{source}: key {key} is missing: add it, or give --set {key}=…") from None
         raise UserError(f"{source}: key {key}: {first['msg']}, not {reprlib.repr(first['input'])}") from None

@@ -19,8 +19,10 @@ import numpy as np  # noqa: E402
 
 from finetune.data_split import training_split  # noqa: E402
 from selection.ledger import SPECULATIVE_SCORES, TARGET_SCORES  # noqa: E402
+from selection.log import say  # noqa: E402
 from selection.score_files import MORE_COLUMNS  # noqa: E402
 from selection.scoring import score_rows  # noqa: E402
+from selection.speculative_run import check_speculative_run  # noqa: E402
 from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
 
 
@@ -30,6 +32,10 @@ def main() -> None:
         "--model", choices=["small", "target"], default="small", help="which tuned model scores; default: small"
     )
     experiment, arguments = load_scoring_arguments(parser)
+    if arguments.model == "small" and experiment.borrows:
+        check_speculative_run(experiment, training_split(experiment))
+        say(f"{SPECULATIVE_SCORES}: reusing {experiment.small_scores}, of speculative_run")
+        return
     if arguments.model == "small":
         model, tuned = experiment.small_model, experiment.tuned_small
         folder, stage = experiment.small_scores, SPECULATIVE_SCORES

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,14 +15,15 @@ from typing_extensions import TypedDict
 
 from selection.config import Experiment, from_repository
 from selection.errors import UserError
-from selection.files import checked, locked, parse_json, read_json
+from selection.files import checked, locked, parse_json, read_json, read_sealed, write_sealed
 from selection.log import say
 from selection.processes import processes
 
 CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
 SPECULATIVE_SCORES, VERIFICATION, CORESETS = "speculative scores", "verification", "coresets"
 TARGET_TUNING, TARGET_SCORES, EVALUATION = "target tuning", "target scores", "evaluation"
-SELECTION_STAGES = (CUTTING, SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION, CORESETS)
+SPECULATIVE_STAGES = (CUTTING, SPECULATIVE_TUNING, SPECULATIVE_SCORES)
+SELECTION_STAGES = (*SPECULATIVE_STAGES, VERIFICATION, CORESETS)
 _SCORING_STAGES = (SPECULATIVE_SCORES, VERIFICATION, TARGET_SCORES)
 
 
@@ -102,9 +103,11 @@ def read_ledger(run_folder: Path) -> list[Cost]:
 
 @dataclass(frozen=True)
 class CostSummary:
-    selection_seconds: dict[str, float]  # by stage
+    selection_seconds: dict[str, float]  # by stage, this run's share
     full_tuning_seconds: float | None  # of the target on the whole training split
     full_tuning_basis: str  # how that figure was come by
+    sharing_runs: int = 1  # that share the speculative stages, this one included
+    coresets: int = 1  # of STAFF, one a rate, cut from this selection
 
     @property
     def selection_total(self) -> float:
@@ -117,16 +120,24 @@ def summarise(experiment: Experiment) -> CostSummary:
     The latter is measured where it was run; else scaled by tokens from the target's tuning on coresets; else by
     tokens and parameters from the tuning of the small model.
     """
-    costs = read_ledger(experiment.folder)
     selection = dict.fromkeys(SELECTION_STAGES, 0.0)
     for cost in selection_costs(experiment, "staff"):
         selection[cost.stage] += cost.seconds
-    small, scored, target, verified = (
-        [c for c in costs if c.stage == stage]
-        for stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES, TARGET_TUNING, VERIFICATION)
+    rates = len(list(experiment.coresets.glob("staff-*.json")))
+    return CostSummary(selection, *_full_tuning(experiment), sharing_runs(experiment), rates)
+
+
+def _full_tuning(experiment: Experiment) -> tuple[float | None, str]:
+    """Seconds of tuning the target on everything, and their basis."""
+    target, verified = (
+        [c for c in read_ledger(experiment.folder) if c.stage == stage] for stage in (TARGET_TUNING, VERIFICATION)
+    )
+    small, scored = (
+        [c for c in read_ledger(experiment.speculative_folder) if c.stage == stage]
+        for stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES)
     )
     if full := [c for c in target if c.what == "full"]:
-        return CostSummary(selection, full[-1].seconds, "measured")
+        return full[-1].seconds, "measured"
     passes, target_passes = (
         (experiment.training | keys).get("num_train_epochs", 3)
         for keys in (experiment.small_training, experiment.target_training)
@@ -136,27 +147,30 @@ def summarise(experiment: Experiment) -> CostSummary:
     elif scored:
         full_tokens = sum(c.tokens for c in scored) * target_passes
     else:
-        return CostSummary(selection, None, "unknown before something was tuned or scored")
+        return None, "unknown before something was tuned or scored"
     if target:
         per_token = sum(c.seconds for c in target) / sum(c.tokens for c in target)
-        return CostSummary(selection, per_token * full_tokens, "scaled by tokens from its tuning on coresets")
+        return per_token * full_tokens, "scaled by tokens from its tuning on coresets"
     if not (small and scored and verified):
-        return CostSummary(selection, None, "unknown before something was tuned and all was scored")
+        return None, "unknown before something was tuned and all was scored"
     ratio = verified[-1].parameters / scored[-1].parameters
     per_token = small[-1].seconds / small[-1].tokens * ratio
-    return CostSummary(
-        selection, per_token * full_tokens, f"scaled from the small model's by tokens and size, {ratio:.1f} ×"
-    )
+    return per_token * full_tokens, f"scaled from the small model's by tokens and size, {ratio:.1f} ×"
 
 
 def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
     """What a method's coresets were paid with; all rates share it.
 
     STAFF: cutting the speculator, if it is one that was cut (its draft.json says what that took), tuning it, its
-    scores, verification. A baseline that reads the tuned target's scores: tuning that on everything, and the scores.
-    A tuning that was made again counts once, the last; parts of an interrupted scoring run add up.
+    scores, verification. Where several runs share the speculator's scores, each pays an equal part of the first three,
+    in fractions of tokens and samples too. A baseline that reads the tuned target's scores: tuning that on everything,
+    and the scores. A tuning that was made again counts once, the last; parts of an interrupted scoring run add up.
     """
     costs = read_ledger(experiment.folder)
+    if method == "staff" and experiment.borrows:
+        theirs = read_ledger(experiment.speculative_folder)
+        costs = [c for c in costs if c.stage not in SPECULATIVE_STAGES]
+        costs += [c for c in theirs if c.stage in SPECULATIVE_STAGES]
 
     def last(stage: str, what: str | None = None) -> list[Cost]:
         return [c for c in costs if c.stage == stage and what in (None, c.what)][-1:]
@@ -165,13 +179,45 @@ def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
         return [c for c in costs if c.stage == stage]
 
     if method == "staff":
-        paid = _cutting(experiment) + (last(SPECULATIVE_TUNING) if experiment.tuned_small else [])
-        paid += scores(SPECULATIVE_SCORES) + scores(VERIFICATION)
+        whole = _cutting(experiment) + (last(SPECULATIVE_TUNING) if experiment.tuned_small else [])
+        whole += scores(SPECULATIVE_SCORES)
+        paid = [_part(cost, sharing_runs(experiment)) for cost in whole] + scores(VERIFICATION)
     elif method in ("random", "length"):
         paid = []
     else:
         paid = last(TARGET_TUNING, "full") + scores(TARGET_SCORES)
     return paid + last(CORESETS, method)
+
+
+def _part(cost: Cost, runs: int) -> Cost:
+    """What one of `runs` pays of it."""
+    if runs == 1:
+        return cost
+    return replace(cost, samples=cost.samples / runs, tokens=cost.tokens / runs, seconds=cost.seconds / runs)
+
+
+def share_costs(experiment: Experiment) -> None:
+    """Enter this run, once, in the run folder whose speculative scores it uses (`speculative_run`)."""
+    folder = experiment.speculative_folder
+    with locked(folder):
+        runs = _shared_by(folder)
+        if str(experiment.folder) not in runs:
+            write_sealed(folder / "shared_by.json", {"runs": [*runs, str(experiment.folder)]})
+
+
+def sharing_runs(experiment: Experiment) -> int:
+    """How many runs use the same speculative scores: the one that made them, this one, and all that have entered."""
+    folder = experiment.speculative_folder
+    return len({str(folder), str(experiment.folder), *_shared_by(folder)})
+
+
+def _shared_by(folder: Path) -> list[str]:
+    path = folder / "shared_by.json"
+    return checked(_SharedBy, read_sealed(path), path)["runs"] if path.exists() else []
+
+
+class _SharedBy(TypedDict):
+    runs: list[str]
 
 
 def _cutting(experiment: Experiment) -> list[Cost]:
@@ -193,8 +239,14 @@ class _CuttingCost(TypedDict):
 
 
 def format_summary(summary: CostSummary) -> str:
-    lines = [f"  {stage:<22} {seconds:>9.1f} s" for stage, seconds in summary.selection_seconds.items() if seconds]
+    runs, lines = summary.sharing_runs, []
+    for stage, seconds in summary.selection_seconds.items():
+        whole = f" ({seconds * runs:.1f} s, shared by {runs} runs)" if runs > 1 and stage in SPECULATIVE_STAGES else ""
+        lines += [f"  {stage:<22} {seconds:>9.1f} s{whole}"] if seconds else []
     lines.append(f"  {'selection in all':<22} {summary.selection_total:>9.1f} s")
+    if summary.coresets > 1:
+        each = summary.selection_total / summary.coresets
+        lines.append(f"  shared by the coresets of {summary.coresets} rates: {each:.1f} s each")
     if summary.full_tuning_seconds:
         share = summary.selection_total / summary.full_tuning_seconds
         lines.append(
