@@ -35,3 +35,4 @@ stage finetune/finetune-select.py "${at[@]}" --select_path "$run"/coresets/*-0.2
 stage finetune/eval.py "${at[@]}"
 run python "$scripts/demo_report.py" "${at[@]}"
 [ "${quiet[*]}" ] || echo "demo: $((SECONDS - started)) s after the install" >&2
+run python "$scripts/report.py" "${at[@]}"

@@ -1,9 +1,8 @@
-"""The demo's table and picture, from a run folder in which everything is done.
+"""The demo's table, from a run folder in which everything is done.
 
     python scripts/demo_report.py --config_path configs/demo.yaml
 
-Needs all stages of that run folder. Prints ROUGE-L, BLEU-4 and costs of each tuned target; writes <run
-folder>/selection.png: the histogram of the speculative scores with strata, verification ratios V_i and budgets.
+Needs all stages of that run folder. Prints ROUGE-L, BLEU-4 and costs of each tuned target.
 """
 
 import sys

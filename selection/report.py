@@ -32,10 +32,10 @@ from selection.annotated import annotated
 from selection.config import DatasetFormat, Experiment, as_yaml
 from selection.errors import UserError
 from selection.files import atomic_path, checked, code_version, read_json
-from selection.ledger import TARGET_TUNING, CostSummary, read_ledger, summarise
-from selection.score_files import has_column, read_scores
+from selection.ledger import TARGET_TUNING, CostSummary, format_summary, read_ledger, summarise
+from selection.score_files import Scores, has_column, read_scores
 from selection.staff import lowest
-from selection.verification import Settings, cut_strata, ratio_interval, verified_pairs
+from selection.verification import Settings, cut_strata, ratio_interval, stratified_score, verified_pairs
 
 MOST_ROWS = 20_000  # in the table
 MOST_POINTS = 3_000  # in a figure
@@ -58,6 +58,7 @@ class Shown:
     about: dict[str, Any]  # the coreset's own record
     chosen: np.ndarray  # bool
     reason: list[str]
+    score: np.ndarray  # what strata are cut by, nan where not known: effort, or its length residual
     stratum: np.ndarray  # −1 where there is none
     strata: list[dict[str, Any]]  # stratum, low, high, size, verified, ratio, ratio_low, ratio_high, budget, fill
     strata_of: str | None  # the coreset that they were cut for
@@ -113,10 +114,10 @@ def render(experiment: Experiment) -> str:
         "points": _columns(figures, points) | of_map,
         "pairs": _columns(figures, pairs),
     }
-    specs = charts(figures, scored, both, with_map=places is not None, with_strata=bool(shown[0].strata))
+    stratified_by = shown[0].about.get("stratified_by", "effort").replace("effort", "effort score")
+    specs = charts(figures, scored, both, places is not None, bool(shown[0].strata), stratified_by)
     datasets = [
-        {**bar_data(figures, each), "status": {"points": each.status(points), "pairs": each.status(pairs)}}
-        for each in shown
+        {**bar_data(each), "status": {"points": each.status(points), "pairs": each.status(pairs)}} for each in shown
     ]
     static = {name: svg(name, spec, with_points(bases, datasets[0])) for name, spec in specs.items()}
     table = table_rows(experiment, figures, shown[0], seed)
@@ -157,9 +158,10 @@ def render(experiment: Experiment) -> str:
         table_note=table_note(table, figures, shown[0], seed),
         costs=costs,
         no_costs=no_costs,
-        total=summary,
+        summary=summary and format_summary(summary),
         configuration=configuration,
         version=code_version(),
+        stratified_by=stratified_by,
         data=data,
     )
 
@@ -214,6 +216,7 @@ class _Record(TypedDict, total=False):
     hardest_cutoff: float
     seed: int
     from_hardest: int
+    stratified_by: str
     code_version: str
     data_fingerprint: str | None
     strata: Annotated[list[_Budget], Field(min_length=1)]
@@ -221,20 +224,23 @@ class _Record(TypedDict, total=False):
 
 def _shown(experiment: Experiment, name: str, about: dict, train: pa.Table, earlier: list[Shown]) -> Shown:
     chosen, reason = train["chosen"].to_numpy(), train["reason"].to_pylist()
-    strata_of = name
+    score, strata_of = _numbers(train, "effort"), name
     if "strata" in about:
+        settings = Settings.from_record(about)
+        scores = stratified_score(read_scores(experiment.small_scores, settings.columns, ids=False), settings)
+        score[scores.index] = scores.effort
         stratum = train["stratum"].fill_null(-1).to_numpy()
         same = [s for s in earlier if _verified(s.about) == _verified(about)]
         strata = same[0].strata if same else []
-        intervals = [(s["ratio_low"], s["ratio_high"]) for s in strata] or _intervals(experiment, about)
+        intervals = [(s["ratio_low"], s["ratio_high"]) for s in strata] or _intervals(experiment, about, scores)
         strata = [_stratum(entry, *intervals[i]) for i, entry in enumerate(about["strata"])]
     elif earlier and earlier[0].strata:  # another method's coreset, by the strata of STAFF's first
-        stratum, strata_of = earlier[0].stratum, earlier[0].name
+        score, stratum, strata_of = earlier[0].score, earlier[0].stratum, earlier[0].name
         taken = np.bincount(stratum[chosen & (stratum >= 0)], minlength=len(earlier[0].strata)).tolist()
         strata = [{**s, "budget": n, "fill": 0} for s, n in zip(earlier[0].strata, taken, strict=True)]
     else:
         stratum, strata, strata_of = np.full(len(chosen), -1), [], None
-    return Shown(name, about, chosen, reason, stratum, strata, strata_of)
+    return Shown(name, about, chosen, reason, score, stratum, strata, strata_of)
 
 
 def _verified(about: dict) -> list | None:
@@ -257,22 +263,21 @@ def _stratum(entry: dict, ratio_low: float, ratio_high: float) -> dict[str, Any]
     }
 
 
-def _intervals(experiment: Experiment, about: dict) -> list[tuple[float, float]]:
+def _intervals(experiment: Experiment, about: dict, scores: Scores) -> list[tuple[float, float]]:
     """Of each stratum's V_i; nan where the target's scores are not in the run folder, or are not those of V_i."""
     unknown = [(float("nan"), float("nan"))] * len(about["strata"])
     if not experiment.target_scores.exists():
         return unknown
-    scores, target = (read_scores(path, ids=False) for path in (experiment.small_scores, experiment.target_scores))
-    settings = Settings(**{name: about[name] for name in Settings.__dataclass_fields__})
+    settings = Settings.from_record(about)
+    target = read_scores(experiment.target_scores, settings.columns, ids=False)
     try:
         pairs = verified_pairs(scores.effort, target, settings, cut_strata(scores.effort, settings), scores.index)
     except UserError:  # the target has scored other rows than this coreset's
         return unknown
-    same = [rows.tolist() == entry["verified"] for (rows, _, _), entry in zip(pairs, about["strata"], strict=True)]
-    sums = [np.isclose(t.sum(), s["target_sum"] or 0) for (_, _, t), s in zip(pairs, about["strata"], strict=True)]
-    if not all(same) or not all(sums):
-        return unknown
-    return [ratio_interval(target, ours, settings.seed) for _, ours, target in pairs]
+    for (rows, _, theirs), entry in zip(pairs, about["strata"], strict=True):
+        if rows.tolist() != entry["verified"] or not np.isclose(theirs.sum(), entry["target_sum"] or 0):
+            return unknown
+    return [ratio_interval(theirs, ours, settings.seed) for _, ours, theirs in pairs]
 
 
 def _configuration(experiment: Experiment) -> str:
@@ -452,12 +457,12 @@ def _axis_scale(values: np.ndarray) -> alt.Scale:
 
 
 def charts(
-    figures: Figures, scored: np.ndarray, both: np.ndarray, with_map: bool, with_strata: bool
+    figures: Figures, scored: np.ndarray, both: np.ndarray, with_map: bool, with_strata: bool, stratified_by: str
 ) -> dict[str, dict[str, Any]]:
     """The figures as Vega-Lite, over the named data of `bar_data` and `with_points`."""
     if not len(scored):
         return {}
-    specs = {"scores": score_chart(with_strata)}
+    specs = {"scores": score_chart(with_strata, stratified_by)}
     effort, length = figures.effort[scored], figures.length[scored]
     tip = ["row:Q", "status:N", alt.Tooltip("effort:Q", title="score", format=".4g")]
     score_axis = {"title": "effort score of the speculative model"}
@@ -509,10 +514,13 @@ def _zoom(encodings: list[str]) -> alt.Parameter:
     return alt.selection_interval(bind="scales", encodings=encodings, zoom="wheel![event.ctrlKey]")
 
 
-def score_chart(with_strata: bool) -> alt.Chart | alt.VConcatChart:
+def score_chart(with_strata: bool, stratified_by: str) -> alt.Chart | alt.VConcatChart:
     """Histogram; below it, on the same axis, V_i with its interval, and what each stratum has and gives."""
     axis = alt.X(
-        "low:Q", bin="binned", scale=alt.Scale(zero=False, nice=False), title="effort score of the speculative model"
+        "low:Q",
+        bin="binned",
+        scale=alt.Scale(zero=False, nice=False),
+        title=f"{stratified_by} of the speculative model",
     )
     bare = axis.copy(deep=False)
     bare.title, bare.axis = None, alt.Axis(labels=False, ticks=False, grid=False)
@@ -588,17 +596,18 @@ def _finished(chart: alt.TopLevelMixin) -> dict[str, Any]:
     return chart.to_dict()
 
 
-def bar_data(figures: Figures, shown: Shown) -> dict[str, list[dict[str, Any]]]:
+def bar_data(shown: Shown) -> dict[str, list[dict[str, Any]]]:
     """The data of `score_chart` for a coreset: bins, cut, edges, strata, budgets."""
-    scored = np.flatnonzero(np.isfinite(figures.effort))
+    scored = np.flatnonzero(np.isfinite(shown.score))
     if not len(scored):
         return {name: [] for name in ("bins", "cut", "edges", "strata", "budgets")}
-    effort, status = figures.effort[scored], shown.status(scored)
-    edges = bin_edges(effort, shown.strata)
-    place = np.clip(np.searchsorted(edges, effort, side="right") - 1, 0, len(edges) - 2)
+    score, status = shown.score[scored], shown.status(scored)
+    edges = bin_edges(score, shown.strata)
+    place = np.clip(np.searchsorted(edges, score, side="right") - 1, 0, len(edges) - 2)
     if shown.strata:  # the highest of the highest stratum lies on its edge
-        below = np.searchsorted(edges, shown.strata[-1]["high"] * (1 - 1e-12)) - 1
-        place[shown.stratum[scored] >= 0] = place[shown.stratum[scored] >= 0].clip(max=max(below, 0))
+        last = int(np.abs(edges - shown.strata[-1]["high"]).argmin()) - 1
+        kept = shown.stratum[scored] >= 0
+        place[kept] = place[kept].clip(max=last)
     bins = []
     for number, name in enumerate(STATUSES):
         counts = np.bincount(place[status == number], minlength=len(edges) - 1)
@@ -621,17 +630,17 @@ def bar_data(figures: Figures, shown: Shown) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def bin_edges(effort: np.ndarray, strata: list[dict[str, Any]]) -> np.ndarray:
+def bin_edges(score: np.ndarray, strata: list[dict[str, Any]]) -> np.ndarray:
     """Edges of the histogram's bars: about BARS below the cut, on the edges of strata where these are few enough, and
     as wide ones above it, to half as far again. The last bar takes what lies beyond."""
-    low, high = (strata[0]["low"], strata[-1]["high"]) if strata else (effort.min(), effort.max())
+    low, high = (strata[0]["low"], strata[-1]["high"]) if strata else (score.min(), score.max())
     if not high > low:
         half = abs(low) / 20 or 0.5
-        return np.array([low - half, low + half] + ([low + 3 * half] if effort.max() > high else []))
+        return np.array([low - half, low + half] + ([low + 3 * half] if score.max() > high else []))
     cells = round((high - low) / (strata[0]["high"] - strata[0]["low"])) if strata else 1
     count = cells * max(1, round(BARS / cells)) if cells <= 2 * BARS else BARS
     width = (high - low) / count
-    beyond = np.ceil((min(effort.max(), high + (high - low) / 2) - high) / width - 1e-9)
+    beyond = np.ceil((min(score.max(), high + (high - low) / 2) - high) / width - 1e-9)
     return low + width * np.arange(count + int(max(beyond, 0)) + 1)
 
 
@@ -696,10 +705,11 @@ def captions(
 ) -> dict[str, str]:
     texts = {"target": _how_many(pairs, both)} | dict.fromkeys(("length", "map"), _how_many(points, scored))
     if len(scored):
-        top = bin_edges(figures.effort[scored], first.strata)[-1]
-        beyond = int((figures.effort[scored] > top * (1 + 1e-12)).sum())
+        score = first.score[scored]
+        *_, before, top = bin_edges(score, first.strata)
+        beyond = int((score > top + 1e-9 * (top - before)).sum())
         if beyond:
-            highest = number(figures.effort[scored].max())
+            highest = number(score.max())
             texts["scores"] = f"The last bar holds all that lies beyond: {beyond:,} rows up to a score of {highest}."
     if explained:
         texts["map"] += (

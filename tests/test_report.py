@@ -33,7 +33,7 @@ from selection.ledger import (
     ledger_path,
 )
 from selection.score_files import ScoreFolder, read_scores
-from selection.verification import (
+from selection.verification import stratified_score, (
     Settings,
     cut_strata,
     draw,
@@ -81,11 +81,12 @@ def make_run(folder: Path, num_rows: int, **selection) -> Experiment:
     effort = rng.lognormal(sigma=0.6, size=len(every)) / np.sqrt(lengths)
     effort[LEFT_OUT] = np.nan
     write_scores(experiment.small_scores, split, every, effort, lengths, rng.normal(size=(len(every), 6)))
-    scores = read_scores(experiment.small_scores, ids=False)
+    scores = stratified_score(read_scores(experiment.small_scores, settings.columns, ids=False), settings)
     drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))])
     theirs = effort * rng.lognormal(sigma=0.3, size=len(every))
     write_scores(experiment.target_scores, split, drawn, theirs, lengths, rng.normal(size=(len(drawn), 6)))
-    records = verify(scores.effort, read_scores(experiment.target_scores, ids=False), settings, index=scores.index)
+    target = read_scores(experiment.target_scores, settings.columns, ids=False)
+    records = verify(scores.effort, target, settings, index=scores.index)
     write_verification(experiment.verification, settings, scores, records)
     costs = [
         Cost(SPECULATIVE_TUNING, "small/one", len(every), 300, 10, 20.0),
@@ -154,7 +155,7 @@ def test_histogram_counts_every_scored_row_once_where_numpy_counts_it(run):
     figures, shown, _ = run
     effort = figures.effort[np.isfinite(figures.effort)]
     for each in shown:
-        bins = report.bar_data(figures, each)["bins"]
+        bins = report.bar_data(each)["bins"]
         edges = report.bin_edges(effort, each.strata)
         totals = np.zeros(len(edges) - 1)
         for bar in bins:
@@ -175,7 +176,7 @@ def test_histogram_counts_every_scored_row_once_where_numpy_counts_it(run):
 
 
 def test_strata_have_the_coresets_own_budgets_and_the_librarys_intervals(run, experiment):
-    figures, shown, _ = run
+    _, shown, _ = run
     scores, target = (read_scores(p, ids=False) for p in (experiment.small_scores, experiment.target_scores))
     settings = Settings.of(experiment.selection)
     pairs = verified_pairs(scores.effort, target, settings, cut_strata(scores.effort, settings), scores.index)
@@ -189,12 +190,26 @@ def test_strata_have_the_coresets_own_budgets_and_the_librarys_intervals(run, ex
             assert (s["ratio_low"], s["ratio_high"]) == pytest.approx(
                 ratio_interval(theirs, ours, settings.seed), nan_ok=True
             )
-        parts = report.bar_data(figures, each)["budgets"]
+        parts = report.bar_data(each)["budgets"]
         assert sum(p["rows"] for p in parts) == sum(s["size"] for s in about["strata"])
     random = shown[2]
     assert random.strata_of == "staff-0.2"
     for s in random.strata:
         assert s["budget"] == int((random.chosen & (shown[0].stratum == s["stratum"])).sum())
+
+
+def test_strata_of_the_length_residual_lie_on_its_axis(tmp_path):
+    changes = {"mode": "extended", "length_control": "residual", "rates": [0.2], "methods": ["staff"]}
+    experiment = make_run(tmp_path, 190, **changes)
+    figures, (shown,), _ = report.read_run(experiment)
+    settings = Settings.of(experiment.selection)
+    scores = stratified_score(read_scores(experiment.small_scores, settings.columns), settings)
+    assert np.array_equal(shown.score[scores.index], scores.effort) and np.isnan(shown.score[LEFT_OUT])
+    assert np.array_equal(figures.effort[scores.index], read_scores(experiment.small_scores).effort)
+    assert not np.isnan([s["ratio_low"] for s in shown.strata if s["verified"] > 1]).any()
+    bars = report.bar_data(shown)["bins"]
+    assert min(b["low"] for b in bars) == scores.effort.min()
+    assert "length residual of effort score of the speculative model" in report.render(experiment)
 
 
 def test_correlations_and_points_are_those_of_the_scores(run, page, experiment):
