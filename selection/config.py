@@ -354,7 +354,7 @@ def as_yaml(experiment: Experiment) -> str:
     return yaml.dump(experiment.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export")
+_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export", "tensorboard")
 
 
 def _refuse_links_out_of(folder: Path) -> None:

@@ -29,11 +29,11 @@ import numpy as np  # noqa: E402
 
 from selection.baselines import baseline, columns_of  # noqa: E402
 from selection.config import Experiment, Method, Mode, Selection, validated  # noqa: E402
-from selection.coreset_files import write_coreset  # noqa: E402
+from selection.coreset_files import coreset_name, write_coreset  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
 from selection.score_files import Scores, check_features, read_scores  # noqa: E402
 from selection.staff import Choice, Strata, choose_staff  # noqa: E402
-from selection.stage import add_experiment_arguments, argument_parser, load_experiment  # noqa: E402
+from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser, load_experiment  # noqa: E402
 from selection.verification import (  # noqa: E402
     Settings,
     StratumRecord,
@@ -94,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help="folder for the coresets; default: coresets/ in the run folder; required without --config_path",
     )
+    add_dry_run_argument(parser)
     return parser.parse_args()
 
 
@@ -116,6 +117,10 @@ def main() -> None:
     given = {name: getattr(arguments, name) for name in Selection.model_fields if hasattr(arguments, name)}
     selection = validated(selection, {k: v for k, v in given.items() if v is not None})
 
+    if arguments.dry_run:
+        for method in arguments.method:
+            say_what_would_be_cut(arguments, experiment, method, selection)
+        return
     cut: list[tuple[str, float, Choice, Scores, dict[str, Any]]] = []  # written once everything is known to be right
     for method in arguments.method:
         if experiment is None:
@@ -127,6 +132,20 @@ def main() -> None:
     for method, rate, choice, scores, record in cut:
         path = write_coreset(arguments.out, method, rate, choice, scores, record)
         print(f"{method} at rate {rate:g}: {len(choice.rows)} of {scores.num_rows} rows -> {path}")
+
+
+def say_what_would_be_cut(
+    arguments: argparse.Namespace, experiment: Experiment | None, method: str, selection: Selection
+) -> None:
+    paths = [str(arguments.out / f"{coreset_name(method, rate)}.json") for rate in arguments.rate]
+    try:
+        cut = cut_coresets(arguments, experiment, method, selection)
+    except UserError as error:
+        print(f"{method}: would be cut at {len(paths)} rates, not yet: {error}")
+        return
+    for (_, rate, choice, scores, _), path in zip(cut, paths, strict=True):
+        there = " (is there already)" if Path(path).exists() else ""
+        print(f"{method} at rate {rate:g}: would choose {len(choice.rows)} of {scores.num_rows} rows -> {path}{there}")
 
 
 def cut_coresets(

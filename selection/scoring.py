@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from finetune import llama_factory
 from finetune.data_split import TrainingSplit
-from finetune.tokenised import highest_token, tokenised_split
+from finetune.tokenised import check_embeddings, tokenised_split
 from finetune.tokenised import lengths as lengths_of
 from finetune.tuning import check_base
 from selection.config import Experiment
@@ -69,6 +69,26 @@ def _of_leader(rounds: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         yield np.array(rows)
 
 
+def would_score(
+    experiment: Experiment,
+    split: TrainingSplit,
+    model: str,
+    tuned: Path | None,
+    rows: np.ndarray,
+    folder: Path,
+    stage: str,
+) -> None:
+    """Say what `score_rows` would do; writes nothing. Raises: UserError where `folder` holds other scores."""
+    identity = score_identity(experiment, split, model, tuned)
+    store = ScoreFolder(folder, identity, len(split.rows), experiment.selection.columns)
+    missing = len(store.missing(rows))
+    print(
+        f"{stage}: would score {missing} of {len(rows)} rows on {model} -> {folder}"
+        if missing
+        else f"{stage}: reusing {folder}"
+    )
+
+
 def _score_rows(
     experiment: Experiment,
     split: TrainingSplit,
@@ -97,11 +117,7 @@ def _score_rows(
     cost = Cost(stage, model, device=device_name(), precision=identity["precision"], processes=together.count)
     with measured(experiment.folder, cost):
         scorer = _load_scorer(experiment, model, tuned, stage, store, cost)
-        if highest_token(tokenised) >= scorer.model.get_input_embeddings().num_embeddings:
-            raise UserError(
-                f"template {experiment.template} makes a token that {model} has no embedding for: "
-                "give the model's own template"
-            )
+        check_embeddings(experiment, model, scorer.model, tokenised)
         budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
         if first := rows[: settings.self_test].tolist():
             samples, noise = tokenised[first], "8 bit" if identity["quantization_bit"] == 8 else identity["precision"]
