@@ -263,7 +263,7 @@ def _split_numbers(experiment: Experiment, num_rows: int) -> dict[str, np.ndarra
         parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
     except ValueError:
         raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
-    return {name: np.array(parts[part]["row"]) for name, part in (("train", "train"), ("eval", "test"))}
+    return {name: parts[part].with_format("numpy")["row"][:] for name, part in (("train", "train"), ("eval", "test"))}
 
 
 def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821

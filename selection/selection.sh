@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, and what it cost.
+# Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, what it cost, and the
+# report on it all.
 #     bash selection.sh ../configs/demo.yaml          in selection/
 #     bash selection.sh CONFIG [--dry_run] [--quiet] [--set key=value …]
 #     bash selection.sh --target MODEL --data FILE … [--dry_run] [--quiet] [--set key=value …] [more: start.py --help]
@@ -59,3 +60,6 @@ stage selection/effort_score.py --config_path "$config" "$@"
 stage selection/verify.py --config_path "$config" "$@"
 run python "$here/coreset.py" --config_path "$config" "$@"
 run python "$here/costs.py" --config_path "$config" "$@"
+if [ "${REPORT:-now}" = now ]; then # REPORT=later: what runs after this makes it
+    run python "$repository/scripts/report.py" --config_path "$config" "$@"
+fi
