@@ -15,13 +15,14 @@ class Family(_Section):
     """A family of configs/families.yaml."""
 
     template: str
-    """LLaMA-Factory's chat template, for the target and the small model."""
+    """LLaMA-Factory's chat template, for the target and the small model. Source: LLaMA-Factory's key of this name."""
     models: list[str] = Field(min_length=1)
-    """Model-hub names from small to large."""
+    """Model-hub names from small to large. Source: paper (its three pairs); the others ours."""
     small: str = "first"
-    """Small model of the family's targets: the first of `models`, "none" (one is cut), or a model-hub name."""
+    """Small model of the family's targets: the first of `models`, "none" (one is cut), or a model-hub name.
+    Source: ours."""
     model_type: str | None = None
-    """`model_type` of config.json that tells this template; absent: it does not."""
+    """`model_type` of config.json that tells this template; absent: it does not. Source: ours."""
 
 
 class _Families(_Section):
