@@ -263,7 +263,7 @@ def _split_numbers(experiment: Experiment, num_rows: int) -> dict[str, np.ndarra
         parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
     except ValueError:
         raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
-    return {name: np.array(parts[part]["row"]) for name, part in (("train", "train"), ("eval", "test"))}
+    return {name: parts[part].with_format("numpy")["row"][:] for name, part in (("train", "train"), ("eval", "test"))}
 
 
 def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821
@@ -324,10 +324,28 @@ _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 @contextlib.contextmanager
 def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["datasets.Dataset"]:  # noqa: F821
+    """`raw_rows`, every one put through LLaMA-Factory's converter.
+
+    It drops rows without a response silently, which would shift every later row number. Raises: UserError, naming
+    the rows (counted from 0, as everywhere).
+    """
+    with raw_rows(path) as rows:
+        if unusable := llama_factory.unusable_rows(rows, dataset_format.entry):
+            first, *_ = unusable
+            named = ", ".join(map(str, itertools.islice(unusable, 5)))
+            raise UserError(
+                f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row {named} "
+                f"(row {first}: {unusable[first]}): LLaMA-Factory would drop them or fail; mend or remove them, or "
+                "describe the columns with dataset_format"
+            )
+        yield rows
+
+
+@contextlib.contextmanager
+def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """Rows of a JSON, JSONL, CSV or Parquet file as `datasets` reads them, and so as LLaMA-Factory sees them.
 
-    They stay on disk. Every row is put through LLaMA-Factory's converter: it drops rows without a response silently,
-    which would shift every later row number. Raises: UserError, naming the rows (counted from 0, as everywhere).
+    They stay on disk. Raises: UserError for a file that cannot be read.
     """
     from datasets import load_dataset
 
@@ -346,12 +364,4 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
             rows.data.validate(full=True)  # text that is no UTF-8 would be found out row by row, or never
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None
-        if unusable := llama_factory.unusable_rows(rows, dataset_format.entry):
-            first, *_ = unusable
-            named = ", ".join(map(str, itertools.islice(unusable, 5)))
-            raise UserError(
-                f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row {named} "
-                f"(row {first}: {unusable[first]}): LLaMA-Factory would drop them or fail; mend or remove them, or "
-                "describe the columns with dataset_format"
-            )
         yield rows

@@ -18,17 +18,19 @@ from selection.verification import Settings, StratumRecord, cut_strata, stratifi
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
 
 
-def annotated(experiment: Experiment, coreset: Path) -> pa.Table:
+def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None = None) -> pa.Table:
     """One line for each row of training and evaluation split, in the order of the user's data.
 
     Columns: row (in the user's data), split ("train", "eval"), index (row of the training split), id, effort and loss
     of the speculative model, n_prompt_tokens, n_response_tokens, target_effort (where the target scored the row),
     stratum, verification_ratio (V_i of the stratum), verified, chosen, reason (a sentence). What is not known is null.
     For a coreset of another method, effort and loss are still the speculative model's, and there are no strata.
+    `split`: that of `training_split`, from whoever has it already.
 
     Raises: UserError where the coreset is of other data, or was cut from other scores than those of now.
     """
-    split, chosen = training_split(experiment), read_coreset(coreset)
+    split = split or training_split(experiment)
+    chosen = read_coreset(coreset)
     check_fits(chosen, split.ids, split.fingerprint, str(coreset))
     num_rows = len(split.rows)
     is_chosen = np.zeros(num_rows, dtype=bool)

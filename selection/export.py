@@ -19,6 +19,7 @@ from selection.config import Experiment, from_repository
 from selection.coreset_files import Coreset, check_fits, read_coreset
 from selection.errors import UserError
 from selection.files import building, code_version, file_digest, read_record, write_json
+from selection.log import set_library_bars
 
 PREFIX = "staff_"  # of our columns beside the user's
 _BATCH = 1000  # rows in memory at a time
@@ -99,6 +100,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
     {% generation %} around the responses.
     """
     rows = split.rows.select(coreset.indices)
+    set_library_bars(long_work=len(rows) >= 10_000)
     entry = experiment.row_format.entry
     text_of = llama_factory.as_text(experiment, experiment.target_model)
     (draft / "llamafactory").mkdir()

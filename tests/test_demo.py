@@ -27,7 +27,10 @@ def test_demo_fresh(run_folder):
         assert f"\n{name}" in out
         assert (run_folder / "eval" / name / "predictions.jsonl").read_text().count("\n") == 10
     assert "selection costs" in out
-    assert (run_folder / "selection.png").stat().st_size > 10_000
+    assert out.splitlines()[-1] == str(run_folder / "report.html")
+    page = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert all(f'<div class="chart" data-chart="{name}"' in page for name in ("scores", "target", "length", "map"))
+    assert len(page) < 3e6
 
 
 def test_demo_again_reuses_everything_and_says_so(run_folder):
