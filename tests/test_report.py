@@ -33,11 +33,12 @@ from selection.ledger import (
     ledger_path,
 )
 from selection.score_files import ScoreFolder, read_scores
-from selection.verification import stratified_score, (
+from selection.verification import (
     Settings,
     cut_strata,
     draw,
     ratio_interval,
+    stratified_score,
     verified_pairs,
     verify,
     write_verification,
@@ -81,13 +82,14 @@ def make_run(folder: Path, num_rows: int, **selection) -> Experiment:
     effort = rng.lognormal(sigma=0.6, size=len(every)) / np.sqrt(lengths)
     effort[LEFT_OUT] = np.nan
     write_scores(experiment.small_scores, split, every, effort, lengths, rng.normal(size=(len(every), 6)))
-    scores = stratified_score(read_scores(experiment.small_scores, settings.columns, ids=False), settings)
+    raw = read_scores(experiment.small_scores, settings.columns, ids=False)
+    scores = stratified_score(raw, settings)
     drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))])
     theirs = effort * rng.lognormal(sigma=0.3, size=len(every))
     write_scores(experiment.target_scores, split, drawn, theirs, lengths, rng.normal(size=(len(drawn), 6)))
     target = read_scores(experiment.target_scores, settings.columns, ids=False)
     records = verify(scores.effort, target, settings, index=scores.index)
-    write_verification(experiment.verification, settings, scores, records)
+    write_verification(experiment.verification, settings, raw, records)
     costs = [
         Cost(SPECULATIVE_TUNING, "small/one", len(every), 300, 10, 20.0),
         Cost(SPECULATIVE_SCORES, "small/one", len(every), 100, 10, 5.0),
