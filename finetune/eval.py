@@ -59,7 +59,7 @@ def main() -> None:
             raise UserError(f"--tuned {name}: no {experiment.tuned_target(name)}: run finetune-select.py first")
     split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
     if split is None:
-        print(f"evaluation: would split {experiment.dataset} and evaluate {', '.join(names)}")
+        print(f"evaluation: would split {experiment.dataset_paths} and evaluate {', '.join(names)}")
         return
     results = {name: evaluate(experiment, name, arguments.dry_run) for name in names}
     if arguments.dry_run:
@@ -81,7 +81,7 @@ def evaluate(experiment: Experiment, name: str, dry_run: bool = False) -> dict:
         "model": model_fingerprint(llama_factory.model_path(experiment.target_model)),
         "tuned": tuned and model_fingerprint(tuned),
         "rows": digest(*(row_id(row).encode() for row in held_out)),
-        "dataset_format": experiment.dataset_format.entry,
+        "dataset_format": experiment.row_format.entry,
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "max_new_tokens": experiment.evaluation.max_new_tokens,

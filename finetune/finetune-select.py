@@ -44,7 +44,7 @@ def main() -> None:
     coresets = [read_coreset(path) for path in arguments.select_path]
     if split is None:
         for coreset in coresets:
-            print(f"{TARGET_TUNING}: would split {experiment.dataset} and tune the target on {coreset.name}")
+            print(f"{TARGET_TUNING}: would split {experiment.dataset_paths} and tune the target on {coreset.name}")
         return
     for coreset, path in zip(coresets, arguments.select_path, strict=True):
         check_fits(coreset, split.ids, split.fingerprint, str(path))

@@ -57,7 +57,7 @@ def main() -> None:
         )
     split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
     if split is None:
-        print(f"{stage}: would split {experiment.dataset} and tune {model_path(model)} on it -> {folder}")
+        print(f"{stage}: would split {experiment.dataset_paths} and tune {model_path(model)} on it -> {folder}")
         return
     if arguments.model == "small" and experiment.borrows:
         from selection.speculative_run import check_speculative_run  # seconds of imports

@@ -75,7 +75,7 @@ def tuning_identity(experiment: Experiment, model: str, rows: "datasets.Dataset"
     return {
         "model": model_fingerprint(llama_factory.model_path(model)),
         "rows": digest(*(row_id(row).encode() for row in rows)),
-        "dataset_format": experiment.dataset_format.entry,
+        "dataset_format": experiment.row_format.entry,
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "precision": choose_precision(experiment.precision),

@@ -1,11 +1,10 @@
 """Adaptive verification against fixed b_v, on stored scores of all rows on both models: nothing is scored here.
 
-    python scripts/adaptive.py runs/adaptive/go_biology-500 runs/adaptive/kazakh_english-500
+    python scripts/adaptive.py runs/mine
 
-Each run folder needs scores/small and scores/target, the latter made under verify: all. Writes adaptive.csv into
-data/results/ablations (--out) and prints it as a table: what the coreset shares with the one of the same strata and
-draws whose V_i are of all rows. Means over seeds of the draws with 95 % t intervals, each seed's value a mean
-over rates.
+Needs run folders with scores/small and scores/target, the latter made under verify: all. Prints a table and writes it
+as adaptive.csv: what the coreset shares with the one of the same strata and draws whose V_i are of all rows. Means over
+seeds of the draws with 95 % t intervals, each seed's value being a mean over rates.
 """
 
 import argparse
@@ -28,20 +27,30 @@ from selection.files import atomic_path  # noqa: E402
 from selection.score_files import Scores, read_scores  # noqa: E402
 from selection.staff import allocate_budgets, choose_within_strata, coreset_size, verification_ratio  # noqa: E402
 from selection.staff import draw_verification_samples as draw  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 from selection.verification import Settings, cut_strata, pairs_of  # noqa: E402
 
 FIGURES = ("target_gradients", "overlap", "overlap_same_extremes", "rows_moved")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--num_strata", type=int, nargs="+", default=[20], help="K")
-    parser.add_argument("--verify_per_stratum", type=int, nargs="+", default=[1, 2, 3, 5, 10, 20], help="fixed b_v")
-    parser.add_argument("--rate", type=float, nargs="+", default=[0.8, 0.5, 0.3, 0.2, 0.1])
-    parser.add_argument("--hardest_cutoff", type=float, default=0.1)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 21)), help="of draws")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "data" / "results" / "ablations")
+    parser = argument_parser(__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders; required")
+    parser.add_argument("--num_strata", type=int, nargs="+", default=[20], help="K; default: %(default)s")
+    parser.add_argument(
+        "--verify_per_stratum",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3, 5, 10, 20],
+        help="fixed b_v; default: %(default)s",
+    )
+    parser.add_argument(
+        "--rate", type=float, nargs="+", default=[0.8, 0.5, 0.3, 0.2, 0.1], help="kept; default: %(default)s"
+    )
+    parser.add_argument("--hardest_cutoff", type=float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 21)), help="of draws; default: 1 to 20")
+    results = REPOSITORY / "data" / "results" / "ablations"
+    parser.add_argument("--out", type=Path, default=results, help="folder of adaptive.csv; default: %(default)s")
     arguments = parser.parse_args()
     if len(arguments.seeds) < 2:
         raise UserError("--seeds: give two or more, the intervals are over them")

@@ -1,11 +1,11 @@
-"""Coresets of a run as data sets: annotated rows, LLaMA-Factory, TRL, `datasets`, row numbers.
+"""Export coresets of a run as data sets: annotated rows, LLaMA-Factory, TRL, `datasets`, row numbers.
 
     python scripts/export.py runs/demo --coreset staff-0.2
 
-Needs a run folder with coresets. Writes RUN_DIR/export/<coreset>/, or FOLDER/<coreset>/: annotated.parquet and
-annotated.jsonl (every row of the run with its score, stratum and the reason), llamafactory/, dataset/,
-prompt_completion.jsonl, chat.jsonl and indices.txt (the chosen rows alone). An earlier export of the coreset is
-replaced.
+Needs a run folder with a coreset, its data and the target's tokenizer. Writes RUN_DIR/export/<coreset>, or
+FOLDER/<coreset>: annotated.parquet and annotated.jsonl (every row of the run with its score, stratum and the reason why
+it was chosen or not), llamafactory/, dataset/, prompt_completion.jsonl, chat.jsonl and indices.txt (the chosen rows).
+An earlier export of the coreset is replaced.
 """
 
 import json
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run folder; required")
     parser.add_argument(
-        "--coreset", nargs="+", default=[], help="names, or files (.json, .pt); default: all of the run"
+        "--coreset", nargs="+", default=[], help="names, or files (.json, published .pt); default: all of the run"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the exports go; default: RUN_DIR/export")
     arguments = parser.parse_args()

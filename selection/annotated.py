@@ -10,6 +10,7 @@ from selection.config import Experiment
 from selection.coreset_files import check_fits, read_coreset
 from selection.errors import UserError
 from selection.files import checked, read_json
+from selection.quotas import quotas_of
 from selection.score_files import Scores, has_column, read_scores
 from selection.staff import choose_staff
 from selection.verification import Settings, StratumRecord, cut_strata, stratified_score
@@ -83,8 +84,9 @@ def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: 
     scores = stratified_score(scores, settings)
     strata = cut_strata(scores.effort, settings)
     ratios = [record.verification_ratio for record in records]
+    quotas = quotas_of(experiment, scores)
     if len(ratios) == len(strata.members):
-        choice = choose_staff(scores.effort, strata, ratios, about["rate"], settings.rules, settings.seed)
+        choice = choose_staff(scores.effort, strata, ratios, about["rate"], settings.rules, settings.seed, quotas)
     if len(ratios) != len(strata.members) or about["indices"] != scores.index[choice.rows].tolist():
         raise UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
     is_chosen, reason = columns["chosen"], columns["reason"]

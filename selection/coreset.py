@@ -31,8 +31,9 @@ from selection.baselines import baseline, columns_of  # noqa: E402
 from selection.config import Experiment, Method, Mode, Selection, validated  # noqa: E402
 from selection.coreset_files import coreset_name, write_coreset  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
+from selection.quotas import quotas_of  # noqa: E402
 from selection.score_files import Scores, check_features, read_scores  # noqa: E402
-from selection.staff import Choice, Strata, choose_staff  # noqa: E402
+from selection.staff import Choice, Quotas, Strata, choose_staff  # noqa: E402
 from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser, load_experiment  # noqa: E402
 from selection.verification import (  # noqa: E402
     Settings,
@@ -188,13 +189,15 @@ def cut_staff(arguments, experiment: Experiment | None, method: str, source: Pat
         verification = verification or experiment.verification
     strata = cut_strata(speculative, settings)
     records = verified_strata(arguments.target_scores, verification, scores, speculative, settings, strata)
+    quotas = quotas_of(experiment, scores)
     ratios = [record.verification_ratio for record in records]
 
     def choose(rate: float) -> tuple[Choice, dict[str, Any]]:
-        choice = choose_staff(speculative, strata, ratios, rate, settings.rules, settings.seed)
+        choice = choose_staff(speculative, strata, ratios, rate, settings.rules, settings.seed, quotas)
         budgets = zip(records, choice.budgets, choice.filled, strict=True)
         table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
-        return choice, {**settings.record, "strata": table, "from_hardest": choice.from_hardest}
+        record = {**settings.record, "strata": table, "from_hardest": choice.from_hardest}
+        return choice, record | of_data_sets(quotas, choice)
 
     return scores, choose
 
@@ -238,7 +241,8 @@ def cut_baseline(arguments, experiment: Experiment | None, method: str, source: 
         scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
     if method == "length" and len(empty := np.flatnonzero(scores.columns["n_response_tokens"] < 1)):
         raise UserError(f"{scores.source}: row {scores.index[empty[0]]} has no response token: remove the row")
-    rule = baseline(method, scores.columns, len(scores.index), selection)
+    quotas = quotas_of(experiment, scores)
+    rule = baseline(method, scores.columns, len(scores.index), selection, quotas)
     record: dict[str, Any] = {"seed": selection.seed}
     if method in ("el2n", "ccs", "d2"):
         record["variant"] = selection.baseline_variant
@@ -248,7 +252,16 @@ def cut_baseline(arguments, experiment: Experiment | None, method: str, source: 
         record["num_strata"] = selection.num_strata
     if method in ("length", "ccs", "d2"):
         record["hardest_cutoff"] = selection.hardest_cutoff
-    return scores, lambda rate: (rule(rate), record)
+
+    def choose(rate: float) -> tuple[Choice, dict[str, Any]]:
+        choice = rule(rate)
+        return choice, record | of_data_sets(quotas, choice)
+
+    return scores, choose
+
+
+def of_data_sets(quotas: Quotas | None, choice: Choice) -> dict[str, Any]:
+    return {} if quotas is None else {"data_sets": quotas.record(choice.rows)}
 
 
 def read_features(path: Path, num_rows: int) -> np.ndarray:

@@ -3,7 +3,9 @@
 # report on it all.
 #     bash selection.sh ../configs/demo.yaml          in selection/
 #     bash selection.sh CONFIG [--dry_run] [--quiet] [--set key=value …]
-# Without CONFIG: the demo, whose two models are made first. Uses all visible GPUs; NPROC=N asks for N processes.
+#     bash selection.sh --target MODEL --data FILE … [--dry_run] [--quiet] [--set key=value …] [more: start.py --help]
+# With --target, small model, template and settings are found and said. Without both: the demo, whose two models are made
+# first. Uses all visible GPUs; NPROC=N asks for N processes.
 # Needs the models and the data that CONFIG names. Writes its run folder (output_dir), coresets/ in the end.
 #     --dry_run          say what would be done, what is there, and what it would cost; nothing is written there
 #     --quiet            say nothing but results, warnings and errors; default: what is done and reused, and costs
@@ -21,7 +23,20 @@ done
 set -- "${others[@]}"
 source "$here/../scripts/environment.sh"
 
-if [ $# -eq 0 ] || [[ $1 == --* ]]; then
+if [[ " $* " == *" --target"* || " $* " == *" --data"* ]]; then
+    answer=$(mktemp)
+    trap 'rm -f "$answer"' EXIT
+    run python "$here/start.py" --answer "$answer" "$@"
+    mapfile -t answers < "$answer" # the experiment, then how to cut a small model where there is none
+    config=${answers[0]}
+    [[ " $* " == *" --quiet "* ]] && set -- --quiet || set --
+    if [ ${#answers[@]} -gt 1 ] && [ "$dry" ]; then
+        echo "would cut the small model out of the target first (scripts/make_draft.py): what follows is known then"
+        exit
+    elif [ ${#answers[@]} -gt 1 ]; then
+        run python "$repository/scripts/make_draft.py" --config_path "$config" "${answers[@]:1}" "$@"
+    fi
+elif [ $# -eq 0 ] || [[ $1 == --* ]]; then
     config=$repository/configs/demo.yaml
     if [ "$dry" ] && [ ! -d "$repository/models/smollm2-135m-instruct-16-layers" ]; then
         echo "would make the demo's two models first (scripts/demo_models.sh): what follows is known then"

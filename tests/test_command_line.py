@@ -21,7 +21,7 @@ from selection.errors import UserError, run_stage
 from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING
 
 STAGES = ["finetune/finetune.py", "finetune/finetune-select.py", "finetune/eval.py"]
-STAGES += [f"selection/{name}.py" for name in ("effort_score", "verify", "coreset", "costs", "launch")]
+STAGES += [f"selection/{name}.py" for name in ("start", "effort_score", "verify", "coreset", "costs", "launch")]
 SCRIPTS = STAGES + sorted(f"scripts/{path.name}" for path in (REPOSITORY / "scripts").glob("*.py"))
 
 

@@ -11,7 +11,8 @@ METHODS = ["full", "random", "length", "grand", "el2n", "ccs", "d2", "moderate",
 
 def reproduce(results, runs) -> str:
     command = ["--config", REPOSITORY / "configs" / "reproduce" / "tiny.yaml", "--jobs", 2]
-    return run_script("scripts/reproduce.py", *command, "--results", results, "--runs", runs).stdout
+    done = run_script("scripts/reproduce.py", *command, "--results", results, "--runs", runs)
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
