@@ -759,7 +759,7 @@ def static_rows(table: dict[str, Any], first: Shown) -> list[dict[str, Any]]:
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    return table[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return np.array(table[name].cast(pa.float64()).to_numpy(zero_copy_only=False))  # Arrow's own may not be changed
 
 
 def _json(value: Any) -> str:

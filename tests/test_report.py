@@ -33,11 +33,12 @@ from selection.ledger import (
     ledger_path,
 )
 from selection.score_files import ScoreFolder, read_scores
-from selection.verification import stratified_score, (
+from selection.verification import (
     Settings,
     cut_strata,
     draw,
     ratio_interval,
+    stratified_score,
     verified_pairs,
     verify,
     write_verification,
@@ -54,7 +55,7 @@ WORDS = ["gene", "protein", "binding", "transport", "membrane", "synthesis", "pa
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
-def make_run(folder: Path, num_rows: int, **selection) -> Experiment:
+def make_run(folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,), **selection) -> Experiment:
     """A run as the stages leave it, without their models: rows, scores with features, verification, costs, coresets."""
     rng = np.random.default_rng(0)
 
@@ -79,15 +80,16 @@ def make_run(folder: Path, num_rows: int, **selection) -> Experiment:
     every = np.arange(len(split.rows))
     lengths = rng.integers(20, 300, len(every))
     effort = rng.lognormal(sigma=0.6, size=len(every)) / np.sqrt(lengths)
-    effort[LEFT_OUT] = np.nan
+    effort[list(left_out)] = np.nan
     write_scores(experiment.small_scores, split, every, effort, lengths, rng.normal(size=(len(every), 6)))
-    scores = stratified_score(read_scores(experiment.small_scores, settings.columns, ids=False), settings)
+    raw = read_scores(experiment.small_scores, settings.columns, ids=False)
+    scores = stratified_score(raw, settings)
     drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))])
     theirs = effort * rng.lognormal(sigma=0.3, size=len(every))
     write_scores(experiment.target_scores, split, drawn, theirs, lengths, rng.normal(size=(len(drawn), 6)))
     target = read_scores(experiment.target_scores, settings.columns, ids=False)
     records = verify(scores.effort, target, settings, index=scores.index)
-    write_verification(experiment.verification, settings, scores, records)
+    write_verification(experiment.verification, settings, raw, records)
     costs = [
         Cost(SPECULATIVE_TUNING, "small/one", len(every), 300, 10, 20.0),
         Cost(SPECULATIVE_SCORES, "small/one", len(every), 100, 10, 5.0),
@@ -222,7 +224,12 @@ def test_correlations_and_points_are_those_of_the_scores(run, page, experiment):
     assert f"rank correlation {report.number(expected, 3)}, " in text
     expected = spearmanr(small.effort, small.columns["n_response_tokens"]).statistic
     assert f"rank correlation {report.number(expected, 3)}." in text
-    bases, numbers = data_of(text)["bases"], split_numbers(experiment)["train"]
+    rows, numbers = data_of(text)["rows"], split_numbers(experiment)["train"]
+    at = [rows["row"].index(row) for row in numbers[small.index]]
+    assert [rows["length"][i] for i in at] == small.columns["n_response_tokens"].tolist()
+    assert [rows["effort"][i] for i in at] == pytest.approx(small.effort.tolist())
+    assert sum(value is not None for value in rows["target"]) == len(target.index)
+    bases = data_of(text)["bases"]
     assert sorted(bases["points"]["row"]) == sorted(numbers[small.index])
     assert dict(zip(bases["pairs"]["row"], bases["pairs"]["target"], strict=True)) == pytest.approx(
         dict(zip(numbers[target.index].tolist(), target.effort.tolist(), strict=True))
@@ -648,7 +655,7 @@ def test_light_and_dark(chromium, page):
 
 @in_chromium
 def test_twenty_thousand_rows_load_and_react(chromium, tmp_path):
-    experiment = make_run(tmp_path, 25_100, rates=[0.1], methods=["staff"])
+    experiment = make_run(tmp_path, 25_100, (), rates=[0.1], methods=["staff"])
     page = report.write_report(experiment)
     assert page.stat().st_size < 25e6
     assert chromium.open(page) < 15  # seconds; 1 to 3 where nothing else runs
