@@ -110,6 +110,7 @@ def run(tiny_model, tmp_path_factory):
         for stage in ("selection.effort_score", "selection.verify", "selection.coreset"):
             patch.setattr(sys, "argv", [stage, "--config_path", str(path)])
             importlib.import_module(stage).main()
+        patch.setattr("selection.export._BATCH", 7)  # several batches
         patch.setattr(sys, "argv", ["export.py", str(folder / "run"), "--coreset", "staff-0.5"])
         importlib.import_module("scripts.export").main()
     experiment = load_experiment(path)
@@ -334,6 +335,18 @@ def test_a_tokenizers_own_first_mark_is_not_doubled(tiny_model, tmp_path):
     # The same tokenizer under a template without the mark cuts every row otherwise.
     other = exported(tmp_path / "other", model, biology(), [0, 3, 7], template="empty")
     assert any("; 3 of them the tokenizer cuts otherwise" in line for line in other.said)
+
+
+def test_an_end_mark_that_only_the_last_turn_gets(tiny_model, tmp_path):
+    """Templates with efficient_eos write none behind a response; tuning adds one."""
+    made = exported(tmp_path, tiny_model, biology(), [0, 3], template="bailing")
+    split = training_split(made.experiment)
+    tokens = llama_factory.tokenised_rows(made.experiment, str(tiny_model), "train", split.rows).select([0, 3])
+    for line, row, wanted in zip(
+        read_lines(made.folder / "prompt_completion.jsonl"), split.rows.select([0, 3]), tokens, strict=True
+    ):
+        assert line["completion"] == row["output"] + "<|im_end|>"
+        assert line["prompt"] + line["completion"] == text(tiny_model, wanted["input_ids"])
 
 
 def test_conversational_prompts_would_train_on_the_prompt(train):
