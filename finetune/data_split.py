@@ -9,15 +9,18 @@ import codecs
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
+from pydantic import NonNegativeInt
 from typing_extensions import TypedDict
 
 from finetune import llama_factory
@@ -72,38 +75,72 @@ def training_split(experiment: Experiment) -> TrainingSplit:
         return split
 
 
+def existing_split(experiment: Experiment) -> TrainingSplit | None:
+    """The training split where it has been made, else None; for a dry run, which writes nothing.
+
+    Raises: as `training_split`.
+    """
+    wanted, record_path = _made_from(experiment), experiment.data_folder / "split.json"
+    return _checked(experiment, read_sealed(record_path), wanted) if record_path.exists() else None
+
+
 def _training_split(experiment: Experiment) -> TrainingSplit:
-    source = from_repository(experiment.dataset)
-    if not source.is_file():
-        raise UserError(f"dataset {experiment.dataset}: No such file (looked for {source})")
-    wanted = {
-        "dataset_sha256": _content(source),
-        "dataset_format": experiment.dataset_format.entry,
-        "max_samples": experiment.max_samples,
-        "eval_size": experiment.eval_size,
-        "split_seed": experiment.split_seed,
-    }
+    wanted = _made_from(experiment)
     record_path = experiment.data_folder / "split.json"
     files = [split_path(experiment, name) for name in ("train", "eval")]
     with locked(experiment.folder):  # two stages may come to need it at a time
         record = read_sealed(record_path) if record_path.exists() else {}
         if not record or (record.get("made_from") == wanted and not all(path.exists() for path in files)):
-            _make_split(experiment, source, wanted)
+            _make_split(experiment, wanted)
             record = read_sealed(record_path)
-    record = checked(_SplitRecord, record, record_path)
-    if difference := first_difference(record["made_from"], wanted):
-        raise UserError(
-            f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
-        )
+    train = _checked(experiment, record, wanted)
+    list_datasets(experiment, ["train", "eval"])
+    return train
+
+
+def _checked(experiment: Experiment, record: dict, wanted: dict) -> TrainingSplit:
+    """The split that `record` vouches for. Raises: UserError where it is of other data, or not what was written."""
+    record_path = experiment.data_folder / "split.json"
+    files = [split_path(experiment, name) for name in ("train", "eval")]
+    record = _checked_record(experiment, record, wanted)
     if list(map(file_digest, files)) != record.get("files"):
         raise UserError(
             f"the split in {experiment.data_folder} is damaged or was changed by hand: remove {experiment.data_folder}"
         )
-    list_datasets(experiment, ["train", "eval"])
     train = _identify(experiment, "train")
     if train.fingerprint != record.get("fingerprint"):
         raise UserError(f"{record_path} is of other rows than {files[0]}: remove {experiment.data_folder}")
     return train
+
+
+def data_sets(experiment: Experiment) -> list[tuple[str, int, int]]:
+    """Name, first pooled row and number of rows of each data set, in order; the pooled rows are what was split.
+
+    Raises: UserError where the run folder has no split yet, or that of other data.
+    """
+    path = experiment.data_folder / "split.json"
+    record = _checked_record(experiment, read_sealed(path), _made_from(experiment))
+    counts = record.get("num_rows") or [sum(len(rows_of(experiment, name)) for name in ("train", "eval"))]
+    names = [each.name for each in experiment.data_sets]
+    return list(zip(names, np.cumsum([0, *counts[:-1]]).tolist(), counts, strict=True))
+
+
+def _made_from(experiment: Experiment) -> dict[str, Any]:
+    """What the split depends on; of several data sets a list of each one's, where of one it is the value itself."""
+    sets = experiment.data_sets
+    for each in sets:
+        if not (source := from_repository(each.path)).is_file():
+            raise UserError(f"dataset {each.path}: No such file (looked for {source})")
+    of_each = {
+        "dataset_sha256": [_content(from_repository(each.path)) for each in sets],
+        "dataset_format": [each.dataset_format.entry for each in sets],
+        "max_samples": [each.max_samples for each in sets],
+    }
+    return {
+        **{key: values[0] if len(sets) == 1 else values for key, values in of_each.items()},
+        "eval_size": experiment.eval_size,
+        "split_seed": experiment.split_seed,
+    }
 
 
 def split_path(experiment: Experiment, name: str) -> Path:
@@ -140,30 +177,76 @@ class _SplitRecord(TypedDict):
     made_from: dict
     fingerprint: str
     files: list[str]
+    num_rows: NotRequired[list[NonNegativeInt]]  # pooled rows of each data set, where there are several
+
+
+def _checked_record(experiment: Experiment, record: dict, made_from: dict) -> _SplitRecord:
+    """Raises: UserError where the record of the split is damaged or of other data than `made_from`."""
+    record = checked(_SplitRecord, record, experiment.data_folder / "split.json")
+    if difference := first_difference(record["made_from"], made_from):
+        raise UserError(
+            f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
+        )
+    return record
 
 
 def _identify(experiment: Experiment, name: str) -> TrainingSplit:
     rows = rows_of(experiment, name)
     ids = [row_id(row) for row in rows]
-    form = _as_json(experiment.dataset_format.entry, sort_keys=True)  # the same rows read otherwise are other data
+    form = _as_json(experiment.row_format.entry, sort_keys=True)  # the same rows read otherwise are other data
     return TrainingSplit(rows, ids, digest(form.encode(), *(i.encode() for i in ids)))
 
 
-def _make_split(experiment: Experiment, source: Path, made_from: dict) -> None:
-    with reading_rows(source, experiment.dataset_format) as rows:
-        num_rows = min(len(rows), experiment.max_samples or len(rows))
-        if num_rows < 2:
+def _make_split(experiment: Experiment, made_from: dict) -> None:
+    with _pooled_rows(experiment) as (rows, counts):
+        if len(rows) < 2:
             raise UserError(
-                f"dataset {experiment.dataset} has {num_rows} usable rows: at least 2 are needed to split it"
+                f"dataset {experiment.dataset_paths} has {len(rows)} usable rows: at least 2 are needed to split it"
             )
-        for name, numbers in _split_numbers(experiment, num_rows).items():
+        for name, numbers in _split_numbers(experiment, len(rows)).items():
             write_dataset(experiment, name, rows.select(numbers))
     train, held_out = (_identify(experiment, name) for name in ("train", "eval"))
     files = [file_digest(split_path(experiment, name)) for name in ("train", "eval")]
     record = {"made_from": made_from, "fingerprint": train.fingerprint, "files": files}
+    if len(counts) > 1:
+        record["num_rows"] = counts
     write_sealed(experiment.data_folder / "split.json", record)
+    named = ", ".join(Path(each.path).name for each in experiment.data_sets)
     sizes = f"{len(train.rows)} training and {len(held_out.rows)} evaluation rows"
-    say(f"split {source.name}: {sizes} -> {experiment.data_folder}")
+    say(f"split {named}: {sizes} -> {experiment.data_folder}")
+
+
+@contextlib.contextmanager
+def _pooled_rows(experiment: Experiment) -> Iterator[tuple["datasets.Dataset", list[int]]]:  # noqa: F821
+    """The rows of all data sets in the order given, in `row_format`, and how many each has. They stay on disk.
+
+    Data sets of one form are put together as they are; a column that only some have is empty in the others.
+    """
+    from datasets import Value, concatenate_datasets
+
+    sets = experiment.data_sets
+    mixed = any(each.dataset_format != experiment.row_format for each in sets)
+    with contextlib.ExitStack() as stack:
+        parts, cache = [], Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for number, each in enumerate(sets):
+            source = from_repository(each.path)
+            rows = stack.enter_context(reading_rows(source, each.dataset_format))
+            if each.max_samples is not None and each.max_samples < len(rows):
+                say(f"dataset {source.name}: first {each.max_samples:,} of {len(rows):,} rows")
+                rows = rows.take(each.max_samples)
+            if mixed:
+                rows = llama_factory.in_common_form(rows, each.dataset_format, cache / f"{number}.arrow")
+            parts.append(rows)
+        kinds = {}
+        for part, each in zip(parts, sets, strict=True):
+            for name, feature in part.features.items():
+                kind, path = kinds.setdefault(name, (feature, each.path)) if feature != Value("null") else (feature, "")
+                if feature != kind:
+                    raise UserError(
+                        f"column {name} is {feature} in {each.path} and {kind} in {path}: make them the same, or "
+                        "remove the column from one"
+                    )
+        yield (parts[0] if len(parts) == 1 else concatenate_datasets(parts)), list(map(len, parts))
 
 
 def split_numbers(experiment: Experiment) -> dict[str, np.ndarray]:
@@ -180,7 +263,7 @@ def _split_numbers(experiment: Experiment, num_rows: int) -> dict[str, np.ndarra
         parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
     except ValueError:
         raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
-    return {name: np.array(parts[part]["row"]) for name, part in (("train", "train"), ("eval", "test"))}
+    return {name: parts[part].with_format("numpy")["row"][:] for name, part in (("train", "train"), ("eval", "test"))}
 
 
 def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821
@@ -207,9 +290,7 @@ def list_datasets(experiment: Experiment, names: list[str]) -> None:
         info = read_json(path) if path.exists() else {}
         if not isinstance(info, dict):
             raise UserError(f"{path} lists no data sets: remove it")
-        ours = {
-            name: {"file_name": split_path(experiment, name).name, **experiment.dataset_format.entry} for name in names
-        }
+        ours = {name: {"file_name": split_path(experiment, name).name, **experiment.row_format.entry} for name in names}
         if info | ours != info:
             write_json(path, info | ours)
 
@@ -243,10 +324,28 @@ _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 @contextlib.contextmanager
 def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["datasets.Dataset"]:  # noqa: F821
+    """`raw_rows`, every one put through LLaMA-Factory's converter.
+
+    It drops rows without a response silently, which would shift every later row number. Raises: UserError, naming
+    the rows (counted from 0, as everywhere).
+    """
+    with raw_rows(path) as rows:
+        if unusable := llama_factory.unusable_rows(rows, dataset_format.entry):
+            first, *_ = unusable
+            named = ", ".join(map(str, itertools.islice(unusable, 5)))
+            raise UserError(
+                f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row {named} "
+                f"(row {first}: {unusable[first]}): LLaMA-Factory would drop them or fail; mend or remove them, or "
+                "describe the columns with dataset_format"
+            )
+        yield rows
+
+
+@contextlib.contextmanager
+def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """Rows of a JSON, JSONL, CSV or Parquet file as `datasets` reads them, and so as LLaMA-Factory sees them.
 
-    They stay on disk. Every row is put through LLaMA-Factory's converter: it drops rows without a response silently,
-    which would shift every later row number. Raises: UserError, naming the rows (counted from 0, as everywhere).
+    They stay on disk. Raises: UserError for a file that cannot be read.
     """
     from datasets import load_dataset
 
@@ -265,10 +364,4 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
             rows.data.validate(full=True)  # text that is no UTF-8 would be found out row by row, or never
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None
-        if unusable := llama_factory.rows_without_response(rows, dataset_format.entry):
-            named = ", ".join(map(str, unusable[:5]))
-            raise UserError(
-                f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row {named}: "
-                "LLaMA-Factory would drop them; mend or remove them, or describe the columns with dataset_format"
-            )
         yield rows

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 from typing_extensions import TypedDict
 
-from selection.config import Experiment, from_repository
+from selection.config import DatasetFormat, Experiment, from_repository
 from selection.errors import UserError
 from selection.files import checked, read_json, read_record
 from selection.log import progress_bar, set_library_bars
@@ -96,19 +96,40 @@ class _Index(TypedDict):
     weight_map: dict[str, str]
 
 
-def rows_without_response(rows: Iterable[dict], dataset_format: dict[str, Any]) -> list[int]:
-    """Row numbers that LLaMA-Factory would drop, or whose response is blank.
+def unusable_rows(rows: Iterable[dict], dataset_format: dict[str, Any]) -> dict[int, str]:
+    """What is wrong with each row that LLaMA-Factory would drop, misread or crash on, or whose response is blank.
 
-    Raises: UserError where a row lacks a column that `dataset_format` names.
+    By row number. Raises: UserError where a row lacks a column that `dataset_format` names.
     """
-    unusable = []
+    unusable = {}
     for number, row in enumerate(rows):
         try:
-            if _sample(row, dataset_format) is None:
-                unusable.append(number)
+            if isinstance(objection := _sample(row, dataset_format), str):
+                unusable[number] = objection
         except KeyError as error:
             raise UserError(f"row {number} of the data set {_lacks(error, row)}") from None
     return unusable
+
+
+def in_common_form(rows, dataset_format: DatasetFormat, cache: Path) -> "datasets.Dataset":  # noqa: F821
+    """The rows as conversations in COMMON_FORM, in the file `cache`: LLaMA-Factory makes the same tokens of them.
+
+    Columns messages (as `as_messages` makes them) and tools (JSON text, "" for none).
+    """
+    from datasets import Features, Value
+
+    if media := {"images", "videos", "audios"} & set(dataset_format.columns):
+        raise UserError(f"dataset_format.columns.{min(media)}: data sets in different forms may hold text alone")
+    entry, text = dataset_format.entry, Value("large_string")  # no 2 GiB a column
+    set_library_bars(long_work=len(rows) >= 10_000)
+    return rows.map(
+        lambda row: {"messages": as_messages(row, entry), "tools": tools_of(row, entry)},
+        remove_columns=rows.column_names,
+        features=Features({"messages": [{"role": text, "content": text}], "tools": text}),
+        cache_file_name=str(cache),
+        load_from_cache_file=False,
+        desc="into one form",
+    )
 
 
 def as_messages(row: dict, entry: dict[str, Any]) -> list[dict[str, str]]:
@@ -125,8 +146,8 @@ def as_messages(row: dict, entry: dict[str, Any]) -> list[dict[str, str]]:
         sample = _sample(row, entry)
     except KeyError as error:
         raise UserError(f"the row {_lacks(error, row)}") from None
-    if sample is None:
-        raise UserError("the row has no prompt and text response: LLaMA-Factory would drop it")
+    if isinstance(sample, str):
+        raise UserError(f"the row has no prompt and text response ({sample}): LLaMA-Factory would drop it")
     system = [{"role": "system", "content": sample["_system"]}] if sample["_system"] else []
     return [*system, *sample["_prompt"], *sample["_response"]]
 
@@ -158,7 +179,7 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
     in_front = users("")["input_ids"][:1] if users.bos_token_id in users("")["input_ids"][:1] else []
 
     def text_of(row: dict) -> tuple[str, str, bool]:
-        sample = _sample(row, experiment.dataset_format.entry)
+        sample = _sample(row, experiment.row_format.entry)
         with _user_errors(f"template {experiment.template}"):
             pairs = template.encode_multiturn(
                 tokenizer, sample["_prompt"] + sample["_response"], sample["_system"], sample["_tools"]
@@ -183,19 +204,69 @@ def _lacks(error: KeyError, row: dict) -> str:
     )
 
 
-def _sample(row: dict, entry: dict[str, Any]) -> dict[str, Any] | None:
+def _sample(row: dict, entry: dict[str, Any]) -> dict[str, Any] | str:
     """A raw row as LLaMA-Factory's converter makes it: _prompt, _response, _system, _tools.
 
-    None where LLaMA-Factory would drop it, and where its response is blank. Raises: KeyError for a missing column.
+    A text, what is wrong with it, where LLaMA-Factory would drop it, misread it or crash on it, and where its response
+    is blank. Raises: KeyError for a missing column.
     """
+    convert = _converter(json.dumps(entry, sort_keys=True))
     try:
-        sample = _converter(json.dumps(entry, sort_keys=True))(row)
+        # Odd turns first: at an unknown role LLaMA-Factory raises a KeyError too, or drops the row without a word.
+        if odd := convert.dataset_attr.formatting != "alpaca" and _odd_turns(row, convert.dataset_attr):
+            return odd
+        sample = convert(row)
     except (TypeError, ValueError, AttributeError):
-        return None
-    turns = sample["_prompt"] + sample["_response"]
-    texts = all(isinstance(turn["content"], str) for turn in turns)
-    paired = len(sample["_prompt"]) % 2 == 1 and len(sample["_response"]) == 1
-    return sample if texts and paired and sample["_response"][0]["content"].strip() else None
+        return "a column holds something else than text or turns"
+    return _objection(sample) or sample
+
+
+def _objection(sample: dict[str, Any]) -> str | None:
+    """What is wrong with a row that LLaMA-Factory has converted; None: nothing."""
+    if not (len(sample["_prompt"]) % 2 == 1 and len(sample["_response"]) == 1):
+        return "it has not one response"
+    if not all(isinstance(turn["content"], str) for turn in sample["_prompt"] + sample["_response"]):
+        return "its prompt or response is no text"
+    if not sample["_response"][0]["content"].strip():
+        return "its response is blank"
+    if not isinstance(sample["_system"] or "", str):
+        return "its system prompt is no text"
+    try:
+        if sample["_tools"]:
+            json.loads(sample["_tools"])
+    except (TypeError, ValueError):
+        return "its tools are no text that holds JSON"
+    return None
+
+
+def _odd_turns(row: dict[str, Any], attributes) -> str | None:
+    """What is wrong with the turns of a conversation, counted from 0 with the system's; None: nothing.
+
+    Raises: KeyError where there is no such column, TypeError where it holds no list of turns.
+    """
+    turns, role, content = row[attributes.messages], attributes.role_tag, attributes.content_tag
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise TypeError
+        if absent := [tag for tag in (role, content) if tag not in turn]:
+            said = f"turn {number} has no {absent[0]!r} (it has {', '.join(turn)})"
+            return f"{said}: say under dataset_format.tags what it is called"
+    roles = [turn[role] for turn in turns]
+    begins = 1 if roles and attributes.system_tag and roles[0] == attributes.system_tag else 0
+    asks = [tag for tag in (attributes.user_tag, attributes.observation_tag) if tag]
+    answers = [tag for tag in (attributes.assistant_tag, attributes.function_tag) if tag]
+    asked = False
+    for number, name in enumerate(roles[begins:], start=begins):
+        # Several results of tools in a row are one turn of the openai form.
+        if asked and attributes.formatting == "openai" and name == attributes.observation_tag == roles[number - 1]:
+            continue
+        wanted = answers if asked else asks
+        if name not in wanted:
+            return f"turn {number} is of {name!r} where one of {' or '.join(map(repr, wanted))} is due"
+        asked = not asked
+    if asked or len(roles) == begins:
+        return f"it ends without a turn of {' or '.join(map(repr, answers))}"
+    return None
 
 
 @functools.lru_cache
@@ -280,6 +351,7 @@ def _user_errors(what: str):
 def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821
     """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
 
+    In a conversation every turn of the assistant has labels, so loss and effort score are of all of them.
     Columns input_ids, attention_mask, labels (−100 on the prompt). Raises: UserError for an unknown template, a
     broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
     """

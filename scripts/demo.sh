@@ -30,8 +30,9 @@ if [ "$name" = tiny ]; then
 else
     run bash "$scripts/demo_models.sh" "${at[@]:2}"
 fi
-run bash "$repository/selection/selection.sh" "${at[@]:1}"
+REPORT=later run bash "$repository/selection/selection.sh" "${at[@]:1}"
 stage finetune/finetune-select.py "${at[@]}" --select_path "$run"/coresets/*-0.2.json
 stage finetune/eval.py "${at[@]}"
 run python "$scripts/demo_report.py" "${at[@]}"
 [ "${quiet[*]}" ] || echo "demo: $((SECONDS - started)) s after the install" >&2
+run python "$scripts/report.py" "${at[@]}"

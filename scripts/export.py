@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--coreset", nargs="+", default=[], help="names, or files (.json, published .pt); default: all of the run"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN_DIR/export")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the exports go; default: RUN_DIR/export")
     arguments = parser.parse_args()
     run = arguments.run.resolve()
     experiment = load_experiment(str(run / "experiment.yaml"), [f"output_dir={json.dumps(str(run))}"])

@@ -3,8 +3,8 @@
     python scripts/key_reference.py
     python scripts/key_reference.py --check    # exit code 2 where a file is not what the models say
 
-Needs both files with the lines <!-- keys … --> and <!-- end -->, and for each key a docstring that ends with its source.
-Writes the tables between these lines and leaves the rest.
+Needs both files with the lines <!-- keys … --> and <!-- end -->, and for each key a docstring that ends with its
+source. Writes the tables between these lines and leaves the rest.
 """
 
 import re
@@ -97,7 +97,8 @@ def _sections(schema: dict) -> Iterator[tuple[str, dict]]:
     def of(name: str, part: dict, about: str) -> Iterator[tuple[str, dict]]:
         yield name, part | {"about": about}
         for key, value in part["properties"].items():
-            if inner := re.search(r"#/\$defs/(\w+)", str(value)):
+            # An optional section ("anyOf" with null) stands for one that is listed by itself.
+            if "anyOf" not in value and (inner := re.search(r"#/\$defs/(\w+)", str(value))):
                 below = f"{key}.NAME" if "patternProperties" in value else key
                 described = value.get("description", "") if "$ref" in value else ""
                 yield from of(f"{name}.{below}".lstrip("."), schema["$defs"][inner[1]], described)
@@ -120,8 +121,8 @@ def _as_yaml(value: object) -> str:
 
 def kind(value: dict) -> str:
     """A type of JSON schema, with its bounds, in words."""
-    if "anyOf" in value:
-        return " or ".join(kind(each) for each in value["anyOf"] if each != {"type": "null"})
+    if any_of := value.get("anyOf", value.get("oneOf")):
+        return " or ".join(kind(each) for each in any_of if each != {"type": "null"})
     if "$ref" in value:
         return "section, see below"
     if "const" in value or "enum" in value:

@@ -10,24 +10,27 @@ from selection.config import Experiment
 from selection.coreset_files import check_fits, read_coreset
 from selection.errors import UserError
 from selection.files import checked, read_json
+from selection.quotas import quotas_of
 from selection.score_files import Scores, has_column, read_scores
 from selection.staff import choose_staff
-from selection.verification import Settings, StratumRecord, cut_strata
+from selection.verification import Settings, StratumRecord, cut_strata, stratified_score
 
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
 
 
-def annotated(experiment: Experiment, coreset: Path) -> pa.Table:
+def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None = None) -> pa.Table:
     """One line for each row of training and evaluation split, in the order of the user's data.
 
     Columns: row (in the user's data), split ("train", "eval"), index (row of the training split), id, effort and loss
     of the speculative model, n_prompt_tokens, n_response_tokens, target_effort (where the target scored the row),
     stratum, verification_ratio (V_i of the stratum), verified, chosen, reason (a sentence). What is not known is null.
     For a coreset of another method, effort and loss are still the speculative model's, and there are no strata.
+    `split`: that of `training_split`, from whoever has it already.
 
     Raises: UserError where the coreset is of other data, or was cut from other scores than those of now.
     """
-    split, chosen = training_split(experiment), read_coreset(coreset)
+    split = split or training_split(experiment)
+    chosen = read_coreset(coreset)
     check_fits(chosen, split.ids, split.fingerprint, str(coreset))
     num_rows = len(split.rows)
     is_chosen = np.zeros(num_rows, dtype=bool)
@@ -76,19 +79,21 @@ def _of_all(scores: Scores, name: str, num_rows: int) -> np.ndarray:
 def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: dict[str, np.ndarray]) -> None:
     """Strata, V_i and reasons, by cutting the coreset again from its own record."""
     records = checked(list[StratumRecord], [_stratum(s) for s in about["strata"]], coreset)
-    settings = Settings(**{name: about[name] for name in Settings.__dataclass_fields__})
-    scores = read_scores(experiment.small_scores, ids=False).check_complete()
+    settings = Settings.from_record(about)
+    scores = read_scores(experiment.small_scores, settings.columns, ids=False).check_complete()
+    scores = stratified_score(scores, settings)
     strata = cut_strata(scores.effort, settings)
     ratios = [record.verification_ratio for record in records]
+    quotas = quotas_of(experiment, scores)
     if len(ratios) == len(strata.members):
-        choice = choose_staff(scores.effort, strata, ratios, about["rate"], settings.mode, settings.seed)
+        choice = choose_staff(scores.effort, strata, ratios, about["rate"], settings.rules, settings.seed, quotas)
     if len(ratios) != len(strata.members) or about["indices"] != scores.index[choice.rows].tolist():
         raise UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
     is_chosen, reason = columns["chosen"], columns["reason"]
     reason[:] = "left out: its loss or score is not finite"
     drawn, passed_over = (
         ("chosen: drawn at random in its stratum", "not drawn in its stratum")
-        if settings.mode != "released"
+        if settings.rules != "released"
         else ("chosen: among the highest of its stratum", "below the chosen of its stratum")
     )
     for record, members in zip(records, strata.members, strict=True):

@@ -6,11 +6,21 @@ CCS and D2 drop the hardest ⌊hardest_cutoff · N⌋ rows, by EL2N, before anyt
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from selection.config import Selection
-from selection.staff import Choice, choose_first, choose_lowest, choose_staff, random_keys, stratify
+from selection.staff import (
+    Choice,
+    Quotas,
+    choose_by_rule,
+    choose_first,
+    choose_lowest,
+    choose_staff,
+    random_keys,
+    stratify,
+)
 
 Columns = dict[str, np.ndarray]
 
@@ -30,36 +40,40 @@ def columns_of(method: str, variant: str) -> tuple[str, ...]:
     }[method]
 
 
-def baseline(method: str, columns: Columns, num_rows: int, selection: Selection) -> Callable[[float], Choice]:
+def baseline(
+    method: str, columns: Columns, num_rows: int, selection: Selection, quotas: Quotas | None = None
+) -> Callable[[float], Choice]:
     """The rule of `method` as a function from rate to coreset: what all rates share (D2's graph) is computed once.
 
     Args: `columns` those of `columns_of`, each (N,), hidden_state (N, d); N = `num_rows`.
     """
     values = [columns[name] for name in columns_of(method, selection.baseline_variant)]
     if method == "length":
-        return _by_strata(1 / values[0], selection.hardest_cutoff, selection.mode, selection)
+        return _by_strata(1 / values[0], selection.hardest_cutoff, selection.rules, selection, quotas)
     published = selection.baseline_variant == "published"
     cutoff = selection.hardest_cutoff if published else 0.0
     if method == "ccs":
         # CCS (Zheng et al. 2023): equal-width strata of EL2N, equal budgets, smallest stratum first, random inside.
-        return _by_strata(values[0], cutoff, "paper", selection)
+        return _by_strata(values[0], cutoff, "paper", selection, quotas)
     if method in ("moderate", "d2"):
         order = (
             moderate_order(values[0])
             if method == "moderate"
             else d2_after_cut(*values, selection.baseline_variant, cutoff)
         )
-        return lambda rate: choose_first(order, rate)
+        return lambda rate: choose_by_rule(partial(choose_first, order), rate, num_rows, quotas)
     # GraNd (Paul et al. 2021): highest ‖∇_φ L‖₂. EL2N (same): highest error norm. Entropy: highest mean entropy.
     keys = random_keys(num_rows, selection.seed) if method == "random" else -values[0]
-    return lambda rate: choose_lowest(keys, rate)
+    return lambda rate: choose_by_rule(partial(choose_lowest, keys), rate, num_rows, quotas)
 
 
-def _by_strata(scores: np.ndarray, cutoff: float, mode: str, selection: Selection) -> Callable[[float], Choice]:
+def _by_strata(
+    scores: np.ndarray, cutoff: float, mode: str, selection: Selection, quotas: Quotas | None
+) -> Callable[[float], Choice]:
     """STAFF's own rule without verification: every stratum has the same claim."""
     strata = stratify(scores, selection.num_strata, cutoff)
     unverified = [None] * len(strata.members)
-    return lambda rate: choose_staff(scores, strata, unverified, rate, mode, selection.seed)
+    return lambda rate: choose_staff(scores, strata, unverified, rate, mode, selection.seed, quotas)
 
 
 def moderate_order(features: np.ndarray) -> np.ndarray:

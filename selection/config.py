@@ -5,11 +5,23 @@ import math
 import os
 import re
 import reprlib
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from selection.errors import UserError
 
@@ -42,15 +54,28 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+Mode = Literal["paper", "released", "extended"]
+
+
+def rules_of(mode: str) -> str:
+    """Whose rules a mode follows, "paper" or "released": extended is the published method with additions."""
+    return "released" if mode == "released" else "paper"
+
+
 class Selection(_Section):
     """Keys under `selection:`."""
 
-    mode: Literal["paper", "released"] = "paper"
-    """Follow the published method or the authors' code wherever the two differ (the table in README.md).
-    Source: ours."""
-    verify: Literal["by_mode", "sampled", "all"] = "by_mode"
+    mode: Mode = "paper"
+    """Follow the published method or the authors' code wherever the two differ (the table in README.md). extended: as
+    published, and the additions of neither may be switched on (verify: adaptive, length_control). Source: ours."""
+    verify: Literal["by_mode", "sampled", "all", "adaptive"] = "by_mode"
     """Which rows the target scores: the verified samples or the whole training split; by_mode: as `mode` says.
-    Source: paper (sampled); as released (all)."""
+    adaptive (extended alone): at most num_strata x verify_per_stratum samples, drawn where V_i leaves the budgets most
+    uncertain, until they are settled (selection/adaptive.py).
+    Source: paper (sampled); as released (all); ours (adaptive)."""
+    length_control: Literal["none", "residual"] = "none"
+    """residual (extended alone): strata and V_i are of what response length leaves unexplained of the effort scores
+    (length_residual in selection/length_control.py). Source: ours."""
     methods: list[Method] = Field(default=["staff", "random"], min_length=1)
     """Coresets to cut. All but staff, random and length need the scores of the tuned target.
     Source: paper; moderate and entropy as released; length ours."""
@@ -96,31 +121,78 @@ class Selection(_Section):
     """Of the fresh LoRA's A, the verification draws, and every random choice of rows.
     Source: ours; the released code draws without a seed."""
 
+    @field_validator("verify", "length_control")
+    @classmethod
+    def _only_extended(cls, value: str, info: ValidationInfo) -> str:
+        if value in ("adaptive", "residual") and info.data.get("mode") != "extended":
+            raise ValueError("neither the paper nor the released code has it: give selection.mode extended with it")
+        return value
+
+    @property
+    def rules(self) -> str:
+        """ "paper" or "released"."""
+        return rules_of(self.mode)
+
     @property
     def baseline_variant(self) -> str:
         """ "published" or "released"."""
-        return {"paper": "published", "released": "released"}[self.mode] if self.variant == "by_mode" else self.variant
+        return {"paper": "published", "released": "released"}[self.rules] if self.variant == "by_mode" else self.variant
 
     @property
     def verify_all(self) -> bool:
-        return self.verify == "all" or (self.verify == "by_mode" and self.mode == "released")
+        return self.verify == "all" or (self.verify == "by_mode" and self.rules == "released")
 
 
 class DatasetFormat(_Section):
     """Keys under `dataset_format:`, LLaMA-Factory's own (its data/README.md)."""
 
     formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
-    """Form of a row: instruction, input and output, or a conversation. Source: LLaMA-Factory's key of this name."""
+    """Form of a row: instruction, input and output (alpaca), or a conversation. Messages with role and content are best
+    read as sharegpt, with `tags`: under openai LLaMA-Factory adds "detailed thinking off" to the system prompt of rows
+    without tools. In a conversation every turn of the assistant is trained on, and the effort score is of all their
+    tokens; only the last one is generated in the evaluation. Source: LLaMA-Factory's key of this name."""
     columns: dict[str, str] = {}
-    """What the columns are called, e.g. `prompt: question`; empty: LLaMA-Factory's defaults.
-    Source: LLaMA-Factory's key of this name."""
+    """What the columns are called, e.g. `prompt: question`; empty: LLaMA-Factory's defaults. Where one is given, only
+    those given are read (keys prompt, query, response, history, messages, system, tools). An empty system prompt is
+    the template's own one. Source: LLaMA-Factory's key of this name."""
     tags: dict[str, str] = {}
-    """What roles and contents are called inside a conversation. Source: LLaMA-Factory's key of this name."""
+    """What roles and contents are called inside a conversation: role_tag, content_tag, user_tag, assistant_tag,
+    system_tag, observation_tag, function_tag. Empty: LLaMA-Factory's defaults; where one is given, give all in use.
+    Source: LLaMA-Factory's key of this name."""
 
     @property
     def entry(self) -> dict[str, Any]:
         """As it stands in `dataset_info.json`; an empty mapping there would mean "no column at all"."""
         return {key: value for key, value in self.model_dump().items() if value}
+
+
+# The form in which the rows of a run stand where its data sets come in different ones.
+COMMON_FORM = DatasetFormat(
+    formatting="sharegpt",
+    columns={"messages": "messages", "tools": "tools"},
+    tags={
+        "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+        "observation_tag": "observation", "function_tag": "function", "system_tag": "system",
+    },
+)  # fmt: skip
+
+
+class DataSet(_Section):
+    """Keys of one entry in a list under `dataset:`."""
+
+    path: str
+    """JSON, JSONL, CSV or Parquet file. Source: ours."""
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """What coresets and messages call it; absent: the file's name without its ending. No two may have the same.
+    Source: ours."""
+    dataset_format: DatasetFormat | None = None
+    """How its rows are to be read; absent: the experiment's `dataset_format`. Source: ours."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Take only the first rows of this file, before the split; absent: the experiment's `max_samples`. Source: ours."""
+    quota: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Fraction of every coreset that comes from this data set: ⌊quota · m⌋ of m rows, chosen among its own by the
+    method's rule. The data sets without a quota share what is left, by the same rule. Absent: no quota.
+    Source: ours."""
 
 
 class Evaluation(_Section):
@@ -144,12 +216,18 @@ class Experiment(_Section):
     """θ_t: model folder or model-hub name. Source: paper."""
     template: str
     """LLaMA-Factory's chat template of the family. Source: LLaMA-Factory's key of this name."""
-    dataset: str
-    """JSON, JSONL, CSV or Parquet file; all rows are pooled and split once. Source: ours; pooled as in the paper."""
+    dataset: Annotated[
+        Annotated[str, Tag("(file)")] | Annotated[list[DataSet], Field(min_length=1), Tag("(list)")],
+        Discriminator(lambda value: "(list)" if isinstance(value, list) else "(file)"),
+    ]
+    """JSON, JSONL, CSV or Parquet file, or a list of data sets, each with `path` and more keys. All rows are pooled, in
+    the order given, and split once. Where data sets come in different forms, all rows are put into one, conversations,
+    by LLaMA-Factory's own converter: their tokens stay the same. Source: ours; pooled as in the paper."""
     dataset_format: DatasetFormat = DatasetFormat()
     """How the rows are to be read; absent: alpaca."""
     max_samples: int | None = Field(default=None, ge=2)
-    """Take only the first rows of the file, before the split. Source: ours."""
+    """Take only the first rows of the file, before the split; of several files, as in LLaMA-Factory, of each. Rates
+    count rows of the training split, so without those left out here. Source: LLaMA-Factory's key of this name."""
     eval_size: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction held out. Source: paper (a tenth)."""
     split_seed: Seed = 42
@@ -184,6 +262,44 @@ class Experiment(_Section):
         if type(passes := keys.get("num_train_epochs", 0)) not in (int, float) or not 0 <= passes < math.inf:
             raise ValueError("num_train_epochs must be a number, not below 0")
         return keys
+
+    @model_validator(mode="after")
+    def _data_sets_agree(self) -> "Experiment":
+        sets = self.data_sets
+        if repeated := [name for name, count in Counter(each.name for each in sets).items() if count > 1]:
+            raise ValueError(f"more than one data set is called {repeated[0]}: give each a name of its own")
+        quotas = [each.quota for each in sets if each.quota is not None]
+        total = sum(Fraction(str(quota)) for quota in quotas)
+        if total > 1 or (len(quotas) == len(sets) and total < 1):
+            wanted = "at most 1" if total > 1 else "1 where every data set has one"
+            raise ValueError(f"the quotas sum to {float(total):g}: they must sum to {wanted}")
+        return self
+
+    @property
+    def data_sets(self) -> list[DataSet]:
+        """What `dataset` names, in order, with nothing left to a default but the quota."""
+        given = [DataSet(path=self.dataset)] if isinstance(self.dataset, str) else self.dataset
+        return [
+            each.model_copy(
+                update={
+                    "name": each.name or Path(each.path).stem,
+                    "dataset_format": each.dataset_format or self.dataset_format,
+                    "max_samples": each.max_samples or self.max_samples,
+                }
+            )
+            for each in given
+        ]
+
+    @property
+    def dataset_paths(self) -> str:
+        """As a message names them."""
+        return ", ".join(each.path for each in self.data_sets)
+
+    @property
+    def row_format(self) -> DatasetFormat:
+        """The form of the rows in the run folder: that of the data sets, or `COMMON_FORM` where they differ."""
+        first, *others = (each.dataset_format for each in self.data_sets)
+        return first if all(each == first for each in others) else COMMON_FORM
 
     @property
     def folder(self) -> Path:
@@ -259,8 +375,9 @@ class Grid(_Section):
 
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Task], Field(min_length=1)]
     """By name, of letters, digits, `_`, `.` and `-`. Source: ours."""
-    methods: list[Literal["full", Method]] = Field(min_length=1)
-    """Each once; full is the target tuned on everything. Source: paper; full is its row of full data."""
+    methods: list[Literal["full", "staff_length", Method]] = Field(min_length=1)
+    """Each once; full is the target tuned on everything, staff_length STAFF in mode extended with length_control
+    residual. Source: paper; full is its row of full data; staff_length ours."""
     rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
     """Fractions of the training split to keep, each once. Source: paper, Table 1."""
     seeds: list[Seed] = Field(min_length=1)
@@ -328,7 +445,7 @@ def as_yaml(experiment: Experiment) -> str:
     return yaml.dump(experiment.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export")
+_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export", "tensorboard")
 
 
 def _refuse_links_out_of(folder: Path) -> None:
@@ -374,11 +491,14 @@ def _validate(section: type[_Section], values: dict, source: str):
         return section.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("("))
+        if first["type"] == "value_error" and not key:  # of keys that do not go together
+            raise UserError(f"{source}: {first['ctx']['error']}") from None
         if first["type"] == "extra_forbidden":
             raise UserError(f"{source}: unknown key {key}: selection/README.md lists the keys") from None
         if first["type"] == "missing":
-            raise UserError(f"{source}: key {key} is missing: add it, or give --set {key}=…") from None
+            or_set = "" if any(isinstance(part, int) for part in first["loc"]) else f", or give --set {key}=…"
+            raise UserError(f"{source}: key {key} is missing: add it{or_set}") from None
         raise UserError(f"{source}: key {key}: {first['msg']}, not {reprlib.repr(first['input'])}") from None
 
 

@@ -12,10 +12,14 @@ import numpy as np
 
 from selection.errors import UserError
 from selection.files import atomic_path, code_version, digest, read_json
+from selection.log import say
 from selection.score_files import Scores
-from selection.staff import Choice
+from selection.staff import Choice, floor_share
 
 _CHUNK = 2**16  # rows written at a time
+# The paper's data sets by the rows of their training splits, and its rates: what published lists may be of.
+PUBLISHED_ROWS = {"BioInstruct": 22_504, "DialogSum": 13_014, "WMT-19 kk-en": 115_784}
+PUBLISHED_RATES = (0.8, 0.5, 0.3, 0.2, 0.1)
 # Names of a run folder's own data sets, tuned targets and records.
 _RESERVED = ("train", "eval", "full", "untuned", "split", "dataset_info")
 
@@ -29,6 +33,7 @@ class Coreset:
     ids: list[str] | None
     fingerprint: str | None
     num_rows: int | None = None  # of the training split, if known
+    published: bool = False  # a `.pt` index list
 
 
 def coreset_name(method: str, rate: float) -> str:
@@ -112,7 +117,9 @@ def read_coreset(path: Path) -> Coreset:
             f"{path}: a coreset's file name names its data set and tuned model: rename it to letters, digits and . _ - "
             f"alone, no dot in front, and not {', '.join(_RESERVED)}"
         )
-    return Coreset(path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint, num_rows)
+    return Coreset(
+        path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint, num_rows, path.suffix == ".pt"
+    )
 
 
 def _checksum(indices: np.ndarray) -> str:
@@ -143,8 +150,11 @@ def _read_published(path: Path) -> list[int]:
 def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) -> None:
     """Refuse a coreset that was chosen from other data than the training split at hand (its `ids`, row by row).
 
-    A coreset cut from plain score files has no fingerprint; then its number of rows must do.
+    A coreset cut from plain score files has no fingerprint; then its number of rows must do. A `.pt` list names no data
+    at all; then its length must be one that the paper's rates give (`check_published`), or a line says that it is none.
     """
+    if coreset.published and (said := check_published(len(coreset.indices), len(ids), source)):
+        say(said)
     if coreset.indices[-1] >= len(ids):
         raise UserError(
             f"{source}: row {coreset.indices[-1]} is outside the training split of {len(ids)} rows: "
@@ -167,3 +177,25 @@ def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) 
         raise UserError(
             f"{source}: chosen from other data (fingerprint {coreset.fingerprint}, at hand {fingerprint}): cut it again"
         )
+
+
+def check_published(count: int, num_rows: int, source: str) -> str | None:
+    """Whether a published list of `count` rows can be of a training split of `num_rows`: m = ⌊rate · N⌋, give or take
+    one, as the authors' rounding is not known. None: it can; else a line to show.
+
+    Raises: UserError where it is the length of a list of another of the paper's data sets.
+    """
+    if _published_rate(count, num_rows):
+        return None
+    for name, rows in PUBLISHED_ROWS.items():
+        if rate := _published_rate(count, rows):
+            raise UserError(
+                f"{source}: {count:,} rows are the paper's coreset of {name} at rate {rate:g} (of {rows:,} training "
+                f"rows), the training split at hand has {num_rows:,}: the coreset is for other data"
+            )
+    rates = ", ".join(f"{rate:g}" for rate in PUBLISHED_RATES)
+    return f"{source}: {count:,} rows are no published rate ({rates}) of the {num_rows:,} rows of the training split"
+
+
+def _published_rate(count: int, num_rows: int) -> float | None:
+    return next((rate for rate in PUBLISHED_RATES if abs(count - floor_share(rate, num_rows)) <= 1), None)

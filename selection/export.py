@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from finetune import llama_factory
-from finetune.data_split import TrainingSplit, reading_rows, rows_of, split_numbers, training_split
+from finetune.data_split import TrainingSplit, data_sets, reading_rows, rows_of, split_numbers, training_split
 from selection.annotated import annotated
 from selection.config import Experiment, from_repository
 from selection.coreset_files import Coreset, check_fits, read_coreset
@@ -77,10 +77,13 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
             writer.write_table(table)
             file.writelines(map(_as_line, table.to_pylist()))
     said = [f"annotated.parquet, annotated.jsonl: {len(rows)} rows, all of the run"]
-    if experiment.max_samples:
-        with reading_rows(from_repository(experiment.dataset), experiment.dataset_format) as everything:
-            if left_out := len(everything) - len(rows):
-                said.append(f"not in the run, as max_samples left them out: the {left_out} rows after these")
+    for each, (name, _, count) in zip(experiment.data_sets, data_sets(experiment), strict=True):
+        if each.max_samples is None:
+            continue
+        with reading_rows(from_repository(each.path), each.dataset_format) as everything:
+            if left_out := len(everything) - count:
+                after = "after these" if count == len(rows) else f"of {name} after its first {count}"
+                said.append(f"not in the run, as max_samples left them out: the {left_out} rows {after}")
     return said
 
 
@@ -98,7 +101,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
     """
     rows = split.rows.select(coreset.indices)
     set_library_bars(long_work=len(rows) >= 10_000)
-    entry = experiment.dataset_format.entry
+    entry = experiment.row_format.entry
     text_of = llama_factory.as_text(experiment, experiment.target_model)
     (draft / "llamafactory").mkdir()
     otherwise = earlier = 0
@@ -137,7 +140,7 @@ def _llama_factory_file(experiment: Experiment, rows: "datasets.Dataset", path: 
 
     Text that holds dates alone in all rows of a file is read as dates.
     """
-    with contextlib.suppress(UserError), reading_rows(path, experiment.dataset_format):
+    with contextlib.suppress(UserError), reading_rows(path, experiment.row_format):
         return path.name
     path.unlink()
     rows.to_parquet(path.with_suffix(".parquet"))

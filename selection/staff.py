@@ -5,8 +5,10 @@ A *row* is a row number of the training split. Two modes run through this file: 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +87,11 @@ class Strata:
         """The order of Algorithm 1: strata by size, of equal ones the lower-scored first."""
         return sorted(range(len(self.members)), key=lambda i: (self.sizes[i], i))
 
+    def within(self, mask: np.ndarray) -> "Strata":
+        """The same strata with only the rows in `mask` (N,); some may be empty, and come first in Algorithm 1."""
+        members = [rows[mask[rows]] for rows in self.members]
+        return Strata(members, self.score_ranges, self.hardest[mask[self.hardest]])
+
 
 def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Strata:
     """Step 3: drop the hardest ⌊hardest_cutoff · N⌋ rows, cut the rest into K equal-width score ranges.
@@ -118,18 +125,21 @@ def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Stra
     )
 
 
-def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str, seed: int) -> list[np.ndarray]:
+def draw_verification_samples(
+    strata: Strata, verify_per_stratum: int | list[int], mode: str, seed: int
+) -> list[np.ndarray]:
     """Step 4: the rows B*_i of each stratum that the target scores; at most K · b_v in all.
 
-    b_v = `verify_per_stratum` rows at random, or the whole stratum where it is smaller. Released: a stratum of at
-    most b_v rows is not verified (an empty array).
+    b_v = `verify_per_stratum` rows at random (or a number for each stratum; a larger one draws the same rows and more),
+    or the whole stratum where it is smaller. Released: a stratum of at most b_v rows is not verified (an empty array).
     """
     draws, ranks = [], _random_ranks(strata.num_rows, seed, _VERIFICATION)
-    for rows in strata.members:
-        if mode == "released" and len(rows) <= verify_per_stratum:
+    counts = verify_per_stratum if isinstance(verify_per_stratum, list) else [verify_per_stratum] * len(strata.members)
+    for rows, count in zip(strata.members, counts, strict=True):
+        if mode == "released" and len(rows) <= count:
             draws.append(rows[:0])
         else:
-            draws.append(rows[lowest(ranks[rows], verify_per_stratum)])
+            draws.append(rows[lowest(ranks[rows], count)])
     return draws
 
 
@@ -178,8 +188,83 @@ class Choice:
     fill: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # the rows of that fill, ascending
 
 
+@dataclass(frozen=True)
+class Quotas:
+    """Of which data set each row is, and what part of a coreset each data set is to have."""
+
+    names: list[str]
+    quotas: list[float | None]  # fractions of m; None: shares with the others that have none
+    num_rows: list[int]  # of each data set in the training split, with those that have no score
+    data_set: np.ndarray  # (N,) number of each row's data set
+
+    def record(self, chosen: np.ndarray) -> list[dict[str, Any]]:
+        """For the coreset file, of each data set: name, rows in the training split, of which `chosen`, and quota."""
+        counts = np.bincount(self.data_set[chosen], minlength=len(self.names)).tolist()
+        return [
+            {"name": name, "rows": rows, "chosen": count, "quota": quota}
+            for name, rows, count, quota in zip(self.names, self.num_rows, counts, self.quotas, strict=True)
+        ]
+
+
+def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
+    """Data sets that are chosen from together, and how many of m rows come from them; the numbers sum to m.
+
+    A data set with a quota stands alone and gives ⌊quota · m⌋ rows; those without give the rest together. Where every
+    data set has one, the quotas sum to 1, and the rows that ⌊ ⌋ leaves over go to the largest fractions cut off.
+    Raises: UserError where a data set has fewer rows than it is to give.
+    """
+    sizes = np.bincount(quotas.data_set, minlength=len(quotas.names)).tolist()
+    given = {j: floor_share(quota, m) for j, quota in enumerate(quotas.quotas) if quota is not None}
+    for j, count in given.items():
+        if count > sizes[j]:
+            raise UserError(
+                f"quota {quotas.quotas[j]:g} of a coreset of {m} rows asks for {count} rows of data set "
+                f"{quotas.names[j]}, which has {sizes[j]} to choose from: lower the quota or the rate"
+            )
+    free, left = [j for j in range(len(sizes)) if j not in given], m - sum(given.values())
+    if not free:
+        by_fraction = sorted(given, key=lambda j: (given[j] - Fraction(str(quotas.quotas[j])) * m, j))
+        while left:
+            for j in by_fraction:
+                more = int(left > 0 and given[j] < sizes[j])
+                given[j], left = given[j] + more, left - more
+    elif left > (room := sum(sizes[j] for j in free)):
+        raise UserError(
+            f"the quotas leave {left} rows of a coreset of {m} to data set {', '.join(quotas.names[j] for j in free)}, "
+            f"with {room} to choose from: raise the quotas or lower the rate"
+        )
+    return [([j], count) for j, count in given.items()] + ([(free, left)] if free else [])
+
+
+def choose_by_rule(
+    rule: Callable[[int, np.ndarray | None], Choice], rate: float, num_rows: int, quotas: Quotas | None
+) -> Choice:
+    """The coreset of a rule: m = ⌊rate · N⌋ rows, of all or, with quotas, data set by data set.
+
+    `rule` takes m and a mask (N,) of the rows to choose from, None for all. Whatever it goes by (scores, strata, V_i,
+    an order) is of all rows; only the choice, and the budgets of STAFF, CCS and Length, are made within a data set.
+    """
+    m = coreset_size(rate, num_rows)
+    if quotas is None or not any(quotas.quotas):
+        return rule(m, None)
+    parts = [rule(count, np.isin(quotas.data_set, together)) for together, count in shares(quotas, m)]
+    return Choice(
+        np.sort(np.concatenate([part.rows for part in parts])),
+        [sum(budgets) for budgets in zip(*(part.budgets for part in parts), strict=True)],
+        [sum(filled) for filled in zip(*(part.filled for part in parts), strict=True)],
+        sum(part.from_hardest for part in parts),
+        np.sort(np.concatenate([part.fill for part in parts])),
+    )
+
+
 def choose_staff(
-    scores: np.ndarray, strata: Strata, ratios: list[float | None], rate: float, mode: str, seed: int
+    scores: np.ndarray,
+    strata: Strata,
+    ratios: list[float | None],
+    rate: float,
+    mode: str,
+    seed: int,
+    quotas: Quotas | None = None,
 ) -> Choice:
     """Steps 5 and 6's input: budgets, then the rows of each stratum, then the random fill up to m.
 
@@ -187,8 +272,12 @@ def choose_staff(
     The fill draws from the unchosen rows of all strata. Only where m is more than all strata hold (a rate above
     1 − hardest_cutoff, on which the paper is silent) rows come back from the hardest, the easiest of them first.
     """
-    m = coreset_size(rate, len(scores))
-    return choose_within_strata(scores, strata, allocate_budgets(strata.sizes, ratios, m, mode), m, mode, seed)
+
+    def rule(m: int, within: np.ndarray | None) -> Choice:
+        there = strata if within is None else strata.within(within)
+        return choose_within_strata(scores, there, allocate_budgets(there.sizes, ratios, m, mode), m, mode, seed)
+
+    return choose_by_rule(rule, rate, len(scores), quotas)
 
 
 def choose_within_strata(
@@ -220,11 +309,14 @@ def random_keys(num_rows: int, seed: int) -> np.ndarray:
     return _random_ranks(num_rows, seed, _RANDOM)
 
 
-def choose_lowest(keys: np.ndarray, rate: float) -> Choice:
-    """The m rows with the lowest `keys` (N,), of equal ones the earlier."""
-    return Choice(rows=np.flatnonzero(lowest(keys, coreset_size(rate, len(keys)))))
+def choose_lowest(keys: np.ndarray, m: int, within: np.ndarray | None = None) -> Choice:
+    """The m rows with the lowest `keys` (N,), of equal ones the earlier; `within`: of a mask (N,) alone."""
+    if within is None:
+        return Choice(rows=np.flatnonzero(lowest(keys, m)))
+    rows = np.flatnonzero(within)
+    return Choice(rows=rows[lowest(keys[rows], m)])
 
 
-def choose_first(order: np.ndarray, rate: float) -> Choice:
-    """The first m of all N rows in `order`."""
-    return Choice(rows=np.sort(order[: coreset_size(rate, len(order))]))
+def choose_first(order: np.ndarray, m: int, within: np.ndarray | None = None) -> Choice:
+    """The first m of all N rows in `order`; `within`: of a mask (N,) alone."""
+    return Choice(rows=np.sort((order if within is None else order[within[order]])[:m]))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 from safetensors.torch import load_file
 
 from finetune.data_split import training_split
-from scripts.chaos import run_processes
+from finetune.llama_factory import import_llama_factory
+from scripts.chaos import fork, run_processes
 from selection.config import load_experiment
 from selection.effort import EffortScorer
 from selection.errors import UserError
@@ -32,6 +34,7 @@ UNTUNED = ("--set", "small_training.num_train_epochs=0", "--set", "selection.tok
 @pytest.fixture
 def stage(tmp_path):
     """A function that runs a stage in `count` processes, as torchrun would; returns exit code and output."""
+    import_llama_factory()  # once, for all the processes that are forked from this one
 
     def run(script: str, *arguments: object, count: int = 1) -> tuple[int, str]:
         log = tmp_path / "log"
@@ -40,13 +43,23 @@ def stage(tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """Where `selected` keeps the run folder that it copies."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
 @pytest.fixture
-def selected(make_experiment, rows, stage) -> Path:
+def selected(make_experiment, rows, stage, tmp_path, finished_run) -> Path:
     """The configuration of a finished selection, its speculator untuned."""
     config = make_experiment(rows, small_training={"num_train_epochs": 0})
+    if finished_run.exists():
+        shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
+        return config
     for script in ("selection/effort_score.py", "selection/verify.py", "selection/coreset.py"):
         code, said = stage(script, "--config_path", config)
         assert code == 0, said
+    shutil.copytree(tmp_path / "run", finished_run, symlinks=True)
     return config
 
 
@@ -109,11 +122,15 @@ def test_two_processes_tune_and_evaluate_as_one_does(make_experiment, rows, stag
 def test_torchrun_is_started_by_nproc_and_ends_as_the_stage_ends(make_experiment, rows, monkeypatch, tmp_path):
     monkeypatch.setenv("NPROC", "2")
     config = make_experiment(rows)
-    at = ("selection/launch.py", REPOSITORY / "selection" / "effort_score.py", "--config_path", config, *UNTUNED)
-    run_script(*at)
+
+    def launch(script: str, *more: object) -> subprocess.CompletedProcess:
+        arguments = (REPOSITORY / script, "--config_path", config, *more)
+        return run_script("selection/launch.py", *arguments, check=False)
+
+    assert_one_line_error(launch("selection/costs.py"), "no cost ledger yet")  # both say it, one is heard
+    done = launch("selection/effort_score.py", *UNTUNED)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert read_ledger(tmp_path / "run")[0].processes == 2
-    refused = run_script(*at, "--set", "cutoff_len=9", check=False)
-    assert_one_line_error(refused, "holds scores made otherwise (cutoff_len: stored 256, now 9)")
 
 
 # Kills and signals
@@ -126,17 +143,16 @@ def test_killed_stages_go_on_to_the_same_result():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_stage_with_a_line_and_nothing_half_written(make_experiment, rows, number, code, tmp_path):
-    config = make_experiment(rows * 40)
-    command = [sys.executable, "selection/effort_score.py", "--config_path", str(config), *UNTUNED]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    config, log = make_experiment(rows * 40), tmp_path / "log"
+    import_llama_factory()
+    child = fork(["selection/effort_score.py", "--config_path", str(config), *UNTUNED], 0, 1, None, log)
     ends = time.monotonic() + 120
     while not list((tmp_path / "run" / "scores" / "small").glob("part-*")) and time.monotonic() < ends:
         time.sleep(0.02)
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == code
-    assert said.endswith("interrupted: call the same command again to go on\n") and "Traceback" not in said
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    said = log.read_text()
+    assert said.count("interrupted: call the same command again to go on\n") == 1 and "Traceback" not in said
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert 0 < len(read_scores(tmp_path / "run" / "scores" / "small").index) < 960
     assert read_ledger(tmp_path / "run")[0].samples > 0
@@ -264,8 +280,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays_usable(selected, st
 # Rows without a finite score
 
 
-@pytest.mark.parametrize("method", ["staff", "random", "length"])
-def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tmp_path, stage, monkeypatch, method):
+def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tmp_path, stage, monkeypatch):
     varied = [row | {"output": f"{row['output']} {i}."} for i in range(5) for row in rows]
     config = make_experiment(varied, small_training={"num_train_epochs": 0}, cutoff_len=1024)
     experiment = load_experiment(config)
@@ -297,15 +312,15 @@ def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tm
     assert read_scores(experiment.small_scores, columns=()).left_out.tolist() == [7]
     score_rows(experiment, split, experiment.small_model, None, every, experiment.small_scores, VERIFICATION)
     assert read_sealed(path)["left_out"] == [7] and not plan.exists()
-    at = ("--config_path", config, "--method", method, "--rate", 0.5, 1.0)
-    if method == "staff":
-        code, said = stage("selection/verify.py", "--config_path", config)
-        assert code == 0, said
-        assert all(7 not in stratum["verified"] for stratum in read_json(experiment.verification)["strata"])
-    code, said = stage("selection/coreset.py", *at)
+    code, said = stage("selection/verify.py", "--config_path", config)
     assert code == 0, said
-    half, whole = (read_json(experiment.coresets / f"{method}-{rate}.json") for rate in ("0.5", "1"))
-    assert whole["indices"] == [row for row in range(120) if row != 7]
-    assert len(half["indices"]) == 59 and 7 not in half["indices"]
-    for coreset in (half, whole):
-        assert coreset["num_rows"] == 120 and coreset["ids"] == [split.ids[row] for row in coreset["indices"]]
+    assert all(7 not in stratum["verified"] for stratum in read_json(experiment.verification)["strata"])
+    methods = ("staff", "random", "length")
+    code, said = stage("selection/coreset.py", "--config_path", config, "--method", *methods, "--rate", 0.5, 1.0)
+    assert code == 0, said
+    for method in methods:
+        half, whole = (read_json(experiment.coresets / f"{method}-{rate}.json") for rate in ("0.5", "1"))
+        assert whole["indices"] == [row for row in range(120) if row != 7]
+        assert len(half["indices"]) == 59 and 7 not in half["indices"]
+        for coreset in (half, whole):
+            assert coreset["num_rows"] == 120 and coreset["ids"] == [split.ids[row] for row in coreset["indices"]]

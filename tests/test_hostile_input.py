@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_script
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -472,18 +471,19 @@ _LIGHT = ["experiment", "grid", "data.jsonl", "scores.csv", "scores.parquet", "f
 _LIGHT += ["coreset.json", "coreset.pt", "draft", "cells", "split", "split's rows"]
 
 
-def test_the_fuzz_script_finds_nothing_but_what_was_broken_on_purpose():
+def test_the_fuzz_script_finds_nothing_but_what_was_broken_on_purpose(tmp_path):
     """One reader is broken: there, and only there, cases fail, and each is named as it can be repeated."""
-    program = """if True:
-        import json, runpy, sys
-        from selection import ledger
-        ledger.read_ledger = lambda folder: [json.loads(line) for line in ledger.ledger_path(folder).open()]
-        runpy.run_path(sys.argv[0], run_name="__main__")"""
-    program = program.replace("sys.argv[0]", repr(str(REPOSITORY / "scripts" / "fuzz.py")))
-    program = program.replace("[json.loads(line) for", "[ledger.Cost(**json.loads(line)) for")
-    command = [sys.executable, "-c", program, "--count", "8", "--workers", "1", "--kind", "costs", *_LIGHT]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    (tmp_path / "broken.py").write_text(
+        "import json, runpy, sys\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from selection import ledger\n"
+        "def read(folder):\n"
+        "    return [ledger.Cost(**json.loads(line)) for line in ledger.ledger_path(folder).open()]\n"
+        "ledger.read_ledger = read\n"
+        f"runpy.run_path({str(REPOSITORY / 'scripts' / 'fuzz.py')!r}, run_name='__main__')\n"
+    )
+    arguments = ["--count", 8, "--workers", 1, "--kind", "costs", *_LIGHT]
+    done = run_script(tmp_path / "broken.py", *arguments, cwd=REPOSITORY, check=False)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     table = [line for line in done.stdout.splitlines()[1:] if not line.startswith("failed: ")]
     counts = {line[:22].strip(): list(map(int, line[22:].split()[:4])) for line in table}

@@ -81,7 +81,7 @@ def cases(draw) -> Case:
 
 
 def choose_random(num_rows: int, rate: float, seed: int):
-    return choose_lowest(random_keys(num_rows, seed), rate)
+    return choose_lowest(random_keys(num_rows, seed), coreset_size(rate, num_rows))
 
 
 def in_stratum(rows: np.ndarray, strata: Strata, i: int) -> list[int]:

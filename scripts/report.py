@@ -1,0 +1,46 @@
+"""One HTML page about a run: its scores, strata, verification ratios, samples and costs, and what each coreset takes.
+
+    python scripts/report.py runs/demo
+    python scripts/report.py --config_path configs/demo.yaml
+
+Needs a run folder with a coreset. Writes <run folder>/report.html, one file that needs neither server nor network nor,
+to be read, JavaScript. Prints its path.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+
+from selection.config import Experiment, load_experiment  # noqa: E402
+from selection.errors import UserError, run_stage  # noqa: E402
+from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    add_experiment_arguments(parser, required=False)
+    run_help = "run folder, whose own experiment.yaml is read; default: that of --config_path"
+    parser.add_argument("run", nargs="?", type=Path, help=run_help)
+    arguments = parser.parse_args()
+    if (arguments.run is None) == (arguments.config_path is None):
+        raise UserError("give either a run folder or --config_path")
+    experiment = (
+        load_experiment(arguments.config_path, arguments.set) if arguments.run is None else of_run(arguments.run)
+    )
+
+    from selection.report import write_report
+
+    print(write_report(experiment))
+
+
+def of_run(folder: Path) -> Experiment:
+    record = folder / "experiment.yaml"
+    if not record.is_file():
+        raise UserError(f"{folder} has no experiment.yaml: give the run's configuration with --config_path")
+    return load_experiment(str(record), [f"output_dir={json.dumps(str(folder.resolve()))}"])
+
+
+if __name__ == "__main__":
+    run_stage(main)

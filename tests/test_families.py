@@ -1,0 +1,401 @@
+"""A start from a target and a data file: families, local folders, forms of rows, defaults, the whole of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, assert_one_line_error, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.llama_factory import import_llama_factory, rows_without_response
+from selection import choices, families
+from selection.choices import choose_models, strata_for
+from selection.config import DatasetFormat, Selection, load_experiment
+from selection.data_form import detect_form
+from selection.errors import UserError
+from selection.families import Family, find_pair, read_families
+
+FAMILIES = read_families()
+MODELS = [(name, model) for name, family in FAMILIES.items() for model in family.models]
+TUNED = re.compile(r"instruct|-it$|-chat|phi|Qwen3-[\dAB.-]+B$", re.IGNORECASE)  # Qwen 3 names its base models instead
+
+
+def billions(model: str) -> float | None:
+    """The size that a name tells; None: none."""
+    sizes = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([bm])(?![\w.])", model.lower())
+    return float(sizes[0][0]) / (1000 if sizes[0][1] == "m" else 1) if sizes else None
+
+
+# configs/families.yaml
+
+
+def test_llama_factory_knows_every_template_and_model():
+    import_llama_factory()
+    from llamafactory.data.template import TEMPLATES
+    from llamafactory.extras.constants import DEFAULT_TEMPLATE, SUPPORTED_MODELS
+
+    templates = {hub: DEFAULT_TEMPLATE.get(name) for name, hubs in SUPPORTED_MODELS.items() for hub in hubs.values()}
+    for name, model in MODELS:
+        family = FAMILIES[name]
+        assert family.template in TEMPLATES, name
+        known = model if model in templates else model.replace("meta-llama/Llama-3.1", "meta-llama/Meta-Llama-3.1")
+        assert known in templates, model
+        assert templates[known] in (None, family.template), model  # it names none for base models
+        assert family.small in ("first", "none") or family.small in templates, name
+
+
+def test_names_are_unambiguous():
+    last_parts = [model.rpartition("/")[2].lower() for _, model in MODELS]
+    assert len(set(last_parts)) == len(last_parts)
+
+
+@pytest.mark.parametrize(("name", "model"), MODELS, ids=[model for _, model in MODELS])
+def test_every_listed_target_gets_a_smaller_sibling_of_its_kind_or_none(name, model):
+    family = FAMILIES[name]
+    for spelled in (model, model.lower(), model.upper()):
+        pair = find_pair(spelled)
+        assert (pair.target, pair.template, pair.family) == (model, family.template, name)
+    if pair.small is None:
+        assert family.small == "none" or model == family.models[0]
+        return
+    assert pair.small != model
+    assert bool(TUNED.search(pair.small)) == bool(TUNED.search(model))
+    if billions(pair.small) and billions(model):
+        assert billions(pair.small) < billions(model)
+
+
+def test_models_stand_from_small_to_large():
+    for family in FAMILIES.values():
+        sizes = [size for size in map(billions, family.models) if size]
+        assert sizes == sorted(sizes)
+
+
+def test_the_papers_pairs_are_those_of_its_configurations():
+    for path in (REPOSITORY / "configs" / "paper").glob("*_dialogsum.yaml"):
+        experiment = load_experiment(str(path))
+        pair = find_pair(experiment.target_model)
+        assert (pair.small, pair.template) == (experiment.small_model, experiment.template)
+
+
+def test_a_wrong_families_file_is_one_message(tmp_path):
+    path = tmp_path / "families.yaml"
+    path.write_text("Mine: {template: qwen, models: []}")
+    with pytest.raises(UserError, match=r"Mine\.models"):
+        read_families(path)
+
+
+# Local folders
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A function that makes a folder which looks like a model."""
+
+    def make(name: str, **config):
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "model.safetensors").touch()
+        return folder
+
+    return make
+
+
+def test_a_folder_is_known_by_its_name_before_its_config(model_folder):
+    folder = model_folder("qwen2.5-7b", _name_or_path="google/gemma-2-9b", model_type="llama")
+    pair = find_pair(str(folder))
+    assert (pair.target, pair.small, pair.template) == (str(folder), "Qwen/Qwen2.5-0.5B", "qwen")
+
+
+def test_a_folder_is_known_by_the_name_in_its_config_before_its_type(model_folder):
+    folder = model_folder("mine", _name_or_path="qwen/QWEN2.5-7B-instruct", model_type="gemma2")
+    pair = find_pair(str(folder))
+    assert (pair.target, pair.small, pair.template) == (str(folder), "Qwen/Qwen2.5-0.5B-Instruct", "qwen")
+
+
+def test_the_type_alone_tells_the_template_but_no_sibling(model_folder):
+    pair = find_pair(str(model_folder("mine", model_type="gemma2")))
+    assert (pair.small, pair.template, pair.family) == (None, "gemma2", None)
+    assert "gemma2" in pair.why
+
+
+def test_a_type_of_two_templates_tells_neither(model_folder, monkeypatch):
+    two = {t: Family(template=t, models=[f"x/{t}"], model_type="mixed") for t in ("one", "two")}
+    monkeypatch.setattr(families, "read_families", lambda: two)
+    assert find_pair(str(model_folder("mine", model_type="mixed"))).template is None
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"model_type": "phi3"}, {"model_type": "mistral"}, {}])
+def test_a_folder_of_unknown_family_needs_a_template(model_folder, config):
+    folder = model_folder("mine", **config)
+    with pytest.raises(UserError, match=r"--template.*--small"):
+        choose_models(str(folder))
+    pair = choose_models(str(folder), template="chatml")
+    assert (pair.small, pair.template) == (None, "chatml")
+
+
+def test_an_unknown_hub_name_needs_a_template():
+    with pytest.raises(UserError, match=r"foo/bar is not in .*--template"):
+        choose_models("foo/bar")
+    assert choose_models("foo/bar", small="foo/small", template="qwen").small == "foo/small"
+
+
+def test_a_sibling_beside_the_folder_goes_before_the_hubs(model_folder):
+    folder = model_folder("Qwen2.5-7B-Instruct")
+    model_folder("Qwen2.5-0.5B")  # the base model, no sibling
+    assert find_pair(str(folder)).small == "Qwen/Qwen2.5-0.5B-Instruct"
+    (model_folder("QWEN2.5-0.5b-instruct") / "config.json").unlink()  # a download that has just begun
+    assert find_pair(str(folder)).small == "Qwen/Qwen2.5-0.5B-Instruct"
+    (folder.parent / "QWEN2.5-0.5b-instruct" / "config.json").write_text("{}")
+    assert find_pair(str(folder)).small == str(folder.parent / "QWEN2.5-0.5b-instruct")
+
+
+def test_a_sibling_of_the_hub_is_downloaded_cached_or_cut(model_folder, tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    target = str(model_folder("Qwen2.5-7B"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert choose_models(target).small == "Qwen/Qwen2.5-0.5B"
+    assert "to be downloaded from the hub, as it does not lie beside the target" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert choose_models(target).small is None
+    assert "HF_HUB_OFFLINE is set); a speculator is cut out of the target" in capsys.readouterr().err
+    cached = tmp_path / "cache" / "models--Qwen--Qwen2.5-0.5B"
+    (cached / "snapshots" / "1").mkdir(parents=True)
+    (cached / "snapshots" / "1" / "config.json").touch()
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    assert choose_models(target).small == "Qwen/Qwen2.5-0.5B"
+    assert "from the hub's cache" in capsys.readouterr().err
+
+
+def test_what_is_given_goes_before_what_is_found(model_folder, capsys):
+    target, small = model_folder("Qwen2.5-7B"), model_folder("my-small")
+    pair = choose_models(str(target), small=str(small), template="chatml")
+    assert (pair.small, pair.template) == (str(small), "chatml")
+    assert capsys.readouterr().err.count("as given") == 2
+
+
+# Forms of rows
+
+
+def talk(role: str, content: str, *turns: tuple[str, str]) -> list[dict]:
+    return [{role: who, content: what} for who, what in turns]
+
+
+FORMS = {
+    "alpaca": [{"instruction": "Say", "input": "one", "output": "1"}],
+    "alpaca with a system prompt": [{"instruction": "Say", "input": "one", "output": "1", "system": "S"}],
+    "alpaca without input": [{"instruction": "Say\none", "output": "1", "id": 7}],
+    "prompt and completion": [{"prompt": "Say\none", "completion": "1"}],
+    "prompt and completion with a system prompt": [{"prompt": "Say\none", "completion": "1", "system": "S"}],
+    "question and answer": [{"question": "Say\none", "answer": "1", "prompt": "x"}],
+    "sharegpt": [{"conversations": talk("from", "value", ("human", "Say\none"), ("gpt", "1"))}],
+    "sharegpt, own tags": [{"conversations": talk("from", "value", ("user", "Say\none"), ("assistant", "1"))}],
+    "sharegpt with a system column": [
+        {"conversations": talk("from", "value", ("human", "Say\none"), ("gpt", "1")), "system": "S"}
+    ],
+    "sharegpt with a system turn": [
+        {"conversations": talk("from", "value", ("system", "S"), ("human", "Say\none"), ("gpt", "1"))}
+    ],
+    "messages": [{"messages": talk("role", "content", ("user", "Say\none"), ("assistant", "1")), "prompt": "x"}],
+    "messages with a system turn": [
+        {"messages": talk("role", "content", ("system", "S"), ("user", "Say\none"), ("assistant", "1"))}
+    ],
+    "messages with a system column": [
+        {"messages": talk("role", "content", ("user", "Say\none"), ("assistant", "1")), "system": "S"}
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_llama_factory_reads_every_form_to_the_same_sample(name):
+    rows = FORMS[name]
+    form, used = detect_form(list(rows[0]), rows, "my.jsonl")
+    entry = DatasetFormat(**form).entry
+    assert rows_without_response(rows, entry) == []
+    from llamafactory.data.converter import get_dataset_converter
+    from llamafactory.data.parser import DatasetAttr
+    from llamafactory.hparams import DataArguments
+
+    attributes = DatasetAttr("file", dataset_name="rows")
+    attributes.join(entry)
+    sample = get_dataset_converter(attributes.formatting, attributes, DataArguments())(rows[0])
+    assert sample["_prompt"] == [{"role": "user", "content": "Say\none"}]
+    assert sample["_response"] == [{"role": "assistant", "content": "1"}]
+    assert sample["_system"] == ("S" if "system prompt" in name or "system column" in name or "turn" in name else "")
+    assert set(used) <= set(rows[0])
+
+
+def test_plain_alpaca_and_sharegpt_rows_need_no_description():
+    """Else the same rows would be other data than those of a configuration written by hand."""
+    assert DatasetFormat(**detect_form(["instruction", "input", "output"], FORMS["alpaca"], "")[0]) == DatasetFormat()
+    assert detect_form(["conversations"], FORMS["sharegpt"], "")[0] == {"formatting": "sharegpt"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a", "label": "b"}, r"text, label.*dataset_format\.columns\.prompt"),
+        ({"instruction": "a"}, "instruction"),
+        ({"prompt": talk("role", "content", ("user", "a")), "completion": "b"}, "prompt, completion"),
+        ({"messages": "a"}, "messages"),
+        ({"messages": talk("role", "content", ("user", "a"), ("narrator", "b"))}, "roles narrator"),
+        ({"messages": talk("role", "content", ("user", "a"), ("human", "b"), ("gpt", "c"))}, "roles human"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]}, "tool_calls"),
+    ],
+)
+def test_rows_of_another_form_are_one_message(row, said):
+    with pytest.raises(UserError, match=rf"--data my\.jsonl: .*{said}"):
+        detect_form(list(row), [row], "my.jsonl")
+
+
+# K and b_v
+
+
+@given(st.integers(1, 10**6))
+def test_the_target_verifies_at_most_a_fifth(num_rows):
+    published = Selection()
+    k, b = strata_for(num_rows, published)
+    assert k >= 1
+    assert b >= 1
+    assert k * b <= max(1, num_rows / 5)
+    assert k * b > min(500, num_rows // 5) / 2  # and no less than half of what it might
+    assert strata_for(num_rows + 1, published)[0] >= k
+    assert num_rows < 2500 or (k, b) == (published.num_strata, published.verify_per_stratum)
+
+
+def test_strata_for_some_sizes():
+    assert [strata_for(n, Selection()) for n in (54, 200, 900, 2499, 2500)] == [
+        (10, 1),
+        (10, 4),
+        (18, 10),
+        (49, 10),
+        (50, 10),
+    ]
+
+
+# A whole start
+
+
+@pytest.fixture
+def data(tmp_path, rows):
+    path = tmp_path / "my.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def begin(tiny_model, data, tmp_path):
+    """`start` for the tiny model, in the run folder `run`."""
+
+    def begin(**changes):
+        arguments = {"target": str(tiny_model), "data": [data], "template": "chatml", "run": tmp_path / "run"}
+        return choices.start(**arguments | changes)
+
+    return begin
+
+
+def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_model, data, tmp_path):
+    path, cut = begin(overrides=["training.lora_rank=4"])
+    experiment = load_experiment(str(path))
+    assert path == tmp_path / "run" / "start.yaml"
+    assert set(yaml.safe_load(path.read_text())) == set(type(experiment).model_fields)
+    draft = tmp_path / "run" / "tiny-2-layers"
+    assert cut == ["--target", str(tiny_model), "--layers", "2", "--out", str(draft)]
+    assert (experiment.target_model, experiment.small_model) == (str(tiny_model), str(draft))
+    assert (experiment.folder, experiment.dataset, experiment.template) == (tmp_path / "run", str(data), "chatml")
+    published = load_experiment(str(REPOSITORY / "configs" / "paper" / "gemma_dialogsum.yaml"))
+    for key in ("learning_rate", "lr_scheduler_type", "lora_target", "warmup_steps", "per_device_train_batch_size"):
+        assert experiment.training[key] == published.training[key]
+    assert experiment.training["lora_rank"] == 4
+    assert experiment.selection == Selection(num_strata=5, verify_per_stratum=1)  # of 27 training rows
+    assert (experiment.cutoff_len, experiment.eval_size) == (published.cutoff_len, published.eval_size)
+    assert (experiment.small_training, experiment.target_training) == (
+        published.small_training,
+        published.target_training,
+    )
+
+
+def test_options_and_set_go_before_the_defaults(begin, tiny_model):
+    path, cut = begin(
+        small=str(tiny_model), rates=[0.3], overrides=["selection.num_strata=3", "max_samples=20", "eval_size=0.5"]
+    )
+    experiment = load_experiment(str(path))
+    assert (cut, experiment.small_model) == ([], str(tiny_model))
+    assert (experiment.selection.rates, experiment.max_samples) == ([0.3], 20)
+    assert (experiment.selection.num_strata, experiment.selection.verify_per_stratum) == (3, 1)  # of 10 training rows
+
+
+def test_the_form_given_with_set_is_not_looked_for(begin, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps([{"q": "a", "a": "b"}] * 9))
+    names = ["dataset_format.columns.prompt=q", "dataset_format.columns.response=a"]
+    experiment = load_experiment(str(begin(data=[path], overrides=names)[0]))
+    assert experiment.dataset_format.columns == {"prompt": "q", "response": "a"}
+
+
+def test_several_files_are_entries_with_a_form_each():
+    alpaca, talks = {"formatting": "alpaca"}, {"formatting": "sharegpt"}
+    keys = choices._as_keys([REPOSITORY / "data" / "a.jsonl", Path("/b.jsonl")], [alpaca, talks])
+    assert keys == {
+        "dataset": [{"path": "data/a.jsonl", "dataset_format": alpaca}, {"path": "/b.jsonl", "dataset_format": talks}]
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"overrides": ["template=qwen"]}, "--template"),
+        ({"overrides": ["selection.rates=[0.5]"]}, "--rate"),
+        ({"overrides": ["selection.num_strata=many"]}, "selection.num_strata"),
+        ({"data": [REPOSITORY / "data" / "none.jsonl"]}, "no such file"),
+        ({"data": [REPOSITORY / "data" / "paper_table1.csv"]}, "its columns"),
+        ({"target": "models/none-such"}, "no folder"),
+        ({"small": "./none-such"}, "no folder"),
+        ({"rates": [2.0]}, "rates"),
+    ],
+)
+def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_path, changes, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        begin(**changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(begin, tmp_path, capsys):
+    path, cut = begin()
+    before = path.stat().st_mtime_ns
+    assert begin() == (path, cut)
+    assert path.stat().st_mtime_ns == before
+    assert "reusing" in capsys.readouterr().err
+    begin(rates=[0.5])  # nothing was done yet
+    assert load_experiment(str(path)).selection.rates == [0.5]
+    (tmp_path / "run" / "data").mkdir()
+    assert begin(rates=[0.5])[0] == path
+    for changes, key in (({"rates": [0.25]}, "selection.rates"), ({"template": "qwen", "rates": [0.5]}, "template")):
+        with pytest.raises(UserError, match=rf"{key}: stored .*--run"):
+            begin(**changes)
+    assert load_experiment(str(path)).selection.rates == [0.5]
+
+
+def test_a_target_of_one_layer_cannot_be_cut(model_folder, tiny_model):
+    folder = model_folder("one")
+    config = json.loads((tiny_model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(UserError, match=r"1 layer.*--small"):
+        choices.half_the_layers(str(folder))
+    assert choices.half_the_layers(str(tiny_model)) == 2
+
+
+def test_selection_sh_starts_cuts_and_goes_on_to_tune(tiny_model, data, tmp_path):
+    """To the first stage that is told apart by the experiment: it has no module of that name to tune."""
+    command = ["--target", tiny_model, "--template", "chatml", "--data", "my.jsonl", "--run", "run"]
+    command += ["--set", "training.lora_target=nowhere", "--set", "cutoff_len=64"]
+    done = run_script("selection/selection.sh", *command, cwd=tmp_path, check=False)
+    assert_one_line_error(done, "tuning", "nowhere")
+    made = json.loads((tmp_path / "run" / "tiny-2-layers" / "draft.json").read_text())
+    assert (made["layers"], len(made["kept"])) == (2, 2)

@@ -1,0 +1,115 @@
+"""A whole grid of cells on the demo's tiny random model, its table, and the ablations beside it."""
+
+import csv
+import shutil
+
+import pytest
+from conftest import REPOSITORY, assert_one_line_error, run_script
+
+METHODS = ["full", "random", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy", "staff"]
+
+
+def reproduce(results, runs) -> str:
+    command = ["--config", REPOSITORY / "configs" / "reproduce" / "tiny.yaml", "--jobs", 2]
+    done = run_script("scripts/reproduce.py", *command, "--results", results, "--runs", runs)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """cells.csv and run folders of the tiny grid, on the demo's two models."""
+    folder, models = tmp_path_factory.mktemp("grid"), REPOSITORY / "models"
+    run_script("scripts/make_tiny_model.py", "--out", models / "tiny")
+    draft = ["--config_path", REPOSITORY / "configs" / "tiny.yaml", "--set", f"output_dir={folder / 'draft'}"]
+    draft += ["--target", models / "tiny", "--layers", 2, "--out", models / "tiny-2-layers"]
+    run_script("scripts/make_draft.py", *draft)
+    assert "20 cells, 0 of them there" in reproduce(folder / "results", folder / "runs")
+    return folder
+
+
+def cells(results) -> list[dict[str, str]]:
+    with (results / "results" / "cells.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_grid_has_every_method_with_its_figures_and_costs(results):
+    rows = cells(results)
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "12" for m in METHODS]
+    for row in rows:
+        by_sample = [float(value) for value in row["rouge_l_by_sample"].split()]
+        assert len(by_sample) == int(row["eval_rows"]) == 10
+        assert sum(by_sample) / 10 == pytest.approx(float(row["rouge_l"]), abs=1e-3)  # LLaMA-Factory's own mean
+        assert (int(row["size"]), int(row["num_rows"])) == (50 if row["method"] == "full" else 15, 50)
+        assert float(row["tuning_flops"]) > 0
+        free = row["method"] in ("full", "random", "length")
+        assert (float(row["selection_flops"]) == 0) == (int(row["selection_tokens"]) == 0) == free
+    by_method = {row["method"]: float(row["selection_flops"]) for row in rows if row["seed"] == "1"}
+    assert len({by_method[m] for m in ("grand", "el2n", "ccs", "d2", "moderate", "entropy")}) == 1
+    assert by_method["staff"] not in (0, by_method["grand"])
+
+
+def test_a_grid_that_was_stopped_makes_what_is_missing_and_nothing_else(results):
+    table, before = results / "results" / "cells.csv", (results / "results" / "cells.csv").read_text()
+
+    def figures() -> list[dict[str, str]]:
+        return [{**row, "selection_seconds": ""} for row in cells(results)]  # coreset.py runs again for the lost cell
+
+    all_figures = figures()
+    lost = results / "runs" / "go_biology-seed-2" / "eval" / "ccs-0.3"
+    answers = (lost / "predictions.jsonl").read_bytes()
+    table.write_text("".join(line for line in before.splitlines(keepends=True) if ",ccs,paper,0.3,2," not in line))
+    shutil.rmtree(lost)
+    others = {path: path.stat().st_mtime_ns for path in results.rglob("metrics.json")}
+    assert "20 cells, 19 of them there" in reproduce(results / "results", results / "runs")
+    assert figures() == all_figures
+    assert (lost / "predictions.jsonl").read_bytes() == answers
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+    before = table.read_text()
+    assert "20 cells, 20 of them there" in reproduce(results / "results", results / "runs")
+    assert table.read_text() == before
+
+
+def test_the_grid_becomes_a_table(results):
+    shown = run_script("scripts/tables.py", results / "results").stdout
+    for name in ("Full data", "Random", "Length", "GraNd", "EL2N", "CCS", "D2 Pruning", "Moderate", "Entropy", "STAFF"):
+        assert f"\n| {name} |" in shown
+    assert (results / "results" / "tables.md").read_text() in shown
+    assert all((results / "results" / name).stat().st_size > 10_000 for name in ("curves.png", "curves.svg"))
+
+
+def test_ablations_refuse_foreign_scores_first_and_end_in_three_tables(results):
+    def ablations(*more, check=True):
+        command = [
+            "--config_path",
+            REPOSITORY / "configs" / "tiny.yaml",
+            "--layers",
+            2,
+            "--passes",
+            1,
+            0,
+            "--seeds",
+            1,
+            2,
+        ]
+        command += ["--num_strata", 3, "--verify_per_stratum", 2, "--runs", results / "ablations"]
+        return run_script("scripts/ablations.py", *command, "--out", results / "tables", *more, check=check)
+
+    scores = ["--baseline_scores", results / "runs" / "go_biology-seed-1" / "scores" / "target-full"]
+    foreign = ablations(*scores, "--set", "max_samples=50", "--runs", results / "other", check=False)
+    assert_one_line_error(foreign, "scores of another training split")
+    assert not (results / "tables").exists() and not list(results.glob("other/*layers*"))
+
+    shown = ablations(*scores).stdout
+    assert (results / "tables" / "ablations.md").read_text() in shown
+    tables = {}
+    for name in ("speculator", "verification", "departures"):
+        with (results / "tables" / f"{name}.csv").open(newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+    assert [(row["layers"], row["passes"]) for row in tables["speculator"]] == [("2", "1"), ("2", "0")]
+    flops = [float(row["flops"]) for row in tables["speculator"]]
+    # A pass of LoRA tuning takes twice what scoring takes; the tuned model is scored with its adapter.
+    assert 3 * flops[1] < flops[0] < 3.3 * flops[1]
+    assert [float(row["target_gradients"]) for row in tables["verification"]] == [6]
+    by_name = {row["departure"][:1]: float(row["rate_0.2"]) for row in tables["departures"]}
+    assert by_name["5"] == 1 and len(tables["departures"]) == 11
+    assert all(0 <= shared <= 1 for shared in by_name.values())
