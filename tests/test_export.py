@@ -383,6 +383,35 @@ def test_figures_that_are_no_numbers_and_rows_left_out(tiny_model, tmp_path):
     assert any("max_samples left them out: the 10 rows" in line for line in made.said)
 
 
+@pytest.mark.parametrize("form", ["the same", "two"])
+def test_rows_of_several_files_are_numbered_in_their_own(tiny_model, tmp_path, form):
+    first = biology()[:9]
+    second = conversations() if form == "two" else biology()[9:19]
+    sets = []
+    for name, rows in (("first", first), ("second", second)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        sets.append({"path": str(path)} | ({"dataset_format": SHAREGPT} if form == "two" and name == "second" else {}))
+    sets[1]["max_samples"] = 8
+    chosen = list(range(0, 13, 2))
+    made = exported(tmp_path, tiny_model, [], chosen, dataset=sets)
+    pooled, numbers = [*first, *second[:8]], split_numbers(made.experiment)["train"][chosen]
+    in_first, in_second = (
+        [int(line) for line in (made.folder / f"indices-{name}.txt").read_text().split()]
+        for name in ("first", "second")
+    )
+    assert in_first == [n for n in numbers if n < 9] and in_second == [n - 9 for n in numbers if n >= 9]
+    assert in_first and in_second and not (made.folder / "indices.txt").exists()
+    lines = read_lines(made.folder / "annotated.jsonl")
+    assert [line["staff_dataset"] for line in lines] == ["first"] * 9 + ["second"] * 8
+    assert any(line.endswith("the 2 rows of second after its first 8") for line in made.said)
+    if form == "the same":
+        assert [{key: line[key] for key in row} for line, row in zip(lines, pooled, strict=True)] == pooled
+    theirs = tokens_of_llama_factory(made.experiment, dataset_dir=str(made.folder / "llamafactory"), dataset="mine")
+    ours = llama_factory.tokenised_rows(made.experiment, str(tiny_model), "train", training_split(made.experiment).rows)
+    assert theirs["train_dataset"]["input_ids"] == ours.select(chosen)["input_ids"]
+
+
 def test_a_second_export_replaces_the_first_and_nothing_else(tiny_model, tmp_path):
     made = exported(tmp_path, tiny_model, biology(), [0, 1])
     (made.folder / "of the first").touch()
