@@ -399,11 +399,11 @@ def test_length_control_in_the_stages(scored, monkeypatch, tmp_path):
 def test_a_grid_holds_staff_and_staff_with_length_control(tmp_path):
     from selection.config import load_grid
 
-    grid = load_grid(REPOSITORY / "configs" / "reproduce" / "smollm2_length.yaml")
+    grid = load_grid(REPOSITORY / "configs" / "reproduce" / "smollm2_cpu.yaml")
     own = [cell for cell in cells_of(grid) if cell.variant and cell.seed == 1]
     assert [cell.tuned for cell in own] == ["staff-0.1", "staff-0.3"] and len(
         {str(cell) for cell in cells_of(grid)}
-    ) == 18
+    ) == 30
     arguments = experiment_arguments(grid, tmp_path, "go_biology", 1, "staff_length")
     experiment, plain = load(arguments), load(experiment_arguments(grid, tmp_path, "go_biology", 1))
     assert experiment.folder.name == "go_biology-seed-1-staff_length" and plain.folder.name == "go_biology-seed-1"
