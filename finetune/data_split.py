@@ -72,17 +72,32 @@ def training_split(experiment: Experiment) -> TrainingSplit:
         return split
 
 
-def _training_split(experiment: Experiment) -> TrainingSplit:
+def existing_split(experiment: Experiment) -> TrainingSplit | None:
+    """The training split where it has been made, else None; for a dry run, which writes nothing.
+
+    Raises: as `training_split`.
+    """
+    _, wanted = _wanted(experiment)
+    record_path = experiment.data_folder / "split.json"
+    return _checked(experiment, read_sealed(record_path), wanted) if record_path.exists() else None
+
+
+def _wanted(experiment: Experiment) -> tuple[Path, dict]:
+    """The data file, and what a split of it is made from."""
     source = from_repository(experiment.dataset)
     if not source.is_file():
         raise UserError(f"dataset {experiment.dataset}: No such file (looked for {source})")
-    wanted = {
+    return source, {
         "dataset_sha256": _content(source),
         "dataset_format": experiment.dataset_format.entry,
         "max_samples": experiment.max_samples,
         "eval_size": experiment.eval_size,
         "split_seed": experiment.split_seed,
     }
+
+
+def _training_split(experiment: Experiment) -> TrainingSplit:
+    source, wanted = _wanted(experiment)
     record_path = experiment.data_folder / "split.json"
     files = [split_path(experiment, name) for name in ("train", "eval")]
     with locked(experiment.folder):  # two stages may come to need it at a time
@@ -90,6 +105,15 @@ def _training_split(experiment: Experiment) -> TrainingSplit:
         if not record or (record.get("made_from") == wanted and not all(path.exists() for path in files)):
             _make_split(experiment, source, wanted)
             record = read_sealed(record_path)
+    train = _checked(experiment, record, wanted)
+    list_datasets(experiment, ["train", "eval"])
+    return train
+
+
+def _checked(experiment: Experiment, record: dict, wanted: dict) -> TrainingSplit:
+    """The split that `record` vouches for. Raises: UserError where it is of other data, or not what was written."""
+    record_path = experiment.data_folder / "split.json"
+    files = [split_path(experiment, name) for name in ("train", "eval")]
     record = checked(_SplitRecord, record, record_path)
     if difference := first_difference(record["made_from"], wanted):
         raise UserError(
@@ -99,7 +123,6 @@ def _training_split(experiment: Experiment) -> TrainingSplit:
         raise UserError(
             f"the split in {experiment.data_folder} is damaged or was changed by hand: remove {experiment.data_folder}"
         )
-    list_datasets(experiment, ["train", "eval"])
     train = _identify(experiment, "train")
     if train.fingerprint != record.get("fingerprint"):
         raise UserError(f"{record_path} is of other rows than {files[0]}: remove {experiment.data_folder}")

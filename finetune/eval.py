@@ -18,7 +18,7 @@ from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
 end_on_signals()
 
 from finetune import llama_factory  # noqa: E402
-from finetune.data_split import row_id, rows_of, training_split  # noqa: E402
+from finetune.data_split import existing_split, row_id, rows_of, training_split  # noqa: E402
 from finetune.tokenised import lengths  # noqa: E402
 from finetune.tuning import check_base  # noqa: E402
 from selection.config import Experiment, load_experiment  # noqa: E402
@@ -36,7 +36,7 @@ from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.metrics import read_metrics  # noqa: E402
 from selection.processes import processes  # noqa: E402
-from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
+from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser  # noqa: E402
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 
@@ -44,6 +44,7 @@ METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
+    add_dry_run_argument(parser)
     parser.add_argument(
         "--tuned", nargs="+", metavar="NAME", help="e.g. staff-0.2 full untuned; default: all there are"
     )
@@ -56,15 +57,20 @@ def main() -> None:
     for name in names:
         if name != "untuned" and not experiment.tuned_target(name).exists():
             raise UserError(f"--tuned {name}: no {experiment.tuned_target(name)}: run finetune-select.py first")
-    training_split(experiment)
-    results = {name: evaluate(experiment, name) for name in names}
+    split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
+    if split is None:
+        print(f"evaluation: would split {experiment.dataset} and evaluate {', '.join(names)}")
+        return
+    results = {name: evaluate(experiment, name, arguments.dry_run) for name in names}
+    if arguments.dry_run:
+        return
     print(f"\n{'':<16}" + "".join(f"{metric:>10}" for metric in METRICS))
     for name, metrics in results.items():
         print(f"{name:<16}" + "".join(f"{metrics[metric]:>10.2f}" for metric in METRICS))
 
 
-def evaluate(experiment: Experiment, name: str) -> dict:
-    """Metrics of one tuned target, from its folder if it was evaluated before."""
+def evaluate(experiment: Experiment, name: str, dry_run: bool = False) -> dict:
+    """Metrics of one tuned target, from its folder if it was evaluated before; none where it is a dry run."""
     tuned = None if name == "untuned" else experiment.tuned_target(name)
     if tuned is not None:
         check_base(tuned, experiment.target_model)
@@ -84,8 +90,11 @@ def evaluate(experiment: Experiment, name: str) -> dict:
     together = processes()
     check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
-        say(f"evaluation: reusing {folder}")
+        (print if dry_run else say)(f"evaluation: reusing {folder}")
         return read_metrics(folder)
+    if dry_run:
+        print(f"evaluation of {name}: would answer {len(held_out)} held-out rows -> {folder}")
+        return {}
     cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision, processes=together.count)
     if together.leads:
         tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)

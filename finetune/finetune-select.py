@@ -16,18 +16,19 @@ from selection.errors import end_on_signals, run_stage  # noqa: E402
 
 end_on_signals()
 
-from finetune.data_split import training_split  # noqa: E402
+from finetune.data_split import existing_split, training_split  # noqa: E402
 from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
 from selection.config import load_experiment  # noqa: E402
 from selection.coreset_files import check_fits, read_coreset  # noqa: E402
 from selection.ledger import TARGET_TUNING  # noqa: E402
 from selection.log import say  # noqa: E402
-from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
+from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser  # noqa: E402
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
+    add_dry_run_argument(parser)
     add_report_arguments(parser)
     parser.add_argument(
         "--select_path",
@@ -39,15 +40,19 @@ def main() -> None:
     arguments = parser.parse_args()
     report = report_keys(arguments)
     experiment = load_experiment(arguments.config_path, arguments.set)
-    split = training_split(experiment)
+    split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
     coresets = [read_coreset(path) for path in arguments.select_path]
+    if split is None:
+        for coreset in coresets:
+            print(f"{TARGET_TUNING}: would split {experiment.dataset} and tune the target on {coreset.name}")
+        return
     for coreset, path in zip(coresets, arguments.select_path, strict=True):
         check_fits(coreset, split.ids, split.fingerprint, str(path))
     for coreset in coresets:
         say(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
         rows, folder = split.rows.select(coreset.indices), experiment.tuned_target(coreset.name)
-        keys, stage = experiment.target_training, TARGET_TUNING
-        tune_once(experiment, experiment.target_model, coreset.name, rows, folder, keys, stage, report)
+        model, keys, stage = experiment.target_model, experiment.target_training, TARGET_TUNING
+        tune_once(experiment, model, coreset.name, rows, folder, keys, stage, report, arguments.dry_run)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,19 @@ from selection.errors import end_on_signals, run_stage  # noqa: E402
 
 end_on_signals()
 
-from finetune.data_split import training_split  # noqa: E402
+from finetune.data_split import existing_split, training_split  # noqa: E402
+from finetune.llama_factory import model_path  # noqa: E402
 from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
 from selection.config import load_experiment  # noqa: E402
 from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING  # noqa: E402
 from selection.log import say  # noqa: E402
-from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
+from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser  # noqa: E402
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
+    add_dry_run_argument(parser)
     add_report_arguments(parser)
     parser.add_argument(
         "--model",
@@ -37,14 +39,7 @@ def main() -> None:
     report = report_keys(arguments)
     experiment = load_experiment(arguments.config_path, arguments.set)
     if arguments.model == "small" and experiment.tuned_small is None:
-        say("speculative tuning: none, num_train_epochs is 0")
-        return
-    split = training_split(experiment)
-    if arguments.model == "small" and experiment.borrows:
-        from selection.speculative_run import check_speculative_run  # seconds of imports
-
-        check_speculative_run(experiment, split)
-        say(f"{SPECULATIVE_TUNING}: reusing {experiment.tuned_small}, of speculative_run")
+        (print if arguments.dry_run else say)("speculative tuning: none, num_train_epochs is 0")
         return
     if arguments.model == "small":
         model, folder, keys, stage = (
@@ -60,7 +55,17 @@ def main() -> None:
             experiment.target_training,
             TARGET_TUNING,
         )
-    tune_once(experiment, model, "train", split.rows, folder, keys, stage, report)
+    split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
+    if split is None:
+        print(f"{stage}: would split {experiment.dataset} and tune {model_path(model)} on it -> {folder}")
+        return
+    if arguments.model == "small" and experiment.borrows:
+        from selection.speculative_run import check_speculative_run  # seconds of imports
+
+        check_speculative_run(experiment, split)
+        (print if arguments.dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
+        return
+    tune_once(experiment, model, "train", split.rows, folder, keys, stage, report, arguments.dry_run)
 
 
 if __name__ == "__main__":

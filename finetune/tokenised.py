@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from finetune import llama_factory
 from finetune.data_split import TrainingSplit
 from selection.config import Experiment
+from selection.errors import UserError
 from selection.files import building, digest, locked, model_fingerprint, reuse
 
 
@@ -37,6 +38,15 @@ def tokenised_split(experiment: Experiment, model: str, split: TrainingSplit):
 def lengths(tokenised) -> np.ndarray:
     """Tokens of each row (N,)."""
     return pc.list_value_length(tokenised.data.column("input_ids")).to_numpy()
+
+
+def check_embeddings(experiment: Experiment, model: str, loaded, tokenised) -> None:
+    """Raises: UserError where rows have a token that `loaded`, the model, has no embedding for."""
+    if highest_token(tokenised) >= loaded.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"template {experiment.template} makes a token that {model} has no embedding for: give the model's own "
+            "template"
+        )
 
 
 def highest_token(tokenised) -> int:

@@ -1,8 +1,10 @@
 """Tune a model on a data set of the run folder, once: a finished result is reused, another is refused."""
 
 import argparse
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,12 @@ from selection.ledger import TARGET_TUNING, Cost, measured
 from selection.log import say
 from selection.processes import processes
 
+# LLaMA-Factory's keys that say what is logged and where: a tuned model is the same whatever they are.
+_ONLY_LOGGING = {
+    "report_to", "run_name", "project", "trackio_space_id", "logging_steps", "logging_first_step", "logging_strategy",
+    "logging_nan_inf_filter", "log_level", "log_level_replica", "log_on_each_node", "plot_loss", "disable_tqdm",
+}  # fmt: skip
+
 
 def tune_once(
     experiment: Experiment,
@@ -26,25 +34,28 @@ def tune_once(
     keys: dict[str, Any],
     stage: str,
     report: dict[str, Any],
+    dry_run: bool = False,
 ) -> None:
     """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`.
 
     `keys` are LLaMA-Factory's, `report` those that only add logging. The folder appears when training is done, never
     before: nothing can be taken for finished, or resumed, that is not. Under torchrun the processes share each
     optimiser step's samples. (The last step of a pass, where it is not full, accelerate fills up with samples from the
-    pass' start, so that every process has some.)
+    pass' start, so that every process has some.) With `dry_run` it is only said what would be done.
     """
     together, precision = processes(), choose_precision(experiment.precision)
     identity = tuning_identity(experiment, model, rows, keys)
     check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
-        say(f"{stage}: reusing {folder}")
+        (print if dry_run else say)(f"{stage}: reusing {folder}")
         return
+    report = report | {"report_to": _logs_to(experiment.training | keys, report)}
     shares = share_of_batch(experiment.training | keys, together.count)
+    if dry_run:
+        print(f"{stage}: would tune {model} on {dataset} ({len(rows)} rows) -> {folder}")
+        return
     what = folder.name if stage == TARGET_TUNING else model
-    if report:
-        os.environ.setdefault("WANDB_DIR", str(experiment.folder))  # else it writes into the working directory
-    with building_together(folder, identity) as draft:
+    with _logs_in(experiment.folder, folder), building_together(folder, identity) as draft:
         if together.leads:
             if dataset != "train":  # which stands there, for all stages
                 say(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
@@ -68,8 +79,40 @@ def tuning_identity(experiment: Experiment, model: str, rows: "datasets.Dataset"
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "precision": choose_precision(experiment.precision),
-        "keys": experiment.training | keys,
+        "keys": {key: value for key, value in (experiment.training | keys).items() if key not in _ONLY_LOGGING},
     }
+
+
+def _logs_to(keys: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    """Where tuning is logged, as LLaMA-Factory's `report_to`: what the YAML says and what the command line adds.
+
+    Raises: UserError where that is not installed, before anything costs.
+    """
+    said = [keys.get("report_to") or "none", report.get("report_to", "none")]
+    names = [name for each in said for name in ([each] if isinstance(each, str) else each) if name != "none"]
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or importlib.util.find_spec(name) is None:
+            raise UserError(f"report_to {name}: not installed: pip install {name}, or remove it")
+    return list(dict.fromkeys(names)) or ["none"]
+
+
+@contextlib.contextmanager
+def _logs_in(run_folder: Path, tuned: Path) -> Iterator[None]:
+    """Loggers write into the run folder, beside what is tuned (whose files carry checksums), or where the user says.
+
+    TensorBoard: <run folder>/tensorboard/<small, or target/ and the coreset's name>, each call a file of its own.
+    """
+    folders = {
+        "WANDB_DIR": run_folder,
+        "TENSORBOARD_LOGGING_DIR": run_folder / "tensorboard" / tuned.relative_to(run_folder),
+    }
+    ours = {name: str(folder) for name, folder in folders.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:

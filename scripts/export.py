@@ -2,12 +2,12 @@
 
     python scripts/export.py runs/demo --coreset staff-0.2
 
-Writes RUN_DIR/export/<coreset>/, or FOLDER/<coreset>/: annotated.parquet and annotated.jsonl (every row of the run with
-its score, stratum and the reason), llamafactory/, dataset/, prompt_completion.jsonl, chat.jsonl and indices.txt (the
-chosen rows alone). An earlier export of the coreset is replaced.
+Needs a run folder with coresets. Writes RUN_DIR/export/<coreset>/, or FOLDER/<coreset>/: annotated.parquet and
+annotated.jsonl (every row of the run with its score, stratum and the reason), llamafactory/, dataset/,
+prompt_completion.jsonl, chat.jsonl and indices.txt (the chosen rows alone). An earlier export of the coreset is
+replaced.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,15 +20,16 @@ end_on_signals()
 
 from selection.config import load_experiment  # noqa: E402
 from selection.export import coreset_paths, export  # noqa: E402
+from selection.stage import argument_parser  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run folder")
+    parser = argument_parser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run folder; required")
     parser.add_argument(
         "--coreset", nargs="+", default=[], help="names, or files (.json, .pt); default: all of the run"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN_DIR/export")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the exports go; default: RUN_DIR/export")
     arguments = parser.parse_args()
     run = arguments.run.resolve()
     experiment = load_experiment(str(run / "experiment.yaml"), [f"output_dir={json.dumps(str(run))}"])

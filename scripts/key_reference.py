@@ -3,7 +3,8 @@
     python scripts/key_reference.py
     python scripts/key_reference.py --check    # exit code 2 where a file is not what the models say
 
-Needs both files with the lines <!-- keys … --> and <!-- end -->, and for each key a docstring that ends with its source.
+Needs both files with the lines <!-- keys … --> and <!-- end -->, and for each key a docstring that ends with its
+source.
 Writes the tables between these lines and leaves the rest.
 """
 

@@ -2,12 +2,13 @@
 
     python scripts/plan.py --config_path configs/demo.yaml --reuses 3
 
-Needs the models and the data that the YAML names. Makes the split, tokenises it, measures for some seconds how fast
-small and target model are scored and tuned here, and multiplies. Prints a table. Times are those of this device, as
-busy as it is now; measure again before you trust ten per cent.
+Needs the models and the data that the YAML names. Makes the split in a temporary folder, tokenises it, measures for
+some seconds how fast small and target model are scored and tuned here, and multiplies. Prints a table; writes nothing
+into the run folder. Times are those of this device, as busy as it is now; measure again before you trust ten per cent.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
@@ -32,16 +33,19 @@ def main() -> None:
     from finetune.data_split import training_split
     from selection import plan
 
-    split = training_split(experiment)
-    plan.check(experiment, len(split.rows))
-    models = {"small": experiment.small_model, "target": experiment.target_model}
-    tokenised = {
-        name: llama_factory.tokenised_rows(experiment, model, "train", split.rows) for name, model in models.items()
-    }
-    speeds = plan.calibrate(experiment, tokenised, arguments.seconds)
-    lengths = {name: [len(ids) for ids in rows["input_ids"]] for name, rows in tokenised.items()}
-    print()
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        elsewhere = experiment.model_copy(update={"output_dir": folder})
+        split = training_split(elsewhere)
+        plan.check(experiment, len(split.rows))
+        models = {"small": experiment.small_model, "target": experiment.target_model}
+        tokenised = {
+            name: llama_factory.tokenised_rows(elsewhere, model, "train", split.rows) for name, model in models.items()
+        }
+        speeds = plan.calibrate(experiment, tokenised, arguments.seconds)
+        lengths = {name: [len(ids) for ids in rows["input_ids"]] for name, rows in tokenised.items()}
     print(plan.format_plan(plan.make_plan(experiment, lengths, speeds), arguments.reuses))
+    if left_out := plan.not_in_the_times(experiment):
+        print(f"\n{left_out}")
 
 
 if __name__ == "__main__":

@@ -49,14 +49,16 @@ def main() -> None:
     runs = (arguments.runs or REPOSITORY / "runs" / "reproduce" / name).resolve()
 
     cells, done, jobs, known = cells_of(grid), read_cells(results), [], {}
-    for task, seed in dict.fromkeys((cell.task, cell.seed) for cell in cells):
-        own = [cell for cell in cells if (cell.task, cell.seed) == (task, seed)]
-        command_line = experiment_arguments(grid, runs, task, seed)
-        experiment = load(command_line)
+    for task, seed, variant in dict.fromkeys((cell.task, cell.seed, cell.variant) for cell in cells):
+        own = [cell for cell in cells if (cell.task, cell.seed, cell.variant) == (task, seed, variant)]
+        # A variant's settings are its task's: its name says what it changes.
+        experiment = load(experiment_arguments(grid, runs, task, seed))
         split, models = training_split(experiment), (experiment.small_model, experiment.target_model)
         paths = [llama_factory.model_path(model) for model in models]
         settings = settings_digest(experiment, split.fingerprint, map(model_fingerprint, paths))
         sizes = tuple(map(parameters_of, paths))
+        command_line = experiment_arguments(grid, runs, task, seed, variant)
+        experiment = load(command_line)
         known |= dict.fromkeys(own, (experiment, len(split.rows), settings, sizes))
         if other := [cell for cell in done if cell.task == task and done[cell]["settings"] != settings]:
             raise UserError(f"{results} was made otherwise ({other[0]}: other settings, data or models): move it away")

@@ -43,6 +43,7 @@ METHODS = {
     "moderate": ("Moderate", "#44aa99", "X"),
     "entropy": ("Entropy", "#999933", "<"),
     "staff": ("STAFF", "#d55e00", "*"),
+    "staff_length": ("STAFF, length control", "#882255", "p"),
 }
 AGAINST = ("random", "ccs", "length")
 METRICS = {"rouge_l": "ROUGE-L", "bleu_4": "BLEU-4"}
@@ -55,7 +56,8 @@ _COSTS = tuple(f"{what}_{unit}" for what in ("selection", "tuning") for unit in 
 _MEASURES = ("rate", "rouge_l", "bleu_4", "rouge_1", "rouge_2", *_COSTS, "peak_memory_gb")
 _BY_SAMPLE = tuple(f"{metric}_by_sample" for metric in METRICS)
 COLUMNS = (*_WORDS, *_COUNTS, *_MEASURES, *_BY_SAMPLE)
-_SAME_WITHIN_A_TASK = ("target", "mode", "num_rows", "eval_rows", "precision", "settings")
+# Its mode too, which is among its settings; a row of STAFF with more than the published rules says extended.
+_SAME_WITHIN_A_TASK = ("target", "num_rows", "eval_rows", "precision", "settings")
 _SAME_AT_EVERY_RATE = tuple(column for column in _COSTS if column.startswith("selection"))
 _ROUNDING = 0.05  # between a stored mean and the mean of stored values, in percentage points
 
@@ -368,11 +370,12 @@ def describe(grid: Grid) -> list[str]:
     lines = []
     for task in grid.tasks:
         cells = grid.of_task(task)
+        modes = " and ".join(dict.fromkeys(cell["mode"] for cell in cells))
         where = "; ".join(sorted({f"{cell['precision']} on {cell['device']}" for cell in cells}))
         commits = ", ".join(sorted({cell["commit"] for cell in cells}))
         lines.append(
             f"- {task}: target {cells[0]['target']}, {cells[0]['num_rows']} training rows, {cells[0]['eval_rows']} "
-            f"evaluation rows, mode {cells[0]['mode']}, {where}, commit {commits}"
+            f"evaluation rows, mode {modes}, {where}, commit {commits}"
         )
     seeds = f"Seeds: {', '.join(map(str, grid.seeds))}."
     missing = grid.size - len(grid.cells)

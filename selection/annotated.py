@@ -12,7 +12,7 @@ from selection.errors import UserError
 from selection.files import checked, read_json
 from selection.score_files import Scores, has_column, read_scores
 from selection.staff import choose_staff
-from selection.verification import Settings, StratumRecord, cut_strata
+from selection.verification import Settings, StratumRecord, cut_strata, stratified_score
 
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
 
@@ -76,19 +76,20 @@ def _of_all(scores: Scores, name: str, num_rows: int) -> np.ndarray:
 def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: dict[str, np.ndarray]) -> None:
     """Strata, V_i and reasons, by cutting the coreset again from its own record."""
     records = checked(list[StratumRecord], [_stratum(s) for s in about["strata"]], coreset)
-    settings = Settings(**{name: about[name] for name in Settings.__dataclass_fields__})
-    scores = read_scores(experiment.small_scores, ids=False).check_complete()
+    settings = Settings.from_record(about)
+    scores = read_scores(experiment.small_scores, settings.columns, ids=False).check_complete()
+    scores = stratified_score(scores, settings)
     strata = cut_strata(scores.effort, settings)
     ratios = [record.verification_ratio for record in records]
     if len(ratios) == len(strata.members):
-        choice = choose_staff(scores.effort, strata, ratios, about["rate"], settings.mode, settings.seed)
+        choice = choose_staff(scores.effort, strata, ratios, about["rate"], settings.rules, settings.seed)
     if len(ratios) != len(strata.members) or about["indices"] != scores.index[choice.rows].tolist():
         raise UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
     is_chosen, reason = columns["chosen"], columns["reason"]
     reason[:] = "left out: its loss or score is not finite"
     drawn, passed_over = (
         ("chosen: drawn at random in its stratum", "not drawn in its stratum")
-        if settings.mode != "released"
+        if settings.rules != "released"
         else ("chosen: among the highest of its stratum", "below the chosen of its stratum")
     )
     for record, members in zip(records, strata.members, strict=True):

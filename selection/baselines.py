@@ -37,7 +37,7 @@ def baseline(method: str, columns: Columns, num_rows: int, selection: Selection)
     """
     values = [columns[name] for name in columns_of(method, selection.baseline_variant)]
     if method == "length":
-        return _by_strata(1 / values[0], selection.hardest_cutoff, selection.mode, selection)
+        return _by_strata(1 / values[0], selection.hardest_cutoff, selection.rules, selection)
     published = selection.baseline_variant == "published"
     cutoff = selection.hardest_cutoff if published else 0.0
     if method == "ccs":

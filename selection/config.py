@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from selection.errors import UserError
 
@@ -42,15 +42,28 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+Mode = Literal["paper", "released", "extended"]
+
+
+def rules_of(mode: str) -> str:
+    """Whose rules a mode follows, "paper" or "released": extended is the published method with additions."""
+    return "released" if mode == "released" else "paper"
+
+
 class Selection(_Section):
     """Keys under `selection:`."""
 
-    mode: Literal["paper", "released"] = "paper"
-    """Follow the published method or the authors' code wherever the two differ (the table in README.md).
-    Source: ours."""
-    verify: Literal["by_mode", "sampled", "all"] = "by_mode"
+    mode: Mode = "paper"
+    """Follow the published method or the authors' code wherever the two differ (the table in README.md). extended: as
+    published, and the additions of neither may be switched on (verify: adaptive, length_control). Source: ours."""
+    verify: Literal["by_mode", "sampled", "all", "adaptive"] = "by_mode"
     """Which rows the target scores: the verified samples or the whole training split; by_mode: as `mode` says.
-    Source: paper (sampled); as released (all)."""
+    adaptive (extended alone): at most num_strata x verify_per_stratum samples, drawn where V_i leaves the budgets most
+    uncertain, until they are settled (selection/adaptive.py).
+    Source: paper (sampled); as released (all); ours (adaptive)."""
+    length_control: Literal["none", "residual"] = "none"
+    """residual (extended alone): strata and V_i are of what response length leaves unexplained of the effort scores
+    (length_residual in selection/length_control.py). Source: ours."""
     methods: list[Method] = Field(default=["staff", "random"], min_length=1)
     """Coresets to cut. All but staff, random and length need the scores of the tuned target.
     Source: paper; moderate and entropy as released; length ours."""
@@ -96,14 +109,26 @@ class Selection(_Section):
     """Of the fresh LoRA's A, the verification draws, and every random choice of rows.
     Source: ours; the released code draws without a seed."""
 
+    @field_validator("verify", "length_control")
+    @classmethod
+    def _only_extended(cls, value: str, info: ValidationInfo) -> str:
+        if value in ("adaptive", "residual") and info.data.get("mode") != "extended":
+            raise ValueError("neither the paper nor the released code has it: give selection.mode extended with it")
+        return value
+
+    @property
+    def rules(self) -> str:
+        """ "paper" or "released"."""
+        return rules_of(self.mode)
+
     @property
     def baseline_variant(self) -> str:
         """ "published" or "released"."""
-        return {"paper": "published", "released": "released"}[self.mode] if self.variant == "by_mode" else self.variant
+        return {"paper": "published", "released": "released"}[self.rules] if self.variant == "by_mode" else self.variant
 
     @property
     def verify_all(self) -> bool:
-        return self.verify == "all" or (self.verify == "by_mode" and self.mode == "released")
+        return self.verify == "all" or (self.verify == "by_mode" and self.rules == "released")
 
 
 class DatasetFormat(_Section):
@@ -259,8 +284,9 @@ class Grid(_Section):
 
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Task], Field(min_length=1)]
     """By name, of letters, digits, `_`, `.` and `-`. Source: ours."""
-    methods: list[Literal["full", Method]] = Field(min_length=1)
-    """Each once; full is the target tuned on everything. Source: paper; full is its row of full data."""
+    methods: list[Literal["full", "staff_length", Method]] = Field(min_length=1)
+    """Each once; full is the target tuned on everything, staff_length STAFF in mode extended with length_control
+    residual. Source: paper; full is its row of full data; staff_length ours."""
     rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
     """Fractions of the training split to keep, each once. Source: paper, Table 1."""
     seeds: list[Seed] = Field(min_length=1)
@@ -328,7 +354,7 @@ def as_yaml(experiment: Experiment) -> str:
     return yaml.dump(experiment.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export")
+_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export", "tensorboard")
 
 
 def _refuse_links_out_of(folder: Path) -> None:

@@ -28,13 +28,20 @@ end_on_signals()
 import numpy as np  # noqa: E402
 
 from selection.baselines import baseline, columns_of  # noqa: E402
-from selection.config import Experiment, Method, Selection, validated  # noqa: E402
-from selection.coreset_files import write_coreset  # noqa: E402
+from selection.config import Experiment, Method, Mode, Selection, validated  # noqa: E402
+from selection.coreset_files import coreset_name, write_coreset  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
 from selection.score_files import Scores, check_features, read_scores  # noqa: E402
 from selection.staff import Choice, Strata, choose_staff  # noqa: E402
-from selection.stage import add_experiment_arguments, argument_parser, load_experiment  # noqa: E402
-from selection.verification import Settings, StratumRecord, cut_strata, read_verification, verify  # noqa: E402
+from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser, load_experiment  # noqa: E402
+from selection.verification import (  # noqa: E402
+    Settings,
+    StratumRecord,
+    cut_strata,
+    read_verification,
+    stratified_score,
+    verify,
+)
 
 # A method's coresets: their scores, and the choice at a rate with what is to be recorded of it.
 Coresets = tuple[Scores, Callable[[float], tuple[Choice, dict[str, Any]]]]
@@ -65,9 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--method", nargs="+", choices=get_args(Method), metavar="METHOD", help=f"default: {of_yaml}, else staff"
     )
-    parser.add_argument(
-        "--mode", choices=["paper", "released"], help=f"of staff; default: {of_yaml}, else {published.mode}"
-    )
+    parser.add_argument("--mode", choices=get_args(Mode), help=f"of staff; default: {of_yaml}, else {published.mode}")
     parser.add_argument(
         "--variant", choices=["published", "released"], help="whose el2n, ccs and d2; default: as --mode says"
     )
@@ -89,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help="folder for the coresets; default: coresets/ in the run folder; required without --config_path",
     )
+    add_dry_run_argument(parser)
     return parser.parse_args()
 
 
@@ -111,6 +117,10 @@ def main() -> None:
     given = {name: getattr(arguments, name) for name in Selection.model_fields if hasattr(arguments, name)}
     selection = validated(selection, {k: v for k, v in given.items() if v is not None})
 
+    if arguments.dry_run:
+        for method in arguments.method:
+            say_what_would_be_cut(arguments, experiment, method, selection)
+        return
     cut: list[tuple[str, float, Choice, Scores, dict[str, Any]]] = []  # written once everything is known to be right
     for method in arguments.method:
         if experiment is None:
@@ -122,6 +132,20 @@ def main() -> None:
     for method, rate, choice, scores, record in cut:
         path = write_coreset(arguments.out, method, rate, choice, scores, record)
         print(f"{method} at rate {rate:g}: {len(choice.rows)} of {scores.num_rows} rows -> {path}")
+
+
+def say_what_would_be_cut(
+    arguments: argparse.Namespace, experiment: Experiment | None, method: str, selection: Selection
+) -> None:
+    paths = [str(arguments.out / f"{coreset_name(method, rate)}.json") for rate in arguments.rate]
+    try:
+        cut = cut_coresets(arguments, experiment, method, selection)
+    except UserError as error:
+        print(f"{method}: would be cut at {len(paths)} rates, not yet: {error}")
+        return
+    for (_, rate, choice, scores, _), path in zip(cut, paths, strict=True):
+        there = " (is there already)" if Path(path).exists() else ""
+        print(f"{method} at rate {rate:g}: would choose {len(choice.rows)} of {scores.num_rows} rows -> {path}{there}")
 
 
 def cut_coresets(
@@ -156,26 +180,32 @@ def scores_of(experiment: Experiment, method: str) -> Path:
 
 
 def cut_staff(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:
-    settings, scores = Settings.of(selection), read_scores(source, ids=False)
-    speculative = scores.check_complete().effort
+    settings = Settings.of(selection)
+    scores = read_scores(source, settings.columns, ids=False)
+    speculative = stratified_score(scores.check_complete(), settings).effort
     verification = arguments.verification
     if experiment is not None and not arguments.target_scores:
         verification = verification or experiment.verification
     strata = cut_strata(speculative, settings)
-    records = verified_strata(arguments.target_scores, verification, scores, settings, strata)
+    records = verified_strata(arguments.target_scores, verification, scores, speculative, settings, strata)
     ratios = [record.verification_ratio for record in records]
 
     def choose(rate: float) -> tuple[Choice, dict[str, Any]]:
-        choice = choose_staff(speculative, strata, ratios, rate, settings.mode, settings.seed)
+        choice = choose_staff(speculative, strata, ratios, rate, settings.rules, settings.seed)
         budgets = zip(records, choice.budgets, choice.filled, strict=True)
         table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
-        return choice, {**asdict(settings), "strata": table, "from_hardest": choice.from_hardest}
+        return choice, {**settings.record, "strata": table, "from_hardest": choice.from_hardest}
 
     return scores, choose
 
 
 def verified_strata(
-    target_scores: Path | None, verification: Path | None, scores: Scores, settings: Settings, strata: Strata
+    target_scores: Path | None,
+    verification: Path | None,
+    scores: Scores,
+    speculative: np.ndarray,
+    settings: Settings,
+    strata: Strata,
 ) -> list[StratumRecord]:
     if (target_scores is None) == (verification is None):
         raise UserError("STAFF needs either --target_scores or --verification beside --scores")
@@ -186,7 +216,7 @@ def verified_strata(
                 f"{verification} has {len(records)} strata, the scores {len(strata.members)}: run verify.py"
             )
         return records
-    target, num_rows = read_scores(target_scores, ids=False), len(scores.index) + len(scores.left_out)
+    target, num_rows = read_scores(target_scores, settings.columns, ids=False), len(scores.index) + len(scores.left_out)
     if target.index[-1] >= num_rows:
         raise UserError(
             f"{target.source} scores row {target.index[-1]}, {scores.source} only rows up to {num_rows - 1}: "
@@ -194,7 +224,7 @@ def verified_strata(
         )
     if target.fingerprint != scores.fingerprint and None not in (target.fingerprint, scores.fingerprint):
         raise UserError(f"{target.source} and {scores.source} are scores of different data (fingerprints differ)")
-    return verify(scores.effort, target, settings, strata, scores.index)
+    return verify(speculative, target, settings, strata, scores.index)
 
 
 def cut_baseline(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:

@@ -17,11 +17,11 @@ end_on_signals()
 
 import numpy as np  # noqa: E402
 
-from finetune.data_split import training_split  # noqa: E402
+from finetune.data_split import existing_split, training_split  # noqa: E402
 from selection.ledger import SPECULATIVE_SCORES, TARGET_SCORES  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.score_files import MORE_COLUMNS  # noqa: E402
-from selection.scoring import score_rows  # noqa: E402
+from selection.scoring import score_rows, would_score  # noqa: E402
 from selection.speculative_run import check_speculative_run  # noqa: E402
 from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
 
@@ -32,10 +32,6 @@ def main() -> None:
         "--model", choices=["small", "target"], default="small", help="which tuned model scores; default: small"
     )
     experiment, arguments = load_scoring_arguments(parser)
-    if arguments.model == "small" and experiment.borrows:
-        check_speculative_run(experiment, training_split(experiment))
-        say(f"{SPECULATIVE_SCORES}: reusing {experiment.small_scores}, of speculative_run")
-        return
     if arguments.model == "small":
         model, tuned = experiment.small_model, experiment.tuned_small
         folder, stage = experiment.small_scores, SPECULATIVE_SCORES
@@ -43,11 +39,21 @@ def main() -> None:
         model, tuned = experiment.target_model, experiment.tuned_target("full")
         folder, stage = experiment.tuned_target_scores, TARGET_SCORES
         experiment.selection.columns = list(MORE_COLUMNS)
-    if tuned is not None and not tuned.exists():
+    split = existing_split(experiment) if arguments.dry_run else None
+    if arguments.dry_run and (split is None or (tuned is not None and not tuned.exists())):
+        print(f"{stage}: would score every row on {model}, once that is tuned -> {folder}")
+        return
+    borrows = arguments.model == "small" and experiment.borrows
+    if tuned is not None and not tuned.exists() and not borrows:
         what, option = ("speculative model", "") if arguments.model == "small" else ("target", " --model target")
         raise UserError(f"the {what} is not tuned yet (no {tuned}): run finetune.py{option} with this configuration")
-    split = training_split(experiment)
-    score_rows(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage)
+    split = split or training_split(experiment)
+    if borrows:
+        check_speculative_run(experiment, split)
+        (print if arguments.dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
+        return
+    score = would_score if arguments.dry_run else score_rows
+    score(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,7 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
     numbers = split_numbers(experiment)
     pooled = concatenate_datasets([split.rows, rows_of(experiment, "eval")])
     rows = pooled.select(np.argsort(np.concatenate([numbers["train"], numbers["eval"]]))).with_format("arrow")
-    # Without what `datasets` notes of the columns there: it would miss ours.
-    schema = pa.unify_schemas([rows.features.arrow_schema, figures.schema]).remove_metadata()
+    schema = pa.unify_schemas([rows.features.arrow_schema, figures.schema])
     with (
         pa.parquet.ParquetWriter(draft / "annotated.parquet", schema) as writer,
         (draft / "annotated.jsonl").open("w", encoding="utf-8") as file,

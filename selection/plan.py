@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune import llama_factory
+from finetune.tokenised import check_embeddings
 from selection.config import Experiment
 from selection.device import choose_precision, device
 from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
@@ -141,6 +142,16 @@ def format_plan(plan: Plan, reuses: int) -> str:
     return "\n".join(lines)
 
 
+def not_in_the_times(experiment: Experiment) -> str | None:
+    """What the experiment asks for that `calibrate` does not measure, in one line; None where there is nothing."""
+    settings, processes = experiment.selection, os.environ.get("NPROC") or torch.cuda.device_count()
+    named = [f"{processes} processes"] if int(processes) > 1 else []
+    named += [key for key in ("device_map", "quantization_bit") if getattr(settings, key)]
+    if not named:
+        return None
+    return f"times are of one process on one device in full precision: without {', '.join(named)}"
+
+
 def _sum(name: str, stages: list[Stage]) -> Stage:
     tokens, flops = sum(stage.tokens for stage in stages), sum(stage.flops for stage in stages)
     return Stage(name, max(stage.rows for stage in stages), tokens, flops, sum(stage.seconds for stage in stages))
@@ -258,6 +269,7 @@ def _scoring(experiment: Experiment, name: str, path: str, rows: Dataset, precis
     model = load_for_scoring(path, None, precision)
     if settings.phi == "all_lora" or (name == "small" and _is_lora(keys) and experiment.tuned_small):
         model = with_fresh_lora(model, **tuning_lora(keys), seed=settings.seed)
+    check_embeddings(experiment, experiment.small_model if name == "small" else experiment.target_model, model, rows)
     scorer = EffortScorer(model, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, settings.columns)
     budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
     batches = plan_batches(range(len(rows)), [len(ids) for ids in rows["input_ids"]], budget)

@@ -38,6 +38,10 @@ from selection.processes import end_with_parent
 from selection.score_files import SCORER_VERSION
 from selection.verification import RULES_VERSION
 
+# Rows of STAFF with more than the published rules, and what they change in a task's experiment. Each has run folders of
+# its own, as it has its own verification, and pays for its own speculator.
+VARIANTS = {"staff_length": ("selection.mode=extended", "selection.length_control=residual")}
+
 _METRICS = {"rouge_l": "rouge-l", "bleu_4": "bleu-4", "rouge_1": "rouge-1", "rouge_2": "rouge-2"}
 
 
@@ -49,12 +53,21 @@ class Cell:
     seed: int
 
     @property
+    def variant(self) -> str | None:
+        return self.method if self.method in VARIANTS else None
+
+    @property
+    def rule(self) -> str:
+        """The method as the stages know it."""
+        return "staff" if self.variant else self.method
+
+    @property
     def tuned(self) -> str:
         """Name of the tuned target in the run folder."""
-        return self.method if self.method == "full" else coreset_name(self.method, self.rate)
+        return self.rule if self.rule == "full" else coreset_name(self.rule, self.rate)
 
     def __str__(self) -> str:
-        return f"{self.task}, seed {self.seed}, {self.tuned}"
+        return f"{self.task}, seed {self.seed}, {f'{self.variant}, ' if self.variant else ''}{self.tuned}"
 
 
 @dataclass(frozen=True)
@@ -79,12 +92,14 @@ def cells_of(grid: Grid) -> list[Cell]:
     ]
 
 
-def experiment_arguments(grid: Grid, run_folder: Path, task: str, seed: int) -> list[str]:
-    """What the stages get on their command lines for one seed of a task."""
-    methods = [method for method in grid.methods if method != "full"] or ["random"]
+def experiment_arguments(grid: Grid, run_folder: Path, task: str, seed: int, variant: str | None = None) -> list[str]:
+    """What the stages get on their command lines for one seed of a task, or of a variant of STAFF on it."""
+    methods = [method for method in grid.methods if method != "full" and method not in VARIANTS] or ["random"]
+    methods, folder = (["staff"], f"{task}-seed-{seed}-{variant}") if variant else (methods, f"{task}-seed-{seed}")
     changes = [
         *grid.tasks[task].set,
-        f"output_dir={json.dumps(str(run_folder / f'{task}-seed-{seed}'))}",
+        *(VARIANTS[variant] if variant else ()),
+        f"output_dir={json.dumps(str(run_folder / folder))}",
         f"selection.methods={json.dumps(methods)}",
         f"selection.rates={json.dumps(grid.rates)}",
         f"selection.seed={seed}",
@@ -114,6 +129,8 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
     Args: `fingerprint` of the training split, `models` the two models' fingerprints.
     """
     settings = experiment.model_dump(exclude=_NO_SETTINGS)
+    if settings["selection"]["length_control"] == "none":  # as before there was such a key
+        del settings["selection"]["length_control"]
     formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
     texts = [json.dumps(settings, sort_keys=True), *formats, str(SCORER_VERSION), str(RULES_VERSION)]
     return digest(*(text.encode() for text in (*texts, fingerprint, *models)))[:16]
@@ -122,8 +139,8 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
 def jobs_of(
     task: str, seed: int, cells: list[Cell], experiment: Experiment, arguments: list[str], num_rows: int
 ) -> list[Job]:
-    """The jobs that make `cells`, all of one task and seed: STAFF's selection, the tuning of the target on everything
-    with the scores that the baselines read, and each coreset's tuning and evaluation."""
+    """The jobs that make `cells`, all of one task, seed and variant: STAFF's selection, the tuning of the target
+    on everything with the scores that the baselines read, and each coreset's tuning and evaluation."""
 
     def passes(keys: dict) -> float:
         return (experiment.training | keys).get("num_train_epochs", 3)
@@ -131,7 +148,8 @@ def jobs_of(
     def command(script: str, *more: str) -> list[str]:
         return [script, *arguments, *more]
 
-    name, methods = f"{task}, seed {seed}", {cell.method for cell in cells}
+    variant = next((cell.variant for cell in cells if cell.variant), None)
+    name, methods = f"{task}, seed {seed}" + (f", {variant}" if variant else ""), {cell.rule for cell in cells}
     speculative = methods & {"staff"}
     on_tuned_target = methods - {"staff", "random", "length", "full"}
     # Random and Length need any scores, for the number of rows and their tokens.
@@ -163,7 +181,7 @@ def jobs_of(
             command("finetune/eval.py", "--tuned", cell.tuned),
         ]
         rows = round(num_rows * cell.rate * passes(experiment.target_training))
-        needs = f"{name}, {'speculative selection' if cell.method in speculative else 'full'}"
+        needs = f"{name}, {'speculative selection' if cell.rule in speculative else 'full'}"
         jobs.append(Job(str(cell), commands, rows, needs, cell))
     return jobs
 
@@ -242,7 +260,7 @@ def finished_cell(
     tuned = [c for c in read_ledger(experiment.folder) if c.stage == TARGET_TUNING and c.what == cell.tuned]
     if not tuned:
         raise UserError(f"{ledger_path(experiment.folder)} does not say what tuning {cell.tuned} cost: remove the run")
-    tuning, selection = tuned[-1], [] if cell.method == "full" else selection_costs(experiment, cell.method)
+    tuning, selection = tuned[-1], [] if cell.method == "full" else selection_costs(experiment, cell.rule)
 
     def flops(cost: Cost) -> float:
         return stage_flops(cost, experiment, sizes)

@@ -1,6 +1,7 @@
 """Score rows of the training split with one of an experiment's models, into its score folder."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from peft import PeftModel
 
 from finetune import llama_factory
 from finetune.data_split import TrainingSplit
-from finetune.tokenised import highest_token, tokenised_split
+from finetune.tokenised import check_embeddings, tokenised_split
 from finetune.tokenised import lengths as lengths_of
 from finetune.tuning import check_base
 from selection.config import Experiment
@@ -33,11 +34,14 @@ def score_rows(
     split: TrainingSplit,
     model: str,
     tuned: Path | None,
-    rows: np.ndarray,
+    rows: np.ndarray | Iterator[np.ndarray],
     folder: Path,
     stage: str,
-) -> None:
-    """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already.
+) -> np.ndarray:
+    """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already; returns them.
+
+    An iterator gives the rows round by round, each with all that were asked for before; it is asked for the next ones
+    when `folder` holds these, so it may decide by their scores. The model is loaded once.
 
     Under torchrun every process scores its share of the parts. The first `selection.self_test` rows are scored one by
     one too, and must agree with their batch. A row whose loss or score is NaN or infinite is named and gets the score
@@ -48,11 +52,24 @@ def score_rows(
     if together.count > 1 and placement(experiment, model, tuned).get("device_map"):
         raise UserError("selection.device_map auto spreads one process over all GPUs: give NPROC=1, or no torchrun")
     with held(folder) if together.leads else contextlib.nullcontext():
-        _score_rows(experiment, split, model, tuned, rows, folder, stage)
+        rounds = iter([rows]) if isinstance(rows, np.ndarray) else _of_leader(rows)
+        rows = _score_rows(experiment, split, model, tuned, rounds, folder, stage)
         together.wait()  # the leader's lock is everybody's
+        return rows
 
 
-def _score_rows(
+def _of_leader(rounds: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The leader's rounds, in every process."""
+
+    def following() -> list[int] | None:
+        rows = next(rounds, None)
+        return None if rows is None else rows.tolist()
+
+    while (rows := processes().from_leader(following)) is not None:
+        yield np.array(rows)
+
+
+def would_score(
     experiment: Experiment,
     split: TrainingSplit,
     model: str,
@@ -61,6 +78,26 @@ def _score_rows(
     folder: Path,
     stage: str,
 ) -> None:
+    """Say what `score_rows` would do; writes nothing. Raises: UserError where `folder` holds other scores."""
+    identity = score_identity(experiment, split, model, tuned)
+    store = ScoreFolder(folder, identity, len(split.rows), experiment.selection.columns)
+    missing = len(store.missing(rows))
+    print(
+        f"{stage}: would score {missing} of {len(rows)} rows on {model} -> {folder}"
+        if missing
+        else f"{stage}: reusing {folder}"
+    )
+
+
+def _score_rows(
+    experiment: Experiment,
+    split: TrainingSplit,
+    model: str,
+    tuned: Path | None,
+    rounds: Iterator[np.ndarray],
+    folder: Path,
+    stage: str,
+) -> np.ndarray:
     settings, together = experiment.selection, processes()
     with together.leader_first():
         identity = score_identity(experiment, split, model, tuned)
@@ -68,23 +105,19 @@ def _score_rows(
         if together.leads:
             store.drop_damaged()
     check_same_everywhere(identity)
-    store.check_left_out(rows)
-    if not together.from_leader(lambda: len(store.missing(rows))):
+    rows, unfinished = _next_unfinished(store, rounds)
+    if not unfinished:
         if together.leads:
             store.finish(rows)  # where a run was killed just before
         say(f"{stage}: reusing {folder}")
-        return
+        return rows
     with together.leader_first():
         tokenised = tokenised_split(experiment, model, split)
     lengths = lengths_of(tokenised)
     cost = Cost(stage, model, device=device_name(), precision=identity["precision"], processes=together.count)
     with measured(experiment.folder, cost):
         scorer = _load_scorer(experiment, model, tuned, stage, store, cost)
-        if highest_token(tokenised) >= scorer.model.get_input_embeddings().num_embeddings:
-            raise UserError(
-                f"template {experiment.template} makes a token that {model} has no embedding for: "
-                "give the model's own template"
-            )
+        check_embeddings(experiment, model, scorer.model, tokenised)
         budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
         if first := rows[: settings.self_test].tolist():
             samples, noise = tokenised[first], "8 bit" if identity["quantization_bit"] == 8 else identity["precision"]
@@ -93,20 +126,37 @@ def _score_rows(
                 f"self-test: {len(first)} samples in a batch and one by one agree to {worst:.2g} relative "
                 f"({noise} allows {TOLERANCE[noise]:g})"
             )
-        with together.leader_first():
+        times = 2 if settings.rules == "released" else 1
+        while unfinished:
+            with together.leader_first():
+                if together.leads:
+                    about = {"model": model, "tuned": tuned and tuned.name, "phi_modules": scorer.phi.modules}
+                    store.plan(rows, lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)), about)
+                parts = store.remaining()
+            together.wait()  # nobody writes a part before all have seen what remains
+            tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
+            own = [parts[i] for i in shards(tokens, together.count)[together.rank]]
+            _score_parts(scorer, store, own, len(rows), split, tokenised, times, cost)
+            together.wait()
             if together.leads:
-                about = {"model": model, "tuned": tuned and tuned.name, "phi_modules": scorer.phi.modules}
-                store.plan(rows, lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)), about)
-            parts = store.remaining()
-        together.wait()  # nobody writes a part before all have seen what remains
-        tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
-        own = [parts[i] for i in shards(tokens, together.count)[together.rank]]
-        _score_parts(scorer, store, own, len(rows), split, tokenised, 2 if settings.mode == "released" else 1, cost)
+                store.finish(rows)
+            rows, unfinished = _next_unfinished(store, rounds, rows)
         shares = together.gather([cost.samples, cost.tokens])
         cost.samples, cost.tokens = (sum(share) for share in zip(*shares, strict=True))
-        if together.leads:
-            store.finish(rows)
     print(f"{stage}: {len(rows)} rows -> {folder}")
+    return rows
+
+
+def _next_unfinished(
+    store: ScoreFolder, rounds: Iterator[np.ndarray], rows: np.ndarray | None = None
+) -> tuple[np.ndarray, bool]:
+    """The next round that lacks scores, and True; where none does the last one, of which `rows` may be the one before,
+    and False."""
+    for rows in rounds:
+        store.check_left_out(rows)
+        if processes().from_leader(lambda: len(store.missing(rows))):  # noqa: B023  called at once
+            return rows, True
+    return rows, False
 
 
 def _load_scorer(
@@ -118,7 +168,7 @@ def _load_scorer(
         tuned,
         cost.precision,
         # Of the speculator: what the released code did to a tuned target is not known.
-        settings.mode == "released" and tuned is not None and stage != TARGET_SCORES,
+        settings.rules == "released" and tuned is not None and stage != TARGET_SCORES,
         **placement(experiment, model, tuned),
     )
     cost.parameters = count_parameters(loaded)
@@ -175,7 +225,7 @@ def score_identity(experiment: Experiment, split: TrainingSplit, model: str, tun
         "data_fingerprint": split.fingerprint,
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
-        "mode": settings.mode,
+        "mode": settings.rules,
         "phi": _phi_identity(experiment, tuned),
         "scorer": SCORER_VERSION,
         "precision": choose_precision(settings.precision),

@@ -1,24 +1,43 @@
 #!/usr/bin/env bash
 # Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, and what it cost.
 #     bash selection.sh ../configs/demo.yaml          in selection/
-#     bash selection.sh CONFIG [--quiet] [--set key=value …]
+#     bash selection.sh CONFIG [--dry_run] [--quiet] [--set key=value …]
 # Without CONFIG: the demo, whose two models are made first. Uses all visible GPUs; NPROC=N asks for N processes.
 # Needs the models and the data that CONFIG names. Writes its run folder (output_dir), coresets/ in the end.
+#     --dry_run          say what would be done, what is there, and what it would cost; nothing is written there
 #     --quiet            say nothing but results, warnings and errors; default: what is done and reused, and costs
 #     --set key=value    another value for a key of CONFIG; may be given again; default: none
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+dry='' others=()
 for argument in "$@"; do
-    case $argument in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;; esac
+    case $argument in
+        -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+        --dry_run) dry=$argument ;;
+        *) others+=("$argument") ;;
+    esac
 done
+set -- "${others[@]}"
 source "$here/../scripts/environment.sh"
 
 if [ $# -eq 0 ] || [[ $1 == --* ]]; then
     config=$repository/configs/demo.yaml
-    run bash "$repository/scripts/demo_models.sh" "$@"
+    if [ "$dry" ] && [ ! -d "$repository/models/smollm2-135m-instruct-16-layers" ]; then
+        echo "would make the demo's two models first (scripts/demo_models.sh): what follows is known then"
+        exit
+    fi
+    [ "$dry" ] || run bash "$repository/scripts/demo_models.sh" "$@"
 else
     config=$1
     shift
+fi
+if [ "$dry" ]; then
+    for script in finetune/finetune.py selection/effort_score.py selection/verify.py selection/coreset.py; do
+        run python "$repository/$script" --config_path "$config" "$@" --dry_run
+    done
+    echo
+    run python "$repository/scripts/plan.py" --config_path "$config" "$@"
+    exit
 fi
 stage finetune/finetune.py --config_path "$config" "$@"
 stage selection/effort_score.py --config_path "$config" "$@"

@@ -118,18 +118,21 @@ def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Stra
     )
 
 
-def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str, seed: int) -> list[np.ndarray]:
+def draw_verification_samples(
+    strata: Strata, verify_per_stratum: int | list[int], mode: str, seed: int
+) -> list[np.ndarray]:
     """Step 4: the rows B*_i of each stratum that the target scores; at most K · b_v in all.
 
-    b_v = `verify_per_stratum` rows at random, or the whole stratum where it is smaller. Released: a stratum of at
-    most b_v rows is not verified (an empty array).
+    b_v = `verify_per_stratum` rows at random (or a number for each stratum; a larger one draws the same rows and more),
+    or the whole stratum where it is smaller. Released: a stratum of at most b_v rows is not verified (an empty array).
     """
     draws, ranks = [], _random_ranks(strata.num_rows, seed, _VERIFICATION)
-    for rows in strata.members:
-        if mode == "released" and len(rows) <= verify_per_stratum:
+    counts = verify_per_stratum if isinstance(verify_per_stratum, list) else [verify_per_stratum] * len(strata.members)
+    for rows, count in zip(strata.members, counts, strict=True):
+        if mode == "released" and len(rows) <= count:
             draws.append(rows[:0])
         else:
-            draws.append(rows[lowest(ranks[rows], verify_per_stratum)])
+            draws.append(rows[lowest(ranks[rows], count)])
     return draws
 
 

@@ -47,6 +47,10 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, required: bool = T
     )
 
 
+def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done and what is there already")
+
+
 def load_experiment_from_arguments(parser: argparse.ArgumentParser) -> Experiment:
     """For stages that take nothing but an experiment."""
     add_experiment_arguments(parser)
@@ -62,6 +66,7 @@ def load_scoring_arguments(parser: argparse.ArgumentParser) -> tuple[Experiment,
         help="rows that are first scored one by one too, 0 for none; default: selection.self_test of the YAML (4)",
     )
     add_experiment_arguments(parser)
+    add_dry_run_argument(parser)
     arguments = parser.parse_args()
     own = [] if arguments.self_test is None else [f"selection.self_test={arguments.self_test}"]
     return load_experiment(arguments.config_path, [*arguments.set, *own]), arguments

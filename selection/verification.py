@@ -1,5 +1,6 @@
 """Step 4 on stored scores: the verification ratio V_i of each stratum, and the record of what it is made of."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,20 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict
 
-from selection.config import Selection
+from selection.adaptive import first_counts, next_counts, resampled_ratio
+from selection.config import Selection, rules_of
 from selection.errors import UserError
 from selection.files import checked, digest, first_difference, read_sealed, write_sealed
+from selection.length_control import length_controlled
 from selection.score_files import Scores
-from selection.staff import Strata, draw_verification_samples, min_max_normalise, stratify, verification_ratio
+from selection.staff import (
+    Strata,
+    coreset_size,
+    draw_verification_samples,
+    min_max_normalise,
+    stratify,
+    verification_ratio,
+)
 
 RULES_VERSION = 2  # of draws, V_i and choice: counted up where the same scores give another coreset
 
@@ -25,10 +35,37 @@ class Settings:
     verify_per_stratum: int
     hardest_cutoff: float
     seed: int
+    verify: str = "sampled"  # or "all" or "adaptive"; it and what follows is told apart under mode extended alone
+    length_control: str = "none"
+    rates: list[float] | None = None  # of adaptive verification, whose end they decide on
 
     @classmethod
     def of(cls, selection: Selection) -> "Settings":
-        return cls(**{field.name: getattr(selection, field.name) for field in fields(cls)})
+        named = {field.name: getattr(selection, field.name) for field in fields(cls)}
+        verify = "all" if selection.verify_all else "adaptive" if selection.verify == "adaptive" else "sampled"
+        return cls(**named | {"verify": verify, "rates": list(selection.rates) if verify == "adaptive" else None})
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Settings":
+        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a verification and a coreset keep; of the two published modes just what they always kept."""
+        kept = asdict(self)
+        if self.mode != "extended":
+            return {name: kept[name] for name in kept if name not in ("verify", "length_control", "rates")}
+        return kept | {"stratified_by": "effort" if self.length_control == "none" else "length residual of effort"}
+
+    @property
+    def rules(self) -> str:
+        """ "paper" or "released"."""
+        return rules_of(self.mode)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the score files, what strata and V_i are made of."""
+        return ("effort",) if self.length_control == "none" else ("effort", "n_response_tokens")
 
 
 @dataclass(frozen=True)
@@ -36,7 +73,7 @@ class StratumRecord:
     """One stratum; the sums are over its verified samples, after normalisation. Not verified: no sums, no ratio."""
 
     stratum: int
-    score_range: tuple[float, float]  # of the raw speculative effort score
+    score_range: tuple[float, float]  # of the score that is stratified by: raw effort, or its length residual
     size: int
     verified: list[int]
     speculative_sum: float | None
@@ -50,8 +87,42 @@ def cut_strata(speculative: np.ndarray, settings: Settings) -> Strata:
     return stratify(speculative, settings.num_strata, settings.hardest_cutoff)
 
 
+def stratified_score(scores: Scores, settings: Settings) -> Scores:
+    """With that score as `effort` which strata and V_i are of; of raw `scores` with `settings.columns`."""
+    return length_controlled(scores) if settings.length_control == "residual" else scores
+
+
 def draw(strata: Strata, settings: Settings) -> list[np.ndarray]:
-    return draw_verification_samples(strata, settings.verify_per_stratum, settings.mode, settings.seed)
+    """The b_v rows of each stratum; those of adaptive verification come from `adaptive_draws`."""
+    return draw_verification_samples(strata, settings.verify_per_stratum, settings.rules, settings.seed)
+
+
+def adaptive_draws(
+    speculative: np.ndarray,
+    settings: Settings,
+    strata: Strata,
+    index: np.ndarray | None,
+    target_now: Callable[[], Scores],
+) -> Iterator[list[np.ndarray]]:
+    """All rows of each stratum drawn so far, round after round, until enough are (selection/adaptive.py).
+
+    `target_now` gives the raw scores of the target, when the next round is asked for: then it has scored at least
+    this one. What it has scored besides decides nothing, so stored scores of all rows give the rounds of a real run.
+    """
+    limit, counts = settings.num_strata * settings.verify_per_stratum, None
+    ms = [coreset_size(rate, len(speculative)) for rate in settings.rates]
+    following: list[int] | None = first_counts(strata.sizes, settings.verify_per_stratum)
+    while following is not None:
+        counts = following
+        draws = draw_verification_samples(strata, counts, settings.rules, settings.seed)
+        yield draws
+        pairs = pairs_of(draws, speculative, _drawn_alone(target_now(), draws, index), settings, index)
+        following = next_counts(counts, [pair[1:] for pair in pairs], strata.sizes, limit, ms, settings.seed)
+
+
+def _drawn_alone(target: Scores, draws: list[np.ndarray], index: np.ndarray | None) -> Scores:
+    rows = np.sort(np.concatenate(draws))
+    return target.only(rows if index is None else index[rows])
 
 
 def verify(
@@ -61,7 +132,8 @@ def verify(
     strata: Strata | None = None,
     index: np.ndarray | None = None,
 ) -> list[StratumRecord]:
-    """V_i for every verified stratum. `speculative` (N,); `target` has scored at least the drawn rows.
+    """V_i for every verified stratum. `speculative` (N,), as `stratified_score` has it; `target`, raw with
+    `settings.columns`, has scored at least the drawn rows.
 
     `strata`: those of `cut_strata`, from whoever has them already. `index` (N,): the row numbers, where they are not
     0 to N − 1 because rows were left out in scoring. A drawn row that the target left out counts for neither model.
@@ -87,7 +159,21 @@ def verified_pairs(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """What `verify` takes V_i of, stratum by stratum: the verified rows' numbers, and the small model's and the
     target's normalised scores of them, (k,) each; empty where a stratum is not verified. Args: as `verify`."""
-    draws = draw(strata, settings)
+    if settings.verify == "adaptive":
+        *_, draws = adaptive_draws(speculative, settings, strata, index, lambda: target)
+        return pairs_of(draws, speculative, _drawn_alone(target, draws, index), settings, index)
+    return pairs_of(draw(strata, settings), speculative, target, settings, index)
+
+
+def pairs_of(
+    draws: list[np.ndarray],
+    speculative: np.ndarray,
+    target: Scores,
+    settings: Settings,
+    index: np.ndarray | None = None,
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """`verified_pairs` of given `draws`, the rows (places in `speculative`) of each stratum."""
+    target = stratified_score(target, settings)
     numbers = draws if index is None else [index[rows] for rows in draws]
     if len(target.left_out):
         known = [~np.isin(rows, target.left_out) for rows in numbers]
@@ -112,16 +198,22 @@ def ratio_interval(
     with replacement. Args: as `verification_ratio`. One sample, or none, says nothing of its own spread: (nan, nan)."""
     if len(target_scores) < 2:
         return float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(len(target_scores), size=(resamples, len(target_scores)))
-    pairs = zip(target_scores[drawn], speculative_scores[drawn], strict=True)
-    ratios = [verification_ratio(theirs, ours) for theirs, ours in pairs]
+    ratios = resampled_ratio(target_scores, speculative_scores, np.random.default_rng(seed), resamples)
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def write_verification(path: Path, settings: Settings, speculative: Scores, records: list[StratumRecord]) -> None:
+def write_verification(
+    path: Path,
+    settings: Settings,
+    speculative: Scores,
+    records: list[StratumRecord],
+    rounds: list[list[int]] | None = None,
+) -> None:
+    """`rounds` of adaptive verification: draws of each stratum after each."""
     value = {
         **_made_from(settings, speculative),
+        **({} if rounds is None else {"rounds": rounds}),
         "data_fingerprint": speculative.fingerprint,
         "verified_samples": sum(len(record.verified) for record in records),
         "strata": [asdict(record) for record in records],
@@ -139,4 +231,4 @@ def read_verification(path: Path, settings: Settings, speculative: Scores) -> li
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
     scores = digest(memoryview(np.ascontiguousarray(speculative.effort)).cast("B"))
-    return {**asdict(settings), "rules": RULES_VERSION, "speculative_scores_sha256": scores}
+    return {**settings.record, "rules": RULES_VERSION, "speculative_scores_sha256": scores}

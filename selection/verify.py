@@ -3,7 +3,8 @@
     python verify.py --config_path ../configs/demo.yaml        # in selection/
 
 Needs the speculative scores (effort_score.py). Scores at most num_strata x verify_per_stratum samples, or all under
-verify: all. Writes <run folder>/scores/target and <run folder>/verification.json.
+verify: all; under verify: adaptive in rounds, each where the last one left the budgets most uncertain. Writes
+<run folder>/scores/target and <run folder>/verification.json.
 """
 
 import sys
@@ -15,45 +16,90 @@ from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
 
 end_on_signals()
 
+from collections.abc import Iterator  # noqa: E402
+
 import numpy as np  # noqa: E402
 
-from finetune.data_split import training_split  # noqa: E402
+from finetune.data_split import existing_split, training_split  # noqa: E402
+from selection.config import Experiment  # noqa: E402
 from selection.ledger import VERIFICATION, share_costs  # noqa: E402
 from selection.processes import processes  # noqa: E402
-from selection.score_files import ScoreFolder, read_scores  # noqa: E402
-from selection.scoring import score_identity, score_rows  # noqa: E402
+from selection.score_files import ScoreFolder, Scores, read_scores  # noqa: E402
+from selection.scoring import score_identity, score_rows, would_score  # noqa: E402
 from selection.speculative_run import check_speculative_run  # noqa: E402
 from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
-from selection.verification import Settings, cut_strata, draw, verify, write_verification  # noqa: E402
+from selection.verification import (  # noqa: E402
+    Settings,
+    adaptive_draws,
+    cut_strata,
+    draw,
+    stratified_score,
+    verify,
+    write_verification,
+)
 
 
 def main() -> None:
-    experiment, _ = load_scoring_arguments(argument_parser(__doc__))
-    split, settings = training_split(experiment), Settings.of(experiment.selection)
+    experiment, arguments = load_scoring_arguments(argument_parser(__doc__))
+    split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
+    settings = Settings.of(experiment.selection)
+    adaptive = settings.verify == "adaptive"
+    if arguments.dry_run and (split is None or adaptive or not _is_scored(experiment)):
+        drawn = f"at most {settings.num_strata} x {settings.verify_per_stratum} rows"
+        most = "every row" if experiment.selection.verify_all else drawn
+        print(f"{VERIFICATION}: would score {most} on {experiment.target_model} -> {experiment.target_scores}")
+        return
     small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
     if experiment.borrows:
         check_speculative_run(experiment, split)
-        if processes().leads:
+        if processes().leads and not arguments.dry_run:
             share_costs(experiment)
-    scores = read_scores(experiment.small_scores, ids=False)
+    scores = read_scores(experiment.small_scores, settings.columns, ids=False)
     ScoreFolder(experiment.small_scores, score_identity(experiment, split, small, tuned), len(every))  # or refuse
-    speculative = scores.check_complete().effort
-    drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(speculative, settings), settings))])
-    rows = every if experiment.selection.verify_all else drawn
-    if not len(rows):
-        raise UserError("no stratum has more than verify_per_stratum samples, nothing to verify: lower num_strata")
-    score_rows(experiment, split, experiment.target_model, None, rows, experiment.target_scores, VERIFICATION)
+    speculative = stratified_score(scores.check_complete(), settings).effort
+    strata, rounds = cut_strata(speculative, settings), []
+
+    def target_now() -> Scores:
+        return read_scores(experiment.target_scores, settings.columns, ids=False)
+
+    def asked() -> Iterator[np.ndarray]:
+        """Rows of each round, all so far."""
+        for draws in adaptive_draws(speculative, settings, strata, scores.index, target_now):
+            rounds.append([len(rows) for rows in draws])
+            yield np.sort(scores.index[np.concatenate(draws)])
+
+    rows: np.ndarray | Iterator[np.ndarray]
+    if adaptive:
+        rows = asked()
+    else:
+        rows = every if settings.verify == "all" else np.sort(scores.index[np.concatenate(draw(strata, settings))])
+        if not len(rows):
+            raise UserError("no stratum has more than verify_per_stratum samples, nothing to verify: lower num_strata")
+    folder = experiment.target_scores
+    if arguments.dry_run:
+        would_score(experiment, split, experiment.target_model, None, rows, folder, VERIFICATION)
+        return
+    rows = score_rows(experiment, split, experiment.target_model, None, rows, folder, VERIFICATION)
     if not processes().leads:
         return
     # Of what earlier settings left there, nothing but the asked rows counts.
-    target = read_scores(experiment.target_scores, ids=False).only(rows)
-    records = verify(speculative, target, settings, index=scores.index)
-    write_verification(experiment.verification, settings, scores, records)
+    records = verify(speculative, target_now().only(rows), settings, strata, scores.index)
+    write_verification(experiment.verification, settings, scores, records, rounds or None)
+    in_rounds = f"{len(rounds)} rounds, " if rounds else ""
     ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]
     print(
-        f"{len(records)} strata, {len(rows)} of {len(speculative)} samples scored on the target, "
+        f"{len(records)} strata, {in_rounds}{len(rows)} of {len(speculative)} samples scored on the target, "
         f"V between {min(ratios, default=1):.3f} and {max(ratios, default=1):.3f} -> {experiment.verification}"
     )
+
+
+def _is_scored(experiment: Experiment) -> bool:
+    """Whether the speculative scores are there and complete."""
+    try:
+        read_scores(experiment.small_scores, ids=False).check_complete()
+    except UserError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -8,13 +8,17 @@ import shlex
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 
+from finetune.data_split import training_split
+from finetune.tuning import _logs_to, tune_once
 from selection import log, stage
+from selection.config import load_experiment
 from selection.errors import UserError, run_stage
-from selection.ledger import SPECULATIVE_SCORES
+from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING
 
 STAGES = ["finetune/finetune.py", "finetune/finetune-select.py", "finetune/eval.py"]
 STAGES += [f"selection/{name}.py" for name in ("effort_score", "verify", "coreset", "costs", "launch")]
@@ -192,3 +196,130 @@ def test_quiet_leaves_results_and_warnings_alone(score):
         log.say("this not")
         log.warn("this")
         assert shown() == "this\r\n"
+
+
+# report_to
+
+
+@pytest.fixture
+def tune(make_experiment, rows, tmp_path):
+    """A function that tunes the small model for a step, with more keys under `training:`; gives its folder."""
+
+    def call(report: dict | None = None, **training) -> Path:
+        keys = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3} | training
+        experiment = load_experiment(make_experiment(rows, training=keys))
+        split = training_split(experiment)
+        folder = tmp_path / "run" / "small"
+        arguments = (experiment.small_training, SPECULATIVE_TUNING, dict(report or {}))
+        tune_once(experiment, experiment.small_model, "train", split.rows, folder, *arguments)
+        return folder
+
+    return call
+
+
+def test_tensorboard_writes_into_the_run_folder_and_logging_is_no_identity(tune, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    folder = tune(report_to="tensorboard", logging_steps=1)
+    assert not (tmp_path / "runs").exists() and "TENSORBOARD_LOGGING_DIR" not in os.environ
+    (events,) = (tmp_path / "run" / "tensorboard" / "small").glob("events.out.tfevents.*")
+    log_file = EventAccumulator(str(events)).Reload()
+    assert log_file.Scalars("train/loss")[0].step == 1
+    events.unlink()  # the user's to remove: no part of the tuned model
+    said = capsys.readouterr()
+    for changes in ({}, {"report_to": "none"}, {"logging_steps": 7, "run_name": "b", "logging_first_step": True}):
+        assert tune(**changes) == folder
+        said = capsys.readouterr()
+        assert said.out == "" and "reusing" in said.err
+    with pytest.raises(UserError, match="keys: stored"):
+        tune(learning_rate=1e-4)
+
+
+@pytest.mark.parametrize("name", ["no_such_logger", "../x", ["tensorboard", "no_such_logger"]])
+def test_a_logger_that_is_missing_is_one_error_before_anything_costs(tune, tmp_path, name):
+    with pytest.raises(UserError, match=r"report_to .*: not installed: pip install"):
+        tune(report_to=name)
+    assert not (tmp_path / "run" / "costs.jsonl").exists() and not (tmp_path / "run" / "small").exists()
+
+
+def test_the_command_line_adds_a_logger():
+    assert _logs_to({"report_to": "json"}, {"report_to": "csv", "run_name": "a"}) == ["json", "csv"]
+    assert _logs_to({"report_to": ["json"]}, {"report_to": "json"}) == ["json"]
+    assert _logs_to({"report_to": None}, {}) == _logs_to({}, {}) == ["none"]
+
+
+# --dry_run
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A function that calls a stage in this process and gives what it printed."""
+
+    def run(script: str, config: Path, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, "--config_path", str(config), *map(str, arguments)])
+        capsys.readouterr()
+        main_of(script)()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_dry_run_says_what_the_run_then_does_and_writes_nothing(make_experiment, rows, tmp_path, call, monkeypatch):
+    training = {"max_steps": 1, "per_device_train_batch_size": 2}
+    config, run = make_experiment(rows, training=training), tmp_path / "run"
+    dry = [
+        ("finetune/finetune.py", rf"speculative tuning: would split .* and tune .* -> {run}/small\n"),
+        ("selection/effort_score.py", rf"speculative scores: would score every row .* -> {run}/scores/small\n"),
+        ("selection/verify.py", rf"verification: would score at most 4 x 2 rows .* -> {run}/scores/target\n"),
+        ("selection/coreset.py", r"staff: would be cut at 1 rates, not yet: .*\nrandom: would be .*\n"),
+    ]
+    for script, said in dry:
+        assert re.fullmatch(said, call(script, config, "--dry_run")), script
+    assert not run.exists()
+    # Each stage, before it and after it; loading a model would be seen.
+    for script, before, after in (
+        ("finetune/finetune.py", None, "speculative tuning: reusing"),
+        ("selection/effort_score.py", "would score 24 of 24 rows", "speculative scores: reusing"),
+        ("selection/verify.py", r"would score \d of \d rows", "verification: reusing"),
+        ("selection/coreset.py", r"staff at rate 0.5: would choose 12 of 24 rows -> \S+\n", r"\(is there already\)"),
+    ):
+        for expected, then in ((before, True), (after, False)):
+            kept = contents(run) if run.exists() else {}
+            with monkeypatch.context() as patch:
+                patch.setattr("selection.models.AutoModelForCausalLM", None)
+                said = call(script, config, "--dry_run")
+            assert expected is None or re.search(expected, said), said
+            assert (contents(run) if run.exists() else {}) == kept
+            if then:
+                call(script, config)
+    coreset = run / "coresets" / "staff-0.5.json"
+    kept = contents(run)
+    said = call("finetune/finetune-select.py", config, "--select_path", coreset, "--dry_run")
+    model = load_experiment(config).target_model
+    assert said == f"target tuning: would tune {model} on staff-0.5 (12 rows) -> {run}/target/staff-0.5\n"
+    said = call("finetune/eval.py", config, "--tuned", "untuned", "--dry_run")
+    assert said == f"evaluation of untuned: would answer 6 held-out rows -> {run}/eval/untuned\n"
+    assert contents(run) == kept
+
+
+def test_a_dry_selection_ends_with_the_plan_and_touches_nothing(make_experiment, rows, tmp_path):
+    config = make_experiment(rows, selection={"rates": [0.5], "quantization_bit": 8, "precision": "fp32"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = ["bash", REPOSITORY / "selection" / "selection.sh", config, "--quiet", "--dry_run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "run").exists()
+    for line in ("speculative tuning: would split", "verification: would score", "selection in all", "at rate 0.5 sel"):
+        assert f"\n{line}" in f"\n{done.stdout}"
+    assert done.stdout.endswith("times are of one process on one device in full precision: without quantization_bit\n")
+
+
+def test_a_plan_refuses_a_template_beyond_the_embedding(make_experiment, rows, call):
+    with pytest.raises(UserError, match=r"template llama3 makes a token that .* has no embedding for"):
+        call("scripts/plan.py", make_experiment(rows, template="llama3"), "--seconds", 0.1)
