@@ -1,5 +1,6 @@
 """Which small model and which template belong to a target: what configs/families.yaml says, and what a folder tells."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Pair:
     why: str  # how the target was recognised, or why it was not
 
 
+@functools.cache
 def read_families(path: Path = FAMILIES) -> dict[str, Family]:
     """Families by name. Raises: UserError for an unknown key or a wrong type."""
     return _validate(_Families, {"families": _read_yaml(str(path))}, str(path)).families
