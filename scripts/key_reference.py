@@ -19,6 +19,7 @@ from pydantic import BaseModel  # noqa: E402
 
 from selection.config import _SET_BY_THE_STAGE, REPOSITORY, Experiment, Grid  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
+from selection.families import Family  # noqa: E402
 from selection.files import atomic_path  # noqa: E402
 from selection.stage import argument_parser  # noqa: E402
 
@@ -26,6 +27,7 @@ from selection.stage import argument_parser  # noqa: E402
 FILES: dict[str, type[BaseModel]] = {
     "An experiment: `configs/*.yaml`": Experiment,
     "A grid of cells: `configs/reproduce/*.yaml`": Grid,
+    "A family of models, by its name: `configs/families.yaml`": Family,
 }
 # Of an experiment, what stands in finetune/README.md; all else stands in selection/README.md.
 OF_TUNING = ("precision", "training", "small_training", "target_training", "evaluation")

@@ -56,10 +56,17 @@ def _exported(folder: Path) -> str | None:
 
 
 def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, draft: Path) -> list[str]:
-    """annotated.parquet and annotated.jsonl: every row of the run, as it was, with `annotated`'s columns behind."""
+    """annotated.parquet and annotated.jsonl: every row of the run, as it was, with `annotated`'s columns behind.
+
+    Rows of several data sets are pooled in the order given, and say in `dataset` from which they are; where these come
+    in different forms, all are in the common one.
+    """
     from datasets import concatenate_datasets
 
     figures = annotated(experiment, path)
+    if len(sets := data_sets(experiment)) > 1:
+        names = np.repeat([name for name, _, _ in sets], [count for _, _, count in sets])
+        figures = figures.add_column(1, "dataset", pa.array(names[figures["row"].to_numpy()]))
     figures = figures.rename_columns([PREFIX + name for name in figures.column_names])
     if taken := sorted(set(figures.column_names) & set(split.rows.column_names)):
         raise UserError(f"the data have a column {taken[0]} already, which the export writes: rename it in the data")
@@ -121,8 +128,11 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
     rows.save_to_disk(draft / "dataset")
     file_name = _llama_factory_file(experiment, rows, draft / "llamafactory" / f"{coreset.name}.jsonl")
     write_json(draft / "llamafactory" / "dataset_info.json", {coreset.name: {"file_name": file_name, **entry}})
-    indices = split_numbers(experiment)["train"][coreset.indices]
-    (draft / "indices.txt").write_text("".join(f"{index}\n" for index in indices), encoding="utf-8")
+    numbers, sets = split_numbers(experiment)["train"][coreset.indices], data_sets(experiment)
+    for name, first, count in sets:
+        own = numbers[(numbers >= first) & (numbers < first + count)] - first
+        listed = "indices.txt" if len(sets) == 1 else f"indices-{name}.txt"
+        (draft / listed).write_text("".join(f"{number}\n" for number in own), encoding="utf-8")
     size = f"{len(rows)} rows"
     return [
         f"llamafactory/: {size}, --dataset {coreset.name}",
@@ -131,7 +141,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
         + (f"; {earlier} of them with earlier responses, which are prompt here" if earlier else ""),
         f"chat.jsonl: {size} as messages",
         f"dataset/: {size} for datasets.load_from_disk",
-        f"indices.txt: {size}, their numbers in the data, from 0",
+        f"{'indices.txt' if len(sets) == 1 else 'indices-*.txt'}: {size}, their numbers in their file, from 0",
     ]
 
 

@@ -1,5 +1,6 @@
 """Which small model and which template belong to a target: what configs/families.yaml says, and what a folder tells."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,14 @@ class Family(_Section):
     """A family of configs/families.yaml."""
 
     template: str
-    """LLaMA-Factory's chat template, for the target and the small model."""
+    """LLaMA-Factory's chat template, for the target and the small model. Source: LLaMA-Factory's key of this name."""
     models: list[str] = Field(min_length=1)
-    """Model-hub names from small to large."""
+    """Model-hub names from small to large. Source: paper (its three pairs); the others ours."""
     small: str = "first"
-    """Small model of the family's targets: the first of `models`, "none" (one is cut), or a model-hub name."""
+    """Small model of the family's targets: the first of `models`, "none" (one is cut), or a model-hub name.
+    Source: ours."""
     model_type: str | None = None
-    """`model_type` of config.json that tells this template; absent: it does not."""
+    """`model_type` of config.json that tells this template; absent: it does not. Source: ours."""
 
 
 class _Families(_Section):
@@ -39,6 +41,7 @@ class Pair:
     why: str  # how the target was recognised, or why it was not
 
 
+@functools.cache
 def read_families(path: Path = FAMILIES) -> dict[str, Family]:
     """Families by name. Raises: UserError for an unknown key or a wrong type."""
     return _validate(_Families, {"families": _read_yaml(str(path))}, str(path)).families

@@ -321,7 +321,7 @@ def facts(experiment: Experiment, figures: Figures, first: Shown) -> list[tuple[
     entries = [
         ("speculative model", experiment.small_model),
         ("target model", experiment.target_model),
-        ("data", f"{experiment.dataset}, {len(figures.row):,} training rows, {_held_out(experiment):,} held out"),
+        ("data", f"{experiment.dataset_paths}, {len(figures.row):,} training rows, {_held_out(experiment):,} held out"),
         ("scores", f"φ = {experiment.selection.phi}" + (f"; {unscored:,} rows without one" if unscored else "")),
     ]
     if first.strata:
@@ -372,7 +372,7 @@ def table_rows(experiment: Experiment, figures: Figures, first: Shown, seed: int
     chosen = sample(chosen, MOST_ROWS, seed)
     index = np.concatenate([chosen, sample(others, MOST_ROWS - len(chosen), seed)])
     index = index[np.argsort(figures.row[index])]
-    texts = [texts_of(row, experiment.dataset_format) for row in rows_of(experiment, "train").select(index)]
+    texts = [texts_of(row, experiment.row_format) for row in rows_of(experiment, "train").select(index)]
     longest = longest_text([len(text) for pair in texts for text in pair], MOST_TEXT)
     return {
         "index": index,

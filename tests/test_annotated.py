@@ -128,7 +128,7 @@ def test_a_coreset_of_other_scores_or_data_is_refused(run, tmp_path):
     rows = np.array(record["indices"])
     rows[0] = next(row for row in range(104) if row not in rows)
     choice = Choice(np.sort(rows))
-    about = {name: record[name] for name in (*Settings.__dataclass_fields__, "strata")}
+    about = {name: record[name] for name in (*Settings.of(experiment.selection).record, "strata")}
     other = write_coreset(tmp_path, "staff", 0.3, choice, scores, about)
     with pytest.raises(UserError, match="cut from other scores than"):
         annotated(experiment, other)

@@ -222,8 +222,10 @@ def record_of(experiment) -> dict:
 
 
 def test_one_file_gives_the_same_run_folder_in_a_list_as_by_itself(make_experiment, rows, tmp_path):
-    alone = load_experiment(make_experiment(rows, max_samples=20, output_dir=str(tmp_path / "alone")))
-    listed = [{"path": alone.dataset, "name": "other", "max_samples": 20, "quota": 1.0, "dataset_format": {}}]
+    form = {"columns": {"prompt": "instruction", "response": "output"}}
+    keys = {"max_samples": 20, "dataset_format": form}
+    alone = load_experiment(make_experiment(rows, **keys, output_dir=str(tmp_path / "alone")))
+    listed = [{"path": alone.dataset, "name": "other", "quota": 1.0, **keys}]
     among = load_experiment(make_experiment(rows, dataset=listed, output_dir=str(tmp_path / "among")))
     records = [record_of(experiment) for experiment in (alone, among)]
     assert records[0] == records[1]
@@ -231,7 +233,7 @@ def test_one_file_gives_the_same_run_folder_in_a_list_as_by_itself(make_experime
     assert set(records[0]) - {"sha256"} == {"made_from", "fingerprint", "files"} | (set(records[0]) & {"seal"})
     assert records[0]["made_from"] == {
         "dataset_sha256": records[0]["made_from"]["dataset_sha256"],
-        "dataset_format": {"formatting": "alpaca"},
+        "dataset_format": {"formatting": "alpaca", **form},
         "max_samples": 20,
         "eval_size": 0.2,
         "split_seed": 42,

@@ -110,6 +110,7 @@ def run(tiny_model, tmp_path_factory):
         for stage in ("selection.effort_score", "selection.verify", "selection.coreset"):
             patch.setattr(sys, "argv", [stage, "--config_path", str(path)])
             importlib.import_module(stage).main()
+        patch.setattr("selection.export._BATCH", 7)  # several batches
         patch.setattr(sys, "argv", ["export.py", str(folder / "run"), "--coreset", "staff-0.5"])
         importlib.import_module("scripts.export").main()
     experiment = load_experiment(path)
@@ -336,6 +337,18 @@ def test_a_tokenizers_own_first_mark_is_not_doubled(tiny_model, tmp_path):
     assert any("; 3 of them the tokenizer cuts otherwise" in line for line in other.said)
 
 
+def test_an_end_mark_that_only_the_last_turn_gets(tiny_model, tmp_path):
+    """Templates with efficient_eos write none behind a response; tuning adds one."""
+    made = exported(tmp_path, tiny_model, biology(), [0, 3], template="bailing")
+    split = training_split(made.experiment)
+    tokens = llama_factory.tokenised_rows(made.experiment, str(tiny_model), "train", split.rows).select([0, 3])
+    for line, row, wanted in zip(
+        read_lines(made.folder / "prompt_completion.jsonl"), split.rows.select([0, 3]), tokens, strict=True
+    ):
+        assert line["completion"] == row["output"] + "<|im_end|>"
+        assert line["prompt"] + line["completion"] == text(tiny_model, wanted["input_ids"])
+
+
 def test_conversational_prompts_would_train_on_the_prompt(train):
     """Why prompt_completion.jsonl is text: where this fails, TRL and transformers fit again, and messages will do."""
     row = {"prompt": [{"role": "user", "content": "Where?"}], "completion": [{"role": "assistant", "content": "Here."}]}
@@ -368,6 +381,35 @@ def test_figures_that_are_no_numbers_and_rows_left_out(tiny_model, tmp_path):
     weights = [line["weight"] for line in read_lines(made.folder / "annotated.jsonl")]
     assert len(weights) == 20 and weights[2] is None and set(weights) == {None, 0.5}
     assert any("max_samples left them out: the 10 rows" in line for line in made.said)
+
+
+@pytest.mark.parametrize("form", ["the same", "two"])
+def test_rows_of_several_files_are_numbered_in_their_own(tiny_model, tmp_path, form):
+    first = biology()[:9]
+    second = conversations() if form == "two" else biology()[9:19]
+    sets = []
+    for name, rows in (("first", first), ("second", second)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        sets.append({"path": str(path)} | ({"dataset_format": SHAREGPT} if form == "two" and name == "second" else {}))
+    sets[1]["max_samples"] = 8
+    chosen = list(range(0, 13, 2))
+    made = exported(tmp_path, tiny_model, [], chosen, dataset=sets)
+    pooled, numbers = [*first, *second[:8]], split_numbers(made.experiment)["train"][chosen]
+    in_first, in_second = (
+        [int(line) for line in (made.folder / f"indices-{name}.txt").read_text().split()]
+        for name in ("first", "second")
+    )
+    assert in_first == [n for n in numbers if n < 9] and in_second == [n - 9 for n in numbers if n >= 9]
+    assert in_first and in_second and not (made.folder / "indices.txt").exists()
+    lines = read_lines(made.folder / "annotated.jsonl")
+    assert [line["staff_dataset"] for line in lines] == ["first"] * 9 + ["second"] * 8
+    assert any(line.endswith("the 2 rows of second after its first 8") for line in made.said)
+    if form == "the same":
+        assert [{key: line[key] for key in row} for line, row in zip(lines, pooled, strict=True)] == pooled
+    theirs = tokens_of_llama_factory(made.experiment, dataset_dir=str(made.folder / "llamafactory"), dataset="mine")
+    ours = llama_factory.tokenised_rows(made.experiment, str(tiny_model), "train", training_split(made.experiment).rows)
+    assert theirs["train_dataset"]["input_ids"] == ours.select(chosen)["input_ids"]
 
 
 def test_a_second_export_replaces_the_first_and_nothing_else(tiny_model, tmp_path):

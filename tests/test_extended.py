@@ -158,15 +158,17 @@ def test_draws_go_to_the_stratum_whose_ratio_is_uncertain_and_not_to_one_taken_w
 
 
 def test_spread_of_the_replicates_is_that_of_fresh_samples_without_replacement():
+    """Where the small model's scores are equal V is a mean, whose variance is s²/n · (1 − n/N)."""
     rng = np.random.default_rng(1)
-    ours, theirs = rng.uniform(0.4, 0.6, 40), rng.uniform(0.2, 0.9, 40)
-    fresh, told = [], []
-    for trial in range(400):
-        rows = rng.permutation(40)[:20]
-        fresh.append(theirs[rows].sum() / ours[rows].sum())
-        told.append(resampled_ratios([20], [(ours[rows], theirs[rows])], [40], trial).std())
-    assert np.mean(told) == pytest.approx(np.std(fresh), rel=0.12)
-    assert resampled_ratios([40], [(ours, theirs)], [40], 0).std() == 0
+    ours, theirs = np.full(40, 0.5), rng.uniform(0.3, 0.7, 40)
+    for n in (4, 30):
+        ratios = []
+        for trial in range(40):
+            rows = rng.permutation(40)[:n]
+            told = resampled_ratios([n], [(ours[rows], theirs[rows])], [40], trial).var()
+            ratios.append(told / (theirs[rows].var(ddof=1) / n * (1 - n / 40) / 0.5**2))
+        assert np.mean(ratios) == pytest.approx(1, rel=0.08)
+    assert np.ptp(resampled_ratios([40], [(ours, theirs)], [40], 0)) == 0
 
 
 @by_property
@@ -399,11 +401,11 @@ def test_length_control_in_the_stages(scored, monkeypatch, tmp_path):
 def test_a_grid_holds_staff_and_staff_with_length_control(tmp_path):
     from selection.config import load_grid
 
-    grid = load_grid(REPOSITORY / "configs" / "reproduce" / "smollm2_length.yaml")
+    grid = load_grid(REPOSITORY / "configs" / "reproduce" / "smollm2_cpu.yaml")
     own = [cell for cell in cells_of(grid) if cell.variant and cell.seed == 1]
     assert [cell.tuned for cell in own] == ["staff-0.1", "staff-0.3"] and len(
         {str(cell) for cell in cells_of(grid)}
-    ) == 18
+    ) == 30
     arguments = experiment_arguments(grid, tmp_path, "go_biology", 1, "staff_length")
     experiment, plain = load(arguments), load(experiment_arguments(grid, tmp_path, "go_biology", 1))
     assert experiment.folder.name == "go_biology-seed-1-staff_length" and plain.folder.name == "go_biology-seed-1"

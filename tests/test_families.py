@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,7 +9,7 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.llama_factory import import_llama_factory, rows_without_response
+from finetune.llama_factory import import_llama_factory, unusable_rows
 from selection import choices, families
 from selection.choices import choose_models, strata_for
 from selection.config import DatasetFormat, Selection, load_experiment
@@ -217,7 +216,7 @@ def test_llama_factory_reads_every_form_to_the_same_sample(name):
     rows = FORMS[name]
     form, used = detect_form(list(rows[0]), rows, "my.jsonl")
     entry = DatasetFormat(**form).entry
-    assert rows_without_response(rows, entry) == []
+    assert not unusable_rows(rows, entry)
     from llamafactory.data.converter import get_dataset_converter
     from llamafactory.data.parser import DatasetAttr
     from llamafactory.hparams import DataArguments
@@ -341,12 +340,15 @@ def test_the_form_given_with_set_is_not_looked_for(begin, tmp_path):
     assert experiment.dataset_format.columns == {"prompt": "q", "response": "a"}
 
 
-def test_several_files_are_entries_with_a_form_each():
-    alpaca, talks = {"formatting": "alpaca"}, {"formatting": "sharegpt"}
-    keys = choices._as_keys([REPOSITORY / "data" / "a.jsonl", Path("/b.jsonl")], [alpaca, talks])
-    assert keys == {
-        "dataset": [{"path": "data/a.jsonl", "dataset_format": alpaca}, {"path": "/b.jsonl", "dataset_format": talks}]
-    }
+def test_several_files_are_entries_with_a_form_each(begin, data, tmp_path):
+    talks = tmp_path / "talks.json"
+    talks.write_text(json.dumps(FORMS["messages"] * 20))
+    experiment = load_experiment(str(begin(data=[data, talks])[0]))
+    first, second = experiment.data_sets
+    assert (first.path, second.path) == (str(data), str(talks))
+    assert first.dataset_format == DatasetFormat()
+    assert second.dataset_format.columns == {"messages": "messages"}
+    assert experiment.selection.num_strata == 9  # of 45 training rows
 
 
 @pytest.mark.parametrize(

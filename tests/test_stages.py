@@ -157,7 +157,7 @@ def test_released_resets_the_adapters_of_the_speculator_and_not_of_the_tuned_tar
     make_experiment, rows, tmp_path, monkeypatch
 ):
     experiment = load_experiment(make_experiment(rows), ["selection.mode=released", "selection.self_test=0"])
-    split, model, tuned = training_split(experiment), experiment.target_model, tmp_path / "tuned"
+    split, model, tuned = training_split(experiment), experiment.target_model, experiment.folder / "tuned"
     tune_once(experiment, model, "train", split.rows, tuned, {"max_steps": 1}, TARGET_TUNING, {})
     asked, load = [], scoring.load_for_scoring
     monkeypatch.setattr(scoring, "load_for_scoring", lambda *a, **k: asked.append(a[-1]) or load(*a, **k))
@@ -234,7 +234,7 @@ def test_tuning_on_published_index_lists_and_refusing_what_does_not_fit(make_exp
 
 def test_an_adapter_on_another_model_is_refused(make_experiment, rows, tmp_path, tiny_model):
     experiment = load_experiment(make_experiment(rows))
-    split, tuned = training_split(experiment), tmp_path / "tuned"
+    split, tuned = training_split(experiment), experiment.folder / "tuned"
     tune_once(experiment, str(tiny_model), "train", split.rows, tuned, {"max_steps": 1}, SPECULATIVE_TUNING, {})
     check_base(tuned, str(tiny_model))
     other = tmp_path / "other"
