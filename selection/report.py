@@ -47,7 +47,6 @@ BARS = 60  # of the histogram below the cut, about
 CHOSEN, NOT_CHOSEN, HARDEST = "chosen", "not chosen", "hardest, dropped"
 STATUSES = [CHOSEN, NOT_CHOSEN, HARDEST]
 DRAWN, FILLED, LEFT = "chosen by budget", "chosen by random fill", "not chosen"
-NOT_SCORED = "left out in scoring"
 
 
 @dataclass
