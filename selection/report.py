@@ -47,7 +47,6 @@ BARS = 60  # of the histogram below the cut, about
 CHOSEN, NOT_CHOSEN, HARDEST = "chosen", "not chosen", "hardest, dropped"
 STATUSES = [CHOSEN, NOT_CHOSEN, HARDEST]
 DRAWN, FILLED, LEFT = "chosen by budget", "chosen by random fill", "not chosen"
-NOT_SCORED = "left out in scoring"
 
 
 @dataclass
@@ -522,6 +521,7 @@ def score_chart(with_strata: bool, stratified_by: str) -> alt.Chart | alt.VConca
         scale=alt.Scale(zero=False, nice=False),
         title=f"{stratified_by} of the speculative model",
     )
+    axis.axis = alt.Axis(grid=False, tickCount=12, labelOverlap=True)
     bare = axis.copy(deep=False)
     bare.title, bare.axis = None, alt.Axis(labels=False, ticks=False, grid=False)
     whole = {"axis": alt.Axis(tickMinStep=1, format="~s")}
@@ -690,6 +690,10 @@ def number(value: float | None, digits: int = 4) -> str:
     return text.replace("-", "−", 1) if value < 0 else text
 
 
+def correlation(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}".replace("-", "−")
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
@@ -790,7 +794,7 @@ def _page(data: dict[str, Any], **values: Any) -> str:
     scripts = [chart_script(), (here / "report.js").read_text(encoding="utf-8")]
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "percent": percent}
+    environment.filters |= {"number": number, "percent": percent, "correlation": correlation}
     template = environment.from_string((here / "report.html").read_text(encoding="utf-8"))
     return template.render(
         **values,

@@ -103,12 +103,14 @@ def make_run(folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,
 
 
 def write_scores(folder, split, rows, effort, lengths, features) -> None:
+    order = np.random.default_rng(1).permutation(len(rows))  # parts are sorted by length
+    rows, features = rows[order], features[order]
     scores = ScoreFolder(folder, {"data_fingerprint": split.fingerprint}, len(split.rows), ["hidden_state"])
     scores.plan(rows, lambda missing: [[missing.tolist()]])
     columns = {"index": rows, "id": np.array(split.ids)[rows], "effort": effort[rows], "loss": effort[rows] / 2}
     counts = {"n_prompt_tokens": lengths[rows], "n_response_tokens": lengths[rows]}
     scores.write_part([rows.tolist()], {**columns, **counts, "hidden_state": features.astype(np.float32)})
-    scores.finish(rows)
+    scores.finish(np.sort(rows))
 
 
 def cut_coresets(path: Path) -> None:
@@ -221,9 +223,9 @@ def test_correlations_and_points_are_those_of_the_scores(run, page, experiment):
     at = small.positions(target.index)
     text = page.read_text(encoding="utf-8")
     expected = spearmanr(small.effort[at], target.effort).statistic
-    assert f"rank correlation {report.number(expected, 3)}, " in text
+    assert f"rank correlation {report.correlation(expected)}, " in text
     expected = spearmanr(small.effort, small.columns["n_response_tokens"]).statistic
-    assert f"rank correlation {report.number(expected, 3)}." in text
+    assert f"rank correlation {report.correlation(expected)}." in text
     rows, numbers = data_of(text)["rows"], split_numbers(experiment)["train"]
     at = [rows["row"].index(row) for row in numbers[small.index]]
     assert [rows["length"][i] for i in at] == small.columns["n_response_tokens"].tolist()
@@ -585,6 +587,8 @@ def test_another_coreset_changes_head_table_strata_and_figures(opened, page):
             break
         time.sleep(0.05)
     assert opened.run("document.querySelector('#figure-scores svg').outerHTML") != before
+    points = "[...document.querySelectorAll('#figure-length .mark-symbol.role-mark path')]"
+    assert opened.run(f"{points}.filter((e) => e.getAttribute('fill') === 'var(--chosen)').length") == 75
 
 
 @in_chromium
@@ -592,8 +596,8 @@ def test_a_click_on_a_point_finds_its_row(opened):
     show_figures(opened, 4)
     opened.run("document.getElementById('figure-length').scrollIntoView()")
     place = opened.run(
-        "(() => { const r = document.querySelector('#figure-length .mark-symbol path').getBoundingClientRect(); "
-        "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        "(() => { const point = document.querySelector('#figure-length .mark-symbol.role-mark path'); "
+        "const r = point.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
     )
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
         at = {"x": place[0], "y": place[1], "button": "left", "clickCount": 1}
@@ -658,13 +662,13 @@ def test_twenty_thousand_rows_load_and_react(chromium, tmp_path):
     experiment = make_run(tmp_path, 25_100, (), rates=[0.1], methods=["staff"])
     page = report.write_report(experiment)
     assert page.stat().st_size < 25e6
-    assert chromium.open(page) < 15  # seconds; 1 to 3 where nothing else runs
+    assert chromium.open(page) < 15  # seconds; 1 to 6 seen
     assert found(chromium) == "20,000 of 20,000 rows"
     for script in (
         "document.querySelector('th[data-column=response] button').click()",
         GIVE.format("search", "'kinase gene'"),
     ):
         assert (
-            chromium.run(f"(() => {{ const t = performance.now(); {script}; return performance.now() - t; }})()") < 2000
+            chromium.run(f"(() => {{ const t = performance.now(); {script}; return performance.now() - t; }})()") < 3000
         )
     assert chromium.complaints() == []
