@@ -8,7 +8,6 @@ it was chosen or not), llamafactory/, dataset/, prompt_completion.jsonl, chat.js
 An earlier export of the coreset is replaced.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from selection.errors import end_on_signals, run_stage  # noqa: E402
 
 end_on_signals()
 
-from selection.config import load_experiment  # noqa: E402
+from selection.config import load_run  # noqa: E402
 from selection.export import coreset_paths, export  # noqa: E402
 from selection.stage import argument_parser  # noqa: E402
 
@@ -31,10 +30,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the exports go; default: RUN_DIR/export")
     arguments = parser.parse_args()
-    run = arguments.run.resolve()
-    experiment = load_experiment(str(run / "experiment.yaml"), [f"output_dir={json.dumps(str(run))}"])
+    experiment = load_run(arguments.run)
     for path in list(coreset_paths(experiment, arguments.coreset)):
-        folder = (arguments.out or run / "export").resolve() / path.stem
+        folder = (arguments.out or experiment.folder / "export").resolve() / path.stem
         said = export(experiment, path, folder)
         print("\n  ".join([f"{path.stem} -> {folder}", *said]))
 

@@ -7,13 +7,12 @@ Needs a run folder with a coreset. Writes <run folder>/report.html, one file tha
 to be read, JavaScript. Prints its path.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
-from selection.config import Experiment, load_experiment  # noqa: E402
+from selection.config import load_experiment, load_run  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
 
@@ -27,19 +26,12 @@ def main() -> None:
     if (arguments.run is None) == (arguments.config_path is None):
         raise UserError("give either a run folder or --config_path")
     experiment = (
-        load_experiment(arguments.config_path, arguments.set) if arguments.run is None else of_run(arguments.run)
+        load_experiment(arguments.config_path, arguments.set) if arguments.run is None else load_run(arguments.run)
     )
 
     from selection.report import write_report
 
     print(write_report(experiment))
-
-
-def of_run(folder: Path) -> Experiment:
-    record = folder / "experiment.yaml"
-    if not record.is_file():
-        raise UserError(f"{folder} has no experiment.yaml: give the run's configuration with --config_path")
-    return load_experiment(str(record), [f"output_dir={json.dumps(str(folder.resolve()))}"])
 
 
 if __name__ == "__main__":

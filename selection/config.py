@@ -1,6 +1,7 @@
 """An experiment's YAML: every key, its type and its default. One file serves every stage of an experiment."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -462,6 +463,14 @@ def _refuse_links_out_of(folder: Path) -> None:
     for path in found:
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
             raise UserError(f"{path} is a link that leads out of the run folder: put the file itself there")
+
+
+def load_run(folder: Path) -> Experiment:
+    """The experiment of a run folder, wherever that lies now, from its own record. Raises: as `load_experiment`."""
+    record = folder / "experiment.yaml"
+    if not record.is_file():
+        raise UserError(f"{folder} has no experiment.yaml: give a run folder in which a stage has run")
+    return load_experiment(str(record), [f"output_dir={json.dumps(str(folder.resolve()))}"])
 
 
 def load_grid(config_path: str) -> Grid:

@@ -88,12 +88,11 @@ def make_plan(experiment: Experiment, lengths: dict[str, Sequence[int]], speeds:
     if not settings.verify_all:
         kept = num_rows - floor_share(settings.hardest_cutoff, num_rows)
         drawn = min(kept, settings.num_strata * settings.verify_per_stratum)
+    speculative = [tuning(SPECULATIVE_TUNING, "small", num_rows), scoring(SPECULATIVE_SCORES, "small", num_rows)]
+    if experiment.borrows:  # of speculative_run, which has paid
+        speculative = []
     return Plan(
-        selection=[
-            tuning(SPECULATIVE_TUNING, "small", num_rows),
-            scoring(SPECULATIVE_SCORES, "small", num_rows),
-            scoring(VERIFICATION, "target", drawn),
-        ],
+        selection=[*speculative, scoring(VERIFICATION, "target", drawn)],
         coresets={
             rate: tuning(f"{TARGET_TUNING} at rate {rate:g}", "target", coreset_size(rate, num_rows))
             for rate in settings.rates

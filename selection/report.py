@@ -29,7 +29,7 @@ from typing_extensions import TypedDict
 from finetune.data_split import rows_of, training_split
 from selection.agreement import partial_spearman, spearman
 from selection.annotated import annotated
-from selection.config import DatasetFormat, Experiment, as_yaml
+from selection.config import REPOSITORY, DatasetFormat, Experiment, as_yaml
 from selection.errors import UserError
 from selection.files import atomic_path, checked, code_version, read_json
 from selection.ledger import TARGET_TUNING, CostSummary, format_summary, read_ledger, summarise
@@ -143,6 +143,9 @@ def render(experiment: Experiment) -> str:
     summary, costs, no_costs = _costs(experiment)
     return _page(
         experiment=experiment,
+        run=experiment.folder.relative_to(REPOSITORY)
+        if experiment.folder.is_relative_to(REPOSITORY)
+        else experiment.folder,
         num_rows=len(figures.row),
         held_out=_held_out(experiment),
         shown=shown,
@@ -515,27 +518,28 @@ def _zoom(encodings: list[str]) -> alt.Parameter:
 
 def score_chart(with_strata: bool, stratified_by: str) -> alt.Chart | alt.VConcatChart:
     """Histogram; below it, on the same axis, V_i with its interval, and what each stratum has and gives."""
-    axis = alt.X(
-        "low:Q",
-        bin="binned",
-        scale=alt.Scale(zero=False, nice=False),
-        title=f"{stratified_by} of the speculative model",
-    )
-    axis.axis = alt.Axis(grid=False, tickCount=12, labelOverlap=True)
-    bare = axis.copy(deep=False)
-    bare.title, bare.axis = None, alt.Axis(labels=False, ticks=False, grid=False)
+    title = f"{stratified_by} of the speculative model"
+    labelled = {"title": title, "axis": alt.Axis(grid=False, tickCount=12, labelOverlap=True)}
+    plain = {"title": None, "axis": alt.Axis(labels=False, ticks=False, grid=False)}
+
+    def binned(like: dict[str, Any]) -> alt.X:
+        return alt.X("low:Q", bin="binned", scale=alt.Scale(zero=False, nice=False), **like)
+
+    def shaded(like: dict[str, Any]) -> alt.Chart:
+        """The cut, with the panel's own axis: the library would join another to it."""
+        cut = alt.Chart(alt.NamedData(name="cut")).mark_rect(opacity=0.13, color="var(--cut)", clip=True)
+        return cut.encode(x=alt.X("low:Q", **like), x2="high:Q")
+
     whole = {"axis": alt.Axis(tickMinStep=1, format="~s")}
     zoom = _zoom(["x"])
     tip = [alt.Tooltip("low:Q", title="from", format=".4g"), alt.Tooltip("high:Q", title="to", format=".4g")]
-    cut = alt.Chart(alt.NamedData(name="cut")).mark_rect(opacity=0.13, color="var(--cut)", clip=True)
-    cut = cut.encode(x="low:Q", x2="high:Q")
     edges = alt.Chart(alt.NamedData(name="edges")).mark_rule(opacity=0.2, color="var(--text)", clip=True)
-    edges = edges.encode(x="low:Q")
+    edges = edges.encode(x=alt.X("low:Q", **plain))
     bars = (
         alt.Chart(alt.NamedData(name="bins"), width=WIDTH, height=210)
         .mark_bar(clip=True, binSpacing=0.5)
         .encode(
-            x=bare if with_strata else axis,
+            x=binned(plain if with_strata else labelled),
             x2="high:Q",
             y=alt.Y("rows:Q", title="rows", **whole),
             color=_colours(STATUSES, ["chosen", "other", "cut"]),
@@ -555,7 +559,7 @@ def score_chart(with_strata: bool, stratified_by: str) -> alt.Chart | alt.VConca
         alt.Tooltip("ratio_high:Q", title="to", format=".3g"),
         "verified:Q",
     ]
-    middle = alt.X("middle:Q", title=None, axis=alt.Axis(labels=False, ticks=False, grid=False))
+    middle = alt.X("middle:Q", **plain)
     spread = of_strata.mark_rule(strokeWidth=2, color="var(--ratio)", clip=True)
     spread = spread.encode(x=middle, y=alt.Y("ratio_low:Q", title="V"), y2="ratio_high:Q", tooltip=about)
     ratio = of_strata.mark_point(filled=True, size=45, opacity=1, color="var(--ratio)", clip=True)
@@ -564,7 +568,7 @@ def score_chart(with_strata: bool, stratified_by: str) -> alt.Chart | alt.VConca
         alt.Chart(alt.NamedData(name="budgets"), width=WIDTH, height=130)
         .mark_bar(clip=True, binSpacing=1)
         .encode(
-            x=axis,
+            x=binned(labelled),
             x2="high:Q",
             y=alt.Y("rows:Q", title="rows of a stratum", **whole),
             color=_colours([DRAWN, FILLED, LEFT], ["chosen", "filled", "other"]),
@@ -573,7 +577,11 @@ def score_chart(with_strata: bool, stratified_by: str) -> alt.Chart | alt.VConca
         )
         .add_params(zoom)
     )
-    panels = (cut + bars + edges, cut + edges + one + spread + ratio, cut + parts)
+    panels = (
+        shaded(plain) + bars + edges,
+        shaded(plain) + edges + one + spread + ratio,
+        shaded(labelled) + parts,
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Automatically deduplicated selection parameter"

@@ -108,6 +108,7 @@ def test_configuration_decides_rows_and_flops(experiment):
     assert (by_default.selection[0].tokens, by_default.full.tokens) == (360, 420)  # LLaMA-Factory's 3 epochs
     assert changed("target_training.num_train_epochs=0.5").full.tokens == 70
     assert changed("small_training.finetuning_type=full").selection[0].flops == 8 * 10 * 360
+    assert [stage.name for stage in changed("speculative_run=runs/other").selection] == ["verification"]  # it has paid
 
 
 def test_what_no_plan_can_be_made_for_is_refused_at_once(experiment):
