@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, what it cost, and the
-# report on it all.
+# Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, costs, report.
 #     bash selection.sh ../configs/demo.yaml          in selection/
 #     bash selection.sh CONFIG [--dry_run] [--quiet] [--set key=value …]
 #     bash selection.sh --target MODEL --data FILE … [--dry_run] [--quiet] [--set key=value …] [more: start.py --help]

@@ -1,5 +1,6 @@
 """Shared by the tests: a tiny model on disk, experiments on small data, and the scripts, each in its own process."""
 
+import fcntl
 import json
 import os
 import runpy
@@ -121,6 +122,20 @@ def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     run_script("scripts/make_tiny_model.py", "--out", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_models(tmp_path_factory) -> None:
+    """The tiny demo's two models, in their place; one process of the tests makes them, the others wait."""
+    models = REPOSITORY / "models"
+    models.mkdir(exist_ok=True)
+    with (models / ".tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_script("scripts/make_tiny_model.py", "--out", models / "tiny")
+        draft = ["--config_path", REPOSITORY / "configs" / "tiny.yaml"]
+        draft += ["--set", f"output_dir={tmp_path_factory.mktemp('draft') / 'run'}"]
+        draft += ["--target", models / "tiny", "--layers", 2, "--out", models / "tiny-2-layers"]
+        run_script("scripts/make_draft.py", *draft)
 
 
 @pytest.fixture

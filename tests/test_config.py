@@ -8,7 +8,8 @@ import yaml
 from selection.config import REPOSITORY, Selection, from_repository, load_experiment, validated
 from selection.errors import UserError
 
-CONFIGS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if p.parent.name != "reproduce")
+OTHERS = ("reproduce", "families.yaml")  # no experiments
+CONFIGS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if not {p.name, p.parent.name} & set(OTHERS))
 BASE = {
     "output_dir": "runs/test",
     "small_model": "models/small",

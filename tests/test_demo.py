@@ -7,21 +7,22 @@ import pytest
 from conftest import REPOSITORY, run_script
 
 
-def demo(run_folder) -> str:
+def demo(run_folder) -> tuple[str, str]:
+    """stdout and stderr."""
     environment = os.environ | {"RUN": str(run_folder)}
     command = ["bash", str(REPOSITORY / "scripts" / "demo.sh"), "--tiny"]
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
+def run_folder(tmp_path_factory, demo_models):
     return tmp_path_factory.mktemp("demo") / "run"
 
 
 def test_demo_fresh(run_folder):
-    out = demo(run_folder)
+    out, _ = demo(run_folder)
     assert "coreset         rows   ROUGE-L   BLEU-4    selection     tuning" in out
     for name in ("staff-0.2", "random-0.2"):
         assert f"\n{name}" in out
@@ -35,7 +36,7 @@ def test_demo_fresh(run_folder):
 
 def test_demo_again_reuses_everything_and_says_so(run_folder):
     before = {path: path.read_bytes() for path in (run_folder / "coresets").iterdir()}
-    out = demo(run_folder)
+    out = "".join(demo(run_folder))
     assert out.count("reusing") >= 9  # .venv, 2 models, tuned small, 2 scores, 2 tuned targets, 2 evaluations
     assert {path: path.read_bytes() for path in (run_folder / "coresets").iterdir()} == before
 

@@ -16,13 +16,9 @@ def reproduce(results, runs) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, demo_models):
     """cells.csv and run folders of the tiny grid, on the demo's two models."""
-    folder, models = tmp_path_factory.mktemp("grid"), REPOSITORY / "models"
-    run_script("scripts/make_tiny_model.py", "--out", models / "tiny")
-    draft = ["--config_path", REPOSITORY / "configs" / "tiny.yaml", "--set", f"output_dir={folder / 'draft'}"]
-    draft += ["--target", models / "tiny", "--layers", 2, "--out", models / "tiny-2-layers"]
-    run_script("scripts/make_draft.py", *draft)
+    folder = tmp_path_factory.mktemp("grid")
     assert "20 cells, 0 of them there" in reproduce(folder / "results", folder / "runs")
     return folder
 
