@@ -45,7 +45,7 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
         "verification_ratio": np.full(num_rows, np.nan),
         "verified": np.zeros(num_rows, dtype=bool),
         "chosen": is_chosen,
-        "reason": np.where(is_chosen, f"chosen by {method}", f"not chosen by {method}").astype(object),
+        "reason": _either(is_chosen, f"chosen by {method}", f"not chosen by {method}"),
     }
     if method == "staff":
         _explain_staff(experiment, coreset, about, columns)
@@ -102,14 +102,19 @@ def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: 
         if record.verification_ratio is not None:
             columns["verification_ratio"][rows] = record.verification_ratio
         columns["verified"][record.verified] = True
-        reason[rows] = np.where(is_chosen[rows], drawn, passed_over)
+        reason[rows] = _either(is_chosen[rows], drawn, passed_over)
     reason[scores.index[choice.fill]] = "chosen: random fill of what the budgets left"
     hardest = scores.index[strata.hardest]
-    reason[hardest] = np.where(
+    reason[hardest] = _either(
         is_chosen[hardest],
         "chosen: taken back from the hardest, as the strata do not hold enough",
         f"dropped: among the hardest {settings.hardest_cutoff:.0%}",
     )
+
+
+def _either(mask: np.ndarray, yes: str, no: str) -> np.ndarray:
+    """One of the two texts for each row (n,): the texts themselves, not a copy a row."""
+    return np.array([no, yes], dtype=object)[mask.astype(np.intp)]
 
 
 def _stratum(entry: dict) -> dict:

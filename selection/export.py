@@ -63,7 +63,7 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
     """
     from datasets import concatenate_datasets
 
-    figures = annotated(experiment, path)
+    figures = annotated(experiment, path, split)
     if len(sets := data_sets(experiment)) > 1:
         names = np.repeat([name for name, _, _ in sets], [count for _, _, count in sets])
         figures = figures.add_column(1, "dataset", pa.array(names[figures["row"].to_numpy()]))
