@@ -7,8 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finetune.data_split import raw_rows
 from finetune.llama_factory import model_path
 from selection.config import (
@@ -18,6 +16,7 @@ from selection.config import (
     _override,
     _read_yaml,
     _validate,
+    as_yaml,
     load_experiment,
 )
 from selection.data_form import detect_form
@@ -218,9 +217,9 @@ def write_once(experiment: Experiment) -> Path:
             raise UserError(
                 f"{experiment.folder} was started otherwise ({difference}): give another --run, or remove that folder"
             )
-    keys = yaml.safe_dump(experiment.model_dump(), sort_keys=False, allow_unicode=True, width=120)
     with atomic_path(path) as draft:
-        draft.write_text(f"# Written by selection/start.py; selection/config.py explains the keys.\n{keys}", "utf-8")
+        head = "# Written by selection/start.py; selection/config.py explains the keys.\n"
+        draft.write_text(head + as_yaml(experiment), "utf-8")
     return path
 
 
