@@ -84,6 +84,16 @@ def existing_split(experiment: Experiment) -> TrainingSplit | None:
     return _checked(experiment, read_sealed(record_path), wanted) if record_path.exists() else None
 
 
+def finished_split(experiment: Experiment) -> TrainingSplit:
+    """The training split of a run in which stages have run; nothing is written.
+
+    Raises: as `training_split`, and where there is none yet.
+    """
+    if (split := existing_split(experiment)) is None:
+        raise UserError(f"{experiment.data_folder} has no split yet: run a stage with this run's configuration first")
+    return split
+
+
 def _training_split(experiment: Experiment) -> TrainingSplit:
     wanted = _made_from(experiment)
     record_path = experiment.data_folder / "split.json"

@@ -21,6 +21,7 @@ from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa
 from selection.config import load_experiment  # noqa: E402
 from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING  # noqa: E402
 from selection.log import say  # noqa: E402
+from selection.quotas import check_quotas  # noqa: E402
 from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser  # noqa: E402
 
 
@@ -59,6 +60,7 @@ def main() -> None:
     if split is None:
         print(f"{stage}: would split {experiment.dataset_paths} and tune {model_path(model)} on it -> {folder}")
         return
+    check_quotas(experiment)
     if arguments.model == "small" and experiment.borrows:
         from selection.speculative_run import check_speculative_run  # seconds of imports
 

@@ -218,9 +218,8 @@ def write_once(experiment: Experiment) -> Path:
                 f"{experiment.folder} was started otherwise ({difference}): give another --run, or remove that folder"
             )
     with atomic_path(path) as draft:
-        draft.write_text(
-            f"# By selection/start.py; selection/README.md explains the keys.\n{as_yaml(experiment)}", "utf-8"
-        )
+        head = "# Written by selection/start.py; selection/config.py explains the keys.\n"
+        draft.write_text(head + as_yaml(experiment), "utf-8")
     return path
 
 

@@ -239,7 +239,7 @@ class Experiment(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of tuning and generation (LLaMA-Factory keeps the weights as the checkpoint has them); auto takes
     bf16 where the device computes in it. Source: ours; the paper tunes in fp16."""
-    speculative_run: str | None = None
+    speculative_run: str | None = Field(default=None, min_length=1)
     """Another run folder, finished up to effort_score.py, whose tuned speculative model and scores are taken instead of
     made again: it needs the same data, small model, training and settings of scoring. The two share what these cost.
     Absent: this run makes its own. Source: ours; one selection serves several targets."""
@@ -313,7 +313,7 @@ class Experiment(_Section):
 
     @property
     def borrows(self) -> bool:
-        """Whether these are another run's: then nothing in that folder is made or changed."""
+        """Whether these are another run's: then nothing is made there, and only who shares them is noted."""
         return self.speculative_folder != self.folder
 
     @property
@@ -407,9 +407,17 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper of what `_Loader` reads: without aliases, and text that it would take for a number in quotes."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _of_yaml in (_Loader, _Dumper):
+    _of_yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def from_repository(path: str) -> Path:
@@ -438,12 +446,7 @@ def load_experiment(config_path: str, overrides: list[str] = ()) -> Experiment:
 
 def as_yaml(experiment: Experiment) -> str:
     """Every key with its value; `load_experiment` reads it."""
-
-    class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    return yaml.dump(experiment.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(experiment.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 _STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export", "tensorboard")
@@ -490,9 +493,9 @@ def _read_yaml(config_path: str) -> dict:
     return values
 
 
-def validated(selection: Selection, changes: dict[str, Any]) -> Selection:
+def validated(selection: Selection, changes: dict[str, Any], source: str = "command line") -> Selection:
     """A copy with some keys changed, checked like a file. Raises: UserError."""
-    return _validate(Selection, selection.model_dump() | changes, "command line")
+    return _validate(Selection, selection.model_dump() | changes, source)
 
 
 def _validate(section: type[_Section], values: dict, source: str):

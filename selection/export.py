@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from finetune import llama_factory
-from finetune.data_split import TrainingSplit, data_sets, reading_rows, rows_of, split_numbers, training_split
+from finetune.data_split import TrainingSplit, data_sets, finished_split, reading_rows, rows_of, split_numbers
 from selection.annotated import annotated
 from selection.config import Experiment, from_repository
 from selection.coreset_files import Coreset, check_fits, read_coreset
@@ -32,27 +32,35 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     export of that name is replaced. Raises: UserError where the coreset is of other data, and where `folder` is there
     and no export of it.
     """
-    split, coreset = training_split(experiment), read_coreset(path)
+    split, coreset = finished_split(experiment), read_coreset(path)
     check_fits(coreset, split.ids, split.fingerprint, str(path))
     identity = {
         "export_of": coreset.name,
+        "run": experiment.folder.name,
         "coreset_sha256": file_digest(path),
         "data_fingerprint": split.fingerprint,
         "template": experiment.template,
         "code_version": code_version(),
     }
-    if folder.exists() and _exported(folder) != coreset.name:
-        raise UserError(f"{folder} is no export of {coreset.name}: remove it or give another --out")
+    if folder.exists() and _exported(folder) != (coreset.name, experiment.folder.name):
+        raise UserError(
+            f"{folder} is no export of {coreset.name} of run {experiment.folder.name}: remove it or give another --out"
+        )
     with building(folder, identity) as draft:
         said = [*_write_annotated(experiment, split, path, draft), *_write_chosen(experiment, split, coreset, draft)]
+        earlier = folder.with_name(f".{folder.name}.earlier")
+        shutil.rmtree(earlier, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)  # at last, when the new one is whole
+            folder.rename(earlier)  # at last, when the new one is whole
+    shutil.rmtree(earlier, ignore_errors=True)
     return said
 
 
-def _exported(folder: Path) -> str | None:
-    record = folder / "made_from.json"
-    return read_record(record).get("export_of") if record.exists() else None
+def _exported(folder: Path) -> tuple[str | None, str | None]:
+    """Coreset and run that a folder is an export of."""
+    path = folder / "made_from.json"
+    record = read_record(path) if path.exists() else {}
+    return record.get("export_of"), record.get("run")
 
 
 def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, draft: Path) -> list[str]:
@@ -63,10 +71,7 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
     """
     from datasets import concatenate_datasets
 
-    figures = annotated(experiment, path)
-    if len(sets := data_sets(experiment)) > 1:
-        names = np.repeat([name for name, _, _ in sets], [count for _, _, count in sets])
-        figures = figures.add_column(1, "dataset", pa.array(names[figures["row"].to_numpy()]))
+    figures = annotated(experiment, path, split)
     figures = figures.rename_columns([PREFIX + name for name in figures.column_names])
     if taken := sorted(set(figures.column_names) & set(split.rows.column_names)):
         raise UserError(f"the data have a column {taken[0]} already, which the export writes: rename it in the data")

@@ -206,9 +206,11 @@ def share_costs(experiment: Experiment) -> None:
 
 
 def sharing_runs(experiment: Experiment) -> int:
-    """How many runs use the same speculative scores: the one that made them, this one, and all that have entered."""
+    """How many runs use the same speculative scores: the one that made them, this one, and all that have entered and
+    are still there."""
     folder = experiment.speculative_folder
-    return len({str(folder), str(experiment.folder), *_shared_by(folder)})
+    others = {run for run in _shared_by(folder) if Path(run).is_dir()}
+    return len({str(folder), str(experiment.folder), *others})
 
 
 def _shared_by(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ from markupsafe import Markup
 from pydantic import ConfigDict, Field, NonNegativeInt
 from typing_extensions import TypedDict
 
-from finetune.data_split import rows_of, training_split
+from finetune.data_split import finished_split, rows_of
 from selection.agreement import partial_spearman, spearman
 from selection.annotated import annotated
 from selection.config import REPOSITORY, DatasetFormat, Experiment, as_yaml
@@ -183,7 +183,7 @@ def read_run(experiment: Experiment) -> tuple[Figures, list[Shown], list[str]]:
         except UserError as error:
             refused.append(f"{path.stem} is not shown: {error}")
     records.sort(key=lambda each: (each[1].get("method") != "staff", each[1].get("method", ""), each[1].get("rate", 0)))
-    figures, shown, split = None, [], training_split(experiment)
+    figures, shown, split = None, [], finished_split(experiment)
     for path, about in records:
         try:
             table = annotated(experiment, path, split)
@@ -228,13 +228,15 @@ def _shown(experiment: Experiment, name: str, about: dict, train: pa.Table, earl
     chosen, reason = train["chosen"].to_numpy(), train["reason"].to_pylist()
     score, strata_of = _numbers(train, "effort"), name
     if "strata" in about:
-        settings = Settings.from_record(about)
+        settings = Settings.from_record(about, experiment.coresets / f"{name}.json")
         scores = stratified_score(read_scores(experiment.small_scores, settings.columns, ids=False), settings)
         score[scores.index] = scores.effort
         stratum = train["stratum"].fill_null(-1).to_numpy()
         same = [s for s in earlier if _verified(s.about) == _verified(about)]
         strata = same[0].strata if same else []
-        intervals = [(s["ratio_low"], s["ratio_high"]) for s in strata] or _intervals(experiment, about, scores)
+        intervals = [(s["ratio_low"], s["ratio_high"]) for s in strata] or _intervals(
+            experiment, about, scores, settings
+        )
         strata = [_stratum(entry, *intervals[i]) for i, entry in enumerate(about["strata"])]
     elif earlier and earlier[0].strata:  # another method's coreset, by the strata of STAFF's first
         score, stratum, strata_of = earlier[0].score, earlier[0].stratum, earlier[0].name
@@ -265,12 +267,11 @@ def _stratum(entry: dict, ratio_low: float, ratio_high: float) -> dict[str, Any]
     }
 
 
-def _intervals(experiment: Experiment, about: dict, scores: Scores) -> list[tuple[float, float]]:
+def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Settings) -> list[tuple[float, float]]:
     """Of each stratum's V_i; nan where the target's scores are not in the run folder, or are not those of V_i."""
     unknown = [(float("nan"), float("nan"))] * len(about["strata"])
     if not experiment.target_scores.exists():
         return unknown
-    settings = Settings.from_record(about)
     target = read_scores(experiment.target_scores, settings.columns, ids=False)
     try:
         pairs = verified_pairs(scores.effort, target, settings, cut_strata(scores.effort, settings), scores.index)

@@ -118,7 +118,7 @@ _NO_SETTINGS = {
     "output_dir": True,
     "speculative_run": True,  # whose scores are those of this run's own
     "selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"},
-    "training": {"seed"},
+    "training": {"seed", "report_to", "run_name"},
     "evaluation": {"batch_size"},
 }
 

@@ -1,5 +1,5 @@
 """Another run's tuned speculative model and scores (key `speculative_run`): used only where this run would make the
-same ones, and never changed."""
+same ones; nothing there changes but the note of who shares them (shared_by.json, for the ledger)."""
 
 from pathlib import Path
 

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import ConfigDict
 
 from selection.adaptive import first_counts, next_counts, resampled_ratio
-from selection.config import Selection, rules_of
+from selection.config import Selection, rules_of, validated
 from selection.errors import UserError
 from selection.files import checked, digest, first_difference, read_sealed, write_sealed
 from selection.length_control import length_controlled
@@ -46,8 +46,12 @@ class Settings:
         return cls(**named | {"verify": verify, "rates": list(selection.rates) if verify == "adaptive" else None})
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> "Settings":
-        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
+    def from_record(cls, record: dict[str, Any], source: Path) -> "Settings":
+        """Those of a `record` (below) out of the file `source`. Raises: UserError naming the field that is wrong."""
+        known = {field.name: record[field.name] for field in fields(cls) if record.get(field.name) is not None}
+        if absent := {"mode", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed"} - set(known):
+            raise UserError(f"{source} is damaged: it has no {min(absent)}: make it again")
+        return cls.of(validated(Selection(), known, str(source)))
 
     @property
     def record(self) -> dict[str, Any]:

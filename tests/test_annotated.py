@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -135,6 +137,25 @@ def test_a_coreset_of_other_scores_or_data_is_refused(run, tmp_path):
     path.write_text(path.read_text().replace(record["data_fingerprint"], "0" * 64))
     with pytest.raises(UserError, match="chosen from other data"):
         annotated(experiment, path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"strata": [1, 2]}, {"rate": "x"}, {"rate": None}, {"num_strata": 0}, {"seed": None}, {"indices": "x"}]
+)
+def test_a_coreset_file_that_says_nonsense_is_refused(run, change):
+    experiment = run()
+    path = experiment.coresets / "staff-0.3.json"
+    record = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        annotated(experiment, path)
+
+
+def test_without_the_scores_the_chosen_rows_are_known_still(run):
+    experiment = run()
+    shutil.rmtree(experiment.small_scores)
+    table = annotated(experiment, experiment.coresets / "staff-0.3.json").to_pylist()
+    assert sum(line["chosen"] for line in table) == 31 and {line["effort"] for line in table} == {None}
 
 
 def test_the_experiment_keeps_its_exact_configuration(run):

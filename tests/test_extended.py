@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import sys
+from pathlib import Path
 from dataclasses import replace
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_settings_come_back_from_their_record_and_published_records_have_no_new_
     every = Selection(mode="extended", verify="adaptive", length_control="residual")
     for selection in (Selection(), Selection(mode="released"), every):
         settings_ = Settings.of(selection)
-        again = Settings.from_record(json.loads(json.dumps(settings_.record)))
+        again = Settings.from_record(json.loads(json.dumps(settings_.record)), Path("record.json"))
         assert again.record == settings_.record
     assert set(Settings.of(Selection()).record) == {
         "mode", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed",
