@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
-from selection.errors import end_on_signals, run_stage  # noqa: E402
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
 
 end_on_signals()
 
@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the exports go; default: RUN_DIR/export")
     arguments = parser.parse_args()
     run = arguments.run.resolve()
+    if not (run / "experiment.yaml").is_file():
+        raise UserError(f"{arguments.run} has no experiment.yaml: give a run folder, with coresets/ in it")
     experiment = load_experiment(str(run / "experiment.yaml"), [f"output_dir={json.dumps(str(run))}"])
     for path in list(coreset_paths(experiment, arguments.coreset)):
         folder = (arguments.out or run / "export").resolve() / path.stem

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, what it cost, and the
-# report on it all.
+# Selection from end to end: speculative tuning, scores, verification, coresets, what it cost, the report; reused if done.
 #     bash selection.sh ../configs/demo.yaml          in selection/
 #     bash selection.sh CONFIG [--dry_run] [--quiet] [--set key=value …]
 #     bash selection.sh --target MODEL --data FILE … [--dry_run] [--quiet] [--set key=value …] [more: start.py --help]
@@ -30,13 +29,19 @@ if [[ " $* " == *" --target"* || " $* " == *" --data"* ]]; then
     mapfile -t answers < "$answer" # the experiment, then how to cut a small model where there is none
     config=${answers[0]}
     [[ " $* " == *" --quiet "* ]] && set -- --quiet || set --
-    if [ ${#answers[@]} -gt 1 ] && [ "$dry" ]; then
+    if [ "$dry" ] && [ ${#answers[@]} -gt 1 ] && [ -d "${answers[-1]}" ]; then
+        echo "the small model is there: ${answers[-1]}"
+    elif [ "$dry" ] && [ ${#answers[@]} -gt 1 ]; then
         echo "would cut the small model out of the target first (scripts/make_draft.py): what follows is known then"
         exit
     elif [ ${#answers[@]} -gt 1 ]; then
         run python "$repository/scripts/make_draft.py" --config_path "$config" "${answers[@]:1}" "$@"
     fi
 elif [ $# -eq 0 ] || [[ $1 == --* ]]; then
+    if [ $# -gt 0 ] && [[ ! $1 =~ ^--(quiet|set|set=.*)$ ]]; then # before anything is downloaded
+        echo "error: unknown argument $1 (--help says how to call this)" >&2
+        exit 2
+    fi
     config=$repository/configs/demo.yaml
     if [ "$dry" ] && [ ! -d "$repository/models/smollm2-135m-instruct-16-layers" ]; then
         echo "would make the demo's two models first (scripts/demo_models.sh): what follows is known then"
