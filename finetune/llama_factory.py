@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import json
+import logging
 import os
 import re
 import sys
@@ -43,6 +44,7 @@ def import_llama_factory() -> None:
         importlib.import_module("torchaudio")
         sys.path.pop(0)
     importlib.import_module("llamafactory.train.tuner")
+    logging.getLogger("jieba").setLevel(logging.WARNING)  # which LLaMA-Factory's metrics import; it tells of its cache
 
 
 def model_path(model: str) -> str:
@@ -56,7 +58,7 @@ def model_path(model: str) -> str:
         return model
     if not folder.is_dir():
         raise UserError(
-            f"model {model}: no folder {folder}: download or make it first (README, 'Your own model and data')"
+            f"model {model}: no folder {folder}: download or make it first, or give its name on the model hub"
         )
     if not (folder / "config.json").exists():
         raise UserError(f"model {model}: {folder} has no config.json: give the folder of a Hugging Face model")

@@ -68,12 +68,13 @@ def start(
         cut = ["--target", pair.target, "--layers", str(layers), "--out", small]
         say(f"speculator: {layers} layers, half of the target's, in {small}; --small M for one made otherwise")
     data_sets = [look_at(path, "dataset_format" in given) for path in data]
-    values = _read_yaml(str(REPOSITORY / "configs" / "own_data.yaml")) | {
+    defaults = _read_yaml(str(REPOSITORY / "configs" / "own_data.yaml"))
+    values = defaults | {
         "output_dir": _in_repository(run),
         "small_model": _in_repository(small),
         "target_model": _in_repository(pair.target),
         "template": pair.template,
-        "selection": {"rates": rates} if rates else {},
+        "selection": defaults.get("selection", {}) | ({"rates": rates} if rates else {}),
         **_as_keys(data, [form for form, _ in data_sets]),
     }
     for text in overrides:

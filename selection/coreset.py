@@ -170,9 +170,10 @@ def cut_coresets(
 
 def scores_of(experiment: Experiment, method: str) -> Path:
     """Which scores of a run folder a method reads. Random and Length only count rows and tokens: any will do."""
-    if method == "staff" or (method in ("random", "length") and experiment.small_scores.exists()):
+    tuned_there = experiment.tuned_target_scores.exists()
+    if method == "staff" or (method in ("random", "length") and (experiment.small_scores.exists() or not tuned_there)):
         return experiment.small_scores
-    if not experiment.tuned_target_scores.exists():
+    if not tuned_there:
         raise UserError(
             f"{method} reads the scores of the tuned target, and there is no {experiment.tuned_target_scores}: run "
             "finetune.py and effort_score.py with --model target"

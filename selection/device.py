@@ -1,6 +1,7 @@
 """Where and in which number format to compute: decided here, printed with the reason."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,15 +21,24 @@ def device() -> torch.device:
 
 
 def choose_precision(asked: str) -> str:
-    """fp32, bf16 or fp16: what was asked, or under `auto` bf16 where the device computes in it, else fp32."""
+    """fp32, bf16 or fp16: what was asked, or under `auto` bf16 where the device computes in it, else fp32.
+
+    Says it once.
+    """
     if asked != "auto":
-        say(f"precision {asked} on {device_name()}: as configured")
+        _say_once(f"precision {asked} on {device_name()}: as configured")
         return asked
     on_gpu = torch.cuda.is_available()
     native = torch.cuda.get_device_capability()[0] >= 8 if on_gpu else _cpu_has_bf16()
     precision = "bf16" if native else "fp32"
-    say(f"precision {precision} on {device_name()}: the device {'computes' if native else 'does not compute'} in bf16")
+    why = f"the device {'computes' if native else 'does not compute'} in bf16"
+    _say_once(f"precision {precision} on {device_name()}: {why}")
     return precision
+
+
+@cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def _cpu_has_bf16() -> bool:

@@ -208,4 +208,10 @@ def coreset_paths(experiment: Experiment, names: list[str]) -> Iterator[Path]:
         yield from found
     for name in names:
         own = experiment.coresets / f"{name}.json"
-        yield own if own.exists() or not name.endswith((".json", ".pt")) else Path(name)
+        if own.exists():
+            yield own
+        elif name.endswith((".json", ".pt")):
+            yield Path(name)
+        else:
+            there = ", ".join(sorted(path.stem for path in experiment.coresets.glob("*.json"))) or "none"
+            raise UserError(f"{experiment.folder} has no coreset {name}; there: {there}")

@@ -29,13 +29,19 @@ if [[ " $* " == *" --target"* || " $* " == *" --data"* ]]; then
     mapfile -t answers < "$answer" # the experiment, then how to cut a small model where there is none
     config=${answers[0]}
     [[ " $* " == *" --quiet "* ]] && set -- --quiet || set --
-    if [ ${#answers[@]} -gt 1 ] && [ "$dry" ]; then
+    if [ "$dry" ] && [ ${#answers[@]} -gt 1 ] && [ -d "${answers[-1]}" ]; then
+        echo "the small model is there: ${answers[-1]}"
+    elif [ "$dry" ] && [ ${#answers[@]} -gt 1 ]; then
         echo "would cut the small model out of the target first (scripts/make_draft.py): what follows is known then"
         exit
     elif [ ${#answers[@]} -gt 1 ]; then
         run python "$repository/scripts/make_draft.py" --config_path "$config" "${answers[@]:1}" "$@"
     fi
 elif [ $# -eq 0 ] || [[ $1 == --* ]]; then
+    if [ $# -gt 0 ] && [[ ! $1 =~ ^--(quiet|set|set=.*)$ ]]; then # before anything is downloaded
+        echo "error: unknown argument $1 (--help says how to call this)" >&2
+        exit 2
+    fi
     config=$repository/configs/demo.yaml
     if [ "$dry" ] && [ ! -d "$repository/models/smollm2-135m-instruct-16-layers" ]; then
         echo "would make the demo's two models first (scripts/demo_models.sh): what follows is known then"
@@ -58,7 +64,11 @@ stage finetune/finetune.py --config_path "$config" "$@"
 stage selection/effort_score.py --config_path "$config" "$@"
 stage selection/verify.py --config_path "$config" "$@"
 run python "$here/coreset.py" --config_path "$config" "$@"
-run python "$here/costs.py" --config_path "$config" "$@"
-if [ "${REPORT:-now}" = now ]; then # REPORT=later: what runs after this makes it
+if [ "${REPORT:-now}" = now ]; then # REPORT=later: what runs after this makes it, and says the costs
+    run python "$here/costs.py" --config_path "$config" "$@"
+    if [[ " $* " != *" --quiet "* ]]; then
+        echo "next: python finetune/finetune-select.py --config_path $config --select_path CORESET, to tune on one of these" >&2
+        echo "next: python scripts/export.py RUN_DIR, to take them elsewhere" >&2
+    fi
     run python "$repository/scripts/report.py" --config_path "$config" "$@"
 fi

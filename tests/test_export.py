@@ -96,6 +96,7 @@ def exported(folder, model, rows, chosen: list[int], **changes):
     """An export of a published list, with all it was made from."""
     experiment = load_experiment(write_experiment(folder, model, rows, **changes))
     torch.save(chosen, folder / "mine.pt")
+    training_split(experiment)
     said = export(experiment, folder / "mine.pt", folder / "out")
     return SimpleNamespace(experiment=experiment, path=folder / "mine.pt", folder=folder / "out", said=said)
 

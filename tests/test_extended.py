@@ -4,8 +4,8 @@ import functools
 import itertools
 import json
 import sys
-from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest

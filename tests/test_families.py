@@ -312,7 +312,11 @@ def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_mod
     for key in ("learning_rate", "lr_scheduler_type", "lora_target", "warmup_steps", "per_device_train_batch_size"):
         assert experiment.training[key] == published.training[key]
     assert experiment.training["lora_rank"] == 4
-    assert experiment.selection == Selection(num_strata=5, verify_per_stratum=1)  # of 27 training rows
+    assert experiment.selection == Selection(
+        num_strata=5,  # of 27 training rows
+        verify_per_stratum=1,
+        columns=["hidden_state"],  # of configs/own_data.yaml
+    )
     assert (experiment.cutoff_len, experiment.eval_size) == (published.cutoff_len, published.eval_size)
     assert (experiment.small_training, experiment.target_training) == (
         published.small_training,
