@@ -24,6 +24,7 @@ from finetune.data_split import split_numbers, training_split
 from selection import report
 from selection.config import DatasetFormat, Experiment, load_experiment
 from selection.errors import UserError
+from selection.files import write_json
 from selection.ledger import (
     SPECULATIVE_SCORES,
     SPECULATIVE_TUNING,
@@ -98,6 +99,9 @@ def make_run(folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,
         Cost(TARGET_TUNING, "full", len(every), 400, 40, 100.0),
     ]
     ledger_path(experiment.folder).write_text("".join(json.dumps(vars(cost)) + "\n" for cost in costs))
+    for name, score in (("full", 41.237), ("staff-0.2", 40.5), ("untuned", 3)):
+        metrics = {"rouge-1": 60, "rouge-2": 20, "rouge-l": score, "bleu-4": 9.999, "samples": 38, "code_version": "1"}
+        write_json(experiment.folder / "eval" / name / "metrics.json", metrics)
     cut_coresets(path)
     return experiment
 
@@ -259,6 +263,32 @@ def test_the_sentence_on_costs(page):
         assert said in text
 
 
+def test_evaluations_with_the_rows_that_each_target_was_tuned_on(page):
+    section = re.search(r'<section id="evaluation">.*?</section>', page.read_text(encoding="utf-8"), re.S)[0]
+    assert [re.findall(r"<td[^>]*>([^<]*)", row) for row in re.findall("<tr>(.*?)</tr>", section)[1:]] == [
+        ["staff-0.2", "24", "40.50", "60.00", "20.00", "10.00", "38"],
+        ["full", "152", "41.24", "60.00", "20.00", "10.00", "38"],
+        ["untuned", "–", "3.00", "60.00", "20.00", "10.00", "38"],
+    ]
+    assert "one seed is no evidence" in section and "warning" not in section
+
+
+def test_evaluations_that_cannot_be_read_are_named_in_a_line(copy):
+    (copy.folder / "eval" / "staff-0.2" / "metrics.json").unlink()
+    path = copy.folder / "eval" / "full" / "metrics.json"
+    path.write_text(path.read_text().replace("41.237", "-1"))
+    (copy.folder / "eval" / ".random-0.2.partial").mkdir()  # of an evaluation that was cut off
+    evaluated, unread = report.evaluations(copy, ["staff-0.2", "random-0.2"])
+    assert list(evaluated) == ["untuned"]
+    assert [line.split(" is not shown")[0] for line in unread] == [
+        "The evaluation of staff-0.2",
+        "The evaluation of full",
+    ]
+    assert "rouge-l" in unread[1]
+    shutil.rmtree(copy.folder / "eval")
+    assert report.evaluations(copy, ["staff-0.2"]) == ({}, [])
+
+
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.integers(0, 600))
 def test_texts_are_cut_no_more_than_the_limit_asks(lengths, total):
     longest = report.longest_text(lengths, total)
@@ -394,7 +424,12 @@ def test_without_verification_features_and_costs_the_rest_is_there(copy):
     folder.finish(every)
     text = report.render(copy)
     assert set(data_of(text)["charts"]) == {"scores", "length"}
-    for said in ("The target has scored no row", "The scores have no features", "has no cost ledger yet"):
+    for said in (
+        "The target has scored no row",
+        "The scores have no features",
+        "has no cost ledger yet",
+        "no interval is known",
+    ):
         assert said in text
     assert all(s["ratio_low"] is None for s in data_of(text)["coresets"][0]["data"]["strata"])
 
@@ -428,7 +463,7 @@ def test_rows_left_out_in_scoring_say_so(page, experiment):
     assert data["groups"][data["coresets"][0]["group"][at]] == {
         "chosen": False, "reason": "left out: its loss or score is not finite",
     }  # fmt: skip
-    assert "1 rows without one" in page.read_text(encoding="utf-8")
+    assert "; 1 row without one" in page.read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -579,7 +614,7 @@ def test_another_coreset_changes_head_table_strata_and_figures(opened, page):
     assert found(opened) == "75 of 152 rows"
     assert set(column(opened, 9)) == {"chosen by random"}
     shown = opened.run(
-        "[...document.querySelectorAll('section > details')].filter((e)=>e.offsetParent).map((e) => e.dataset.coreset)"
+        "[...document.querySelectorAll('#scores > details')].filter((e)=>e.offsetParent).map((e) => e.dataset.coreset)"
     )
     assert shown == ["random-0.5"]
     for _ in range(100):
@@ -602,8 +637,51 @@ def test_a_click_on_a_point_finds_its_row(opened):
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
         at = {"x": place[0], "y": place[1], "button": "left", "clickCount": 1}
         opened.call("Input.dispatchMouseEvent", type=kind, **at)
-    row = opened.run("document.getElementById('search').value")
-    assert row != "" and row in column(opened, 0)
+    token, row = opened.run("document.getElementById('search').value").split(":")
+    assert token == "row" and column(opened, 0) == [row]
+    assert opened.run("document.querySelectorAll('#table tr.marked').length") == 1
+
+
+@in_chromium
+def test_a_row_is_found_by_its_number_alone(opened, page):
+    rows = data_of(page.read_text(encoding="utf-8"))["rows"]["row"]
+    row = next(row for row in rows if sum(str(row) in str(other) for other in rows) > 2)  # 5 is in 15 too
+    give(opened, "search", f"Row: {row} ")
+    assert column(opened, 0) == [str(row)] and found(opened) == "1 of 152 rows"
+    assert opened.run("document.querySelector('#table tbody tr').classList.contains('marked')")
+    give(opened, "search", "row:99999")
+    assert column(opened, 0) == []
+    give(opened, "search", "")
+    assert found(opened) == "152 of 152 rows" and not opened.run("document.querySelector('tr.marked')")
+
+
+@in_chromium
+def test_one_verified_row_has_no_interval_and_the_console_stays_empty(chromium, tmp_path):
+    page = report.write_report(make_run(tmp_path, 60, (), verify_per_stratum=1, rates=[0.2], methods=["staff"]))
+    text = page.read_text(encoding="utf-8")
+    rows = re.findall(r"<tr><td>\d+</td>(.*?)</tr>", re.search('<div class="wide strata">.*?</table>', text, re.S)[0])
+    cells = [re.findall("<td>([^<]*)", row) for row in rows]
+    assert {(verified, interval) for _, _, _, verified, _, interval, *_ in cells} == {("1", "–")}
+    assert "One verified row gives no interval" in text and "no interval is known" not in text
+    chromium.open(page)
+    show_figures(chromium, 4)
+    assert chromium.complaints() == []
+    points = "[...document.querySelectorAll('#figure-scores .mark-symbol.role-mark path')]"
+    assert chromium.run(
+        f"{points}.map((e) => e.ariaLabel).filter((e) => e.includes('95 % interval: –')).length"
+    ) == len(rows)
+
+
+@in_chromium
+def test_the_configuration_is_folded_on_screen_and_stands_on_paper(chromium, page):
+    height = "document.querySelector('#settings pre').checkVisibility({contentVisibilityAuto: true})"
+    seen = []
+    for scripts, media in ((True, "screen"), (True, "print"), (False, "screen")):
+        chromium.look(media=media)
+        chromium.open(page, scripts=scripts)
+        seen.append(chromium.run(height))
+    chromium.look()
+    assert seen == [False, True, True]
 
 
 @in_chromium
