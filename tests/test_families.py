@@ -264,18 +264,19 @@ def test_the_target_verifies_at_most_a_fifth(num_rows):
     assert b >= 1
     assert k * b <= max(1, num_rows / 5)
     assert k * b > min(500, num_rows // 5) / 2  # and no less than half of what it might
-    assert strata_for(num_rows + 1, published)[0] >= k
+    assert strata_for(num_rows + 1, published)[1] >= b >= min(3, max(1, num_rows // 5))
     assert num_rows < 2500 or (k, b) == (published.num_strata, published.verify_per_stratum)
 
 
 def test_strata_for_some_sizes():
-    assert [strata_for(n, Selection()) for n in (54, 200, 900, 2499, 2500)] == [
-        (10, 1),
-        (10, 4),
-        (18, 10),
-        (49, 10),
-        (50, 10),
-    ]
+    sizes = {54: (3, 3), 125: (5, 5), 200: (8, 5), 499: (19, 5), 500: (10, 10), 900: (18, 10), 2499: (49, 10)}
+    assert {n: strata_for(n, Selection()) for n in sizes} == sizes
+    assert strata_for(2500, Selection()) == (50, 10)
+
+
+def test_a_template_that_is_none_is_refused_with_those_like_it(tiny_model):
+    with pytest.raises(UserError, match="--template chatlm: LLaMA-Factory has none of that name: chatml"):
+        choose_models(str(tiny_model), template="chatlm")
 
 
 # A whole start
