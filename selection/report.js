@@ -44,14 +44,17 @@
   }
 
   let found = everyRow;
+  let marked = null; // the one row that is searched for by its number
 
   function find() {
     const words = byId("search").value.toLowerCase().trim();
+    const number = words.match(/^row:\s*(\d+)$/);
+    marked = number && Number(number[1]);
     const which = byId("which").value;
     const stratum = byId("stratum").value;
     found = everyRow.filter(
       (i) =>
-        (!words || haystack[i].includes(words)) &&
+        (number ? rows.row[i] === marked : haystack[i].includes(words)) &&
         (which === "" || value.chosen(i) === (which === "1")) &&
         (stratum === "" || stratumOf(i) === (stratum === "none" ? null : Number(stratum))),
     );
@@ -73,7 +76,8 @@
     body.replaceChildren();
     for (const i of found.slice(first, first + PAGE_ROWS)) {
       const row = body.insertRow();
-      row.className = value.chosen(i) ? "chosen" : "";
+      row.classList.toggle("chosen", value.chosen(i));
+      row.classList.toggle("marked", rows.row[i] === marked);
       cell(row, String(rows.row[i]));
       textCell(row, rows.prompt[i]);
       textCell(row, rows.response[i]);
@@ -124,12 +128,8 @@
     made.view.addEventListener("click", (_, item) => {
       if (item?.datum?.row === undefined) return;
       byId("which").value = byId("stratum").value = "";
-      byId("search").value = String(item.datum.row);
-      state.column = "row";
+      byId("search").value = `row:${item.datum.row}`;
       find();
-      const at = found.findIndex((i) => rows.row[i] === item.datum.row);
-      state.page = Math.max(0, Math.floor(at / PAGE_ROWS));
-      show();
       byId("samples").scrollIntoView({ behavior: "smooth" });
     });
   }
@@ -166,6 +166,7 @@
     document.querySelectorAll("[data-chart]").forEach(draw);
   });
   document.documentElement.classList.add("js");
+  byId("settings").open = false;
   choose(0);
 
   // Figures become live as they come into sight; until then, and on paper, the page's own drawings stand.

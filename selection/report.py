@@ -33,6 +33,7 @@ from selection.config import REPOSITORY, DatasetFormat, Experiment, as_yaml
 from selection.errors import UserError
 from selection.files import atomic_path, checked, code_version, read_json
 from selection.ledger import TARGET_TUNING, CostSummary, format_summary, read_ledger, summarise
+from selection.metrics import Metrics, read_metrics
 from selection.score_files import Scores, has_column, read_scores
 from selection.staff import lowest
 from selection.verification import Settings, cut_strata, ratio_interval, stratified_score, verified_pairs
@@ -141,6 +142,7 @@ def render(experiment: Experiment) -> str:
         "charts": specs,
     }
     summary, costs, no_costs = _costs(experiment)
+    evaluated, unread = evaluations(experiment, [each.name for each in shown])
     return _page(
         experiment=experiment,
         run=experiment.folder.relative_to(REPOSITORY)
@@ -153,6 +155,9 @@ def render(experiment: Experiment) -> str:
         verdicts=[verdict(summary, costs, each.name, no_costs) for each in shown],
         facts=facts(experiment, figures, shown[0]),
         correlations=correlations(figures, scored, both),
+        evaluated=evaluated,
+        unread=unread,
+        tuned_on={cost.what: cost.samples for cost in costs if cost.stage == TARGET_TUNING},
         static={name: Markup(text) for name, text in static.items()},
         captions=captions(figures, shown[0], scored, both, points, pairs, explained),
         why_no_map=why_no_map,
@@ -298,6 +303,18 @@ def _costs(experiment: Experiment) -> tuple[CostSummary | None, list, str]:
         return None, [], str(error)
 
 
+def evaluations(experiment: Experiment, first: list[str]) -> tuple[dict[str, Metrics], list[str]]:
+    """Metrics by the evaluated target's name, those of `first` first; and what is said of those that cannot be read."""
+    folders = {path.name: path for path in (experiment.folder / "eval").glob("[!.]*") if path.is_dir()}
+    found, unread = {}, []
+    for name in [*(name for name in first if name in folders), *sorted(folders.keys() - set(first))]:
+        try:
+            found[name] = read_metrics(folders[name])
+        except UserError as error:
+            unread.append(f"The evaluation of {name} is not shown: {error}")
+    return found, unread
+
+
 def verdict(summary: CostSummary | None, costs: list, name: str, no_costs: str) -> str:
     """What choosing cost against tuning the target on everything, in one sentence."""
     if summary is None:
@@ -324,8 +341,15 @@ def facts(experiment: Experiment, figures: Figures, first: Shown) -> list[tuple[
     entries = [
         ("speculative model", experiment.small_model),
         ("target model", experiment.target_model),
-        ("data", f"{experiment.dataset_paths}, {len(figures.row):,} training rows, {_held_out(experiment):,} held out"),
-        ("scores", f"φ = {experiment.selection.phi}" + (f"; {unscored:,} rows without one" if unscored else "")),
+        (
+            "data",
+            f"{experiment.dataset_paths}, {counted(len(figures.row), 'training row')}, "
+            f"{_held_out(experiment):,} held out",
+        ),
+        (
+            "scores",
+            f"φ = {experiment.selection.phi}" + (f"; {counted(unscored, 'row')} without one" if unscored else ""),
+        ),
     ]
     if first.strata:
         about = first.about
@@ -334,7 +358,7 @@ def facts(experiment: Experiment, figures: Figures, first: Shown) -> list[tuple[
             (
                 "strata",
                 f"{len(first.strata)} (K = {about['num_strata']}) below the hardest "
-                f"{percent(about['hardest_cutoff'])}; {verified} rows verified "
+                f"{percent(about['hardest_cutoff'])}; {counted(verified, 'row')} verified "
                 f"(at most {about['verify_per_stratum']} a stratum)",
             )
         )
@@ -468,18 +492,21 @@ def charts(
     specs = {"scores": score_chart(with_strata, stratified_by)}
     effort, length = figures.effort[scored], figures.length[scored]
     tip = ["row:Q", "status:N", alt.Tooltip("effort:Q", title="score", format=".4g")]
-    score_axis = {"title": "effort score of the speculative model"}
+    ticks = alt.Axis(tickCount=10)
+    score_axis = {"title": "effort score of the speculative model", "axis": ticks}
     by_status = _colours(STATUSES, ["chosen", "other", "cut"])
     if len(both):
         specs["target"] = scatter("pairs").encode(
             x=alt.X("effort:Q", scale=_axis_scale(figures.effort[both]), **score_axis),
-            y=alt.Y("target:Q", scale=_axis_scale(figures.target[both]), title="effort score of the target"),
+            y=alt.Y(
+                "target:Q", scale=_axis_scale(figures.target[both]), title="effort score of the target", axis=ticks
+            ),
             color=by_status,
             tooltip=[*tip, alt.Tooltip("target:Q", title="target score", format=".4g")],
         )
     if not np.isnan(length).any():
         specs["length"] = scatter("points").encode(
-            x=alt.X("length:Q", scale=_axis_scale(length), title="response tokens"),
+            x=alt.X("length:Q", scale=_axis_scale(length), title="response tokens", axis=ticks),
             y=alt.Y("effort:Q", scale=_axis_scale(effort), **score_axis),
             color=by_status,
             tooltip=[*tip, alt.Tooltip("length:Q", title="response tokens")],
@@ -487,10 +514,11 @@ def charts(
     if with_map:
         labels = fifths(figures.effort[scored])[1]
         colours = alt.Scale(domain=labels, range=[f"var(--fifth{i + 1})" for i in range(len(labels))])
+        plane = alt.Scale(zero=False, nice=False, padding=8)
         marked = alt.condition("datum.status == 'chosen'", alt.value("var(--text)"), alt.value("transparent"))
         specs["map"] = scatter("points", size=38, height=440).encode(
-            x=alt.X("x:Q", scale=alt.Scale(zero=False, nice=False, padding=8), title="first principal component"),
-            y=alt.Y("y:Q", scale=alt.Scale(zero=False, nice=False, padding=8), title="second principal component"),
+            x=alt.X("x:Q", scale=plane, title="first principal component", axis=ticks),
+            y=alt.Y("y:Q", scale=plane, title="second principal component", axis=ticks),
             color=alt.Color("fifth:N", scale=colours, legend=alt.Legend(title="score", orient="top", symbolOpacity=1)),
             stroke=marked,
             opacity=alt.condition("datum.status == 'chosen'", alt.value(1), alt.value(0.6)),
@@ -551,18 +579,23 @@ def score_chart(with_strata: bool, stratified_by: str) -> alt.Chart | alt.VConca
     )
     if not with_strata:
         return bars
-    of_strata = alt.Chart(alt.NamedData(name="strata"), width=WIDTH, height=130)
+    # Without an interval the mark has no length: the library complains of a field that is empty in every row.
+    known = "isValid(datum.ratio_low)"
+    of_strata = alt.Chart(alt.NamedData(name="strata"), width=WIDTH, height=130).transform_calculate(
+        low_end=f"{known} ? datum.ratio_low : datum.ratio",
+        high_end=f"{known} ? datum.ratio_high : datum.ratio",
+        interval=f"{known} ? format(datum.ratio_low, '.3g') + ' to ' + format(datum.ratio_high, '.3g') : '–'",
+    )
     one = of_strata.mark_rule(strokeDash=[4, 4], opacity=0.6, color="var(--text)").encode(y=alt.datum(1))
     about = [
         "stratum:Q",
         alt.Tooltip("ratio:Q", title="V", format=".3g"),
-        alt.Tooltip("ratio_low:Q", title="from", format=".3g"),
-        alt.Tooltip("ratio_high:Q", title="to", format=".3g"),
+        alt.Tooltip("interval:N", title="95 % interval"),
         "verified:Q",
     ]
     middle = alt.X("middle:Q", **plain)
     spread = of_strata.mark_rule(strokeWidth=2, color="var(--ratio)", clip=True)
-    spread = spread.encode(x=middle, y=alt.Y("ratio_low:Q", title="V"), y2="ratio_high:Q", tooltip=about)
+    spread = spread.encode(x=middle, y=alt.Y("low_end:Q", title="V"), y2="high_end:Q", tooltip=about)
     ratio = of_strata.mark_point(filled=True, size=45, opacity=1, color="var(--ratio)", clip=True)
     ratio = ratio.encode(x=middle, y=alt.Y("ratio:Q", title="V"), tooltip=about).add_params(zoom)
     parts = (
@@ -699,6 +732,10 @@ def number(value: float | None, digits: int = 4) -> str:
     return text.replace("-", "−", 1) if value < 0 else text
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
+
+
 def correlation(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:.2f}".replace("-", "−")
 
@@ -723,7 +760,16 @@ def captions(
         beyond = int((score > top + 1e-9 * (top - before)).sum())
         if beyond:
             highest = number(score.max())
-            texts["scores"] = f"The last bar holds all that lies beyond: {beyond:,} rows up to a score of {highest}."
+            texts["scores"] = (
+                f"The last bar holds all that lies beyond: {counted(beyond, 'row')} up to a score of {highest}."
+            )
+    unknown = [s["verified"] for s in first.strata if np.isnan(s["ratio_low"])]
+    if any(verified < 2 for verified in unknown):
+        texts["scores"] = "One verified row gives no interval (–). " + texts.get("scores", "")
+    if any(verified > 1 for verified in unknown):
+        texts["scores"] = "The scores that V is made of are not in this run: no interval is known. " + texts.get(
+            "scores", ""
+        )
     if explained:
         texts["map"] += (
             f" The two axes hold {percent(explained[0])} and {percent(explained[1])} of the features' variance."
@@ -733,14 +779,14 @@ def captions(
 
 def _how_many(shown: np.ndarray, all_rows: np.ndarray) -> str:
     if len(shown) == len(all_rows):
-        return f"All {len(all_rows):,} rows."
-    return f"{len(shown):,} of {len(all_rows):,} rows, drawn at random."
+        return f"All {counted(len(all_rows), 'row')}."
+    return f"{len(shown):,} of {counted(len(all_rows), 'row')}, drawn at random."
 
 
 def table_note(table: dict[str, Any], figures: Figures, first: Shown, seed: int) -> str:
     count, num_rows = len(table["row"]), len(figures.row)
     if count == num_rows:
-        return f"All {num_rows:,} rows of the training split."
+        return f"All {counted(num_rows, 'row')} of the training split."
     chosen = int(first.chosen[table["index"]].sum())
     which = "all" if chosen == first.m else f"{chosen:,} of the"
     return (
@@ -803,7 +849,7 @@ def _page(data: dict[str, Any], **values: Any) -> str:
     scripts = [chart_script(), (here / "report.js").read_text(encoding="utf-8")]
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "percent": percent, "correlation": correlation}
+    environment.filters |= {"number": number, "percent": percent, "correlation": correlation, "counted": counted}
     template = environment.from_string((here / "report.html").read_text(encoding="utf-8"))
     return template.render(
         **values,
