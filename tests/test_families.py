@@ -334,7 +334,7 @@ def test_options_and_set_go_before_the_defaults(begin, tiny_model):
     assert (experiment.selection.rates, experiment.max_samples) == ([0.3], 20)
     assert (experiment.selection.num_strata, experiment.selection.verify_per_stratum) == (3, 2)
     path, _ = begin(overrides=["max_samples=20", "eval_size=0.5"])
-    assert load_experiment(str(path)).selection.num_strata == 2  # of 10 training rows
+    assert load_experiment(str(path)).selection.num_strata == 1  # of 10 training rows
 
 
 def test_the_form_given_with_set_is_not_looked_for(begin, tmp_path):
