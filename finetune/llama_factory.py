@@ -1,6 +1,7 @@
 """The only place that calls LLaMA-Factory: its rows, its training, its generation, all through public functions."""
 
 import contextlib
+import difflib
 import functools
 import importlib
 import json
@@ -64,6 +65,19 @@ def model_path(model: str) -> str:
         raise UserError(f"model {model}: {folder} has no config.json: give the folder of a Hugging Face model")
     check_weights(folder, "model")
     return str(folder)
+
+
+def check_template(template: str) -> None:
+    """Raises: UserError where LLaMA-Factory has no such chat template."""
+    import_llama_factory()
+    from llamafactory.data.template import TEMPLATES
+
+    if template not in TEMPLATES:
+        alike = difflib.get_close_matches(template, TEMPLATES, n=3, cutoff=0.3)
+        raise UserError(
+            f"--template {template}: LLaMA-Factory has none of that name"
+            + (f": {', '.join(alike)}?" if alike else "; it has, among others, chatml, llama3, gemma, mistral, qwen")
+        )
 
 
 def check_weights(folder: Path, name: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data_split import raw_rows
-from finetune.llama_factory import model_path
+from finetune.llama_factory import check_template, model_path
 from selection.config import (
     REPOSITORY,
     Experiment,
@@ -91,6 +91,8 @@ def choose_models(target: str, small: str | None = None, template: str | None = 
     folder = local_folder(target)
     model_path(str(folder or target))
     known = find_pair(target)
+    if template is not None:
+        check_template(template)
     template = template or known.template
     if template is None:
         raise UserError(
@@ -179,11 +181,14 @@ def _as_keys(data: list[Path], forms: list[dict[str, Any]]) -> dict[str, Any]:
 def strata_for(num_rows: int, published: Selection) -> tuple[int, int]:
     """K and b_v for a training split of `num_rows`: the target scores K · b_v rows, at most a fifth of them.
 
-    As published from 2,500 rows on. Below, K goes down first, to 10, then b_v; below 50 rows K again.
+    As published from 2,500 rows on. Below, K goes down first; b_v goes down to 5 where K would fall below 10, and to 3
+    below 125 rows: of fewer samples V_i says little, and their interval nothing.
     """
     most = max(1, num_rows // 5)
-    num_strata = min(published.num_strata, max(10, most // published.verify_per_stratum), most)
-    return num_strata, min(published.verify_per_stratum, most // num_strata)
+    for per_stratum, fewest_strata in ((published.verify_per_stratum, 10), (5, 5), (3, 1)):
+        if (num_strata := most // per_stratum) >= fewest_strata:
+            return min(published.num_strata, num_strata), per_stratum
+    return 1, most
 
 
 def choose_strata(selection: dict[str, Any], experiment: Experiment, rows_of_files: list[int]) -> None:

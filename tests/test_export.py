@@ -450,7 +450,9 @@ def test_coresets_are_found_by_name_or_path(run, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_stage(importlib.import_module("scripts.export").main)
     assert stop.value.code == 2
-    assert re.fullmatch(r"error: cannot read .*staff-0\.7.*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: .* has no coreset staff-0\.7; there: random-0\.5, staff-0\.5\n", capsys.readouterr().err
+    )
 
 
 def test_the_export_says_what_it_was_made_from(run):

@@ -264,18 +264,19 @@ def test_the_target_verifies_at_most_a_fifth(num_rows):
     assert b >= 1
     assert k * b <= max(1, num_rows / 5)
     assert k * b > min(500, num_rows // 5) / 2  # and no less than half of what it might
-    assert strata_for(num_rows + 1, published)[0] >= k
+    assert strata_for(num_rows + 1, published)[1] >= b >= min(3, max(1, num_rows // 5))
     assert num_rows < 2500 or (k, b) == (published.num_strata, published.verify_per_stratum)
 
 
 def test_strata_for_some_sizes():
-    assert [strata_for(n, Selection()) for n in (54, 200, 900, 2499, 2500)] == [
-        (10, 1),
-        (10, 4),
-        (18, 10),
-        (49, 10),
-        (50, 10),
-    ]
+    sizes = {54: (3, 3), 125: (5, 5), 200: (8, 5), 499: (19, 5), 500: (10, 10), 900: (18, 10), 2499: (49, 10)}
+    assert {n: strata_for(n, Selection()) for n in sizes} == sizes
+    assert strata_for(2500, Selection()) == (50, 10)
+
+
+def test_a_template_that_is_none_is_refused_with_those_like_it(tiny_model):
+    with pytest.raises(UserError, match="--template chatlm: LLaMA-Factory has none of that name: .*chatml"):
+        choose_models(str(tiny_model), template="chatlm")
 
 
 # A whole start
@@ -313,8 +314,8 @@ def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_mod
         assert experiment.training[key] == published.training[key]
     assert experiment.training["lora_rank"] == 4
     assert experiment.selection == Selection(
-        num_strata=5,  # of 27 training rows
-        verify_per_stratum=1,
+        num_strata=1,  # of 27 training rows
+        verify_per_stratum=3,
         columns=["hidden_state"],  # of configs/own_data.yaml
     )
     assert (experiment.cutoff_len, experiment.eval_size) == (published.cutoff_len, published.eval_size)
@@ -331,9 +332,9 @@ def test_options_and_set_go_before_the_defaults(begin, tiny_model):
     experiment = load_experiment(str(path))
     assert (cut, experiment.small_model) == ([], str(tiny_model))
     assert (experiment.selection.rates, experiment.max_samples) == ([0.3], 20)
-    assert (experiment.selection.num_strata, experiment.selection.verify_per_stratum) == (3, 1)
+    assert (experiment.selection.num_strata, experiment.selection.verify_per_stratum) == (3, 2)
     path, _ = begin(overrides=["max_samples=20", "eval_size=0.5"])
-    assert load_experiment(str(path)).selection.num_strata == 2  # of 10 training rows
+    assert load_experiment(str(path)).selection.num_strata == 1  # of 10 training rows
 
 
 def test_the_form_given_with_set_is_not_looked_for(begin, tmp_path):
@@ -352,7 +353,7 @@ def test_several_files_are_entries_with_a_form_each(begin, data, tmp_path):
     assert (first.path, second.path) == (str(data), str(talks))
     assert first.dataset_format == DatasetFormat()
     assert second.dataset_format.columns == {"messages": "messages"}
-    assert experiment.selection.num_strata == 9  # of 45 training rows
+    assert experiment.selection.num_strata == 3  # of 45 training rows
 
 
 @pytest.mark.parametrize(
