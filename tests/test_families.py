@@ -275,7 +275,7 @@ def test_strata_for_some_sizes():
 
 
 def test_a_template_that_is_none_is_refused_with_those_like_it(tiny_model):
-    with pytest.raises(UserError, match="--template chatlm: LLaMA-Factory has none of that name: .*chatml"):
+    with pytest.raises(UserError, match=r"--template chatlm: LLaMA-Factory has none of that name: .*chatml"):
         choose_models(str(tiny_model), template="chatlm")
 
 
