@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from selection.staff import allocate_budgets, verification_ratio
+from selection.staff import allocate_budgets, smallest_first, verification_ratio
 
 START = 5  # draws of each stratum before anything is known: the interval of fewer is mostly noise
 SETTLED = 0.05  # of the coreset: budgets that move by less in 95 % of the resamples are settled
@@ -109,7 +109,7 @@ def budget_widths(
     """How far the interval of V_i, `low` to `high`, moves the stratum's own budget, the earlier strata's as estimated:
     rows, (strata,). A stratum that is taken whole at both ends has 0, however uncertain its V_i is."""
     budgets = allocate_budgets(sizes, ratios, m, "paper")
-    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+    order = smallest_first(sizes)
     remaining, widths = m, np.zeros(len(sizes))
     for position, i in enumerate(order):
         share = remaining / (len(order) - position)

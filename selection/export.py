@@ -46,12 +46,19 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
         raise UserError(
             f"{folder} is no export of {coreset.name} of run {experiment.folder.name}: remove it or give another --out"
         )
-    with building(folder, identity) as draft:
-        said = [*_write_annotated(experiment, split, path, draft), *_write_chosen(experiment, split, coreset, draft)]
-        earlier = folder.with_name(f".{folder.name}.earlier")
-        shutil.rmtree(earlier, ignore_errors=True)
-        if folder.exists():
-            folder.rename(earlier)  # at last, when the new one is whole
+    earlier = folder.with_name(f".{folder.name}.earlier")
+    try:
+        with building(folder, identity) as draft:
+            said = [
+                *_write_annotated(experiment, split, path, draft),
+                *_write_chosen(experiment, split, coreset, draft),
+            ]
+            if folder.exists():
+                shutil.rmtree(earlier, ignore_errors=True)
+                folder.rename(earlier)  # at last, when the new one is whole
+    finally:
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)  # it could not take its place after all
     shutil.rmtree(earlier, ignore_errors=True)
     return said
 

@@ -82,11 +82,6 @@ class Strata:
         """N, the hardest included."""
         return sum(self.sizes) + len(self.hardest)
 
-    @property
-    def smallest_first(self) -> list[int]:
-        """The order of Algorithm 1: strata by size, of equal ones the lower-scored first."""
-        return sorted(range(len(self.members)), key=lambda i: (self.sizes[i], i))
-
     def within(self, mask: np.ndarray) -> "Strata":
         """The same strata with only the rows in `mask` (N,); some may be empty, and come first in Algorithm 1."""
         members = [rows[mask[rows]] for rows in self.members]
@@ -153,6 +148,11 @@ def verification_ratio(target_scores: np.ndarray, speculative_scores: np.ndarray
     return target / speculative if speculative > np.finfo(np.float32).tiny else 1.0
 
 
+def smallest_first(sizes: list[int]) -> list[int]:
+    """The order of Algorithm 1: strata by size, of equal ones the lower-scored first."""
+    return sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+
+
 def allocate_budgets(sizes: list[int], ratios: list[float | None], m: int, mode: str) -> list[int]:
     """Step 5: the budget m_i of each stratum, smallest stratum first; what one cannot use flows to the later ones.
 
@@ -162,7 +162,7 @@ def allocate_budgets(sizes: list[int], ratios: list[float | None], m: int, mode:
     random by `choose_staff`.
     """
     budgets = [0] * len(sizes)
-    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+    order = smallest_first(sizes)
     remaining = m
     for position, i in enumerate(order):
         left = order[position:]

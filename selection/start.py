@@ -38,7 +38,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a value for any other key of selection/config.py; may be given again; default: none",
+        help="a value for any other key of selection/README.md; may be given again; default: none",
     )
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)  # where selection.sh reads how to go on
     given = parser.parse_args()

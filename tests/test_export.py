@@ -413,7 +413,7 @@ def test_rows_of_several_files_are_numbered_in_their_own(tiny_model, tmp_path, f
     assert theirs["train_dataset"]["input_ids"] == ours.select(chosen)["input_ids"]
 
 
-def test_a_second_export_replaces_the_first_and_nothing_else(tiny_model, tmp_path):
+def test_a_second_export_replaces_the_first_and_nothing_else(tiny_model, tmp_path, monkeypatch):
     made = exported(tmp_path, tiny_model, biology(), [0, 1])
     (made.folder / "of the first").touch()
     torch.save([2, 3, 4], made.path)
@@ -428,8 +428,15 @@ def test_a_second_export_replaces_the_first_and_nothing_else(tiny_model, tmp_pat
     broken = made.experiment.model_copy(update={"template": "no such"})
     with pytest.raises(UserError, match="no such"):  # after annotated.* was written
         export(broken, made.path, made.folder)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="disk is full"):
+
+        def full(path, record):
+            raise UserError("the disk is full")
+
+        patch.setattr("selection.files.write_sealed", full)  # the very last file
+        export(made.experiment, made.path, made.folder)
     assert {path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()} == before
-    assert len(split) == 24 and not list(tmp_path.glob(".out.partial"))
+    assert len(split) == 24 and not list(tmp_path.glob(".out.*al")) and not list(tmp_path.glob(".out.earlier"))
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").touch()
     with pytest.raises(UserError, match="no export of mine"):

@@ -21,6 +21,7 @@ from selection.staff import (
     draw_verification_samples,
     min_max_normalise,
     random_keys,
+    smallest_first,
     stratify,
     verification_ratio,
 )
@@ -170,7 +171,7 @@ def test_strata_by_hand():
     assert [rows.tolist() for rows in strata.members] == [[1, 4], [2, 6], [0, 3]]
     assert strata.score_ranges == [(0.0, 2.0), (2.0, 4.0), (6.0, 8.0)]
     assert strata.hardest.tolist() == [5, 7]
-    assert strata.smallest_first == [0, 1, 2]
+    assert smallest_first(strata.sizes) == [0, 1, 2]
 
 
 # Draws for verification
