@@ -35,7 +35,6 @@ from selection.files import (
     locked,
     read_json,
     read_sealed,
-    write_experiment,
     write_json,
     write_sealed,
 )
@@ -69,10 +68,7 @@ def training_split(experiment: Experiment) -> TrainingSplit:
     where the run folder holds the split of other data.
     """
     with processes().leader_first():
-        split = _training_split(experiment)
-        if processes().leads:
-            write_experiment(experiment)
-        return split
+        return _training_split(experiment)
 
 
 def existing_split(experiment: Experiment) -> TrainingSplit | None:
@@ -133,6 +129,17 @@ def data_sets(experiment: Experiment) -> list[tuple[str, int, int]]:
     counts = record.get("num_rows") or [sum(len(rows_of(experiment, name)) for name in ("train", "eval"))]
     names = [each.name for each in experiment.data_sets]
     return list(zip(names, np.cumsum([0, *counts[:-1]]).tolist(), counts, strict=True))
+
+
+def recorded_fingerprint(experiment: Experiment) -> str | None:
+    """The training split's fingerprint as its record says, without reading a row; None where there is no split yet.
+
+    Raises: UserError where the run folder has the split of other data or settings.
+    """
+    path = experiment.data_folder / "split.json"
+    if not path.exists():
+        return None
+    return _checked_record(experiment, read_sealed(path), _made_from(experiment))["fingerprint"]
 
 
 def _made_from(experiment: Experiment) -> dict[str, Any]:

@@ -10,6 +10,7 @@ every answer's figures too.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
@@ -20,18 +21,18 @@ end_on_signals()
 from finetune import llama_factory  # noqa: E402
 from finetune.data_split import existing_split, row_id, rows_of, training_split  # noqa: E402
 from finetune.tokenised import lengths  # noqa: E402
-from finetune.tuning import check_base  # noqa: E402
 from selection.config import Experiment, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
 from selection.files import (  # noqa: E402
     building_together,
     check_same_everywhere,
     code_version,
-    digest,
     model_fingerprint,
     reuse,
+    write_experiment,
     write_json,
 )
+from selection.identity import check_base, check_run, digest_of_ids, fingerprint_of  # noqa: E402
 from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.metrics import read_metrics  # noqa: E402
@@ -61,40 +62,61 @@ def main() -> None:
     if split is None:
         print(f"evaluation: would split {experiment.dataset_paths} and evaluate {', '.join(names)}")
         return
-    results = {name: evaluate(experiment, name, arguments.dry_run) for name in names}
+    check_run(experiment, split, verified=True, tuned=[name for name in names if name != "untuned"])
+    with processes().leader_first():
+        identities = {name: identity_of(experiment, name) for name in names}
+    there = {name: is_there(experiment, name, identity) for name, identity in identities.items()}
     if arguments.dry_run:
+        for name in names:
+            folder, rows = eval_folder(experiment, name), len(rows_of(experiment, "eval"))
+            print(
+                f"evaluation: reusing {folder}"
+                if there[name]
+                else f"evaluation of {name}: would answer {rows} held-out rows -> {folder}"
+            )
         return
+    write_experiment(experiment)
+    results = {name: evaluate(experiment, name, identities[name], there[name]) for name in names}
     print(f"\n{'':<16}" + "".join(f"{metric:>10}" for metric in METRICS))
     for name, metrics in results.items():
         print(f"{name:<16}" + "".join(f"{metrics[metric]:>10.2f}" for metric in METRICS))
 
 
-def evaluate(experiment: Experiment, name: str, dry_run: bool = False) -> dict:
-    """Metrics of one tuned target, from its folder if it was evaluated before; none where it is a dry run."""
+def eval_folder(experiment: Experiment, name: str) -> Path:
+    return experiment.folder / "eval" / name
+
+
+def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:
+    """All that the answers of a tuned target depend on. Raises: UserError where it was tuned from another model."""
     tuned = None if name == "untuned" else experiment.tuned_target(name)
     if tuned is not None:
-        check_base(tuned, experiment.target_model)
-    held_out = rows_of(experiment, "eval")
-    precision = choose_precision(experiment.precision)
-    folder = experiment.folder / "eval" / name
-    identity = {
-        "model": model_fingerprint(llama_factory.model_path(experiment.target_model)),
-        "tuned": tuned and model_fingerprint(tuned),
-        "rows": digest(*(row_id(row).encode() for row in held_out)),
+        check_base(tuned, experiment.target_model, experiment.folder)
+    return {
+        "model": fingerprint_of(experiment, experiment.target_model),
+        "tuned": tuned and model_fingerprint(tuned, experiment.folder),
+        "rows": digest_of_ids(row_id(row) for row in rows_of(experiment, "eval")),
         "dataset_format": experiment.row_format.entry,
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,
         "max_new_tokens": experiment.evaluation.max_new_tokens,
-        "precision": precision,
+        "precision": choose_precision(experiment.precision),
     }
-    together = processes()
+
+
+def is_there(experiment: Experiment, name: str, identity: dict[str, Any]) -> bool:
+    """Whether this very evaluation was made before. Raises: UserError where another one was."""
     check_same_everywhere(identity)
-    if together.from_leader(lambda: reuse(folder, identity)):
-        (print if dry_run else say)(f"evaluation: reusing {folder}")
+    return processes().from_leader(lambda: reuse(eval_folder(experiment, name), identity))
+
+
+def evaluate(experiment: Experiment, name: str, identity: dict[str, Any], there: bool) -> dict:
+    """Metrics of one tuned target, from its folder if it is `there`."""
+    tuned = None if name == "untuned" else experiment.tuned_target(name)
+    held_out, folder, precision = rows_of(experiment, "eval"), eval_folder(experiment, name), identity["precision"]
+    together = processes()
+    if there:
+        say(f"evaluation: reusing {folder}")
         return read_metrics(folder)
-    if dry_run:
-        print(f"evaluation of {name}: would answer {len(held_out)} held-out rows -> {folder}")
-        return {}
     cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision, processes=together.count)
     if together.leads:
         tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)

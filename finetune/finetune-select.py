@@ -20,6 +20,7 @@ from finetune.data_split import existing_split, training_split  # noqa: E402
 from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
 from selection.config import load_experiment  # noqa: E402
 from selection.coreset_files import check_fits, read_coreset  # noqa: E402
+from selection.identity import check_coreset, check_run  # noqa: E402
 from selection.ledger import TARGET_TUNING  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser  # noqa: E402
@@ -46,8 +47,10 @@ def main() -> None:
         for coreset in coresets:
             print(f"{TARGET_TUNING}: would split {experiment.dataset_paths} and tune the target on {coreset.name}")
         return
+    check_run(experiment, split, verified=True)
     for coreset, path in zip(coresets, arguments.select_path, strict=True):
         check_fits(coreset, split.ids, split.fingerprint, str(path))
+        check_coreset(experiment, path, coreset, split.fingerprint)
     for coreset in coresets:
         say(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
         rows, folder = split.rows.select(coreset.indices), experiment.tuned_target(coreset.name)

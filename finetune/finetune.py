@@ -19,6 +19,7 @@ from finetune.data_split import existing_split, training_split  # noqa: E402
 from finetune.llama_factory import model_path  # noqa: E402
 from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
 from selection.config import load_experiment  # noqa: E402
+from selection.identity import check_run  # noqa: E402
 from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.quotas import check_quotas  # noqa: E402
@@ -61,10 +62,8 @@ def main() -> None:
         print(f"{stage}: would split {experiment.dataset_paths} and tune {model_path(model)} on it -> {folder}")
         return
     check_quotas(experiment)
+    check_run(experiment, split)
     if arguments.model == "small" and experiment.borrows:
-        from selection.speculative_run import check_speculative_run  # seconds of imports
-
-        check_speculative_run(experiment, split)
         (print if arguments.dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
         return
     tune_once(experiment, model, "train", split.rows, folder, keys, stage, report, arguments.dry_run)

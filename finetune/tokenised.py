@@ -21,7 +21,7 @@ def tokenised_split(experiment: Experiment, model: str, split: TrainingSplit):
     from datasets import load_from_disk
 
     identity = {
-        "model": model_fingerprint(llama_factory.model_path(model)),
+        "model": model_fingerprint(llama_factory.model_path(model), experiment.folder),
         "data_fingerprint": split.fingerprint,
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,

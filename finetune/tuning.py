@@ -9,20 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from finetune import llama_factory
-from finetune.data_split import row_id, rows_of, write_dataset
+from finetune.data_split import rows_of, write_dataset
 from selection.config import Experiment
 from selection.device import choose_precision, device_name
 from selection.errors import UserError
-from selection.files import building_together, check_same_everywhere, digest, made_from, model_fingerprint, reuse
+from selection.files import building_together, check_same_everywhere, reuse, write_experiment
+from selection.identity import tuning_identity
 from selection.ledger import TARGET_TUNING, Cost, measured
 from selection.log import say
 from selection.processes import processes
-
-# LLaMA-Factory's keys that say what is logged and where: a tuned model is the same whatever they are.
-_ONLY_LOGGING = {
-    "report_to", "run_name", "project", "trackio_space_id", "logging_steps", "logging_first_step", "logging_strategy",
-    "logging_nan_inf_filter", "log_level", "log_level_replica", "log_on_each_node", "plot_loss", "disable_tqdm",
-}  # fmt: skip
 
 
 def tune_once(
@@ -44,10 +39,13 @@ def tune_once(
     pass' start, so that every process has some.) With `dry_run` it is only said what would be done.
     """
     together, precision = processes(), choose_precision(experiment.precision)
-    identity = tuning_identity(experiment, model, rows, keys)
+    with together.leader_first():
+        identity = tuning_identity(experiment, model, rows, keys)
     check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
         (print if dry_run else say)(f"{stage}: reusing {folder}")
+        if not dry_run:
+            write_experiment(experiment)
         return
     report = report | {"report_to": _logs_to(experiment.training | keys, report)}
     shares = share_of_batch(experiment.training | keys, together.count)
@@ -62,25 +60,13 @@ def tune_once(
             # What can be wrong with the rows is found before anything costs, with the held-out ones too.
             llama_factory.tokenised_rows(experiment, model, dataset, rows)
             llama_factory.tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
+            write_experiment(experiment)
         together.wait()
         cost = Cost(stage, what, len(rows), device=device_name(), precision=precision, processes=together.count)
         with measured(experiment.folder, cost):
             metrics = llama_factory.tune(experiment, model, dataset, draft, precision, keys | shares | report)
             cost.tokens = metrics["tokens"]
     print(f"{stage}: {model} on {dataset} ({len(rows)} rows), training loss {metrics['train_loss']:.4f} -> {folder}")
-
-
-def tuning_identity(experiment: Experiment, model: str, rows: "datasets.Dataset", keys: dict) -> dict[str, Any]:  # noqa: F821
-    """All that a tuned model depends on."""
-    return {
-        "model": model_fingerprint(llama_factory.model_path(model)),
-        "rows": digest(*(row_id(row).encode() for row in rows)),
-        "dataset_format": experiment.row_format.entry,
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "precision": choose_precision(experiment.precision),
-        "keys": {key: value for key, value in (experiment.training | keys).items() if key not in _ONLY_LOGGING},
-    }
 
 
 def _logs_to(keys: dict[str, Any], report: dict[str, Any]) -> list[str]:
@@ -134,14 +120,6 @@ def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:
     share = samples // processes
     at_once = max(n for n in range(1, min(size, share) + 1) if share % n == 0)
     return {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": share // at_once}
-
-
-def check_base(tuned: Path, model: str) -> None:
-    """Raises: UserError where `tuned` was not made from `model` as it is now."""
-    if made_from(tuned).get("model") != model_fingerprint(llama_factory.model_path(model)):
-        raise UserError(f"{tuned} was tuned from another model than {model}: remove it or give another output_dir")
-    adapter = (tuned / "adapter_config.json").exists()
-    llama_factory.check_weights(tuned, "adapter_model" if adapter else "model")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, w
 from selection.config import Experiment  # noqa: E402
 from selection.coreset_files import coreset_name  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
+from selection.identity import check_run  # noqa: E402
 from selection.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise  # noqa: E402
 from selection.metrics import read_metrics  # noqa: E402
 from selection.stage import argument_parser, load_experiment_from_arguments  # noqa: E402
@@ -20,6 +21,7 @@ from selection.stage import argument_parser, load_experiment_from_arguments  # n
 
 def main() -> None:
     experiment = load_experiment_from_arguments(argument_parser(__doc__))
+    check_run(experiment, verified=True)
     print_table(experiment, experiment.selection.rates[0])
 
 

@@ -48,7 +48,7 @@ import torch  # noqa: E402
 
 from finetune import llama_factory  # noqa: E402
 from finetune.data_split import row_id, rows_of, training_split  # noqa: E402
-from selection import coreset_files, scoring  # noqa: E402
+from selection import coreset_files, identity, scoring  # noqa: E402
 from selection.config import REPOSITORY, load_experiment  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import _seal  # noqa: E402
@@ -595,7 +595,7 @@ def run_model(tuned: str | None = None) -> Callable[[Path], list]:
         path = llama_factory.model_path(str(case / "model"))
         parameters_of(path)
         if tuned:
-            scoring.check_base(case / tuned, path)
+            identity.check_base(case / tuned, path)
         scores = []
         for seed in (1, 2):
             torch.manual_seed(seed)

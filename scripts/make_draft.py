@@ -49,7 +49,7 @@ def main() -> None:
         raise UserError(f"--rows {arguments.rows}: at least one calibration row is needed")
     rows = sorted(random.Random(42).sample(range(len(split.rows)), min(arguments.rows, len(split.rows))))
     identity = {
-        "target_fingerprint": model_fingerprint(target),
+        "target_fingerprint": model_fingerprint(target, experiment.folder),
         "layers": arguments.layers,
         "data_fingerprint": split.fingerprint,
         "template": experiment.template,

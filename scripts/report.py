@@ -29,7 +29,11 @@ def main() -> None:
         load_experiment(arguments.config_path, arguments.set) if arguments.run is None else load_run(arguments.run)
     )
 
+    from selection.identity import check_run
     from selection.report import write_report
+
+    if arguments.run is None:  # else it is the run's own configuration
+        check_run(experiment, verified=True)
 
     print(write_report(experiment))
 

@@ -55,7 +55,8 @@ def main() -> None:
         experiment = load(experiment_arguments(grid, runs, task, seed))
         split, models = training_split(experiment), (experiment.small_model, experiment.target_model)
         paths = [llama_factory.model_path(model) for model in models]
-        settings = settings_digest(experiment, split.fingerprint, map(model_fingerprint, paths))
+        fingerprints = [model_fingerprint(path, experiment.folder) for path in paths]
+        settings = settings_digest(experiment, split.fingerprint, fingerprints)
         sizes = tuple(map(parameters_of, paths))
         command_line = experiment_arguments(grid, runs, task, seed, variant)
         experiment = load(command_line)

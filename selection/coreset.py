@@ -30,6 +30,7 @@ import numpy as np  # noqa: E402
 from selection.baselines import baseline, columns_of  # noqa: E402
 from selection.config import Experiment, Method, Mode, Selection, validated  # noqa: E402
 from selection.coreset_files import coreset_name, write_coreset  # noqa: E402
+from selection.identity import check_run  # noqa: E402
 from selection.ledger import CORESETS, Cost, measured  # noqa: E402
 from selection.quotas import quotas_of  # noqa: E402
 from selection.score_files import Scores, check_features, read_scores  # noqa: E402
@@ -118,6 +119,10 @@ def main() -> None:
     given = {name: getattr(arguments, name) for name in Selection.model_fields if hasattr(arguments, name)}
     selection = validated(selection, {k: v for k, v in given.items() if v is not None})
 
+    if experiment is not None and arguments.scores is None:
+        in_run = "staff" in arguments.method and not (arguments.target_scores or arguments.verification)
+        on_target = set(arguments.method) - {"staff", "random", "length"} and experiment.tuned_target("full").exists()
+        check_run(experiment, verified=in_run, tuned=["full"] if on_target else [])
     if arguments.dry_run:
         for method in arguments.method:
             say_what_would_be_cut(arguments, experiment, method, selection)
@@ -189,7 +194,7 @@ def cut_staff(arguments, experiment: Experiment | None, method: str, source: Pat
     if experiment is not None and not arguments.target_scores:
         verification = verification or experiment.verification
     strata = cut_strata(speculative, settings)
-    records = verified_strata(arguments.target_scores, verification, scores, speculative, settings, strata)
+    records, of_target = verified_strata(arguments.target_scores, verification, scores, speculative, settings, strata)
     quotas = quotas_of(experiment, scores)
     ratios = [record.verification_ratio for record in records]
 
@@ -197,7 +202,7 @@ def cut_staff(arguments, experiment: Experiment | None, method: str, source: Pat
         choice = choose_staff(speculative, strata, ratios, rate, settings.rules, settings.seed, quotas)
         budgets = zip(records, choice.budgets, choice.filled, strict=True)
         table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
-        record = {**settings.record, "strata": table, "from_hardest": choice.from_hardest}
+        record = {**settings.record, "target": of_target, "strata": table, "from_hardest": choice.from_hardest}
         return choice, record | of_data_sets(quotas, choice)
 
     return scores, choose
@@ -210,16 +215,17 @@ def verified_strata(
     speculative: np.ndarray,
     settings: Settings,
     strata: Strata,
-) -> list[StratumRecord]:
+) -> tuple[list[StratumRecord], dict | None]:
+    """The strata with their V_i, and what made the target's scores, where that is known."""
     if (target_scores is None) == (verification is None):
         raise UserError("STAFF needs either --target_scores or --verification beside --scores")
     if target_scores is None:
-        records = read_verification(verification, settings, scores)
+        records, of_target = read_verification(verification, settings, scores)
         if len(records) != len(strata.members):
             raise UserError(
                 f"{verification} has {len(records)} strata, the scores {len(strata.members)}: run verify.py"
             )
-        return records
+        return records, of_target
     target, num_rows = read_scores(target_scores, settings.columns, ids=False), len(scores.index) + len(scores.left_out)
     if target.index[-1] >= num_rows:
         raise UserError(
@@ -228,7 +234,7 @@ def verified_strata(
         )
     if target.fingerprint != scores.fingerprint and None not in (target.fingerprint, scores.fingerprint):
         raise UserError(f"{target.source} and {scores.source} are scores of different data (fingerprints differ)")
-    return verify(speculative, target, settings, strata, scores.index)
+    return verify(speculative, target, settings, strata, scores.index), target.made_by
 
 
 def cut_baseline(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from selection.errors import UserError
-from selection.files import atomic_path, code_version, digest, read_json
+from selection.files import atomic_path, checked, code_version, digest, read_json
 from selection.log import say
 from selection.score_files import Scores
 from selection.staff import Choice, floor_share
@@ -34,6 +34,9 @@ class Coreset:
     fingerprint: str | None
     num_rows: int | None = None  # of the training split, if known
     published: bool = False  # a `.pt` index list
+    # What made the scores that it was cut from, and those of the target that V_i is of: `made_by` in score_files.py.
+    scores: dict | None = None
+    target: dict | None = None
 
 
 def coreset_name(method: str, rate: float) -> str:
@@ -53,6 +56,7 @@ def write_coreset(
         "method": method,
         "rate": rate,
         **record,
+        "scores": scores.made_by,
         "num_rows": len(scores.index) if scores.num_rows is None else scores.num_rows,
         "size": len(choice.rows),
         "data_fingerprint": scores.fingerprint,
@@ -91,7 +95,7 @@ def read_coreset(path: Path) -> Coreset:
 
     Raises: UserError for an unreadable file, and for indices that are no row numbers or not unique.
     """
-    ids = fingerprint = num_rows = checksum = None
+    ids = fingerprint = num_rows = checksum = scores = target = None
     if path.suffix == ".pt":
         indices = _read_published(path)
     else:
@@ -100,6 +104,7 @@ def read_coreset(path: Path) -> Coreset:
             raise UserError(f"{path} is no coreset: it has no list `indices`")
         indices, ids, fingerprint = record["indices"], record.get("ids"), record.get("data_fingerprint")
         num_rows, checksum = record.get("num_rows"), record.get("indices_sha256")
+        scores, target = (checked(dict | None, record.get(key), path) for key in ("scores", "target"))
         if record.get("size", len(indices)) != len(indices):
             raise UserError(f"{path} says size {record['size']} and holds {len(indices)} indices: cut it again")
         if ids is not None and (not isinstance(ids, list) or len(ids) != len(indices)):
@@ -117,9 +122,8 @@ def read_coreset(path: Path) -> Coreset:
             f"{path}: a coreset's file name names its data set and tuned model: rename it to letters, digits and . _ - "
             f"alone, no dot in front, and not {', '.join(_RESERVED)}"
         )
-    return Coreset(
-        path.stem, ascending, [ids[i] for i in order] if ids else None, fingerprint, num_rows, path.suffix == ".pt"
-    )
+    ids = [ids[i] for i in order] if ids else None
+    return Coreset(path.stem, ascending, ids, fingerprint, num_rows, path.suffix == ".pt", scores, target)
 
 
 def _checksum(indices: np.ndarray) -> str:

@@ -11,12 +11,14 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
 from selection.errors import run_stage  # noqa: E402
+from selection.identity import check_run  # noqa: E402
 from selection.ledger import format_summary, summarise  # noqa: E402
 from selection.stage import argument_parser, load_experiment_from_arguments  # noqa: E402
 
 
 def main() -> None:
     experiment = load_experiment_from_arguments(argument_parser(__doc__))
+    check_run(experiment)
     print("costs so far:\n" + format_summary(summarise(experiment)))
 
 

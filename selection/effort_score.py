@@ -18,11 +18,11 @@ end_on_signals()
 import numpy as np  # noqa: E402
 
 from finetune.data_split import existing_split, training_split  # noqa: E402
+from selection.identity import check_run  # noqa: E402
 from selection.ledger import SPECULATIVE_SCORES, TARGET_SCORES  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.score_files import MORE_COLUMNS  # noqa: E402
 from selection.scoring import score_rows, would_score  # noqa: E402
-from selection.speculative_run import check_speculative_run  # noqa: E402
 from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
 
 
@@ -48,8 +48,8 @@ def main() -> None:
         what, option = ("speculative model", "") if arguments.model == "small" else ("target", " --model target")
         raise UserError(f"the {what} is not tuned yet (no {tuned}): run finetune.py{option} with this configuration")
     split = split or training_split(experiment)
+    check_run(experiment, split, tuned=["full"] if arguments.model == "target" else [])
     if borrows:
-        check_speculative_run(experiment, split)
         (print if arguments.dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
         return
     score = would_score if arguments.dry_run else score_rows

@@ -14,14 +14,14 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from selection import __version__
 from selection.config import REPOSITORY, Experiment, as_yaml
 from selection.errors import UserError
-from selection.log import warn
+from selection.log import say, warn
 from selection.processes import processes
 
 
@@ -189,7 +189,13 @@ _LIBRARIES = ("torch", "transformers", "peft", "llamafactory", "datasets", "nump
 
 
 def write_experiment(experiment: Experiment) -> None:
-    """Keep the exact configuration, with versions, in the run folder: `--config_path` takes it as it stands."""
+    """Keep the exact configuration, with versions, in the run folder: `--config_path` takes it as it stands.
+
+    For a stage that has passed its own checks and begins its work, or finds it done: of several processes the leader.
+    """
+    if not processes().leads:
+        return
+    keep_hashes(experiment.folder)
     versions = " ".join(f"{name} {version(name)}" for name in _LIBRARIES)
     text = f"# suite {code_version()}, {versions}\n{as_yaml(experiment)}"
     if not experiment.record.exists() or experiment.record.read_text(encoding="utf-8", errors="replace") != text:
@@ -288,21 +294,59 @@ def file_digest(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-_IDENTIFYING = ("made_from.json", "*config.json", "*.safetensors", "*.bin", "tokenizer*", "*.model", "chat_template*")
+# All that decides what a model computes of a text: weights, configuration, tokenizer. Not what tells of its making.
+_IDENTIFYING = (
+    "made_from.json", "*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "*.model",
+    "*.tiktoken", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "additional_chat_templates/*",
+)  # fmt: skip
+_LARGE = 2**32  # bytes that take long enough to say so
+
+# What was hashed in this process: by path, what the system says of the file, and the SHA-256 of its content.
+_hashed: dict[str, tuple[list[int], str]] = {}
+_Hashed = dict[str, tuple[list[int], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]]
 
 
-def model_fingerprint(folder: str | Path) -> str:
-    """Identity of a model or adapter folder: size, first and last MiB of its weights, config and tokenizer files.
+def model_fingerprint(folder: str | Path, run_folder: Path | None = None) -> str:
+    """Identity of a model or adapter folder, by the whole content of its weights, config and tokenizer files.
 
-    A name on the model hub stands for itself.
+    A name on the model hub stands for itself. `run_folder` knows what it was told by `keep_hashes`: a file is hashed
+    once, as long as its size and times stay the same. Raises: UserError where a file cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return str(folder)
-    chunks = []
-    for path in sorted({path for pattern in _IDENTIFYING for path in folder.glob(pattern) if path.is_file()}):
-        with path.open("rb") as file:
-            head = file.read(2**20)
-            file.seek(max(0, path.stat().st_size - 2**20))
-            chunks += [path.name.encode(), str(path.stat().st_size).encode(), head, file.read()]
-    return digest(*chunks)
+    if run_folder is not None:
+        _remember_hashes(run_folder)
+    paths = sorted({path for pattern in _IDENTIFYING for path in folder.glob(pattern) if path.is_file()})
+    new = [path for path in paths if _hashed.get(str(path), (None,))[0] != _state(path)]
+    if sum(path.stat().st_size for path in new) > _LARGE:
+        say(f"hashing {folder}, once")
+    for path in new:
+        state = _state(path)  # before: what is written meanwhile is seen the next time
+        _hashed[str(path)] = state, file_digest(path)
+    return digest(*(part.encode() for path in paths for part in (str(path.relative_to(folder)), _hashed[str(path)][1])))
+
+
+def _state(path: Path) -> list[int]:
+    """Changes with a file's content, also where its size and its time of change were put back."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _remember_hashes(run_folder: Path) -> None:
+    with contextlib.suppress(UserError, FileNotFoundError):  # what cannot be read is hashed again
+        path = run_folder / "hashes.json"
+        if path.exists():
+            for name, known in checked(_Hashed, read_json(path), path).items():
+                _hashed.setdefault(name, known)
+
+
+def keep_hashes(run_folder: Path) -> None:
+    """Note in a run folder which model files were hashed, for the next stages."""
+    _remember_hashes(run_folder)
+    settled = time.time_ns() - 10**9  # a file changed since may change again within one tick of its clock
+    known = {name: [state, sha] for name, (state, sha) in _hashed.items() if max(state[1:3]) < settled}
+    path = run_folder / "hashes.json"
+    if known and (not path.exists() or read_json(path) != known):
+        write_json(path, known)

@@ -42,6 +42,7 @@ class Cost:
     precision: str = ""
     finished: str = ""
     processes: int = 1
+    made: str = ""  # scores: of which score folder, by its manifest
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -132,10 +133,8 @@ def _full_tuning(experiment: Experiment) -> tuple[float | None, str]:
     target, verified = (
         [c for c in read_ledger(experiment.folder) if c.stage == stage] for stage in (TARGET_TUNING, VERIFICATION)
     )
-    small, scored = (
-        [c for c in read_ledger(experiment.speculative_folder) if c.stage == stage]
-        for stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES)
-    )
+    speculative = read_ledger(experiment.speculative_folder)
+    small, scored = [c for c in speculative if c.stage == SPECULATIVE_TUNING], _scoring(speculative, SPECULATIVE_SCORES)
     if full := [c for c in target if c.what == "full"]:
         return full[-1].seconds, "measured"
     passes, target_passes = (
@@ -164,7 +163,8 @@ def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
     STAFF: cutting the speculator, if it is one that was cut (its draft.json says what that took), tuning it, its
     scores, verification. Where several runs share the speculator's scores, each pays an equal part of the first three,
     in fractions of tokens and samples too. A baseline that reads the tuned target's scores: tuning that on everything,
-    and the scores. A tuning that was made again counts once, the last; parts of an interrupted scoring run add up.
+    and the scores. What was made again counts once, the last: a tuning, or the scores of a folder that was removed;
+    parts of an interrupted scoring run add up.
     """
     costs = read_ledger(experiment.folder)
     if method == "staff" and experiment.borrows:
@@ -175,18 +175,21 @@ def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
     def last(stage: str, what: str | None = None) -> list[Cost]:
         return [c for c in costs if c.stage == stage and what in (None, c.what)][-1:]
 
-    def scores(stage: str) -> list[Cost]:
-        return [c for c in costs if c.stage == stage]
-
     if method == "staff":
         whole = _cutting(experiment) + (last(SPECULATIVE_TUNING) if experiment.tuned_small else [])
-        whole += scores(SPECULATIVE_SCORES)
-        paid = [_part(cost, sharing_runs(experiment)) for cost in whole] + scores(VERIFICATION)
+        whole += _scoring(costs, SPECULATIVE_SCORES)
+        paid = [_part(cost, sharing_runs(experiment)) for cost in whole] + _scoring(costs, VERIFICATION)
     elif method in ("random", "length"):
         paid = []
     else:
-        paid = last(TARGET_TUNING, "full") + scores(TARGET_SCORES)
+        paid = last(TARGET_TUNING, "full") + _scoring(costs, TARGET_SCORES)
     return paid + last(CORESETS, method)
+
+
+def _scoring(costs: list[Cost], stage: str) -> list[Cost]:
+    """The entries of the score folder that was filled last."""
+    entries = [c for c in costs if c.stage == stage]
+    return [c for c in entries if c.made == entries[-1].made]
 
 
 def _part(cost: Cost, runs: int) -> Cost:

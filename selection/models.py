@@ -4,7 +4,6 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -16,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
-from selection.config import Experiment
 from selection.device import device
 from selection.errors import UserError
 from selection.phi import unwrap
@@ -100,15 +98,6 @@ def load_for_scoring(
     return loaded.eval()
 
 
-def placement(experiment: Experiment, model: str, tuned: Path | None) -> dict[str, Any]:
-    """`device_map` and `quantization_bit` for load_for_scoring: what is configured for the target, nothing for the
-    speculative model."""
-    settings = experiment.selection
-    if model != experiment.target_model or (tuned is not None and tuned == experiment.tuned_small):
-        return {}
-    return {"device_map": settings.device_map, "quantization_bit": settings.quantization_bit}
-
-
 def _room_for_weights() -> dict[int | str, int]:
     """Bytes by device for accelerate's placement: 85 % of what a GPU has free, the rest for batches."""
     return {where: free if where == "cpu" else int(0.85 * free) for where, free in get_max_memory().items()}
@@ -161,12 +150,6 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     """Of the weight itself where two of its numbers are packed into a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.shape if state is None else state.shape
-
-
-def tuning_lora(keys: dict[str, Any]) -> dict[str, Any]:
-    """Rank, α and targets that LLaMA-Factory's training `keys` ask for, with its own defaults: for with_fresh_lora."""
-    rank = keys.get("lora_rank", 8)
-    return {"rank": rank, "alpha": keys.get("lora_alpha") or 2 * rank, "target": keys.get("lora_target", "all")}
 
 
 def parameters_of(model: str) -> int:

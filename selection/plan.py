@@ -20,9 +20,10 @@ from selection.device import choose_precision, device
 from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.errors import UserError
 from selection.flops import scoring_flops, tuning_flops
+from selection.identity import tuning_lora
 from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION
 from selection.log import say
-from selection.models import NO_CODE, load_for_scoring, model_errors, parameters_of, tuning_lora, with_fresh_lora
+from selection.models import NO_CODE, load_for_scoring, model_errors, parameters_of, with_fresh_lora
 from selection.staff import coreset_size, floor_share
 
 _PAD_TO_MULTIPLE_OF = 8  # tuning's batches, as LLaMA-Factory pads them

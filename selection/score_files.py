@@ -1,6 +1,7 @@
 """Per-sample scores on disk: a folder with `manifest.json` and Parquet parts, or a plain Parquet or CSV file."""
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from typing_extensions import TypedDict
 
 from selection.errors import UserError
@@ -63,6 +64,7 @@ class Scores:
     num_rows: int | None  # of the training split
     source: str
     left_out: np.ndarray = field(default_factory=lambda: _NONE)  # rows, ascending
+    made_by: dict | None = None  # of our own folder: see `made_by`
 
     @property
     def effort(self) -> np.ndarray:
@@ -121,6 +123,8 @@ class Scores:
 
 
 class _Identity(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")
+
     data_fingerprint: str
 
 
@@ -133,6 +137,14 @@ class _Manifest(TypedDict):
     num_rows: PositiveInt
     columns: list[str]
     left_out: list[int]
+
+
+def made_by(manifest: dict) -> dict:
+    """What made a folder's scores, for the records of V_i and coresets: the manifest's identity, with the names of the
+    model and of its tuned folder, as its configuration gave them, in front of their fingerprints."""
+    identity = dict(checked(_Identity, manifest.get("identity"), Path("manifest.json")))
+    named = {key: manifest.get(key) for key in ("model", "tuned")}
+    return named | {f"{key}_fingerprint": identity.pop(key, None) for key in named} | identity
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -151,9 +163,9 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
     if path.is_dir():
         manifest = _read_manifest(path)
         fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
-        named = np.array(manifest["left_out"], dtype=np.int64)
+        named, maker = np.array(manifest["left_out"], dtype=np.int64), made_by(manifest)
     else:
-        fingerprint = num_rows = None
+        fingerprint = num_rows = maker = None
     asked = columns
     if (path / "plan.json").exists() and "effort" not in columns:  # not finished: nothing else says who is left out
         columns = ("effort", *columns)
@@ -202,7 +214,7 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
                 f"{path}: row {index[bad[0]]} has {name} {values[bad[0]]} ({len(bad)} such rows in all): it must be "
                 "finite and not negative; score these rows again or leave them out of the data"
             )
-    return Scores(index, figures, names_of_rows, fingerprint, num_rows, str(path), left_out)
+    return Scores(index, figures, names_of_rows, fingerprint, num_rows, str(path), left_out, maker)
 
 
 def _without_figures(figures: dict[str, np.ndarray], index: np.ndarray, named: np.ndarray) -> np.ndarray:
@@ -364,7 +376,8 @@ class ScoreFolder:
             "columns": [name for name in MORE_COLUMNS if name in columns],
             "code_version": code_version(),
             "left_out": [],  # rows whose loss or score is not finite
-        }
+            "made": secrets.token_hex(8),  # of this folder alone: scores that are made again after it was removed have
+        }  # another, and the ledger counts those of the last one
         self.begun = any(path.glob("part-*.parquet"))  # a manifest without scores binds nobody
         if self.begun:
             self.manifest = _read_manifest(path)

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from peft import PeftModel
@@ -12,17 +11,17 @@ from finetune import llama_factory
 from finetune.data_split import TrainingSplit
 from finetune.tokenised import check_embeddings, tokenised_split
 from finetune.tokenised import lengths as lengths_of
-from finetune.tuning import check_base
 from selection.config import Experiment
-from selection.device import choose_precision, device_name
+from selection.device import device_name
 from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory, tokens_per_batch
 from selection.errors import UserError
-from selection.files import check_same_everywhere, held, model_fingerprint
+from selection.files import check_same_everywhere, held, write_experiment
+from selection.identity import placement, score_identity, tuning_lora
 from selection.ledger import TARGET_SCORES, Cost, measured
 from selection.log import progress_bar, say, warn
-from selection.models import count_parameters, load_for_scoring, placement, tuning_lora, with_fresh_lora
+from selection.models import count_parameters, load_for_scoring, with_fresh_lora
 from selection.processes import processes, shards
-from selection.score_files import SCORER_VERSION, ScoreFolder, check_left_out
+from selection.score_files import ScoreFolder, check_left_out
 from selection.self_test import TOLERANCE, self_test
 
 # A part is what a killed run loses of each process, and what processes share out.
@@ -105,6 +104,7 @@ def _score_rows(
         if together.leads:
             store.drop_damaged()
     check_same_everywhere(identity)
+    write_experiment(experiment)
     rows, unfinished = _next_unfinished(store, rounds)
     if not unfinished:
         if together.leads:
@@ -115,6 +115,7 @@ def _score_rows(
         tokenised = tokenised_split(experiment, model, split)
     lengths = lengths_of(tokenised)
     cost = Cost(stage, model, device=device_name(), precision=identity["precision"], processes=together.count)
+    cost.made = together.from_leader(lambda: store.manifest.get("made", ""))
     with measured(experiment.folder, cost):
         scorer = _load_scorer(experiment, model, tuned, stage, store, cost)
         check_embeddings(experiment, model, scorer.model, tokenised)
@@ -212,35 +213,6 @@ def _score_parts(
 
 def _names(split: TrainingSplit, rows: list[int]) -> list[str]:
     return [f"row {row} of the training split (id {split.ids[row]})" for row in rows]
-
-
-def score_identity(experiment: Experiment, split: TrainingSplit, model: str, tuned: Path | None) -> dict[str, Any]:
-    """All that the scores of a model depend on. Raises: UserError where `tuned` was tuned from another model."""
-    settings = experiment.selection
-    if tuned is not None:
-        check_base(tuned, model)
-    return {
-        "model": model_fingerprint(llama_factory.model_path(model)),
-        "tuned": model_fingerprint(tuned) if tuned else None,
-        "data_fingerprint": split.fingerprint,
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "mode": settings.rules,
-        "phi": _phi_identity(experiment, tuned),
-        "scorer": SCORER_VERSION,
-        "precision": choose_precision(settings.precision),
-        "quantization_bit": placement(experiment, model, tuned).get("quantization_bit"),
-    }
-
-
-def _phi_identity(experiment: Experiment, tuned: Path | None) -> dict[str, Any]:
-    settings = experiment.selection
-    identity: dict[str, Any] = {"name": settings.phi}
-    if settings.phi == "v_lora_b":
-        identity |= {"rank": settings.phi_rank, "alpha": settings.phi_alpha, "seed": settings.seed}
-    if settings.phi == "all_lora" and (tuned is None or not (tuned / "adapter_config.json").exists()):
-        identity |= {**tuning_lora(experiment.training | experiment.target_training), "seed": settings.seed}
-    return identity
 
 
 def _score_batch(scorer: EffortScorer, tokenised, split: TrainingSplit, batch: list[int]) -> dict[str, np.ndarray]:

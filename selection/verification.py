@@ -62,6 +62,11 @@ class Settings:
         return kept | {"stratified_by": "effort" if self.length_control == "none" else "length residual of effort"}
 
     @property
+    def made_from(self) -> dict[str, Any]:
+        """What a verification depends on beside the scores."""
+        return {**self.record, "rules": RULES_VERSION}
+
+    @property
     def rules(self) -> str:
         """ "paper" or "released"."""
         return rules_of(self.mode)
@@ -212,11 +217,15 @@ def write_verification(
     settings: Settings,
     speculative: Scores,
     records: list[StratumRecord],
+    target: Scores | None = None,
     rounds: list[list[int]] | None = None,
 ) -> None:
-    """`rounds` of adaptive verification: draws of each stratum after each."""
+    """`target`: the scores that V_i is of beside the speculative ones; both are named. `rounds` of adaptive
+    verification: draws of each stratum after each."""
     value = {
         **_made_from(settings, speculative),
+        "scores": speculative.made_by,
+        "target": target and target.made_by,
         **({} if rounds is None else {"rounds": rounds}),
         "data_fingerprint": speculative.fingerprint,
         "verified_samples": sum(len(record.verified) for record in records),
@@ -225,14 +234,16 @@ def write_verification(
     write_sealed(path, value)
 
 
-def read_verification(path: Path, settings: Settings, speculative: Scores) -> list[StratumRecord]:
-    """Raises: UserError where it was made under other settings or from other scores, or was changed since."""
+def read_verification(path: Path, settings: Settings, speculative: Scores) -> tuple[list[StratumRecord], dict | None]:
+    """The strata, and what made the target's scores, where that is known (`made_by` in score_files.py).
+
+    Raises: UserError where it was made under other settings or from other scores, or was changed since."""
     value, wanted = read_sealed(path), _made_from(settings, speculative)
     if difference := first_difference({key: value.get(key) for key in wanted}, wanted):
         raise UserError(f"{path} was made otherwise ({difference}): run verify.py again under the settings of now")
-    return checked(list[StratumRecord], value.get("strata"), path)
+    return checked(list[StratumRecord], value.get("strata"), path), checked(dict | None, value.get("target"), path)
 
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
     scores = digest(memoryview(np.ascontiguousarray(speculative.effort)).cast("B"))
-    return {**settings.record, "rules": RULES_VERSION, "speculative_scores_sha256": scores}
+    return {**settings.made_from, "speculative_scores_sha256": scores}

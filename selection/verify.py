@@ -22,11 +22,11 @@ import numpy as np  # noqa: E402
 
 from finetune.data_split import existing_split, training_split  # noqa: E402
 from selection.config import Experiment  # noqa: E402
+from selection.identity import check_run  # noqa: E402
 from selection.ledger import VERIFICATION, share_costs  # noqa: E402
 from selection.processes import processes  # noqa: E402
-from selection.score_files import ScoreFolder, Scores, read_scores  # noqa: E402
-from selection.scoring import score_identity, score_rows, would_score  # noqa: E402
-from selection.speculative_run import check_speculative_run  # noqa: E402
+from selection.score_files import Scores, read_scores  # noqa: E402
+from selection.scoring import score_rows, would_score  # noqa: E402
 from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
 from selection.verification import (  # noqa: E402
     Settings,
@@ -49,13 +49,10 @@ def main() -> None:
         most = "every row" if experiment.selection.verify_all else drawn
         print(f"{VERIFICATION}: would score {most} on {experiment.target_model} -> {experiment.target_scores}")
         return
-    small, tuned, every = experiment.small_model, experiment.tuned_small, np.arange(len(split.rows))
-    if experiment.borrows:
-        check_speculative_run(experiment, split)
-        if processes().leads and not arguments.dry_run:
-            share_costs(experiment)
+    check_run(experiment, split)
+    if experiment.borrows and processes().leads and not arguments.dry_run:
+        share_costs(experiment)
     scores = read_scores(experiment.small_scores, settings.columns, ids=False)
-    ScoreFolder(experiment.small_scores, score_identity(experiment, split, small, tuned), len(every))  # or refuse
     speculative = stratified_score(scores.check_complete(), settings).effort
     strata, rounds = cut_strata(speculative, settings), []
 
@@ -72,7 +69,11 @@ def main() -> None:
     if adaptive:
         rows = asked()
     else:
-        rows = every if settings.verify == "all" else np.sort(scores.index[np.concatenate(draw(strata, settings))])
+        rows = (
+            np.arange(len(split.rows))
+            if settings.verify == "all"
+            else np.sort(scores.index[np.concatenate(draw(strata, settings))])
+        )
         if not len(rows):
             raise UserError("no stratum has more than verify_per_stratum samples, nothing to verify: lower num_strata")
     folder = experiment.target_scores
@@ -83,8 +84,9 @@ def main() -> None:
     if not processes().leads:
         return
     # Of what earlier settings left there, nothing but the asked rows counts.
-    records = verify(speculative, target_now().only(rows), settings, strata, scores.index)
-    write_verification(experiment.verification, settings, scores, records, rounds or None)
+    target = target_now().only(rows)
+    records = verify(speculative, target, settings, strata, scores.index)
+    write_verification(experiment.verification, settings, scores, records, target, rounds or None)
     in_rounds = f"{len(rounds)} rounds, " if rounds else ""
     ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]
     print(

@@ -1,6 +1,7 @@
 """Shared by the tests: a tiny model on disk, experiments on small data, and the scripts, each in its own process."""
 
 import fcntl
+import importlib
 import json
 import os
 import runpy
@@ -172,3 +173,26 @@ def rows() -> list[dict]:
     """30 rows of biology question answering."""
     lines = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:30]]
+
+
+@pytest.fixture
+def stage(monkeypatch, capsys):
+    """Runs a stage script in this process on a configuration; gives exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the scripts change it
+
+    def call(name: str, config: Path, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, "--config_path", str(config), *map(str, arguments)])
+        code = 0
+        try:
+            from selection.errors import run_stage
+
+            run_stage(importlib.import_module(name).main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}

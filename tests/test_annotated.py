@@ -14,6 +14,8 @@ from selection.annotated import annotated
 from selection.config import load_experiment
 from selection.coreset_files import write_coreset
 from selection.errors import UserError
+from selection.files import write_experiment
+from selection.identity import score_identity
 from selection.score_files import ScoreFolder, read_scores
 from selection.staff import Choice
 from selection.verification import Settings, cut_strata, draw, ratio_interval, verify, write_verification
@@ -22,8 +24,9 @@ ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} f
 EFFORT = np.random.default_rng(0).lognormal(size=104)  # of the training split
 
 
-def write_scores(folder, split, rows, effort) -> None:
-    scores = ScoreFolder(folder, {"data_fingerprint": split.fingerprint}, len(split.rows))
+def write_scores(experiment, folder, split, rows, effort) -> None:
+    identity = score_identity(experiment, split, experiment.small_model, None)  # both models are the tiny one
+    scores = ScoreFolder(folder, identity, len(split.rows))
     scores.plan(rows, lambda missing: [[missing.tolist()]])
     counts = {"n_prompt_tokens": rows + 2, "n_response_tokens": rows + 1, "loss": effort[rows] / 2}
     ids = np.array(split.ids)[rows]
@@ -42,10 +45,10 @@ def run(make_experiment, monkeypatch):
         path = make_experiment(ROWS, selection=keys)
         experiment = load_experiment(path)
         split, settings = training_split(experiment), Settings.of(experiment.selection)
-        write_scores(experiment.small_scores, split, np.arange(len(effort)), effort)
+        write_scores(experiment, experiment.small_scores, split, np.arange(len(effort)), effort)
         scores = read_scores(experiment.small_scores, ids=False)
         drawn = scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))]
-        write_scores(experiment.target_scores, split, np.sort(drawn), 3 * effort)
+        write_scores(experiment, experiment.target_scores, split, np.sort(drawn), 3 * effort)
         records = verify(scores.effort, read_scores(experiment.target_scores), settings, index=scores.index)
         write_verification(experiment.verification, settings, scores, records)
         monkeypatch.setattr(sys, "argv", ["coreset.py", "--config_path", str(path)])
@@ -160,12 +163,14 @@ def test_without_the_scores_the_chosen_rows_are_known_still(run):
 
 def test_the_experiment_keeps_its_exact_configuration(run):
     experiment = run()
+    assert not experiment.record.exists()  # cutting a coreset, or reading the data, is no reason to write it
+    write_experiment(experiment)
     assert experiment.record.read_text().startswith("# suite ")
     assert load_experiment(experiment.record) == experiment
     written = experiment.record.stat().st_mtime_ns
-    training_split(experiment)
+    write_experiment(experiment)
     assert experiment.record.stat().st_mtime_ns == written
-    training_split(load_experiment(experiment.record, ["selection.num_strata=7"]))
+    write_experiment(load_experiment(experiment.record, ["selection.num_strata=7"]))
     assert load_experiment(experiment.record).selection.num_strata == 7
 
 

@@ -16,7 +16,8 @@ from selection import models
 from selection.config import load_experiment
 from selection.effort import EffortScorer, response_losses, score_within_memory
 from selection.errors import UserError
-from selection.models import count_parameters, load_for_scoring, placement, with_fresh_lora
+from selection.identity import placement
+from selection.models import count_parameters, load_for_scoring, with_fresh_lora
 from selection.self_test import scores_one_by_one, self_test
 
 

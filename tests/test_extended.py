@@ -22,11 +22,12 @@ from selection.adaptive import START, budget_widths, first_counts, moves, next_c
 from selection.config import Selection, load_experiment, validated
 from selection.effort import EffortScorer
 from selection.errors import UserError
+from selection.identity import score_identity
 from selection.ledger import SPECULATIVE_SCORES, VERIFICATION, read_ledger
 from selection.length_control import length_controlled, length_residual
 from selection.reproduction import cells_of, experiment_arguments, jobs_of, load
 from selection.score_files import Scores, read_scores
-from selection.scoring import _of_leader, score_identity, score_rows
+from selection.scoring import _of_leader, score_rows
 from selection.staff import allocate_budgets, choose_staff, draw_verification_samples, min_max_normalise
 from selection.verification import Settings, adaptive_draws, cut_strata, stratified_score
 from selection.verification import verify as ratios_of

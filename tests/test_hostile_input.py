@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM
 
 from finetune import llama_factory
 from finetune.data_split import reading_rows, training_split
-from finetune.tuning import check_base
 from selection.config import DatasetFormat, load_experiment
 from selection.coreset import read_features
 from selection.coreset_files import read_coreset
 from selection.errors import UserError, run_stage
 from selection.files import read_json
+from selection.identity import check_base
 from selection.ledger import Cost, read_ledger, summarise
 from selection.metrics import read_metrics
 from selection.models import load_for_scoring, parameters_of

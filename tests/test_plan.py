@@ -18,7 +18,8 @@ from selection import plan
 from selection.config import load_experiment
 from selection.errors import UserError
 from selection.flops import forward_flops, scoring_flops, tuning_flops
-from selection.models import count_parameters, parameters_of, tuning_lora
+from selection.identity import tuning_lora
+from selection.models import count_parameters, parameters_of
 from selection.plan import (
     Speed,
     format_plan,

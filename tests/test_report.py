@@ -24,7 +24,8 @@ from finetune.data_split import split_numbers, training_split
 from selection import report
 from selection.config import DatasetFormat, Experiment, load_experiment
 from selection.errors import UserError
-from selection.files import write_json
+from selection.files import write_experiment, write_json
+from selection.identity import score_identity
 from selection.ledger import (
     SPECULATIVE_SCORES,
     SPECULATIVE_TUNING,
@@ -82,15 +83,16 @@ def make_run(folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,
     lengths = rng.integers(20, 300, len(every))
     effort = rng.lognormal(sigma=0.6, size=len(every)) / np.sqrt(lengths)
     effort[list(left_out)] = np.nan
-    write_scores(experiment.small_scores, split, every, effort, lengths, rng.normal(size=(len(every), 6)))
+    write_scores(experiment, experiment.small_model, split, every, effort, lengths, rng.normal(size=(len(every), 6)))
     raw = read_scores(experiment.small_scores, settings.columns, ids=False)
     scores = stratified_score(raw, settings)
     drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))])
     theirs = effort * rng.lognormal(sigma=0.3, size=len(every))
-    write_scores(experiment.target_scores, split, drawn, theirs, lengths, rng.normal(size=(len(drawn), 6)))
+    write_scores(experiment, experiment.target_model, split, drawn, theirs, lengths, rng.normal(size=(len(drawn), 6)))
     target = read_scores(experiment.target_scores, settings.columns, ids=False)
     records = verify(scores.effort, target, settings, index=scores.index)
     write_verification(experiment.verification, settings, raw, records)
+    write_experiment(experiment)
     costs = [
         Cost(SPECULATIVE_TUNING, "small/one", len(every), 300, 10, 20.0),
         Cost(SPECULATIVE_SCORES, "small/one", len(every), 100, 10, 5.0),
@@ -106,10 +108,11 @@ def make_run(folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,
     return experiment
 
 
-def write_scores(folder, split, rows, effort, lengths, features) -> None:
+def write_scores(experiment, model, split, rows, effort, lengths, features) -> None:
+    folder = experiment.small_scores if model == experiment.small_model else experiment.target_scores
     order = np.random.default_rng(1).permutation(len(rows))  # parts are sorted by length
     rows, features = rows[order], features[order]
-    scores = ScoreFolder(folder, {"data_fingerprint": split.fingerprint}, len(split.rows), ["hidden_state"])
+    scores = ScoreFolder(folder, score_identity(experiment, split, model, None), len(split.rows), ["hidden_state"])
     scores.plan(rows, lambda missing: [[missing.tolist()]])
     columns = {"index": rows, "id": np.array(split.ids)[rows], "effort": effort[rows], "loss": effort[rows] / 2}
     counts = {"n_prompt_tokens": lengths[rows], "n_response_tokens": lengths[rows]}

@@ -1,16 +1,13 @@
 """Several targets on one run's speculative scores: nothing is made twice, the choice is the same, the cost shared."""
 
-import importlib
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import everything_in
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selection.config import load_experiment
-from selection.errors import run_stage
 from selection.files import read_json, read_sealed, write_sealed
 from selection.ledger import (
     CORESETS,
@@ -31,23 +28,6 @@ UNTUNED = {"num_train_epochs": 0}
 
 
 @pytest.fixture
-def stage(monkeypatch, capsys):
-    """Runs a stage script in this process on a configuration; gives exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "path", sys.path.copy())  # the scripts change it
-
-    def call(name: str, config: Path, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, "--config_path", str(config), *map(str, arguments)])
-        code = 0
-        try:
-            run_stage(importlib.import_module(name).main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
 def other_target(tiny_model, tmp_path) -> str:
     """The tiny model with other random weights."""
     folder = tmp_path / "other-target"
@@ -55,10 +35,6 @@ def other_target(tiny_model, tmp_path) -> str:
     torch.manual_seed(1)
     LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
     return str(folder)
-
-
-def everything_in(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_a_second_target_on_the_first_ones_scores_chooses_what_its_own_would_and_they_share_the_cost(

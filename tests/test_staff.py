@@ -495,7 +495,7 @@ def stored(tmp_path):
 
 def test_a_verification_is_read_as_it_was_written(stored):
     path, records = stored
-    assert read_verification(path, SETTINGS, scores_of("fingerprint")) == records
+    assert read_verification(path, SETTINGS, scores_of("fingerprint")) == (records, None)
     assert json.loads(path.read_text())["verified_samples"] == 6
 
 

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from finetune import llama_factory
 from finetune.data_split import rows_of, training_split
-from finetune.tuning import check_base, tune_once
+from finetune.tuning import tune_once
 from selection import scoring
 from selection.config import load_experiment
 from selection.effort import EffortScorer
 from selection.errors import UserError
+from selection.identity import check_base
 from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_SCORES, TARGET_TUNING, VERIFICATION
 from selection.score_files import read_scores
 from selection.scoring import score_rows
@@ -192,7 +193,7 @@ def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_expe
         no_number = run_script("selection/verify.py", "--config_path", config, "--self_test", -1, check=False)
         assert_one_line_error(no_number, "key selection.self_test")
         other_phi = run_script("selection/verify.py", "--config_path", config, *keys, check=False)
-        assert_one_line_error(other_phi, "scores/small holds scores made otherwise (phi:")
+        assert_one_line_error(other_phi, "scores/small was made otherwise (phi:")
         run_script("selection/coreset.py", "--config_path", config)
         coreset = json.loads((experiment.coresets / "staff-0.5.json").read_text())
         assert len(coreset["indices"]) == 12

@@ -1,0 +1,246 @@
+"""What stored products depend on, and whether those of a run folder are the products of the configuration at hand.
+
+Every stage asks `check_run` before it makes, reads or records anything. No model is loaded for it.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.data_split import TrainingSplit, recorded_fingerprint, row_id
+from finetune.llama_factory import check_weights, model_path
+from selection.config import Experiment
+from selection.coreset_files import Coreset
+from selection.errors import UserError
+from selection.files import checked, digest, first_difference, made_from, model_fingerprint, read_record, read_sealed
+from selection.score_files import SCORER_VERSION, ScoreFolder, made_by
+from selection.verification import Settings
+
+# LLaMA-Factory's keys that say what is logged and where: a tuned model is the same whatever they are.
+_ONLY_LOGGING = {
+    "report_to", "run_name", "project", "trackio_space_id", "logging_steps", "logging_first_step", "logging_strategy",
+    "logging_nan_inf_filter", "log_level", "log_level_replica", "log_on_each_node", "plot_loss", "disable_tqdm",
+}  # fmt: skip
+
+
+def fingerprint_of(experiment: Experiment, model: str) -> str:
+    """`model_fingerprint` of a model that a configuration names. Raises: UserError where there is no such model."""
+    return model_fingerprint(model_path(model), experiment.folder)
+
+
+def digest_of_ids(ids: Iterable[str]) -> str:
+    """Identity of rows in their order, by their content hashes."""
+    return digest(*(each.encode() for each in ids))
+
+
+def tuning_identity(experiment: Experiment, model: str, rows: Iterable[dict], keys: dict) -> dict[str, Any]:
+    """All that a model depends on that is tuned on raw `rows`; `keys` are LLaMA-Factory's beside `training`."""
+    return {
+        "model": fingerprint_of(experiment, model),
+        "rows": digest_of_ids(map(row_id, rows)),
+        **_tuning_settings(experiment, keys),
+        "precision": _resolved(experiment.precision),
+    }
+
+
+def _tuning_settings(experiment: Experiment, keys: dict) -> dict[str, Any]:
+    return {
+        "dataset_format": experiment.row_format.entry,
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "keys": {key: value for key, value in (experiment.training | keys).items() if key not in _ONLY_LOGGING},
+    }
+
+
+def score_identity(experiment: Experiment, split: TrainingSplit, model: str, tuned: Path | None) -> dict[str, Any]:
+    """All that the scores of a model depend on. Raises: UserError where `tuned` was tuned from another model."""
+    if tuned is not None:
+        check_base(tuned, model, experiment.folder)
+    return {
+        "model": fingerprint_of(experiment, model),
+        "tuned": model_fingerprint(tuned, experiment.folder) if tuned else None,
+        "data_fingerprint": split.fingerprint,
+        **_score_settings(experiment, model, tuned),
+        "scorer": SCORER_VERSION,
+        "precision": _resolved(experiment.selection.precision),
+    }
+
+
+def _score_settings(experiment: Experiment, model: str, tuned: Path | None) -> dict[str, Any]:
+    return {
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "mode": experiment.selection.rules,
+        "phi": _phi(experiment, tuned),
+        "quantization_bit": placement(experiment, model, tuned).get("quantization_bit"),
+    }
+
+
+def _phi(experiment: Experiment, tuned: Path | None) -> dict[str, Any]:
+    settings = experiment.selection
+    identity: dict[str, Any] = {"name": settings.phi}
+    if settings.phi == "v_lora_b":
+        identity |= {"rank": settings.phi_rank, "alpha": settings.phi_alpha, "seed": settings.seed}
+    if settings.phi == "all_lora" and (tuned is None or not (tuned / "adapter_config.json").exists()):
+        identity |= {**tuning_lora(experiment.training | experiment.target_training), "seed": settings.seed}
+    return identity
+
+
+def tuning_lora(keys: dict[str, Any]) -> dict[str, Any]:
+    """Rank, α and targets that LLaMA-Factory's training `keys` ask for, with its own defaults: for with_fresh_lora."""
+    rank = keys.get("lora_rank", 8)
+    return {"rank": rank, "alpha": keys.get("lora_alpha") or 2 * rank, "target": keys.get("lora_target", "all")}
+
+
+def placement(experiment: Experiment, model: str, tuned: Path | None) -> dict[str, Any]:
+    """`device_map` and `quantization_bit` for load_for_scoring: what is configured for the target, nothing for the
+    speculative model."""
+    settings = experiment.selection
+    if model != experiment.target_model or (tuned is not None and tuned == experiment.tuned_small):
+        return {}
+    return {"device_map": settings.device_map, "quantization_bit": settings.quantization_bit}
+
+
+def _resolved(precision: str) -> str:
+    from selection.device import choose_precision  # torch, which takes seconds
+
+    return choose_precision(precision)
+
+
+def check_base(tuned: Path, model: str, run_folder: Path | None = None) -> None:
+    """Raises: UserError where `tuned` was not made from `model` as it is now."""
+    if made_from(tuned).get("model") != model_fingerprint(model_path(model), run_folder):
+        raise UserError(f"{tuned} was tuned from another model than {model}: remove it or give another output_dir")
+    adapter = (tuned / "adapter_config.json").exists()
+    check_weights(tuned, "adapter_model" if adapter else "model")
+
+
+def check_run(
+    experiment: Experiment, split: TrainingSplit | None = None, verified: bool = False, tuned: Iterable[str] = ()
+) -> None:
+    """Hold what the run folder has against the configuration: split, tuned small model, all scores.
+
+    `split`: from whoever has loaded it; else its record alone is checked, where it is there, and no row is read.
+    `verified`: and verification.json, for a stage that comes after verify.py. `tuned`: and these tuned targets, "full"
+    or a coreset's name. With `speculative_run` the other run must be finished up to its scores.
+
+    Where a number format is "auto", any that was used is right: what was scored on a GPU may be cut on a laptop. A
+    local model that is not on this machine is taken for the one that scored where it has the same name.
+    Raises: UserError that names the file and the first difference.
+    """
+    data = recorded_fingerprint(experiment) if split is None else split.fingerprint
+    if experiment.borrows:
+        _check_lender(experiment, data)
+    small = experiment.tuned_small
+    if small is not None and small.exists():
+        wanted = _wanted_tuning(experiment, experiment.small_model, experiment.small_training)
+        if split is not None:
+            wanted["rows"] = digest_of_ids(split.ids)
+        _refuse_difference(experiment, small, _record_of(small), wanted)
+    for folder in (experiment.small_scores, experiment.target_scores, experiment.tuned_target_scores):
+        if any(folder.glob("part-*.parquet")):
+            stored = made_by(read_sealed(folder / "manifest.json", remove=folder))
+            _refuse_difference(experiment, folder, stored, _wanted_scores(experiment, data, folder, stored))
+    for name in tuned:
+        wanted = _wanted_tuning(experiment, experiment.target_model, experiment.target_training)
+        _refuse_difference(experiment, experiment.tuned_target(name), _record_of(experiment.tuned_target(name)), wanted)
+    if verified and experiment.verification.exists():
+        path, record = experiment.verification, read_sealed(experiment.verification)
+        difference = first_difference(record, record | Settings.of(experiment.selection).made_from)
+        if difference := difference or _other_target(experiment, data, record):
+            raise UserError(f"{path} was made otherwise ({difference}): run verify.py again under the settings of now")
+
+
+def check_coreset(experiment: Experiment, path: Path, coreset: Coreset, data: str) -> None:
+    """Raises: UserError where a coreset out of the run folder was cut from other scores than the configuration's."""
+    if path.resolve().parent != experiment.coresets or not coreset.scores:
+        return  # of another run, from score files or a published list: `check_fits` says whether the data are the same
+    of_target = coreset.scores.get("tuned") == experiment.tuned_target("full").name
+    folder = experiment.tuned_target_scores if of_target else experiment.small_scores
+    wanted = _wanted_scores(experiment, data, folder, coreset.scores)
+    difference = first_difference(coreset.scores, coreset.scores | wanted)
+    if difference := difference or _other_target(experiment, data, {"target": coreset.target}):
+        raise UserError(f"{path} was cut from other scores ({difference}): cut it again (coreset.py)")
+
+
+def _other_target(experiment: Experiment, data: str | None, record: dict) -> str | None:
+    """How the scores that a record says V_i is of differ from those of the configuration."""
+    stored = record.get("target")
+    if not isinstance(stored, dict):
+        return None
+    return first_difference(stored, stored | _wanted_scores(experiment, data, experiment.target_scores, stored))
+
+
+def _record_of(tuned: Path) -> dict:
+    return read_record(tuned / "made_from.json")
+
+
+def _wanted_tuning(experiment: Experiment, model: str, keys: dict) -> dict[str, Any]:
+    """What `tuning_identity` is to say, as far as it is known without the rows."""
+    wanted = _tuning_settings(experiment, keys)
+    if experiment.precision != "auto":
+        wanted["precision"] = experiment.precision
+    with contextlib.suppress(UserError):  # a model that is not on this machine
+        wanted["model"] = fingerprint_of(experiment, model)
+    return wanted
+
+
+def _wanted_scores(experiment: Experiment, data: str | None, folder: Path, stored: dict) -> dict[str, Any]:
+    """What `made_by` is to say of one of the run's score folders."""
+    model, tuned = {
+        experiment.small_scores: (experiment.small_model, experiment.tuned_small),
+        experiment.target_scores: (experiment.target_model, None),
+        experiment.tuned_target_scores: (experiment.target_model, experiment.tuned_target("full")),
+    }[folder]
+    wanted = ({} if data is None else {"data_fingerprint": data}) | _score_settings(experiment, model, tuned)
+    if experiment.selection.precision != "auto":
+        wanted["precision"] = experiment.selection.precision
+    try:
+        wanted["model_fingerprint"] = fingerprint_of(experiment, model)
+    except UserError:  # not on this machine
+        wanted["model"] = model
+    if tuned is None or tuned.exists():
+        wanted["tuned_fingerprint"] = model_fingerprint(tuned, experiment.folder) if tuned else None
+    return wanted
+
+
+def _check_lender(experiment: Experiment, data: str | None) -> None:
+    """Raises: UserError where the run of `speculative_run` is not finished up to its scores, or is of other data."""
+    other, tuned, scores = experiment.speculative_folder, experiment.tuned_small, experiment.small_scores
+    record, manifest = (folder / name for folder, name in ((other / "data", "split.json"), (scores, "manifest.json")))
+    for path in filter(None, (record, tuned, manifest)):
+        if not path.exists():
+            raise _unfinished(other, f"has no {path.relative_to(other)}")
+    theirs, ours = read_sealed(record), read_sealed(experiment.data_folder / record.name)
+    if theirs.get("fingerprint") != data:
+        _refuse_difference(experiment, record, checked(dict, theirs.get("made_from"), record), ours["made_from"])
+        _refuse_difference(experiment, record, theirs, ours)
+    found = read_sealed(manifest)
+    store = ScoreFolder(scores, found["identity"], found["num_rows"])
+    if store.plan_path.exists() or len(store.missing(np.arange(found["num_rows"]))):
+        raise _unfinished(other, "has not scored every row")
+    if absent := [name for name in experiment.selection.columns if name not in store.manifest["columns"]]:
+        _refuse_difference(experiment, scores, {"columns": store.manifest["columns"]}, {"columns": absent})
+
+
+def _unfinished(other: Path, state: str) -> UserError:
+    return UserError(
+        f"speculative_run {other} {state}: run finetune.py and effort_score.py with that run's own configuration first"
+    )
+
+
+def _refuse_difference(experiment: Experiment, path: Path, stored: dict, wanted: dict) -> None:
+    """Of `stored`, only what is `wanted` counts."""
+    if difference := first_difference({key: stored.get(key) for key in wanted}, wanted):
+        if path.is_relative_to(experiment.folder):
+            raise UserError(
+                f"{path} was made otherwise ({difference}): give the settings it was made with, remove it, or give "
+                "another output_dir"
+            )
+        raise UserError(
+            f"speculative_run: {path} was made otherwise ({difference}): give this run the same data and settings, or "
+            "leave speculative_run out"
+        )
