@@ -537,7 +537,7 @@ def close(case: Path, result: list, reference: list) -> str | None:
 
 def run_costs(case: Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        stage("selection/costs.py", "--config_path", "experiment.yaml", "--set", f"small_model={case}/draft")
+        stage("selection/costs.py", "--config_path", "experiment.yaml")
     return printed.getvalue()
 
 
@@ -649,7 +649,8 @@ KINDS = {
     "coreset.json": Kind(_STAFF, mutate_json, run_select(_STAFF), same_or_without_hashes),
     "coreset.pt": Kind("rows.pt", mutate_pt, run_select("rows.pt"), same),
     "costs": Kind("run/costs.jsonl", mutate_jsonl, run_costs, plain_numbers),
-    "draft": Kind("draft/draft.json", mutate_json, run_costs, plain_numbers),
+    "draft": Kind("model/draft.json", mutate_json, run_costs, plain_numbers),
+    "hashes": Kind("run/hashes.json", mutate_json, run_costs, same),
     "cells": Kind("run/cells.csv", mutate_csv, run_cells, finite_numbers),
     "split": Kind("run/data/split.json", mutate_json, run_split, same),
     "split's rows": Kind("run/data/train.arrow", mutate_bytes, run_split, same),
@@ -750,9 +751,8 @@ def prepare(base: Path, kinds: list[Kind]) -> None:
     )
     np.save(work / "features.npy", np.random.default_rng(0).normal(size=(len(scores.index), 3)).astype("f4"))
     torch.save([0, 2, 5], work / "rows.pt")
-    (work / "draft").mkdir()
     paid = {"tokens": 1000, "parameters": 1000, "seconds": 1.0}
-    (work / "draft" / "draft.json").write_text(json.dumps({"target": "model", "layers": 2, "cost": paid}))
+    (work / "model" / "draft.json").write_text(json.dumps({"target": "model", "layers": 2, "cost": paid}))
     (work / "run" / "cells.csv").write_text(_cells())
     with (work / "run" / "costs.jsonl").open("a") as file:
         file.write(

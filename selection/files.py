@@ -304,7 +304,8 @@ _LARGE = 2**32  # bytes that take long enough to say so
 
 # What was hashed in this process: by path, what the system says of the file, and the SHA-256 of its content.
 _hashed: dict[str, tuple[list[int], str]] = {}
-_Hashed = dict[str, tuple[list[int], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]]
+_State = Annotated[list[int], Field(min_length=4, max_length=4)]
+_Hashed = dict[str, tuple[_State, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]]
 
 
 def model_fingerprint(folder: str | Path, run_folder: Path | None = None) -> str:
@@ -317,7 +318,7 @@ def model_fingerprint(folder: str | Path, run_folder: Path | None = None) -> str
     if not folder.is_dir():
         return str(folder)
     if run_folder is not None:
-        _remember_hashes(run_folder)
+        _hashed.update(_stored_hashes(run_folder) | _hashed)
     paths = sorted({path for pattern in _IDENTIFYING for path in folder.glob(pattern) if path.is_file()})
     new = [path for path in paths if _hashed.get(str(path), (None,))[0] != _state(path)]
     if sum(path.stat().st_size for path in new) > _LARGE:
@@ -334,19 +335,18 @@ def _state(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _remember_hashes(run_folder: Path) -> None:
-    with contextlib.suppress(UserError, FileNotFoundError):  # what cannot be read is hashed again
-        path = run_folder / "hashes.json"
-        if path.exists():
-            for name, known in checked(_Hashed, read_json(path), path).items():
-                _hashed.setdefault(name, known)
+def _stored_hashes(run_folder: Path) -> dict:
+    """What `keep_hashes` noted; nothing where it cannot be read: then all is hashed again."""
+    path = run_folder / "hashes.json"
+    with contextlib.suppress(UserError):
+        return checked(_Hashed, read_json(path), path) if path.exists() else {}
+    return {}
 
 
 def keep_hashes(run_folder: Path) -> None:
     """Note in a run folder which model files were hashed, for the next stages."""
-    _remember_hashes(run_folder)
+    stored = _stored_hashes(run_folder)
     settled = time.time_ns() - 10**9  # a file changed since may change again within one tick of its clock
-    known = {name: [state, sha] for name, (state, sha) in _hashed.items() if max(state[1:3]) < settled}
-    path = run_folder / "hashes.json"
-    if known and (not path.exists() or read_json(path) != known):
-        write_json(path, known)
+    known = {name: (state, sha) for name, (state, sha) in (stored | _hashed).items() if max(state[1:3]) < settled}
+    if known != stored:
+        write_json(run_folder / "hashes.json", known)

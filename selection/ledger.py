@@ -42,7 +42,7 @@ class Cost:
     precision: str = ""
     finished: str = ""
     processes: int = 1
-    made: str = ""  # scores: of which score folder, by its manifest
+    folder: str = ""  # scores: in which score folder they are, by its id
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -189,7 +189,7 @@ def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
 def _scoring(costs: list[Cost], stage: str) -> list[Cost]:
     """The entries of the score folder that was filled last."""
     entries = [c for c in costs if c.stage == stage]
-    return [c for c in entries if c.made == entries[-1].made]
+    return [c for c in entries if c.folder == entries[-1].folder]
 
 
 def _part(cost: Cost, runs: int) -> Cost:

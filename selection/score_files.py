@@ -22,7 +22,9 @@ from selection.files import (
     digest,
     file_digest,
     first_difference,
+    read_json,
     read_sealed,
+    write_json,
     write_sealed,
 )
 from selection.log import warn
@@ -376,8 +378,7 @@ class ScoreFolder:
             "columns": [name for name in MORE_COLUMNS if name in columns],
             "code_version": code_version(),
             "left_out": [],  # rows whose loss or score is not finite
-            "made": secrets.token_hex(8),  # of this folder alone: scores that are made again after it was removed have
-        }  # another, and the ledger counts those of the last one
+        }
         self.begun = any(path.glob("part-*.parquet"))  # a manifest without scores binds nobody
         if self.begun:
             self.manifest = _read_manifest(path)
@@ -409,12 +410,19 @@ class ScoreFolder:
         """
         self.manifest |= about or {}
         write_sealed(self.manifest_path, self.manifest)
+        if not self.begun and not (self.path / "id").exists():
+            write_json(self.path / "id", secrets.token_hex(8))
         parts, missing = self._planned() if self.begun else [], self.missing(rows)
         planned = {row for part in parts for batch in part for row in batch}
         if not (planned <= set(rows.tolist()) and set(missing.tolist()) <= planned):  # not the plan of this request
             parts = make_parts(missing)
             write_sealed(self.plan_path, {"parts": parts})
         return self.remaining()
+
+    @property
+    def id(self) -> str:
+        """Of this folder alone: one that is filled again after it was removed has another. "" where none is known."""
+        return checked(str, read_json(self.path / "id"), self.path / "id") if (self.path / "id").exists() else ""
 
     def remaining(self) -> list[list[list[int]]]:
         """Of the plan in progress, the parts still to be scored."""

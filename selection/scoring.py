@@ -115,7 +115,6 @@ def _score_rows(
         tokenised = tokenised_split(experiment, model, split)
     lengths = lengths_of(tokenised)
     cost = Cost(stage, model, device=device_name(), precision=identity["precision"], processes=together.count)
-    cost.made = together.from_leader(lambda: store.manifest.get("made", ""))
     with measured(experiment.folder, cost):
         scorer = _load_scorer(experiment, model, tuned, stage, store, cost)
         check_embeddings(experiment, model, scorer.model, tokenised)
@@ -135,6 +134,7 @@ def _score_rows(
                     store.plan(rows, lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)), about)
                 parts = store.remaining()
             together.wait()  # nobody writes a part before all have seen what remains
+            cost.folder = store.id
             tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
             own = [parts[i] for i in shards(tokens, together.count)[together.rank]]
             _score_parts(scorer, store, own, len(rows), split, tokenised, times, cost)

@@ -365,7 +365,14 @@ def test_parts_that_do_not_fit_each_other_are_refused(tmp_path, other, said):
 
 
 def plain_write(path: Path, rows: np.ndarray, scores: Scores, record: dict) -> None:
-    value = {"method": "staff", "rate": 0.5, **record, "num_rows": len(scores.index), "size": len(rows)}
+    value = {
+        "method": "staff",
+        "rate": 0.5,
+        **record,
+        "scores": scores.made_by,
+        "num_rows": len(scores.index),
+        "size": len(rows),
+    }
     value |= {"data_fingerprint": scores.fingerprint, "code_version": code_version()}
     value |= {"indices_sha256": digest(rows.astype(np.int64).tobytes()), "indices": rows.tolist()}
     write_json(path, value | {"ids": [scores.ids[i] for i in rows] if scores.ids else None})
