@@ -15,7 +15,17 @@ from finetune.llama_factory import check_weights, model_path
 from selection.config import Experiment
 from selection.coreset_files import Coreset
 from selection.errors import UserError
-from selection.files import checked, digest, first_difference, made_from, model_fingerprint, read_record, read_sealed
+from selection.files import (
+    checked,
+    digest,
+    first_difference,
+    keep_hashes,
+    made_from,
+    model_fingerprint,
+    read_record,
+    read_sealed,
+)
+from selection.processes import processes
 from selection.score_files import SCORER_VERSION, ScoreFolder, made_by
 from selection.verification import Settings
 
@@ -131,6 +141,14 @@ def check_run(
     local model that is not on this machine is taken for the one that scored where it has the same name.
     Raises: UserError that names the file and the first difference.
     """
+    together = processes()
+    with together.leader_first():
+        _check_run(experiment, split, verified, tuned)
+        if together.count > 1 and together.leads:
+            keep_hashes(experiment.folder)  # else each process hashes the models
+
+
+def _check_run(experiment: Experiment, split: TrainingSplit | None, verified: bool, tuned: Iterable[str]) -> None:
     data = recorded_fingerprint(experiment) if split is None else split.fingerprint
     if experiment.borrows:
         _check_lender(experiment, data)
