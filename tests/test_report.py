@@ -34,11 +34,11 @@ from selection.ledger import (
     ledger_path,
 )
 from selection.score_files import ScoreFolder, read_scores
+from selection.statistics import ratio_interval
 from selection.verification import (
     Settings,
     cut_strata,
     draw,
-    ratio_interval,
     stratified_score,
     verified_pairs,
     verify,
@@ -196,7 +196,7 @@ def test_strata_have_the_coresets_own_budgets_and_the_librarys_intervals(run, ex
         assert [s["ratio"] for s in each.strata] == [s["verification_ratio"] for s in about["strata"]]
         for s, (_, ours, theirs) in zip(each.strata, pairs, strict=True):
             assert (s["ratio_low"], s["ratio_high"]) == pytest.approx(
-                ratio_interval(theirs, ours, settings.seed), nan_ok=True
+                ratio_interval(theirs, ours, s["size"]), nan_ok=True
             )
         parts = report.bar_data(each)["budgets"]
         assert sum(p["rows"] for p in parts) == sum(s["size"] for s in about["strata"])
@@ -656,20 +656,25 @@ def test_a_row_is_found_by_its_number_alone(opened, page):
 
 
 @in_chromium
-def test_one_verified_row_has_no_interval_and_the_console_stays_empty(chromium, tmp_path):
+def test_of_one_verified_row_the_interval_is_not_known_and_the_console_stays_empty(chromium, tmp_path):
     page = report.write_report(make_run(tmp_path, 60, (), verify_per_stratum=1, rates=[0.2], methods=["staff"]))
     text = page.read_text(encoding="utf-8")
     rows = re.findall(r"<tr><td>\d+</td>(.*?)</tr>", re.search('<div class="wide strata">.*?</table>', text, re.S)[0])
     cells = [re.findall("<td>([^<]*)", row) for row in rows]
-    assert {(verified, interval) for _, _, _, verified, _, interval, *_ in cells} == {("1", "–")}
-    assert "One verified row gives no interval" in text and "no interval is known" not in text
+    assert {verified for _, _, _, verified, *_ in cells} == {"1"}
+    for _, _, size, _, ratio, interval, *_ in cells:
+        assert interval == (f"{ratio} to {ratio}" if size == "1" else "not known")
+    unknown = sum(interval == "not known" for _, _, _, _, _, interval, *_ in cells)
+    assert unknown > 0
+    assert "fewer than 5 verified rows" in text and "are not in this run" not in text
     chromium.open(page)
     show_figures(chromium, 4)
     assert chromium.complaints() == []
     points = "[...document.querySelectorAll('#figure-scores .mark-symbol.role-mark path')]"
-    assert chromium.run(
-        f"{points}.map((e) => e.ariaLabel).filter((e) => e.includes('95 % interval: –')).length"
-    ) == len(rows)
+    assert (
+        chromium.run(f"{points}.map((e) => e.ariaLabel).filter((e) => e.includes('95 % interval: not known')).length")
+        == unknown
+    )
 
 
 @in_chromium
