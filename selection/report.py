@@ -648,8 +648,11 @@ def bar_data(shown: Shown) -> dict[str, list[dict[str, Any]]]:
     score, status = shown.score[scored], shown.status(scored)
     edges = bin_edges(score, shown.strata)
     place = np.clip(np.searchsorted(edges, score, side="right") - 1, 0, len(edges) - 2)
-    if shown.strata:  # the highest of the highest stratum lies on its edge
-        last = int(np.abs(edges - shown.strata[-1]["high"]).argmin()) - 1
+    drawn = shown.strata
+    if drawn and not drawn[-1]["high"] > drawn[0]["low"]:  # all kept scores are equal: as wide as their bar
+        drawn = [{**drawn[0], "low": edges[0], "high": edges[1]}]
+    if drawn:  # the highest of the highest stratum lies on its edge
+        last = int(np.abs(edges - drawn[-1]["high"]).argmin()) - 1
         kept = shown.stratum[scored] >= 0
         place[kept] = place[kept].clip(max=last)
     bins = []
@@ -657,18 +660,18 @@ def bar_data(shown: Shown) -> dict[str, list[dict[str, Any]]]:
         counts = np.bincount(place[status == number], minlength=len(edges) - 1)
         for i in np.flatnonzero(counts):
             bins.append({"low": edges[i], "high": edges[i + 1], "status": name, "order": number, "rows": counts[i]})
-    strata = [{**s, "middle": (s["low"] + s["high"]) / 2} for s in shown.strata]
+    strata = [{**s, "middle": (s["low"] + s["high"]) / 2} for s in drawn]
     budgets = []
-    for s in shown.strata:
+    for s in drawn:
         parts = (s["budget"] - s["fill"], s["fill"], s["size"] - s["budget"])
         for order, (status_name, rows) in enumerate(zip((DRAWN, FILLED, LEFT), parts, strict=True)):
             place_of = {"low": s["low"], "high": s["high"], "stratum": s["stratum"]}
             budgets.append({**place_of, "status": status_name, "order": order, "rows": rows})
-    dropped = shown.strata and shown.strata[-1]["high"] < edges[-1]
     return {
         "bins": bins,
-        "cut": [{"low": shown.strata[-1]["high"], "high": edges[-1]}] if dropped else [],
-        "edges": [{"low": value} for value in sorted({s[end] for s in shown.strata for end in ("low", "high")})],
+        # Without width where nothing was dropped: the library complains of data without any entry.
+        "cut": [{"low": drawn[-1]["high"], "high": max(drawn[-1]["high"], edges[-1])}] if drawn else [],
+        "edges": [{"low": value} for value in sorted({s[end] for s in drawn for end in ("low", "high")})],
         "strata": strata,
         "budgets": budgets,
     }
@@ -738,8 +741,8 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}" + "s" * (count != 1)
 
 
-def correlation(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.2f}".replace("-", "−")
+def correlation(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.2f}".replace("-", "−")
 
 
 def percent(share: float) -> str:

@@ -56,8 +56,13 @@ WORDS = ["gene", "protein", "binding", "transport", "membrane", "synthesis", "pa
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
-def make_run(folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,), **selection) -> Experiment:
-    """A run as the stages leave it, without their models: rows, scores with features, verification, costs, coresets."""
+def make_run(
+    folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,), like=lambda values: values, **selection
+) -> Experiment:
+    """A run as the stages leave it, without their models: rows, scores with features, verification, costs, coresets.
+
+    `like` is given the random lengths, features and scores of both models, and says what they are.
+    """
     rng = np.random.default_rng(0)
 
     words = rng.choice(WORDS, 1000).tolist()
@@ -79,14 +84,14 @@ def make_run(folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,
     experiment = load_experiment(str(path))
     split, settings = training_split(experiment), Settings.of(experiment.selection)
     every = np.arange(len(split.rows))
-    lengths = rng.integers(20, 300, len(every))
-    effort = rng.lognormal(sigma=0.6, size=len(every)) / np.sqrt(lengths)
+    lengths = like(rng.integers(20, 300, len(every)))
+    effort = like(rng.lognormal(sigma=0.6, size=len(every)) / np.sqrt(lengths))
     effort[list(left_out)] = np.nan
-    write_scores(experiment.small_scores, split, every, effort, lengths, rng.normal(size=(len(every), 6)))
+    write_scores(experiment.small_scores, split, every, effort, lengths, like(rng.normal(size=(len(every), 6))))
     raw = read_scores(experiment.small_scores, settings.columns, ids=False)
     scores = stratified_score(raw, settings)
     drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))])
-    theirs = effort * rng.lognormal(sigma=0.3, size=len(every))
+    theirs = like(effort * rng.lognormal(sigma=0.3, size=len(every)))
     write_scores(experiment.target_scores, split, drawn, theirs, lengths, rng.normal(size=(len(drawn), 6)))
     target = read_scores(experiment.target_scores, settings.columns, ids=False)
     records = verify(scores.effort, target, settings, index=scores.index)
@@ -653,6 +658,48 @@ def test_a_row_is_found_by_its_number_alone(opened, page):
     assert column(opened, 0) == []
     give(opened, "search", "")
     assert found(opened) == "152 of 152 rows" and not opened.run("document.querySelector('tr.marked')")
+
+
+def equal(values: np.ndarray) -> np.ndarray:
+    return np.zeros_like(values) + values[0]
+
+
+def equal_but_the_hardest(values: np.ndarray) -> np.ndarray:
+    values = equal(values)
+    values[-1] *= 9
+    return values
+
+
+FLAT = {
+    "all equal": (60, equal, {}),
+    "equal but the hardest": (60, equal_but_the_hardest, {}),
+    "one row verified": (60, lambda values: values, {"num_strata": 1, "verify_per_stratum": 1}),
+    "eight rows": (8, lambda values: values, {"num_strata": 1, "verify_per_stratum": 1}),
+    "two rows": (3, lambda values: values, {}),
+}
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_scores_that_span_nothing_are_drawn(tmp_path, case):
+    num_rows, like, selection = FLAT[case]
+    experiment = make_run(tmp_path, num_rows, (), like, **{"rates": [0.5], "methods": ["staff"]} | selection)
+    data = data_of(report.write_report(experiment).read_text(encoding="utf-8"))
+    figures, [shown], _ = report.read_run(experiment)
+    bars, (*strata, last) = data["coresets"][0]["data"], data["coresets"][0]["data"]["strata"]
+    assert sum(b["rows"] for b in bars["bins"]) == len(figures.row)
+    assert sum(b["rows"] for b in bars["budgets"]) == sum(s["size"] for s in shown.strata)
+    assert all(s["low"] < s["high"] for s in (*strata, last))
+    assert all(b["high"] <= last["high"] + 1e-9 for b in bars["bins"] if b["status"] != "hardest, dropped")
+    [cut] = bars["cut"]
+    assert (cut["high"] > cut["low"]) == (figures.effort.max() > shown.strata[-1]["high"])
+
+
+@in_chromium
+def test_equal_scores_leave_the_console_empty(chromium, tmp_path):
+    page = report.write_report(make_run(tmp_path, 60, (), equal, rates=[0.2], methods=["staff"]))
+    chromium.open(page)
+    show_figures(chromium, 3)  # equal features make no map
+    assert chromium.complaints() == []
 
 
 @in_chromium
