@@ -62,17 +62,51 @@ def _as_json(value: object, **options) -> str:
     return json.dumps(value, ensure_ascii=False, default=str, **options)
 
 
-def training_split(experiment: Experiment) -> TrainingSplit:
+def training_split(experiment: Experiment, cutting: bool = False) -> TrainingSplit:
     """Load the training split, making it on the first call; of several processes the leader makes it.
 
-    Raises: UserError for a data file that cannot be read, without usable rows, with rows without a response, and
-    where the run folder holds the split of other data.
+    `cutting`: the small model is not used, it is about to be cut. Raises: UserError for a data file that cannot be
+    read, without usable rows, with rows without a response, where the run folder holds the split of other data, and
+    as `_check_speculator`.
     """
     with processes().leader_first():
         split = _training_split(experiment)
+        if not cutting:
+            _check_speculator(experiment, split)
         if processes().leads:
             write_experiment(experiment)
         return split
+
+
+class _Cut(TypedDict, total=False):
+    """Of a speculator's draft.json, what it was cut on."""
+
+    data_fingerprint: str
+    calibration_ids: list[str]
+
+
+def _check_speculator(experiment: Experiment, split: TrainingSplit) -> None:
+    """Raises: UserError where the small model is a speculator whose layers were chosen on rows that this run holds out,
+    or that does not say on which rows, and was not cut on this training split."""
+    path = from_repository(experiment.small_model) / "draft.json"
+    if not path.exists():
+        return
+    cut = checked(_Cut, read_json(path), path)
+    if (ids := cut.get("calibration_ids")) is None:
+        why = "" if cut.get("data_fingerprint") == split.fingerprint else "does not say on which rows it was cut"
+    else:
+        count = len(set(ids).intersection(held_out_ids(experiment)))
+        why = f"was cut on {count} of the rows that this run holds out" if count else ""
+    if why:
+        raise UserError(
+            f"small model {experiment.small_model} {why}: cut one on this run's training split, with this "
+            "configuration and --out FOLDER by scripts/make_draft.py, and give it as small_model"
+        )
+
+
+def held_out_ids(experiment: Experiment) -> list[str]:
+    """`row_id` of each held-out row; the split must be made."""
+    return [row_id(row) for row in rows_of(experiment, "eval")]
 
 
 def existing_split(experiment: Experiment) -> TrainingSplit | None:
