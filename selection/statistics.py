@@ -73,7 +73,7 @@ def log_ratio_error(target_scores: np.ndarray, speculative_scores: np.ndarray, s
     if n >= size:
         return 0.0
     targets, speculatives = (each.sum() - each for each in (target_scores, speculative_scores))
-    if n < 2 or min(targets.min(), speculatives.min()) <= 1e-9:
+    if n < 2 or any((without <= 1e-9 * without.max()).any() for without in (targets, speculatives)):
         return float("nan")
     return float(np.sqrt((n - 1) * np.var(np.log(targets / speculatives)) * (1 - n / size)))
 

@@ -214,5 +214,6 @@ def test_the_interval_of_v_is_known_from_five_rows_on_and_nothing_where_all_are_
         assert ratio_interval(theirs[:n], ours[:n], n) == pytest.approx([theirs[:n].sum() / ours[:n].sum()] * 2)
     assert np.isnan(ratio_interval(np.eye(6)[0], ours[:6], 40)).all()  # without that sample the ratio is 0
     assert ratio_interval(2 * ours, ours, 90) == pytest.approx((2, 2))
+    assert ratio_interval(theirs, ours / 1e12, 90) == pytest.approx(np.multiply(ratio_interval(theirs, ours, 90), 1e12))
     low, high = ratio_interval(theirs, ours, 41)
     assert high - low < 0.25 * np.ptp(ratio_interval(theirs, ours, 10**6))
