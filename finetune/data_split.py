@@ -71,6 +71,11 @@ def training_split(experiment: Experiment) -> TrainingSplit:
         return _training_split(experiment)
 
 
+def held_out_ids(experiment: Experiment) -> list[str]:
+    """`row_id` of each held-out row; the split must be made."""
+    return [row_id(row) for row in rows_of(experiment, "eval")]
+
+
 def existing_split(experiment: Experiment) -> TrainingSplit | None:
     """The training split where it has been made, else None; for a dry run, which writes nothing.
 

@@ -1,10 +1,10 @@
-r"""Cut a speculative model out of a target that has no smaller sibling.
+"""Cut a speculative model out of a target that has no smaller sibling.
 
-    python scripts/make_draft.py --target models/smollm2-135m-instruct --layers 16 \
-        --out models/smollm2-135m-instruct-16-layers --config_path configs/demo.yaml
+    python scripts/make_draft.py --config_path configs/demo.yaml --layers 16
 
 Needs the target. Skips each decoder layer alone on calibration rows of the training split, drops the least missed ones,
-and writes an ordinary Hugging Face checkpoint with draft.json: what was dropped and the loss after each drop.
+and writes an ordinary Hugging Face checkpoint with draft.json: on which rows, what was dropped and the loss after each
+drop. A speculator serves runs that hold none of these rows out.
 """
 
 import sys
@@ -19,8 +19,8 @@ import random  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from finetune import llama_factory  # noqa: E402
-from finetune.data_split import training_split  # noqa: E402
-from selection.config import REPOSITORY, load_experiment  # noqa: E402
+from finetune.data_split import held_out_ids, training_split  # noqa: E402
+from selection.config import REPOSITORY, from_repository, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
 from selection.draft import choose_layers, decoder_layers, keep_layers, save_with_tokenizer  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
@@ -35,19 +35,26 @@ def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
     parser.set_defaults(config_path=REPOSITORY / "configs" / "demo.yaml")
-    parser.add_argument("--target", required=True, help="model folder or hub name; required")
+    parser.add_argument("--target", help="model folder or hub name; default: the configuration's target_model")
     parser.add_argument("--layers", type=int, required=True, help="decoder layers to keep; required")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; required")
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint; default: the configuration's small_model")
     parser.add_argument("--rows", type=int, default=16, help="calibration rows of the training split; default: 16")
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
-    if Path(arguments.target).is_dir():  # as every path on a command line, from the working directory
+    if arguments.target is None:
+        arguments.target = experiment.target_model
+    elif Path(arguments.target).is_dir():  # as every path on a command line, from the working directory
         arguments.target = str(Path(arguments.target).resolve())
-    target, out = llama_factory.model_path(arguments.target), arguments.out.resolve()
+    target = llama_factory.model_path(arguments.target)
+    out = arguments.out.resolve() if arguments.out else from_repository(experiment.small_model)
     split = training_split(experiment)
     if arguments.rows < 1:
         raise UserError(f"--rows {arguments.rows}: at least one calibration row is needed")
-    rows = sorted(random.Random(42).sample(range(len(split.rows)), min(arguments.rows, len(split.rows))))
+    held_out = set(held_out_ids(experiment))  # the same row may stand in the data twice
+    own = [row for row, row_id in enumerate(split.ids) if row_id not in held_out]
+    rows = sorted(random.Random(42).sample(own, min(arguments.rows, len(own))))
+    if not rows:
+        raise UserError("every row of the training split is held out too: no row to calibrate on, mend the data")
     identity = {
         "target_fingerprint": model_fingerprint(target, experiment.folder),
         "layers": arguments.layers,
@@ -81,7 +88,11 @@ def main() -> None:
         # What it cost stays with the model: every experiment that uses it owes that.
         seconds = round(time.perf_counter() - started, 2)
         paid = {"tokens": cost.tokens, "parameters": cost.parameters, "seconds": seconds}
-        write_json(draft / "draft.json", {"target": Path(target).name, **identity, **asdict(cut), "cost": paid})
+        ids = [split.ids[row] for row in rows]
+        write_json(
+            draft / "draft.json",
+            {"target": Path(target).name, **identity, "calibration_ids": ids, **asdict(cut), "cost": paid},
+        )
     print(f"loss {cut.full_loss:.3f} with {count} layers, {cut.loss_after_drop[-1]:.3f} with {cut.kept} -> {out}")
 
 

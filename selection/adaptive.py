@@ -9,11 +9,12 @@ from collections.abc import Callable
 import numpy as np
 
 from selection.staff import allocate_budgets, smallest_first, verification_ratio
+from selection.statistics import log_ratio_error
 
 START = 5  # draws of each stratum before anything is known: the interval of fewer is mostly noise
 SETTLED = 0.05  # of the coreset: budgets that move by less in 95 % of the resamples are settled
 RESAMPLES = 200
-_BOOTSTRAP = 4  # random stream; staff.py has 0 to 3
+_RESAMPLED = 4  # random stream; staff.py has 0 to 3
 
 # The verified samples of a stratum: the small model's and the target's normalised scores, (k,) each.
 Pairs = tuple[np.ndarray, np.ndarray]
@@ -64,31 +65,20 @@ def next_counts(
 
 
 def resampled_ratios(counts: list[int], pairs: list[Pairs], sizes: list[int], seed: int) -> np.ndarray:
-    """Bootstrap replicates of every V_i, (resamples, strata): all samples of a stratum drawn with replacement.
-
-    Their distance from V_i is scaled by √(n / (n − 1)), by which n resampled samples spread too little, and by
-    √(1 − n / |B_i|), as samples are drawn without replacement: a stratum whose rows are all drawn has no spread. One
-    sample has none either, for want of another.
+    """Draws of every V_i, (resamples, strata), from the distribution whose central 95 % is the interval of V_i
+    (selection/statistics.py): V_i · exp(error · t), with Student's t of n − 1 degrees of freedom. A stratum whose rows
+    are all drawn has no spread; one whose spread is not known has none either.
     """
-    rng, replicates = np.random.default_rng([seed, _BOOTSTRAP, sum(counts)]), []
+    rng, replicates = np.random.default_rng([seed, _RESAMPLED, sum(counts)]), []
     for (ours, theirs), size in zip(pairs, sizes, strict=True):
-        n = len(ours)
-        ratio = verification_ratio(theirs, ours) if n else 1.0
-        if n < 2 or n >= size:
+        ratio = verification_ratio(theirs, ours) if len(ours) else 1.0
+        error = log_ratio_error(theirs, ours, size)
+        if error > 0:
+            drawn = error * rng.standard_t(len(ours) - 1, RESAMPLES)
+            replicates.append(ratio * np.exp(drawn.clip(-50, 50)))  # of two samples a draw may be without bounds
+        else:
             replicates.append(np.full(RESAMPLES, ratio))
-            continue
-        found = resampled_ratio(theirs, ours, rng, RESAMPLES)
-        replicates.append(np.maximum(ratio + (found - ratio) * np.sqrt(n / (n - 1) * (1 - n / size)), 0))
     return np.array(replicates).T
-
-
-def resampled_ratio(
-    target_scores: np.ndarray, speculative_scores: np.ndarray, rng: np.random.Generator, resamples: int
-) -> np.ndarray:
-    """V_i of `resamples` draws of all verified samples of a stratum with replacement: (resamples,)."""
-    drawn = rng.integers(len(target_scores), size=(resamples, len(target_scores)))
-    pairs = zip(target_scores[drawn], speculative_scores[drawn], strict=True)
-    return np.array([verification_ratio(theirs, ours) for theirs, ours in pairs])
 
 
 def moves(sizes: list[int], ratios: list[float | None], replicates: np.ndarray, m: int) -> np.ndarray:

@@ -3,7 +3,8 @@
 One multiply-add is 2. A forward pass takes 2 for every parameter P and token T; the backward pass as many for the
 gradients of the activations, and as many again for those of the weights, where these are trained. Left out, in all of
 this: attention's own T² part (scores and weighted values), norms and softmax, and the optimiser. An input embedding
-that is not tied to the head is in P but multiplies nothing. `tokens` are those computed: without padding, what the
+that is not tied to the head is in P but multiplies nothing; of a mixture of experts P has those that are active for a
+token (selection/models.py, count_parameters). `tokens` are those computed: without padding, what the
 data needs; with it, what the device does.
 """
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
-from finetune.data_split import TrainingSplit, recorded_fingerprint, row_id
+from finetune.data_split import TrainingSplit, held_out_ids, recorded_fingerprint, row_id
 from finetune.llama_factory import check_weights, model_path
-from selection.config import Experiment
+from selection.config import Experiment, from_repository
 from selection.coreset_files import Coreset
 from selection.errors import UserError
 from selection.files import (
@@ -22,6 +23,7 @@ from selection.files import (
     keep_hashes,
     made_from,
     model_fingerprint,
+    read_json,
     read_record,
     read_sealed,
 )
@@ -131,7 +133,8 @@ def check_base(tuned: Path, model: str, run_folder: Path | None = None) -> None:
 def check_run(
     experiment: Experiment, split: TrainingSplit | None = None, verified: bool = False, tuned: Iterable[str] = ()
 ) -> None:
-    """Hold what the run folder has against the configuration: split, tuned small model, all scores.
+    """Hold what the run folder has against the configuration: split, tuned small model, all scores; and a speculator
+    that was cut against the rows that this run holds out.
 
     `split`: from whoever has loaded it; else its record alone is checked, where it is there, and no row is read.
     `verified`: and verification.json, for a stage that comes after verify.py. `tuned`: and these tuned targets, "full"
@@ -150,6 +153,8 @@ def check_run(
 
 def _check_run(experiment: Experiment, split: TrainingSplit | None, verified: bool, tuned: Iterable[str]) -> None:
     data = recorded_fingerprint(experiment) if split is None else split.fingerprint
+    if split is not None:
+        _check_speculator(experiment, split)
     if experiment.borrows:
         _check_lender(experiment, data)
     small = experiment.tuned_small
@@ -190,6 +195,32 @@ def _other_target(experiment: Experiment, data: str | None, record: dict) -> str
     if not isinstance(stored, dict):
         return None
     return first_difference(stored, stored | _wanted_scores(experiment, data, experiment.target_scores, stored))
+
+
+class _Cut(TypedDict, total=False):
+    """Of a speculator's draft.json, what it was cut on."""
+
+    data_fingerprint: str
+    calibration_ids: list[str]
+
+
+def _check_speculator(experiment: Experiment, split: TrainingSplit) -> None:
+    """Raises: UserError where the small model is a speculator whose layers were chosen on rows that this run holds out,
+    or that does not say on which rows, and was not cut on this training split."""
+    path = from_repository(experiment.small_model) / "draft.json"
+    if not path.exists():
+        return
+    cut = checked(_Cut, read_json(path), path)
+    if (ids := cut.get("calibration_ids")) is None:
+        why = "" if cut.get("data_fingerprint") == split.fingerprint else "does not say on which rows it was cut"
+    else:
+        count = len(set(ids).intersection(held_out_ids(experiment)))
+        why = f"was cut on {count} of the rows that this run holds out" if count else ""
+    if why:
+        raise UserError(
+            f"small model {experiment.small_model} {why}: cut one on this run's training split, with this "
+            "configuration and --out FOLDER by scripts/make_draft.py, and give it as small_model"
+        )
 
 
 def _record_of(tuned: Path) -> dict:

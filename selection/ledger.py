@@ -35,7 +35,7 @@ class Cost:
     what: str  # model, coreset or method
     samples: NonNegativeInt = 0
     tokens: NonNegativeInt = 0
-    parameters: NonNegativeInt = 0  # of the model it ran
+    parameters: NonNegativeInt = 0  # of the model it ran, of a mixture of experts the active ones
     seconds: NonNegativeFloat = 0.0
     peak_memory_gb: NonNegativeFloat = 0.0
     device: str = ""

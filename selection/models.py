@@ -11,7 +11,7 @@ from accelerate.utils import get_max_memory
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as QUERY_AND_VALUE
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
@@ -142,8 +142,35 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Weights that a forward pass multiplies with, tied ones once."""
-    return sum(_shape(parameter).numel() for parameter in model.parameters())
+    """Weights that a forward pass multiplies a token with, tied ones once. Of a mixture of experts the active ones:
+    what all tokens pass, shared experts and router included, and as many experts as a token is sent to.
+
+    Where the configuration does not say how many that is, all experts count. How a model's code goes about it does
+    not: that of Llama 4 multiplies every token with every expert, nearly all of them by 0.
+    """
+    experts, active = {}, _active_experts(unwrap(model).config.get_text_config())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and name.endswith("experts"):
+            experts |= dict.fromkeys(module.parameters(), len(module))
+        else:
+            experts |= _stacked_experts(module)
+    shares = {parameter: min(active / count, 1) for parameter, count in experts.items()} if active else {}
+    return round(sum(_shape(parameter).numel() * shares.get(parameter, 1) for parameter in model.parameters()))
+
+
+def _active_experts(config: PretrainedConfig) -> float | None:
+    """Routed experts for each token; None: no mixture of experts, or it does not say."""
+    for key in ("num_experts_per_tok", "moe_topk", "top_k_experts"):
+        if found := getattr(config, key, None):
+            return sum(found) / len(found) if isinstance(found, list) else found  # Hunyuan: one a layer
+    return None
+
+
+def _stacked_experts(module: nn.Module) -> dict[nn.Parameter, int]:
+    """The module's own tensors that hold the weights or biases of several experts, and of how many."""
+    own = list(module.parameters(recurse=False))
+    stacks = {} if isinstance(module, nn.Conv1d) else {each: len(each) for each in own if each.ndim == 3}
+    return stacks | {each: len(each) for each in own if each.ndim == 2 and len(each) in stacks.values()}
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

@@ -36,7 +36,8 @@ from selection.ledger import TARGET_TUNING, CostSummary, format_summary, read_le
 from selection.metrics import Metrics, read_metrics
 from selection.score_files import Scores, has_column, read_scores
 from selection.staff import lowest
-from selection.verification import Settings, cut_strata, ratio_interval, stratified_score, verified_pairs
+from selection.statistics import FEWEST, ratio_interval
+from selection.verification import Settings, cut_strata, stratified_score, verified_pairs
 
 MOST_ROWS = 20_000  # in the table
 MOST_POINTS = 3_000  # in a figure
@@ -285,7 +286,8 @@ def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Se
     for (rows, _, theirs), entry in zip(pairs, about["strata"], strict=True):
         if rows.tolist() != entry["verified"] or not np.isclose(theirs.sum(), entry["target_sum"] or 0):
             return unknown
-    return [ratio_interval(theirs, ours, settings.seed) for _, ours, theirs in pairs]
+    sizes = [entry["size"] for entry in about["strata"]]
+    return [ratio_interval(theirs, ours, size) for (_, ours, theirs), size in zip(pairs, sizes, strict=True)]
 
 
 def _configuration(experiment: Experiment) -> str:
@@ -584,7 +586,7 @@ def score_chart(with_strata: bool, stratified_by: str) -> alt.Chart | alt.VConca
     of_strata = alt.Chart(alt.NamedData(name="strata"), width=WIDTH, height=130).transform_calculate(
         low_end=f"{known} ? datum.ratio_low : datum.ratio",
         high_end=f"{known} ? datum.ratio_high : datum.ratio",
-        interval=f"{known} ? format(datum.ratio_low, '.3g') + ' to ' + format(datum.ratio_high, '.3g') : '–'",
+        interval=f"{known} ? format(datum.ratio_low, '.3g') + ' to ' + format(datum.ratio_high, '.3g') : 'not known'",
     )
     one = of_strata.mark_rule(strokeDash=[4, 4], opacity=0.6, color="var(--text)").encode(y=alt.datum(1))
     about = [
@@ -646,8 +648,11 @@ def bar_data(shown: Shown) -> dict[str, list[dict[str, Any]]]:
     score, status = shown.score[scored], shown.status(scored)
     edges = bin_edges(score, shown.strata)
     place = np.clip(np.searchsorted(edges, score, side="right") - 1, 0, len(edges) - 2)
-    if shown.strata:  # the highest of the highest stratum lies on its edge
-        last = int(np.abs(edges - shown.strata[-1]["high"]).argmin()) - 1
+    drawn = shown.strata
+    if drawn and not drawn[-1]["high"] > drawn[0]["low"]:  # all kept scores are equal: as wide as their bar
+        drawn = [{**drawn[0], "low": edges[0], "high": edges[1]}]
+    if drawn:  # the highest of the highest stratum lies on its edge
+        last = int(np.abs(edges - drawn[-1]["high"]).argmin()) - 1
         kept = shown.stratum[scored] >= 0
         place[kept] = place[kept].clip(max=last)
     bins = []
@@ -655,18 +660,18 @@ def bar_data(shown: Shown) -> dict[str, list[dict[str, Any]]]:
         counts = np.bincount(place[status == number], minlength=len(edges) - 1)
         for i in np.flatnonzero(counts):
             bins.append({"low": edges[i], "high": edges[i + 1], "status": name, "order": number, "rows": counts[i]})
-    strata = [{**s, "middle": (s["low"] + s["high"]) / 2} for s in shown.strata]
+    strata = [{**s, "middle": (s["low"] + s["high"]) / 2} for s in drawn]
     budgets = []
-    for s in shown.strata:
+    for s in drawn:
         parts = (s["budget"] - s["fill"], s["fill"], s["size"] - s["budget"])
         for order, (status_name, rows) in enumerate(zip((DRAWN, FILLED, LEFT), parts, strict=True)):
             place_of = {"low": s["low"], "high": s["high"], "stratum": s["stratum"]}
             budgets.append({**place_of, "status": status_name, "order": order, "rows": rows})
-    dropped = shown.strata and shown.strata[-1]["high"] < edges[-1]
     return {
         "bins": bins,
-        "cut": [{"low": shown.strata[-1]["high"], "high": edges[-1]}] if dropped else [],
-        "edges": [{"low": value} for value in sorted({s[end] for s in shown.strata for end in ("low", "high")})],
+        # Without width where nothing was dropped: the library complains of data without any entry.
+        "cut": [{"low": drawn[-1]["high"], "high": max(drawn[-1]["high"], edges[-1])}] if drawn else [],
+        "edges": [{"low": value} for value in sorted({s[end] for s in drawn for end in ("low", "high")})],
         "strata": strata,
         "budgets": budgets,
     }
@@ -736,8 +741,8 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}" + "s" * (count != 1)
 
 
-def correlation(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.2f}".replace("-", "−")
+def correlation(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.2f}".replace("-", "−")
 
 
 def percent(share: float) -> str:
@@ -763,13 +768,15 @@ def captions(
             texts["scores"] = (
                 f"The last bar holds all that lies beyond: {counted(beyond, 'row')} up to a score of {highest}."
             )
-    unknown = [s["verified"] for s in first.strata if np.isnan(s["ratio_low"])]
-    if any(verified < 2 for verified in unknown):
-        texts["scores"] = "One verified row gives no interval (–). " + texts.get("scores", "")
-    if any(verified > 1 for verified in unknown):
-        texts["scores"] = "The scores that V is made of are not in this run: no interval is known. " + texts.get(
-            "scores", ""
+    unknown = [s for s in first.strata if np.isnan(s["ratio_low"])]
+    if unknown:
+        why = (
+            f"Of fewer than {FEWEST} verified rows with scores above 0 no interval is known, unless the stratum has no "
+            "more."
         )
+        if len(unknown) == len(first.strata) and any(s["verified"] >= min(FEWEST, s["size"]) for s in unknown):
+            why = "The scores that V is made of are not in this run: no interval is known."
+        texts["scores"] = f"{why} {texts.get('scores', '')}".strip()
     if explained:
         texts["map"] += (
             f" The two axes hold {percent(explained[0])} and {percent(explained[1])} of the features' variance."

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict
 
-from selection.adaptive import first_counts, next_counts, resampled_ratio
+from selection.adaptive import first_counts, next_counts
 from selection.config import Selection, rules_of, validated
 from selection.errors import UserError
 from selection.files import checked, digest, first_difference, read_sealed, write_sealed
@@ -198,18 +198,6 @@ def pairs_of(
         targets = low + (high - low) * targets
     ends = np.cumsum([len(rows) for rows in draws])[:-1]
     return list(zip(numbers, np.split(speculatives, ends), np.split(targets, ends), strict=True))
-
-
-def ratio_interval(
-    target_scores: np.ndarray, speculative_scores: np.ndarray, seed: int, resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """Bootstrap interval of V_i over the verified samples of a stratum, percentiles of `resamples` draws of all of them
-    with replacement. Args: as `verification_ratio`. One sample, or none, says nothing of its own spread: (nan, nan)."""
-    if len(target_scores) < 2:
-        return float("nan"), float("nan")
-    ratios = resampled_ratio(target_scores, speculative_scores, np.random.default_rng(seed), resamples)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def write_verification(

@@ -17,8 +17,9 @@ from selection.errors import UserError
 from selection.files import write_experiment
 from selection.identity import score_identity
 from selection.score_files import ScoreFolder, read_scores
-from selection.staff import Choice
-from selection.verification import Settings, cut_strata, draw, ratio_interval, verify, write_verification
+from selection.staff import Choice, min_max_normalise, stratify
+from selection.statistics import ratio_interval
+from selection.verification import Settings, cut_strata, draw, verify, write_verification
 
 ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(130)]
 EFFORT = np.random.default_rng(0).lognormal(size=104)  # of the training split
@@ -174,16 +175,50 @@ def test_the_experiment_keeps_its_exact_configuration(run):
     assert load_experiment(experiment.record).selection.num_strata == 7
 
 
-def test_the_interval_of_v_holds_its_level_and_narrows_with_the_samples():
+def simulated_strata(rng, skew):
+    """(speculative, target) normalised scores of all rows of a stratum, as a run cuts them: lognormal scores of
+    σ = `skew`, two models that agree not at all to closely, few rows in few strata to many in many."""
+    for agreement in (0, 0.5, 0.9):
+        for num_rows, num_strata in ((200, 10), (1000, 20), (4000, 20)):
+            noise = rng.standard_normal((2, num_rows))
+            other = agreement * noise[0] + np.sqrt(1 - agreement**2) * noise[1]
+            scores = (np.exp(skew * each) for each in (noise[0], other))
+            ours, theirs = (min_max_normalise(each, reference=each) for each in scores)
+            for rows in stratify(ours, num_strata, 0.1).members:
+                yield ours[rows], theirs[rows]
+
+
+def coverage(rng, n, skews):
+    hits = []
+    for skew in skews:
+        for _ in range(6):
+            for ours, theirs in simulated_strata(rng, skew):
+                if len(ours) <= n:
+                    continue
+                for _ in range(4):
+                    drawn = rng.permutation(len(ours))[:n]
+                    low, high = ratio_interval(theirs[drawn], ours[drawn], len(ours))
+                    hits.append(low <= theirs.sum() / ours.sum() <= high)
+    assert len(hits) > 1500
+    return np.mean(hits)
+
+
+@pytest.mark.parametrize("n", [5, 10, 20, 40])
+def test_the_interval_of_v_holds_its_level(n):
+    rng = np.random.default_rng(n)
+    assert 0.93 <= coverage(rng, n, (0.3, 0.6)) <= 0.97
+    assert 0.90 <= coverage(rng, n, (1.0,)) <= 0.95  # as the docstring says
+
+
+def test_the_interval_of_v_is_known_from_five_rows_on_and_nothing_where_all_are_verified():
     rng = np.random.default_rng(0)
-    hits, widths = 0, {10: [], 90: []}
-    for trial in range(200):
-        for count in widths:
-            small = rng.uniform(0.5, 1, count)
-            low, high = ratio_interval(small * rng.normal(1.2, 0.3, count), small, seed=trial, resamples=200)
-            widths[count].append(high - low)
-            hits += count == 90 and low <= 1.2 <= high
-    assert 180 <= hits <= 198  # 95 % of 200, and what the percentile bootstrap lacks
-    assert 2.5 < np.mean(widths[10]) / np.mean(widths[90]) < 3.5  # √9
-    assert np.isnan(ratio_interval(np.ones(1), np.ones(1), seed=0)).all()
-    assert ratio_interval(2 * np.arange(1, 5), np.arange(1, 5), seed=0) == (2, 2)
+    ours, theirs = rng.uniform(0.5, 1, 40), rng.uniform(0.5, 1, 40)
+    for n in (0, 1, 2, 4):
+        assert np.isnan(ratio_interval(theirs[:n], ours[:n], 40)).all()
+    for n in (1, 2, 4, 40):
+        assert ratio_interval(theirs[:n], ours[:n], n) == pytest.approx([theirs[:n].sum() / ours[:n].sum()] * 2)
+    assert np.isnan(ratio_interval(np.eye(6)[0], ours[:6], 40)).all()  # without that sample the ratio is 0
+    assert ratio_interval(2 * ours, ours, 90) == pytest.approx((2, 2))
+    assert ratio_interval(theirs, ours / 1e12, 90) == pytest.approx(np.multiply(ratio_interval(theirs, ours, 90), 1e12))
+    low, high = ratio_interval(theirs, ours, 41)
+    assert high - low < 0.25 * np.ptp(ratio_interval(theirs, ours, 10**6))

@@ -17,7 +17,7 @@ from test_processes import together
 
 from finetune.data_split import training_split
 from scripts import adaptive as adaptive_script
-from selection import coreset, verify
+from selection import adaptive, coreset, verify
 from selection.adaptive import START, budget_widths, first_counts, moves, next_counts, resampled_ratios
 from selection.config import Selection, load_experiment, validated
 from selection.effort import EffortScorer
@@ -29,6 +29,7 @@ from selection.reproduction import cells_of, experiment_arguments, jobs_of, load
 from selection.score_files import Scores, read_scores
 from selection.scoring import _of_leader, score_rows
 from selection.staff import allocate_budgets, choose_staff, draw_verification_samples, min_max_normalise
+from selection.statistics import ratio_interval
 from selection.verification import Settings, adaptive_draws, cut_strata, stratified_score
 from selection.verification import verify as ratios_of
 
@@ -159,18 +160,16 @@ def test_draws_go_to_the_stratum_whose_ratio_is_uncertain_and_not_to_one_taken_w
     assert sum(next_counts([5] * 4, pairs, sizes, 22, [200], seed=0)) == 22
 
 
-def test_spread_of_the_replicates_is_that_of_fresh_samples_without_replacement():
-    """Where the small model's scores are equal V is a mean, whose variance is s²/n · (1 − n/N)."""
+def test_the_replicates_are_of_the_distribution_that_the_interval_is_of(monkeypatch):
+    monkeypatch.setattr(adaptive, "RESAMPLES", 20_000)
     rng = np.random.default_rng(1)
-    ours, theirs = np.full(40, 0.5), rng.uniform(0.3, 0.7, 40)
-    for n in (4, 30):
-        ratios = []
-        for trial in range(40):
-            rows = rng.permutation(40)[:n]
-            told = resampled_ratios([n], [(ours[rows], theirs[rows])], [40], trial).var()
-            ratios.append(told / (theirs[rows].var(ddof=1) / n * (1 - n / 40) / 0.5**2))
-        assert np.mean(ratios) == pytest.approx(1, rel=0.08)
-    assert np.ptp(resampled_ratios([40], [(ours, theirs)], [40], 0)) == 0
+    ours, theirs = rng.uniform(0.4, 0.6, 40), rng.uniform(0.3, 0.7, 40)
+    for n in (5, 30, 40):
+        found = resampled_ratios([n], [(ours[:n], theirs[:n])], [40], 0)
+        assert np.quantile(found, [0.025, 0.975]) == pytest.approx(ratio_interval(theirs[:n], ours[:n], 40), rel=0.02)
+    assert np.ptp(found) == 0
+    assert np.isfinite(resampled_ratios([2], [(ours[:2], theirs[:2])], [40], 0)).all()
+    assert np.ptp(resampled_ratios([1], [(ours[:1], theirs[:1])], [40], 0)) == 0
 
 
 @by_property

@@ -11,6 +11,7 @@ from conftest import assert_one_line_error, run_script
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import llama_factory
 from finetune.data_split import training_split
@@ -69,6 +70,88 @@ def test_parameters_are_counted_without_weights(tiny_model, tmp_path, monkeypatc
     assert parameters_of(str(tmp_path)) == expected - 512 * 32  # vocabulary × width, tied once
     with pytest.raises(UserError, match="cannot build model"):
         parameters_of(str(tmp_path / "none"))
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+TINY |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+EIGHT, SMALL_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}, {"moe_intermediate_size": 16}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+LATENT = ROUTED | SMALL_EXPERTS | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+LATENT |= {"v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1}
+MIXTURES = {
+    "qwen2_moe": EIGHT | SMALL_EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": EIGHT | SMALL_EXPERTS,
+    "mixtral": LOCAL,
+    "phimoe": LOCAL,
+    "deepseek_v2": LATENT | {"topk_method": "greedy"},
+    "deepseek_v3": LATENT,
+    "glm4_moe": LATENT,
+    "gpt_oss": LOCAL,
+    "olmoe": EIGHT,
+    "granitemoe": LOCAL,
+    "jetmoe": LOCAL | {"kv_channels": 8, "num_key_value_heads": 4},  # attention has experts too
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": [2, 1, 3], "num_shared_expert": [1] * 3},
+    "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "gemma4_text": EIGHT
+    | SMALL_EXPERTS
+    | {"top_k_experts": 2, "enable_moe_block": True, "global_head_dim": 8}
+    | {"hidden_size_per_layer_input": 0},
+    "lfm2_moe": EIGHT | SMALL_EXPERTS | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_counts_what_its_forward_pass_multiplies(family):
+    """Against the matrix products that torch sees: all of a token but attention's T² part, which are batched ones."""
+    config = transformers.AutoConfig.for_model(family, **TINY | MIXTURES[family])
+    # The eager way multiplies one expert's tokens at a time; grouped products are not counted by torch.
+    how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(config, **how).float().eval()
+    for parameter in model.parameters():  # some families leave theirs as the memory was
+        torch.nn.init.normal_(parameter, std=0.02)
+    tokens = torch.randint(1, 64, (1, 16))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    products = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    multiplied = (products.get("aten.mm", 0) + products.get("aten.addmm", 0)) / 2 / tokens.numel()
+    added = {
+        name: each for name, each in model.named_parameters() if each.ndim == 1 or name.endswith("conv.conv.weight")
+    }
+    embedding = model.get_input_embeddings().weight
+    if embedding is not model.get_output_embeddings().weight:
+        added["embedding"] = embedding
+    of_experts = sum(each.numel() for name, each in model.named_parameters() if name.endswith("proj_bias")) * 2 // 8
+    beside = sum(each.numel() for each in added.values()) + of_experts
+    assert count_parameters(model) == multiplied + beside
+    assert multiplied + beside < 0.7 * sum(each.numel() for each in model.parameters())
+
+
+def test_experts_in_a_list_and_llama_4_count_the_active_ones():
+    class Listed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = transformers.MixtralConfig(num_local_experts=4, num_experts_per_tok=3)
+            self.gate = torch.nn.Linear(5, 4, bias=False)
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(5, 5) for _ in range(4))
+
+    assert count_parameters(Listed()) == 20 + 3 * 30
+    llama4 = transformers.AutoConfig.for_model("llama4_text", **TINY, num_local_experts=8, intermediate_size_mlp=48)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(llama4)
+    expert = 3 * 32 * 48
+    assert sum(each.numel() for each in model.parameters()) - count_parameters(model) == 3 * 7 * expert
+
+
+def test_qwen3_30b_a3b_has_three_billion_active_parameters(tmp_path):
+    layers, width, heads, groups, of_head, expert, words = 48, 2048, 32, 4, 128, 768, 151_936
+    shape = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "head_dim": of_head}
+    shape |= {"num_key_value_heads": groups, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": words}
+    shape |= {"moe_intermediate_size": expert, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **shape}))
+    attention = width * of_head * (2 * heads + 2 * groups) + 2 * of_head
+    layer = attention + width * 128 + 8 * 3 * width * expert + 2 * width
+    assert parameters_of(str(tmp_path)) == layers * layer + 2 * words * width + width == 3_353_032_704
 
 
 # The table

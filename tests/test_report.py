@@ -35,11 +35,11 @@ from selection.ledger import (
     ledger_path,
 )
 from selection.score_files import ScoreFolder, read_scores
+from selection.statistics import ratio_interval
 from selection.verification import (
     Settings,
     cut_strata,
     draw,
-    ratio_interval,
     stratified_score,
     verified_pairs,
     verify,
@@ -57,8 +57,13 @@ WORDS = ["gene", "protein", "binding", "transport", "membrane", "synthesis", "pa
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
-def make_run(folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,), **selection) -> Experiment:
-    """A run as the stages leave it, without their models: rows, scores with features, verification, costs, coresets."""
+def make_run(
+    folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,), like=lambda values: values, **selection
+) -> Experiment:
+    """A run as the stages leave it, without their models: rows, scores with features, verification, costs, coresets.
+
+    `like` is given the random lengths, features and scores of both models, and says what they are.
+    """
     rng = np.random.default_rng(0)
 
     words = rng.choice(WORDS, 1000).tolist()
@@ -80,14 +85,16 @@ def make_run(folder: Path, num_rows: int, left_out: tuple[int, ...] = (LEFT_OUT,
     experiment = load_experiment(str(path))
     split, settings = training_split(experiment), Settings.of(experiment.selection)
     every = np.arange(len(split.rows))
-    lengths = rng.integers(20, 300, len(every))
-    effort = rng.lognormal(sigma=0.6, size=len(every)) / np.sqrt(lengths)
+    lengths = like(rng.integers(20, 300, len(every)))
+    effort = like(rng.lognormal(sigma=0.6, size=len(every)) / np.sqrt(lengths))
     effort[list(left_out)] = np.nan
-    write_scores(experiment, experiment.small_model, split, every, effort, lengths, rng.normal(size=(len(every), 6)))
+    write_scores(
+        experiment, experiment.small_model, split, every, effort, lengths, like(rng.normal(size=(len(every), 6)))
+    )
     raw = read_scores(experiment.small_scores, settings.columns, ids=False)
     scores = stratified_score(raw, settings)
     drawn = np.sort(scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))])
-    theirs = effort * rng.lognormal(sigma=0.3, size=len(every))
+    theirs = like(effort * rng.lognormal(sigma=0.3, size=len(every)))
     write_scores(experiment, experiment.target_model, split, drawn, theirs, lengths, rng.normal(size=(len(drawn), 6)))
     target = read_scores(experiment.target_scores, settings.columns, ids=False)
     records = verify(scores.effort, target, settings, index=scores.index)
@@ -199,7 +206,7 @@ def test_strata_have_the_coresets_own_budgets_and_the_librarys_intervals(run, ex
         assert [s["ratio"] for s in each.strata] == [s["verification_ratio"] for s in about["strata"]]
         for s, (_, ours, theirs) in zip(each.strata, pairs, strict=True):
             assert (s["ratio_low"], s["ratio_high"]) == pytest.approx(
-                ratio_interval(theirs, ours, settings.seed), nan_ok=True
+                ratio_interval(theirs, ours, s["size"]), nan_ok=True
             )
         parts = report.bar_data(each)["budgets"]
         assert sum(p["rows"] for p in parts) == sum(s["size"] for s in about["strata"])
@@ -658,21 +665,68 @@ def test_a_row_is_found_by_its_number_alone(opened, page):
     assert found(opened) == "152 of 152 rows" and not opened.run("document.querySelector('tr.marked')")
 
 
+def equal(values: np.ndarray) -> np.ndarray:
+    return np.zeros_like(values) + values[0]
+
+
+def equal_but_the_hardest(values: np.ndarray) -> np.ndarray:
+    values = equal(values)
+    values[-1] *= 9
+    return values
+
+
+FLAT = {
+    "all equal": (60, equal, {}),
+    "equal but the hardest": (60, equal_but_the_hardest, {}),
+    "one row verified": (60, lambda values: values, {"num_strata": 1, "verify_per_stratum": 1}),
+    "eight rows": (8, lambda values: values, {"num_strata": 1, "verify_per_stratum": 1}),
+    "two rows": (3, lambda values: values, {}),
+}
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_scores_that_span_nothing_are_drawn(tmp_path, case):
+    num_rows, like, selection = FLAT[case]
+    experiment = make_run(tmp_path, num_rows, (), like, **{"rates": [0.5], "methods": ["staff"]} | selection)
+    data = data_of(report.write_report(experiment).read_text(encoding="utf-8"))
+    figures, [shown], _ = report.read_run(experiment)
+    bars, (*strata, last) = data["coresets"][0]["data"], data["coresets"][0]["data"]["strata"]
+    assert sum(b["rows"] for b in bars["bins"]) == len(figures.row)
+    assert sum(b["rows"] for b in bars["budgets"]) == sum(s["size"] for s in shown.strata)
+    assert all(s["low"] < s["high"] for s in (*strata, last))
+    assert all(b["high"] <= last["high"] + 1e-9 for b in bars["bins"] if b["status"] != "hardest, dropped")
+    [cut] = bars["cut"]
+    assert (cut["high"] > cut["low"]) == (figures.effort.max() > shown.strata[-1]["high"])
+
+
 @in_chromium
-def test_one_verified_row_has_no_interval_and_the_console_stays_empty(chromium, tmp_path):
+def test_equal_scores_leave_the_console_empty(chromium, tmp_path):
+    page = report.write_report(make_run(tmp_path, 60, (), equal, rates=[0.2], methods=["staff"]))
+    chromium.open(page)
+    show_figures(chromium, 3)  # equal features make no map
+    assert chromium.complaints() == []
+
+
+@in_chromium
+def test_of_one_verified_row_the_interval_is_not_known_and_the_console_stays_empty(chromium, tmp_path):
     page = report.write_report(make_run(tmp_path, 60, (), verify_per_stratum=1, rates=[0.2], methods=["staff"]))
     text = page.read_text(encoding="utf-8")
     rows = re.findall(r"<tr><td>\d+</td>(.*?)</tr>", re.search('<div class="wide strata">.*?</table>', text, re.S)[0])
     cells = [re.findall("<td>([^<]*)", row) for row in rows]
-    assert {(verified, interval) for _, _, _, verified, _, interval, *_ in cells} == {("1", "–")}
-    assert "One verified row gives no interval" in text and "no interval is known" not in text
+    assert {verified for _, _, _, verified, *_ in cells} == {"1"}
+    for _, _, size, _, ratio, interval, *_ in cells:
+        assert interval == (f"{ratio} to {ratio}" if size == "1" else "not known")
+    unknown = sum(interval == "not known" for _, _, _, _, _, interval, *_ in cells)
+    assert unknown > 0
+    assert "fewer than 5 verified rows" in text and "are not in this run" not in text
     chromium.open(page)
     show_figures(chromium, 4)
     assert chromium.complaints() == []
     points = "[...document.querySelectorAll('#figure-scores .mark-symbol.role-mark path')]"
-    assert chromium.run(
-        f"{points}.map((e) => e.ariaLabel).filter((e) => e.includes('95 % interval: –')).length"
-    ) == len(rows)
+    assert (
+        chromium.run(f"{points}.map((e) => e.ariaLabel).filter((e) => e.includes('95 % interval: not known')).length")
+        == unknown
+    )
 
 
 @in_chromium

@@ -61,6 +61,7 @@ def test_the_committed_cells_are_still_those_of_their_grid(tmp_path, monkeypatch
     ]
     monkeypatch.setattr(reproduction, "choose_precision", lambda asked: "bf16")  # as on that machine
     grid = load_grid(REPOSITORY / "configs" / "reproduce" / "smollm2_cpu.yaml")
+    grid.tasks["go_biology"].set.append("small_model=models/smollm2-135m-instruct-16-layers")  # the demo's, then
     now = settings_digest(load(experiment_arguments(grid, tmp_path, "go_biology", 1)), data, models)
     stored = read_cells(REPOSITORY / "data" / "results" / "smollm2_cpu" / "cells.csv")
     assert {row["settings"] for row in stored.values()} == {now}

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune import llama_factory
-from finetune.data_split import rows_of, training_split
+from finetune.data_split import held_out_ids, rows_of, training_split
 from finetune.tuning import tune_once
 from selection import scoring
 from selection.config import load_experiment
@@ -269,3 +269,41 @@ def test_stages_say_which_stage_is_missing(make_experiment, rows):
     assert_one_line_error(target, "the target is not tuned yet", "run finetune.py --model target")
     grand = run_script("selection/coreset.py", "--config_path", config, "--method", "grand", check=False)
     assert_one_line_error(grand, "grand reads the scores of the tuned target", "--model target")
+
+
+def test_a_speculator_cut_on_held_out_rows_is_refused_before_anything(make_experiment, rows, tmp_path):
+    """30 rows, 24 in training: of 16 calibration rows of one split some are held out in another."""
+    small = tmp_path / "cut"
+    own = make_experiment(rows, small_model=str(small))
+    run_script("scripts/make_draft.py", "--config_path", own, "--layers", 2)
+    made = json.loads((small / "draft.json").read_text())
+    experiment = load_experiment(own)
+    split = training_split(experiment)
+    assert made["calibration_ids"] == [split.ids[row] for row in made["calibration_rows"]]
+
+    elsewhere = ["--config_path", own, "--set", "split_seed=7", "--set", f"output_dir={tmp_path / 'other'}"]
+    other = load_experiment(own, elsewhere[3::2])
+    with pytest.raises(UserError, match=r"was cut on (\d+) of the rows that this run holds out") as refused:
+        training_split(other)
+    held_out = set(held_out_ids(other)).intersection(made["calibration_ids"])
+    assert f"on {len(held_out)} of" in str(refused.value)
+    done = run_script("finetune/finetune.py", *elsewhere, check=False)
+    assert_one_line_error(done, str(small), "scripts/make_draft.py")
+    assert not other.record.exists() and {path.name for path in other.folder.iterdir() if path.is_dir()} == {"data"}
+
+    del made["calibration_ids"]  # as of a speculator that does not name its rows
+    (small / "draft.json").write_text(json.dumps(made))
+    assert training_split(experiment).ids == split.ids
+    with pytest.raises(UserError, match="does not say on which rows"):
+        training_split(other)
+    run_script("scripts/make_draft.py", *elsewhere, "--layers", 2, "--out", tmp_path / "again")
+    training_split(load_experiment(own, [*elsewhere[3::2], f"small_model={tmp_path / 'again'}"]))
+
+
+def test_rows_that_are_held_out_too_do_not_calibrate(make_experiment, rows, tmp_path):
+    own = make_experiment([*rows[:20], *rows[:10]], small_model=str(tmp_path / "cut"))
+    run_script("scripts/make_draft.py", "--config_path", own, "--layers", 2)
+    experiment = load_experiment(own)
+    held_out = set(held_out_ids(experiment))
+    assert held_out.intersection(training_split(experiment).ids)
+    assert not held_out.intersection(json.loads((tmp_path / "cut" / "draft.json").read_text())["calibration_ids"])
