@@ -20,7 +20,7 @@ from selection import scoring
 from selection.config import load_experiment
 from selection.effort import EffortScorer
 from selection.errors import UserError
-from selection.identity import check_base
+from selection.identity import check_base, check_run
 from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_SCORES, TARGET_TUNING, VERIFICATION
 from selection.score_files import read_scores
 from selection.scoring import score_rows
@@ -284,7 +284,7 @@ def test_a_speculator_cut_on_held_out_rows_is_refused_before_anything(make_exper
     elsewhere = ["--config_path", own, "--set", "split_seed=7", "--set", f"output_dir={tmp_path / 'other'}"]
     other = load_experiment(own, elsewhere[3::2])
     with pytest.raises(UserError, match=r"was cut on (\d+) of the rows that this run holds out") as refused:
-        training_split(other)
+        check_run(other, training_split(other))
     held_out = set(held_out_ids(other)).intersection(made["calibration_ids"])
     assert f"on {len(held_out)} of" in str(refused.value)
     done = run_script("finetune/finetune.py", *elsewhere, check=False)
@@ -293,11 +293,12 @@ def test_a_speculator_cut_on_held_out_rows_is_refused_before_anything(make_exper
 
     del made["calibration_ids"]  # as of a speculator that does not name its rows
     (small / "draft.json").write_text(json.dumps(made))
-    assert training_split(experiment).ids == split.ids
+    check_run(experiment, split)
     with pytest.raises(UserError, match="does not say on which rows"):
-        training_split(other)
+        check_run(other, training_split(other))
     run_script("scripts/make_draft.py", *elsewhere, "--layers", 2, "--out", tmp_path / "again")
-    training_split(load_experiment(own, [*elsewhere[3::2], f"small_model={tmp_path / 'again'}"]))
+    again = load_experiment(own, [*elsewhere[3::2], f"small_model={tmp_path / 'again'}"])
+    check_run(again, training_split(again))
 
 
 def test_rows_that_are_held_out_too_do_not_calibrate(make_experiment, rows, tmp_path):
