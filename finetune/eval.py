@@ -86,6 +86,7 @@ def evaluate(experiment: Experiment, name: str, dry_run: bool = False) -> dict:
         "cutoff_len": experiment.cutoff_len,
         "max_new_tokens": experiment.evaluation.max_new_tokens,
         "precision": precision,
+        "model_keys": llama_factory.model_keys(experiment) or None,  # none: as records without them
     }
     together = processes()
     check_same_everywhere(identity)
