@@ -524,7 +524,7 @@ def predict(
 
     The model is loaded as tuning loads it (`model_keys`), without an adapter too.
     Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics, in
-    percent: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters.
+    percent: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters (`ABOUT` in selection/metrics.py).
     """
     arguments = _arguments(experiment, model, output_dir, precision) | model_keys(experiment)
     arguments |= {
