@@ -40,7 +40,7 @@ def import_llama_factory() -> None:
     transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
     try:
         importlib.import_module("torchaudio")
-    except (ImportError, OSError):
+    except Exception:  # a build for another torch raises several kinds
         sys.path.insert(0, str(Path(__file__).parent / "no_torchaudio"))
         sys.modules.pop("torchaudio", None)
         importlib.import_module("torchaudio")

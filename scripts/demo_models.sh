@@ -2,6 +2,9 @@
 # The demo's two models: SmolLM2-135M-Instruct, and a speculator of 16 of its 30 layers. Reused if there.
 #     bash scripts/demo_models.sh [--quiet] [--set key=value …]
 set -euo pipefail
+for argument in "$@"; do
+    case $argument in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;; esac
+done
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 target=$repository/models/smollm2-135m-instruct
 quiet=()

@@ -10,9 +10,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 from selection.config import Experiment  # noqa: E402
 from selection.coreset_files import coreset_name  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise  # noqa: E402
 from selection.metrics import read_metrics, two_decimals  # noqa: E402
 from selection.stage import argument_parser, load_experiment_from_arguments  # noqa: E402
