@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv and install the pinned stack, requirements.txt (2 to 5 minutes, 1.8 GB). A second call reuses it.
+# Make .venv and install the pinned stack, requirements.txt (2 to 5 minutes, 2.3 GB). A second call reuses it.
 #     bash scripts/setup.sh [more pip requirements …]
 # QUIET=1 says nothing but errors. PYTHON=python3.12 picks the interpreter of a new .venv (3.11 or newer).
 set -euo pipefail
