@@ -1,4 +1,4 @@
-"""Evaluate tuned targets: greedy answers to the held-out split, ROUGE-1/2/L and BLEU-4.
+"""Evaluate tuned targets: greedy answers to the held-out split, ROUGE and BLEU of the paper and of other work.
 
     CUDA_VISIBLE_DEVICES=0 python eval.py --config_path ../configs/demo.yaml      # in finetune/
 
@@ -19,6 +19,7 @@ from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
 end_on_signals()
 
 from finetune import llama_factory  # noqa: E402
+from finetune.comparable import comparable_scores  # noqa: E402
 from finetune.data_split import existing_split, row_id, rows_of, training_split  # noqa: E402
 from finetune.tokenised import lengths  # noqa: E402
 from selection.config import Experiment, load_experiment  # noqa: E402
@@ -35,11 +36,12 @@ from selection.files import (  # noqa: E402
 from selection.identity import check_base, check_run, digest_of_ids, fingerprint_of  # noqa: E402
 from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
 from selection.log import say  # noqa: E402
-from selection.metrics import read_metrics  # noqa: E402
+from selection.metrics import ABOUT, read_metrics, two_decimals  # noqa: E402
 from selection.processes import processes  # noqa: E402
 from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser  # noqa: E402
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+COMPARABLE = ("rouge_score-1", "rouge_score-2", "rouge_score-l", "sacrebleu")
 
 
 def main() -> None:
@@ -77,9 +79,11 @@ def main() -> None:
         return
     write_experiment(experiment)
     results = {name: evaluate(experiment, name, identities[name], there[name]) for name in names}
-    print(f"\n{'':<16}" + "".join(f"{metric:>10}" for metric in METRICS))
+    columns = (*METRICS, *COMPARABLE)
+    print(f"\n{'':<16}" + "".join(f"{metric:>{len(metric) + 3}}" for metric in columns))
     for name, metrics in results.items():
-        print(f"{name:<16}" + "".join(f"{metrics[metric]:>10.2f}" for metric in METRICS))
+        print(f"{name:<16}" + "".join(f"{two_decimals(metrics, metric):>{len(metric) + 3}}" for metric in columns))
+    print(f"({ABOUT})")
 
 
 def eval_folder(experiment: Experiment, name: str) -> Path:
@@ -100,6 +104,7 @@ def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:
         "cutoff_len": experiment.cutoff_len,
         "max_new_tokens": experiment.evaluation.max_new_tokens,
         "precision": choose_precision(experiment.precision),
+        "model_keys": llama_factory.model_keys(experiment),
     }
 
 
@@ -137,8 +142,11 @@ def write_metrics(experiment: Experiment, name: str, folder: Path, computed: dic
     metrics |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "code_version": code_version()}
     with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
         answers = [json.loads(line) for line in file]
-    by_sample = llama_factory.scores_by_sample([a["predict"] for a in answers], [a["label"] for a in answers])
+    texts = [a["predict"] for a in answers], [a["label"] for a in answers]
+    by_sample, (overall, comparable) = llama_factory.scores_by_sample(*texts), comparable_scores(*texts)
+    metrics |= {key: round(value, 4) if key in COMPARABLE else value for key, value in overall.items()}
     metrics["by_sample"] = {metric: by_sample[metric] for metric in METRICS}
+    metrics["by_sample"] |= {key: [round(value, 4) for value in values] for key, values in comparable.items()}
     write_json(folder / "metrics.json", metrics)
 
 

@@ -1,6 +1,7 @@
 """The only place that calls LLaMA-Factory: its rows, its training, its generation, all through public functions."""
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -39,7 +40,7 @@ def import_llama_factory() -> None:
     transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
     try:
         importlib.import_module("torchaudio")
-    except (ImportError, OSError):
+    except Exception:  # a build for another torch raises several kinds
         sys.path.insert(0, str(Path(__file__).parent / "no_torchaudio"))
         sys.modules.pop("torchaudio", None)
         importlib.import_module("torchaudio")
@@ -495,15 +496,38 @@ def tune(
     }
 
 
+# Of LLaMA-Factory's ModelArguments, what it reads in training alone, and what says nothing of the model.
+_NOT_FOR_ANSWERS = {
+    "disable_gradient_checkpointing", "use_reentrant_gc", "use_unsloth_gc", "enable_liger_kernel", "use_v1_kernels",
+    "moe_aux_loss_coef", "shift_attn", "upcast_layernorm", "upcast_lmhead_output", "low_cpu_mem_usage",
+    "print_param_status", "hf_hub_token", "ms_hub_token", "om_hub_token",
+}  # fmt: skip
+
+
+def model_keys(experiment: Experiment) -> dict[str, Any]:
+    """What the target's training keys say of the model itself, such as quantization_bit or flash_attn.
+
+    It has to answer as it was tuned: an adapter belongs to the quantised base that it was tuned on. LLaMA-Factory's
+    own ModelArguments say which keys these are.
+    """
+    import_llama_factory()
+    from llamafactory.hparams import ModelArguments
+
+    known = {each.name for each in dataclasses.fields(ModelArguments)} - _NOT_FOR_ANSWERS
+    return {key: value for key, value in (experiment.training | experiment.target_training).items() if key in known}
+
+
 def predict(
     experiment: Experiment, model: str, tuned: Path | None, output_dir: Path, precision: str
 ) -> dict[str, float]:
     """Greedy answers of `model`, with what its tuning left in `tuned`, to the held-out split.
 
+    The model is loaded as tuning loads it (`model_keys`), without an adapter too.
     Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics, in
-    percent: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters.
+    percent: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters (`ABOUT` in selection/metrics.py).
     """
-    arguments = _arguments(experiment, model, output_dir, precision) | {
+    arguments = _arguments(experiment, model, output_dir, precision) | model_keys(experiment)
+    arguments |= {
         "eval_dataset": "eval",
         "do_predict": True,
         "predict_with_generate": True,

@@ -3,6 +3,9 @@
 #     bash scripts/demo_models.sh [--quiet] [--config_path CONFIG] [--set key=value …]
 # The speculator is cut on CONFIG's training split into its small_model; default: configs/demo.yaml.
 set -euo pipefail
+for argument in "$@"; do
+    case $argument in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;; esac
+done
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 target=$repository/models/smollm2-135m-instruct
 quiet=() out=(--out "$target-16-layers") # the demo's, whatever small_model is set to

@@ -14,6 +14,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 import random  # noqa: E402
 
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -23,7 +27,6 @@ from finetune.data_split import held_out_ids, training_split  # noqa: E402
 from selection.config import REPOSITORY, from_repository, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
 from selection.draft import choose_layers, decoder_layers, keep_layers, save_with_tokenizer  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import building, model_fingerprint, reuse, write_json  # noqa: E402
 from selection.ledger import CUTTING, Cost, measured  # noqa: E402
 from selection.log import progress_bar, say  # noqa: E402

@@ -11,8 +11,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 from selection.config import REPOSITORY  # noqa: E402
-from selection.errors import run_stage  # noqa: E402
 from selection.files import building, reuse  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.stage import argument_parser  # noqa: E402

@@ -16,13 +16,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from finetune.llama_factory import check_tokenizer  # noqa: E402
 from selection.config import REPOSITORY  # noqa: E402
 from selection.device import choose_precision  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import building, reuse  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.models import DTYPES  # noqa: E402

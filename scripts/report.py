@@ -12,8 +12,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 from selection.config import load_experiment, load_run  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
 
 

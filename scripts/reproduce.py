@@ -13,10 +13,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 from finetune import llama_factory  # noqa: E402
 from finetune.data_split import training_split  # noqa: E402
 from selection.config import REPOSITORY, load_grid  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import held, model_fingerprint  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.models import parameters_of  # noqa: E402

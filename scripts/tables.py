@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 from selection.config import REPOSITORY  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path  # noqa: E402
+from selection.metrics import LLAMA_FACTORYS  # noqa: E402
 from selection.stage import argument_parser  # noqa: E402
 from selection.statistics import bootstrap_means, percentile_interval  # noqa: E402
 
@@ -434,7 +435,8 @@ def score_caption(grid: Grid, estimates: dict) -> str:
         f"for all seeds, and over seeds. {seed_caveat(grid)} The intervals are about this model, this training split "
         "and this held-out split, not about others; two that overlap can still belong to methods that differ: compare "
         "methods in section 2. [In brackets] the paper's ROUGE-L, given there without seeds or intervals. The held-out "
-        "split is a part of all pooled rows, so figures cannot be compared with results on official test sets."
+        "split is a part of all pooled rows, so figures cannot be compared with results on official test sets. "
+        f"{LLAMA_FACTORYS}"
     )
 
 

@@ -39,6 +39,7 @@ _SET_BY_THE_STAGE = {
     "include_num_input_tokens_seen", "train_on_prompt", "mask_history", "default_system", "enable_thinking",
     "preserve_thinking", "tool_format", "split_special_tokens", "use_fast_tokenizer", "ignore_pad_token_for_loss",
     "add_tokens", "add_special_tokens", "new_special_tokens_config", "resize_vocab", "model_revision", "rope_scaling",
+    "train_from_scratch",
     # These read or write elsewhere than in the run folder, or send something away.
     "cache_dir", "offload_folder", "adapter_folder", "media_dir", "export_dir", "logging_dir", "profiler_output_dir",
     "swanlab_logdir", "push_to_hub", "hub_model_id", "export_hub_model_id", "generation_config",
@@ -114,7 +115,8 @@ class Selection(_Section):
     quantization_bit: Literal[8, 4] | None = None
     """Weights of the target's linear maps in 8 or 4 bits while it scores, through bitsandbytes (LLM.int8; NF4, doubly
     quantised), as LLaMA-Factory's key of this name does when it tunes. The scores are others; the speculative model
-    and every tuning stay as they are. Source: ours, named as LLaMA-Factory's key."""
+    and every tuning stay as they are. Absent: nothing is quantised while it scores, whatever `training` says.
+    Source: ours, named as LLaMA-Factory's key."""
     self_test: int = Field(default=4, ge=0)
     """Rows that are also scored one by one, by plain autograd, before a scoring run; it stops where they differ.
     Source: ours."""
@@ -245,7 +247,8 @@ class Experiment(_Section):
     Absent: this run makes its own. Source: ours; one selection serves several targets."""
     selection: Selection = Selection()
     training: dict[str, Any] = {}
-    """LLaMA-Factory's keys for every tuning run, handed over as they are; num_train_epochs is a number from 0.
+    """LLaMA-Factory's keys for every tuning run, handed over as they are; num_train_epochs is a number from 0. Those
+    of the model itself, such as quantization_bit or flash_attn, hold for evaluation too.
     Source: LLaMA-Factory's keys; configs/paper/ has the paper's values."""
     small_training: dict[str, Any] = {"num_train_epochs": 3}
     """Added for the speculative model; num_train_epochs 0 leaves it as it is. With the best of the

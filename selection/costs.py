@@ -10,7 +10,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
-from selection.errors import run_stage  # noqa: E402
+from selection.errors import end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 from selection.identity import check_run  # noqa: E402
 from selection.ledger import format_summary, summarise  # noqa: E402
 from selection.stage import argument_parser, load_experiment_from_arguments  # noqa: E402

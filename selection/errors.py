@@ -24,6 +24,8 @@ class UserError(Exception):
     """Something that the user can mend. The message says what is wrong, where, and what to do."""
 
 
+INSTALL = "pip install -r requirements.txt"  # in the repository
+
 _LONGEST = 600  # characters of a message; a file of the user's may be quoted in it
 
 
@@ -64,6 +66,10 @@ def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
             raise
         where = f": {error.filename}" if error.filename else ""
         text, code = f"error: {error.strerror}{where}: see to it, then call the same command again to go on", 2
+    except ModuleNotFoundError as error:
+        if not (text := _not_installed(error)):
+            raise
+        code = 2
     except MemoryError:
         text, code = "error: out of memory: give fewer rows or a smaller model", 2
     except Interrupted as stop:
@@ -75,8 +81,27 @@ def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
 
 
 def end_on_signals() -> None:
-    """For the seconds before `run_stage`, while a stage script imports: Ctrl-C and SIGTERM end it with one line."""
+    """For the seconds before `run_stage`, while a stage script imports: Ctrl-C and SIGTERM end it with one line.
+
+    So does a package that is not installed, with exit code 2.
+    """
     _on_signals(_end)
+    sys.excepthook = _end_without_package
+
+
+def _not_installed(error: BaseException) -> str | None:
+    """What to do about a package that is missing; None for another error, and for a module of our own."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package in ("", "selection", "finetune", "scripts"):
+        return None
+    return f"error: the package {package} is not installed in {sys.prefix}: bash scripts/setup.sh, or {INSTALL}"
+
+
+def _end_without_package(kind: type[BaseException], error: BaseException, traceback) -> None:
+    if text := _not_installed(error):
+        print(_one_line(text), file=sys.stderr, flush=True)
+        os._exit(2)
+    sys.__excepthook__(kind, error, traceback)
 
 
 def _on_signals(handler: Callable) -> None:

@@ -14,7 +14,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
-from selection.errors import Interrupted, UserError, run_stage  # noqa: E402
+from selection.errors import Interrupted, UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 from selection.stage import argument_parser  # noqa: E402
 
 

@@ -33,7 +33,7 @@ from selection.config import REPOSITORY, DatasetFormat, Experiment, as_yaml
 from selection.errors import UserError
 from selection.files import atomic_path, checked, code_version, read_json
 from selection.ledger import TARGET_TUNING, CostSummary, format_summary, read_ledger, summarise
-from selection.metrics import Metrics, read_metrics
+from selection.metrics import ABOUT, Metrics, read_metrics, two_decimals
 from selection.score_files import Scores, has_column, read_scores
 from selection.staff import lowest
 from selection.statistics import FEWEST, ratio_interval
@@ -857,9 +857,11 @@ def _page(data: dict[str, Any], **values: Any) -> str:
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "percent": percent, "correlation": correlation, "counted": counted}
+    environment.filters["two_decimals"] = two_decimals
     template = environment.from_string((here / "report.html").read_text(encoding="utf-8"))
     return template.render(
         **values,
+        about_metrics=ABOUT,
         data=as_data(data),
         style=Markup((here / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup(text) for text in scripts],

@@ -42,7 +42,15 @@ from selection.verification import RULES_VERSION
 # its own, as it has its own verification, and pays for its own speculator.
 VARIANTS = {"staff_length": ("selection.mode=extended", "selection.length_control=residual")}
 
-_METRICS = {"rouge_l": "rouge-l", "bleu_4": "bleu-4", "rouge_1": "rouge-1", "rouge_2": "rouge-2"}
+_METRICS = {
+    "rouge_l": "rouge-l", "bleu_4": "bleu-4", "rouge_1": "rouge-1", "rouge_2": "rouge-2",
+    "rouge_score_l": "rouge_score-l", "rouge_score_1": "rouge_score-1", "rouge_score_2": "rouge_score-2",
+    "sacrebleu": "sacrebleu",
+}  # fmt: skip
+_BY_SAMPLE = {
+    "rouge_l": "rouge-l", "bleu_4": "bleu-4",
+    "rouge_score_l": "rouge_score-l", "sacrebleu_sentence": "sacrebleu-sentence",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -281,9 +289,11 @@ def finished_cell(
         "size": tuning.samples,
         "num_rows": num_rows,
         "eval_rows": metrics["samples"],
-        **{column: metrics[metric] for column, metric in _METRICS.items()},
-        "rouge_l_by_sample": " ".join(f"{value:g}" for value in metrics["by_sample"]["rouge-l"]),
-        "bleu_4_by_sample": " ".join(f"{value:g}" for value in metrics["by_sample"]["bleu-4"]),
+        **{column: metrics.get(metric, "") for column, metric in _METRICS.items()},  # none in earlier evaluations
+        **{
+            f"{column}_by_sample": " ".join(f"{value:g}" for value in metrics["by_sample"].get(metric, []))
+            for column, metric in _BY_SAMPLE.items()
+        },
         "selection_seconds": round(sum(cost.seconds for cost in selection), 2),
         "selection_tokens": round(sum(cost.tokens for cost in selection)),
         "selection_flops": f"{sum(map(flops, selection)):.4g}",

@@ -23,7 +23,7 @@ def run_folder(tmp_path_factory, demo_models):
 
 def test_demo_fresh(run_folder):
     out, _ = demo(run_folder)
-    assert "coreset         rows   ROUGE-L   BLEU-4    selection     tuning" in out
+    assert "coreset         rows   ROUGE-L   BLEU-4   rouge_score   sacreBLEU    selection     tuning" in out
     for name in ("staff-0.2", "random-0.2"):
         assert f"\n{name}" in out
         assert (run_folder / "eval" / name / "predictions.jsonl").read_text().count("\n") == 10

@@ -1,8 +1,11 @@
 """The stages together, on a tiny random model: what is stored, refused, resumed and repeated."""
 
+import importlib
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from finetune import llama_factory
 from finetune.data_split import held_out_ids, rows_of, training_split
 from finetune.tuning import tune_once
-from selection import scoring
+from selection import errors, scoring
 from selection.config import load_experiment
 from selection.effort import EffortScorer
 from selection.errors import UserError
@@ -308,3 +311,73 @@ def test_rows_that_are_held_out_too_do_not_calibrate(make_experiment, rows, tmp_
     held_out = set(held_out_ids(experiment))
     assert held_out.intersection(training_split(experiment).ids)
     assert not held_out.intersection(json.loads((tmp_path / "cut" / "draft.json").read_text())["calibration_ids"])
+
+
+@pytest.fixture
+def evaluate(monkeypatch):
+    """eval.py's function; the script itself changes the path and handles signals."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(errors, "end_on_signals", lambda: None)
+    script = importlib.import_module("finetune.eval")
+
+    def evaluate(experiment, name: str) -> dict:
+        identity = script.identity_of(experiment, name)
+        return script.evaluate(experiment, name, identity, script.is_there(experiment, name, identity))
+
+    return evaluate
+
+
+def test_evaluation_takes_the_keys_of_the_model_and_not_those_of_training(make_experiment, rows, monkeypatch):
+    """A QLoRA adapter answers on the quantised base, tuned or full; LLaMA-Factory accepts what it is handed."""
+    from llamafactory.hparams import get_train_args
+    from llamafactory.train import tuner
+
+    model = {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False, "flash_attn": "fa2"}
+    only_training = {"learning_rate": 1e-3, "lora_rank": 4, "num_train_epochs": 2, "compute_accuracy": True}
+    only_training |= {"disable_gradient_checkpointing": True, "upcast_layernorm": True}
+    training = model | only_training | {"flash_attn": "sdpa"}
+    config = make_experiment(rows, training=training, target_training={"flash_attn": "fa2"})
+    experiment = load_experiment(config)
+    training_split(experiment)
+    handed = []
+
+    def run_exp(arguments, callbacks):
+        handed.append(arguments)
+        folder = Path(arguments["output_dir"])
+        (folder / "generated_predictions.jsonl").write_text("")
+        (folder / "predict_results.json").write_text("{}")
+
+    monkeypatch.setattr(tuner, "run_exp", run_exp)
+    adapter = experiment.folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for tuned in (None, adapter):
+        llama_factory.predict(experiment, experiment.target_model, tuned, experiment.folder, "fp32")
+        arguments = handed.pop()
+        assert {key: arguments.get(key) for key in model} == model
+        assert not only_training.keys() & arguments.keys()
+        assert get_train_args(arguments)[0].quantization_bit == 4
+
+
+def test_flash_attn_reaches_the_model_that_answers_and_belongs_to_the_evaluation(
+    make_experiment, rows, monkeypatch, evaluate
+):
+    from llamafactory.train.sft import workflow
+
+    experiment = load_experiment(make_experiment(rows), ["training.flash_attn=disabled"])
+    training_split(experiment)
+    loaded, load = [], workflow.load_model
+    monkeypatch.setattr(workflow, "load_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    evaluate(experiment, "untuned")
+    assert [model.config._attn_implementation for model in loaded] == ["eager"]
+    other = load_experiment(make_experiment(rows), ["training.flash_attn=sdpa"])
+    with pytest.raises(UserError, match="was made otherwise \\(model_keys: "):
+        evaluate(other, "untuned")
+    evaluate(experiment, "untuned")  # reused
+    assert len(loaded) == 1
+
+
+def test_a_target_from_scratch_is_refused(make_experiment, rows):
+    """It would be another model than the one that is scored, and evaluated with other random weights."""
+    with pytest.raises(UserError, match="train_from_scratch cannot be given here"):
+        load_experiment(make_experiment(rows), ["target_training.train_from_scratch=true"])

@@ -1,0 +1,80 @@
+"""ROUGE and BLEU of other work beside the paper's: against the packages themselves, in several scripts."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+
+from finetune.comparable import UnicodeWords, comparable_scores
+from selection import errors
+from selection.config import load_experiment
+from selection.metrics import read_metrics, two_decimals
+
+ENGLISH = [
+    ("The cell divides into two cells.", "The cell, it divides into two daughter cells!"),
+    ("p53 regulates 2 genes", "P53 regulates two genes"),
+    ("", "an answer"),
+    ("nothing in common", "wholly other words"),
+]
+# answer, reference, words in common, words of either: half of them at least are wrong letter by letter or a to z alone.
+OTHERS = [
+    ("Жасуша екіге бөлінеді.", "Жасуша бөлінеді", 2, 3, 2),
+    ("تنقسم الخلية، إلى خليتين", "الخلية تنقسم إلى خليتين", 4, 4, 4),
+    ("La cellule naïve à côté", "la cellule naive, à CÔTÉ", 4, 5, 5),
+    ("nai\u0308ve", "na\u00efve", 1, 1, 1),  # the same letter, composed or not
+    ("कोशिका विभाजित होती है", "कोशिका होती है", 3, 4, 3),  # vowel signs belong to their words
+]
+
+
+def test_ascii_text_has_the_packages_own_figures():
+    answers, references = (list(each) for each in zip(*ENGLISH, strict=True))
+    overall, by_sample = comparable_scores(answers, references)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])  # its own tokenizer, no stemmer
+    for key, kind in {"rouge_score-1": "rouge1", "rouge_score-2": "rouge2", "rouge_score-l": "rougeL"}.items():
+        theirs = [100 * scorer.score(reference, answer)[kind].fmeasure for answer, reference in ENGLISH]
+        assert by_sample[key] == theirs and theirs[0] > 0 and theirs[2:] == [0, 0]
+        assert overall[key] == pytest.approx(np.mean(theirs))
+    corpus = sacrebleu.corpus_bleu(answers, [references])
+    assert overall["sacrebleu"] == corpus.score > 0
+    assert by_sample["sacrebleu-sentence"] == [sacrebleu.sentence_bleu(a, [r]).score for a, r in ENGLISH]
+    version = sacrebleu.__version__
+    assert overall["sacrebleu_signature"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version}"
+
+
+@pytest.mark.parametrize(("answer", "reference", "common", "of_answer", "of_reference"), OTHERS)
+def test_words_of_other_scripts_count_as_words(answer, reference, common, of_answer, of_reference):
+    overall, by_sample = comparable_scores([answer], [reference])
+    assert overall["rouge_score-1"] == pytest.approx(100 * 2 * common / (of_answer + of_reference))
+    assert overall["sacrebleu"] == sacrebleu.corpus_bleu([answer], [[reference]]).score
+    assert by_sample["sacrebleu-sentence"] == [sacrebleu.sentence_bleu(answer, [reference]).score]
+    # By its own tokenizer: nothing of Cyrillic, Arabic and Devanagari.
+    if not any("a" <= letter <= "z" for letter in answer.lower()):
+        assert RougeScorer(["rouge1"]).score(reference, answer)["rouge1"].fmeasure == 0
+
+
+def test_words_of_a_text_are_split_at_punctuation_and_underscores():
+    assert UnicodeWords().tokenize("Ёлка_2, «à-côté» x²!") == ["ёлка", "2", "à", "côté", "x²"]
+
+
+def test_metrics_hold_both_kinds_and_those_without_are_read(make_experiment, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(errors, "end_on_signals", lambda: None)
+    evaluation = importlib.import_module("finetune.eval")
+    experiment = load_experiment(make_experiment(rows))
+    pairs = [*ENGLISH, *((answer, reference) for answer, reference, *_ in OTHERS)]
+    lines = [json.dumps({"predict": answer, "label": reference}) for answer, reference in pairs]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
+    computed = {f"predict_{metric}": 1.0 for metric in evaluation.METRICS}
+    evaluation.write_metrics(experiment, "untuned", tmp_path, computed, len(pairs))
+    metrics = read_metrics(tmp_path)
+    overall, by_sample = comparable_scores(*(list(each) for each in zip(*pairs, strict=True)))
+    assert {key: metrics[key] for key in overall} == pytest.approx(overall, abs=1e-4)
+    assert all(metrics["by_sample"][key] == pytest.approx(values, abs=1e-4) for key, values in by_sample.items())
+    assert {*metrics["by_sample"]} == {*evaluation.METRICS, *by_sample}
+    earlier = {key: value for key, value in metrics.items() if key not in overall}
+    (tmp_path / "metrics.json").write_text(json.dumps(earlier))
+    assert two_decimals(read_metrics(tmp_path), "sacrebleu") == "–"

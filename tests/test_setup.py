@@ -1,0 +1,123 @@
+"""Installing: what scripts/setup.sh records, --help that starts nothing, packages that are missing or do not load."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, assert_one_line_error
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A clone with nothing installed."""
+    folder = tmp_path / "clone"
+    shutil.copytree(REPOSITORY / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "requirements.txt", folder)
+    return folder
+
+
+def shell(clone: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(clone / "scripts" / script), *arguments]
+    # No interpreter: a script that begins to install ends at once.
+    return subprocess.run(command, env=os.environ | {"PYTHON": "false"}, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "test.sh", "demo_models.sh", "demo.sh"])
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_is_the_scripts_own_and_starts_nothing(clone, script, option):
+    done = shell(clone, script, option)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"bash scripts/{script}" in done.stdout and "set -euo" not in done.stdout
+    assert sorted(path.name for path in clone.iterdir()) == ["requirements.txt", "scripts"]
+
+
+def test_setup_hands_no_option_to_pip(clone):
+    done = shell(clone, "setup.sh", "wandb", "--dry-run")
+    assert_one_line_error(done, "unknown argument --dry-run")
+    assert not (clone / ".venv").exists()
+
+
+def test_only_what_is_installed_is_recorded(clone):
+    """With a pip that ends well and does nothing."""
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ncase "$*" in *"-m pip "*) exit 0 ;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (clone / "requirements.txt").write_text("# a comment\npytest>=1\nnever_heard-of.it==1.0\n")
+    for _ in range(2):
+        done = shell(clone, "setup.sh")
+        assert done.returncode == 2 and "did not install never_heard-of.it:" in done.stderr
+        assert not (clone / ".venv" / "installed").exists()
+    (clone / "requirements.txt").write_text("pytest>=1\n")
+    assert "installed the stack" in shell(clone, "setup.sh").stderr
+    assert "reusing .venv" in shell(clone, "setup.sh").stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "script", "arguments"),
+    [
+        ("llamafactory", "finetune/finetune.py", ["--config_path", "{config}"]),
+        ("sacrebleu", "finetune/eval.py", ["--help"]),
+        ("numpy", "selection/coreset.py", ["--help"]),
+        ("yaml", "selection/launch.py", ["selection/verify.py", "--help"]),
+        ("tqdm", "scripts/report.py", ["--help"]),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    make_experiment, rows, tmp_path, package, script, arguments
+):
+    config = make_experiment(rows)
+    command = [str(REPOSITORY / script), *(each.format(config=config) for each in arguments)]
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = {command!r}; sys.path.insert(0, '')\n"
+    code += f"runpy.run_path({command[0]!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert_one_line_error(done, f"the package {package} is not installed", "pip install -r requirements.txt")
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_dir() and path.name != "data"]
+
+
+def fake(folder: Path, package: str, version: str, code: str) -> None:
+    (folder / package).mkdir(parents=True)
+    (folder / package / "__init__.py").write_text(code)
+    (folder / f"{package}-{version}.dist-info").mkdir()
+    (folder / f"{package}-{version}.dist-info" / "METADATA").write_text(f"Name: {package}\nVersion: {version}\n")
+
+
+def with_fakes(tmp_path: Path, code: str) -> list[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
+def test_builds_for_another_torch_count_as_missing(tmp_path):
+    """As pip leaves them beside a CPU torch: installed, and broken when they are imported."""
+    fake(tmp_path, "torchvision", "0.28.0+another", "raise RuntimeError('operator torchvision::nms does not exist')")
+    fake(tmp_path, "torchaudio", "2.11.0", "raise RuntimeError('undefined symbol')")
+    code = """
+from finetune.llama_factory import import_llama_factory
+import_llama_factory()
+import peft, torchaudio
+from transformers.models.llama import modeling_llama
+from transformers.utils import is_torchvision_available
+print(is_torchvision_available(), torchaudio.__file__)
+"""
+    stand_in = REPOSITORY / "finetune" / "no_torchaudio" / "torchaudio.py"
+    assert with_fakes(tmp_path, code) == ["False", str(stand_in)]
+
+
+def test_builds_that_load_are_left_alone(tmp_path):
+    label = version("torch").partition("+")[1:]
+    fake(tmp_path, "torchvision", "0.28.0" + "".join(label), "")
+    fake(tmp_path, "torchaudio", "2.11.0", "")
+    assert with_fakes(tmp_path, "import selection, torchvision; print(torchvision.__file__)") == [
+        str(tmp_path / "torchvision" / "__init__.py")
+    ]
+    shutil.rmtree(tmp_path / "torchvision")  # an empty one serves transformers no longer than that
+    shutil.rmtree(next(tmp_path.glob("torchvision-*")))
+    code = "from finetune.llama_factory import import_llama_factory as go; go(); import torchaudio"
+    assert with_fakes(tmp_path, f"{code}; print(torchaudio.__file__)") == [str(tmp_path / "torchaudio" / "__init__.py")]
