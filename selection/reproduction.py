@@ -137,7 +137,9 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
         if settings["selection"][key] == Selection.model_fields[key].default:
             del settings["selection"][key]
     formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
-    texts = [json.dumps(settings, sort_keys=True), *formats, str(SCORER_VERSION), str(RULES_VERSION)]
+    # Version 3 moved scores within the noise of bf16, but for last_layer in three families.
+    scorer = 2 if formats[1] == "bf16" and experiment.selection.phi != "last_layer" else SCORER_VERSION
+    texts = [json.dumps(settings, sort_keys=True), *formats, str(scorer), str(RULES_VERSION)]
     return digest(*(text.encode() for text in (*texts, fingerprint, *models)))[:16]
 
 

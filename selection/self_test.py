@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional
 
-from selection.effort import EffortScorer, plan_batches, score_within_memory
+from selection.effort import FEWEST_ROWS, IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory
 from selection.errors import UserError
 from selection.phi import LinearMap
 
@@ -29,7 +29,10 @@ def scores_one_by_one(
     efforts, losses = [], []
     with _phi_as_parameters(scorer) as (parameters, of_interest):
         for ids, label in zip(input_ids, labels, strict=True):
-            tokens, targets = (torch.tensor([row], device=scorer.device) for row in (ids, label))
+            # A product of fewer rows is no reference (see FEWEST_ROWS); no token sees what stands behind it.
+            missing = max(0, FEWEST_ROWS - len(ids))
+            rows = [*ids, *[0] * missing], [*label, *[IGNORED_LABEL] * missing]
+            tokens, targets = (torch.tensor([row], device=scorer.device) for row in rows)
             loss = scorer.model(input_ids=tokens, labels=targets, use_cache=False).loss
             gradients = of_interest(torch.autograd.grad(loss, parameters, allow_unused=True))
             efforts.append(sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5)
