@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from selection.device import out_of_memory
 from selection.errors import UserError
 from selection.log import say
 from selection.phi import device_of, find_phi, unwrap
@@ -360,7 +361,9 @@ def score_within_memory(
         batch = pending[0]
         try:
             piece = scorer.score([input_ids[i] for i in batch], [labels[i] for i in batch])
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             piece = None  # freed below: within this clause the error's traceback still holds the pass's tensors
         if piece is not None:
             pieces.append(piece)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional
 
+from selection.device import out_of_memory
 from selection.effort import FEWEST_ROWS, IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory
 from selection.errors import UserError
 from selection.phi import LinearMap
@@ -108,7 +109,9 @@ def self_test(
     batched = {name: torch.cat([each[name] for each in scores])[order] for name in ("effort", "loss")}
     try:
         effort, loss = scores_one_by_one(scorer, input_ids, labels)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
             "self-test: out of memory on one sample by plain autograd, which takes more than scoring does: "
             "skip the test with --self_test 0"
