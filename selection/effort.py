@@ -9,7 +9,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,12 +18,21 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from selection.device import out_of_memory
 from selection.errors import UserError
 from selection.log import say
 from selection.phi import device_of, find_phi, unwrap
-from selection.sample_norms import listening_to_linear, listening_to_lora, replaced_forward, sum_of_squares
+from selection.sample_norms import (
+    listening_to_linear,
+    listening_to_lora,
+    replaced_forward,
+    sum_of_squares,
+    weights_in_graph,
+)
 
 IGNORED_LABEL = -100
+# On a CPU a product of three rows or fewer adds up in sequence: over a vocabulary of 49,152 that leaves four digits.
+FEWEST_ROWS = 4
 # Numbers of one chunk of logits: N × vocabulary never exists as a whole. A GPU needs more rows to be busy.
 _LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 # On a CPU composed attention is faster than fused for samples up to this length (bf16, 90 tokens: 2 times forward, 4
@@ -75,10 +84,18 @@ class EffortScorer:
             entropy (B,) of the predicted distribution in nats, averaged over the response tokens;
             hidden_state (B, d) float32: last hidden state, averaged over the response tokens.
         """
+        # Again where the first pass has found a weight that is used past its module.
+        return self._pass(input_ids, labels) or self._pass(input_ids, labels)
+
+    def _pass(
+        self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+    ) -> dict[str, torch.Tensor] | None:
         batch = _Batch.of(input_ids, labels, self.device, unshifted="el2n_released" in self.columns)
         squares = torch.zeros(len(input_ids), device=self.device)
         with self._listening(squares, batch.tokens.shape[1]) as ends:
             hidden = _last_hidden_state(self.model, batch.tokens)  # (B, T, d)
+            if self._set_aside(hidden):
+                return None
             batch = batch.to(hidden.device)  # the last layer's, where a model lies on several
             by_token, head_gradient = self._head(hidden.detach().flatten(0, 1)[batch.head_rows], batch)
             gradient = hidden.new_zeros(hidden.shape)
@@ -86,7 +103,8 @@ class EffortScorer:
             # Of the SUM of the token losses: one pass for all samples, each norm then divided by its own count.
             others = self._squares_of_others(hidden, gradient)
             squares.zero_()  # those passes may have gone through a map that listens
-            torch.autograd.grad(hidden, ends, gradient, allow_unused=True)  # fills `squares`
+            if ends:
+                torch.autograd.grad(hidden, ends, gradient, allow_unused=True)  # fills `squares`
 
         means = {name: batch.per_sample(values) / batch.counts for name, values in by_token.items()}
         means["effort"] = (squares.to(hidden.device) + others).sqrt() / batch.counts
@@ -120,10 +138,14 @@ class EffortScorer:
         """
         ends: list[torch.Tensor] = []
         with contextlib.ExitStack() as stack:
+            # Where `enable_input_require_grads` was called, the embeddings would be kept, and all that is made of them.
+            embeddings = self.model.get_input_embeddings()
+            stack.callback(embeddings.register_forward_hook(lambda module, inputs, output: output.detach()).remove)
             for linear_map in self.phi.maps:
                 # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
                 fresh = None if self.lora_a is None else lambda x: self.lora_scaling * functional.linear(x, self.lora_a)
-                stack.enter_context(listening_to_linear(linear_map, squares, length, ends, fresh))
+                listening = listening_to_linear(linear_map, squares, length, ends, fresh, bool(self.phi.others))
+                stack.enter_context(listening)
             for pair in self.phi.loras:
                 if not ends:
                     ends.append(torch.zeros((), device=self.device, requires_grad=True))
@@ -133,6 +155,22 @@ class EffortScorer:
                 other.requires_grad_(True)
             stack.enter_context(torch.enable_grad())
             yield ends
+
+    def _set_aside(self, hidden: torch.Tensor) -> bool:
+        """Whether a linear map of φ took part otherwise than by one call of its module, as DeepSeek-V2's router does:
+        its weight is then one of `others` from here on, and the pass has to be made again.
+
+        A map that took no part at all, such as an expert without a token, has no gradient and costs nothing.
+        """
+        in_graph = set() if self.lora_a is not None or not self.phi.maps else weights_in_graph(hidden)
+        aside = [each for each in self.phi.maps if id(each.weight) in in_graph]
+        for each in aside:
+            if each.columns is not None:
+                raise UserError(f"{each.name} is used twice in one pass, and only a part of it is φ: take another phi")
+        maps = [each for each in self.phi.maps if id(each.weight) not in in_graph]
+        others = self.phi.others | {each.name: each.weight for each in aside}
+        self.phi = replace(self.phi, maps=maps, others=others)
+        return bool(aside)
 
     def _head(self, hidden: torch.Tensor, batch: "_Batch") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """By-token figures (n,) float32 of the head's rows, zero where a row is none of theirs, and the gradient of
@@ -217,7 +255,6 @@ class _Batch:
     head_rows: torch.Tensor  # (n,)
     targets: torch.Tensor  # (n,) the next token where the loss counts it, else IGNORED_LABEL
     own: torch.Tensor  # (n,) the token of the row itself where it is of a response, else IGNORED_LABEL
-    sample: torch.Tensor  # (n,) whose row it is
     counts: torch.Tensor  # (B,) float32, response tokens that the loss counts
 
     @classmethod
@@ -229,7 +266,7 @@ class _Batch:
         unshifted: bool = False,
     ) -> "_Batch":
         """`unshifted`: give the head the response tokens' own rows too, not only those that predict one."""
-        shape = len(input_ids), max(map(len, input_ids))
+        shape = len(input_ids), max(FEWEST_ROWS, *map(len, input_ids))
         tokens, own, targets = np.zeros(shape, int), np.full(shape, IGNORED_LABEL), np.full(shape, IGNORED_LABEL)
         for i, (ids, label) in enumerate(zip(input_ids, labels, strict=True)):
             tokens[i, : len(ids)] = ids
@@ -239,16 +276,17 @@ class _Batch:
         counts = wanted.sum(1)
         if unshifted:
             wanted |= own != IGNORED_LABEL
-        sample, _ = wanted.nonzero()
-        arrays = tokens, own, wanted.ravel().nonzero()[0], targets[wanted], own[wanted], sample
+        arrays = tokens, own, wanted.ravel().nonzero()[0], targets[wanted], own[wanted]
         return cls(*(torch.from_numpy(a).to(device) for a in arrays), torch.from_numpy(counts).float().to(device))
 
     def to(self, device: torch.device) -> "_Batch":
         return _Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     def per_sample(self, values: torch.Tensor) -> torch.Tensor:
-        """(n,) by head row, summed by sample (B,)."""
-        return torch.zeros_like(self.counts).index_add_(0, self.sample, values)
+        """(n,) by head row, summed by sample (B,): over a dense table, as a GPU's `index_add_` has no order."""
+        table = torch.zeros(self.tokens.shape, device=values.device)
+        table.view(-1)[self.head_rows] = values
+        return table.sum(1)
 
 
 def _last_hidden_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -287,6 +325,9 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
     The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
     """
+    if len(hidden) < FEWEST_ROWS:
+        filled = functional.pad(hidden, (0, 0, 0, FEWEST_ROWS - len(hidden)))
+        return _logits(model, filled)[: len(hidden)]
     with replaced_forward(model.get_decoder(), lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits
     return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
@@ -320,7 +361,9 @@ def score_within_memory(
         batch = pending[0]
         try:
             piece = scorer.score([input_ids[i] for i in batch], [labels[i] for i in batch])
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             piece = None  # freed below: within this clause the error's traceback still holds the pass's tensors
         if piece is not None:
             pieces.append(piece)

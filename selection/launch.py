@@ -18,6 +18,7 @@ from selection.errors import Interrupted, UserError, end_on_signals, run_stage  
 
 end_on_signals()
 
+from selection.processes import visible_gpus  # noqa: E402
 from selection.stage import argument_parser  # noqa: E402
 
 
@@ -29,27 +30,13 @@ def main() -> None:
     asked = os.environ.get("NPROC", "")
     if asked and not (asked.isdigit() and int(asked)):
         raise UserError(f"NPROC={asked}: give the number of processes")
-    count = int(asked) if asked else _visible_gpus()
+    count = int(asked) if asked else max(1, len(visible_gpus()))
     if count == 1:
         sys.argv = sys.argv[1:]
         sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         _run_many(count, sys.argv[1:])
-
-
-def _visible_gpus() -> int:
-    """At least 1. Asked of the driver, without torch, which takes seconds to import."""
-    import subprocess
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return max(1, len([each for each in named.split(",") if each.strip()]))
-    try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return 1
-    return max(1, sum(line.startswith("GPU ") for line in found.splitlines()))
 
 
 def _run_many(count: int, command: list[str]) -> None:

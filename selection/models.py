@@ -42,6 +42,11 @@ def incomplete_adapters_refused() -> Iterator[None]:
         yield
 
 
+def straight_to_device() -> dict[str, Any]:
+    """For from_pretrained: weights go to the GPU without passing the host's memory, which many processes share."""
+    return {} if device().type == "cpu" else {"device_map": {"": device()}}
+
+
 def load_for_scoring(
     model: str,
     tuned: Path | None,
@@ -58,7 +63,7 @@ def load_for_scoring(
     Raises: UserError where the folder cannot be loaded, or bitsandbytes is asked for and not installed.
     """
     transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
-    placed = {"device_map": device_map, "max_memory": _room_for_weights()} if device_map else {}
+    placed = {"device_map": device_map, "max_memory": _room_for_weights()} if device_map else straight_to_device()
     if quantization_bit is not None:
         if not is_bitsandbytes_available():
             raise UserError(
@@ -84,12 +89,12 @@ def load_for_scoring(
         )
         if absent := sorted(said["missing_keys"]):  # transformers would draw them at random
             raise UserError(f"model {source} has no weights for {absent[0]} ({len(absent)} in all): get it again")
-        if not placed:
-            loaded = loaded.to(device())
         if tuned is not None and source == model:
             again = {"max_memory": placed["max_memory"]} if device_map else {}  # PEFT places an offloaded model anew
             with incomplete_adapters_refused():
-                loaded = PeftModel.from_pretrained(loaded, tuned, autocast_adapter_dtype=False, **again)
+                loaded = PeftModel.from_pretrained(
+                    loaded, tuned, autocast_adapter_dtype=False, torch_device=str(device()), **again
+                )
     for module in loaded.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' 4-bit product for CPUs that has no gradient
             module.support_avx512bf16_for_cpu = False

@@ -16,14 +16,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune import llama_factory
 from finetune.tokenised import check_embeddings
 from selection.config import Experiment
-from selection.device import choose_precision, device
+from selection.device import choose_precision, device, out_of_memory
 from selection.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.errors import UserError
 from selection.flops import scoring_flops, tuning_flops
 from selection.identity import tuning_lora
 from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION
 from selection.log import say
-from selection.models import NO_CODE, load_for_scoring, model_errors, parameters_of, with_fresh_lora
+from selection.models import (
+    NO_CODE,
+    load_for_scoring,
+    model_errors,
+    parameters_of,
+    straight_to_device,
+    with_fresh_lora,
+)
 from selection.staff import coreset_size, floor_share
 
 _PAD_TO_MULTIPLE_OF = 8  # tuning's batches, as LLaMA-Factory pads them
@@ -220,7 +227,9 @@ def calibrate(experiment: Experiment, tokenised: dict[str, Dataset], seconds: fl
         for what, prepare, precision in zip(("scoring", "tuning"), (_scoring, _tuning), precisions, strict=True):
             try:
                 per_token = _seconds_per_token(*prepare(experiment, name, path, rows, precision), rows, seconds / 4)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 raise UserError(
                     f"{what} on {model} does not fit into the memory of this device: give smaller batches "
                     "(selection.tokens_per_batch, training.per_device_train_batch_size) or take another device"
@@ -302,8 +311,8 @@ def load_for_tuning(path: str, keys: dict[str, Any], seed: int) -> nn.Module:
     with model_errors(f"cannot load model {path} for tuning"):
         if attention is None and getattr(AutoConfig.from_pretrained(path, **NO_CODE), "attn_logit_softcapping", None):
             attention = "eager"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=attention, **NO_CODE).to(
-            device()
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", attn_implementation=attention, **NO_CODE, **straight_to_device()
         )
     model.config.use_cache = False
     if not keys.get("disable_gradient_checkpointing", False):

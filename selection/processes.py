@@ -7,9 +7,11 @@ own for training. They share the run folder, which several hosts need to see (a 
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -190,6 +192,18 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them. Asked of the driver, without torch, which takes seconds to import."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:  # a negative one, or none, hides itself and what follows
+        return list(itertools.takewhile(lambda name: name and name[0] != "-", map(str.strip, named.split(","))))
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in found.splitlines()))]
 
 
 def shards(weights: list[int], count: int) -> list[list[int]]:

@@ -4,13 +4,14 @@ One seed of one task is an ordinary experiment with a run folder of its own, so 
 stages' commands, and what a stopped run has finished is reused.
 """
 
+import contextlib
 import csv
 import json
 import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from selection.ledger import (
 )
 from selection.log import progress_bar
 from selection.metrics import read_metrics
-from selection.processes import end_with_parent
+from selection.processes import end_with_parent, visible_gpus
 from selection.score_files import SCORER_VERSION
 from selection.verification import RULES_VERSION
 
@@ -145,7 +146,9 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
         if settings["selection"][key] == Selection.model_fields[key].default:
             del settings["selection"][key]
     formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
-    texts = [json.dumps(settings, sort_keys=True), *formats, str(SCORER_VERSION), str(RULES_VERSION)]
+    # Version 3 moved scores within the noise of bf16, but for last_layer in three families.
+    scorer = 2 if formats[1] == "bf16" and experiment.selection.phi != "last_layer" else SCORER_VERSION
+    texts = [json.dumps(settings, sort_keys=True), *formats, str(scorer), str(RULES_VERSION)]
     return digest(*(text.encode() for text in (*texts, fingerprint, *models)))[:16]
 
 
@@ -199,8 +202,27 @@ def jobs_of(
     return jobs
 
 
+def gpus_of_workers(count: int, gpus: list[str]) -> list[dict[str, str]]:
+    """What each of `count` processes is to have in its environment: one of the visible `gpus`, in turn."""
+    return [{"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {} for worker in range(count)]
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """Other values in the environment of a process that is started inside."""
+    before = {key: os.environ.get(key) for key in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            del os.environ[key]
+            if value is not None:
+                os.environ[key] = value
+
+
 def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callable[[Job], None]) -> None:
-    """Run jobs, `parallel` at a time, each in one of that many processes that import everything once.
+    """Run jobs, `parallel` at a time, each in one of that many processes that import everything once and see one GPU.
 
     `finished` is called after each. Raises: UserError with what a failed job said, after those that run have ended;
     no more are begun.
@@ -211,18 +233,24 @@ def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callabl
     log_folder.mkdir(parents=True, exist_ok=True)
     waiting, done, running, failures = list(jobs), set(), {}, []
     names = {job.name for job in jobs}
-    with (
-        ProcessPoolExecutor(parallel, mp_context=get_context("spawn"), initializer=end_with_parent) as pool,
-        progress_bar(total=sum(job.rows for job in jobs), unit="rows", smoothing=0, desc="tuning") as progress,
-    ):
+    with contextlib.ExitStack() as stack:
+        progress = progress_bar(total=sum(job.rows for job in jobs), unit="rows", smoothing=0, desc="tuning")
+        stack.enter_context(progress)
+        workers = []
+        for changes in reversed(gpus_of_workers(parallel, visible_gpus())):
+            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
+            workers.append((stack.enter_context(pool), changes))
         while running or (waiting and not failures):
             ready = [job for job in waiting if job.needs is None or job.needs in done or job.needs not in names]
             for job in ready[: 0 if failures else parallel - len(running)]:
                 waiting.remove(job)
                 log = log_folder / f"{job.name.replace(', ', '-').replace(' ', '-')}.log"
-                running[pool.submit(run_commands, job.commands, log)] = job, log
+                pool, changes = worker = workers.pop()
+                with _environment(changes):  # the pool starts its process at its first job
+                    running[pool.submit(run_commands, job.commands, log)] = job, log, worker
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, log = running.pop(future)
+                job, log, worker = running.pop(future)
+                workers.append(worker)
                 try:
                     said = future.result()
                 except BrokenProcessPool:

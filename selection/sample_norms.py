@@ -68,21 +68,36 @@ def listening_to_linear(
     linear_map: LinearMap,
     squares: torch.Tensor,
     length: int,
-    leaves: list[torch.Tensor],
+    ends: list[torch.Tensor],
     projected: Callable | None = None,
+    always_end: bool = False,
 ) -> Iterator[None]:
     """Add the norms of a linear map's weight gradient. Where its output needs no gradient yet, it becomes a leaf of
-    the graph and joins `leaves`: there the backward pass ends, and below nothing was kept.
+    the graph and joins `ends`: there the backward pass ends, and below nothing was kept.
 
-    `projected`: applied to the inputs first (the A of a fresh LoRA, whose B the gradient is then taken for).
+    `always_end`: it joins them in any case, as what needs a gradient below may be none of the `ends`.
+    `projected`: applied to the inputs first (the A of a fresh LoRA, whose B the gradient is then taken for). Without
+    it the weight requires a gradient but while the module is called the first time: whatever else is made of it, by a
+    second call or past the module, shows in the graph (see weights_in_graph).
     """
     shape, once = (len(squares), length), _Once(linear_map.name)
+    watched = projected is None and linear_map.weight_at_hand
 
-    def listen(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    def before(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if watched:
+            linear_map.weight.requires_grad_(once.used)
+
+    def listen(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
+        if watched:
+            linear_map.weight.requires_grad_(True)
+            if once.used:
+                return None
         once()
-        if not output.requires_grad:
+        starts = not output.requires_grad
+        if starts:
             output = output.detach().requires_grad_()
-            leaves.append(output)
+        if starts or always_end:
+            ends.append(output)
         seen = by_sample(inputs[0].detach(), shape, linear_map.name)
 
         def add(gradient: torch.Tensor) -> None:
@@ -98,11 +113,29 @@ def listening_to_linear(
         output.register_hook(add)
         return output
 
-    handle = linear_map.module.register_forward_hook(listen)
+    handles = [linear_map.module.register_forward_hook(listen), linear_map.module.register_forward_pre_hook(before)]
     try:
+        if watched:
+            linear_map.weight.requires_grad_(True)
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+        if watched:
+            linear_map.weight.requires_grad_(False)
+
+
+def weights_in_graph(output: torch.Tensor) -> set[int]:
+    """`id` of every parameter and other leaf that `output` was computed from."""
+    leaves, seen, nodes = set(), set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaves.add(id(getattr(node, "variable", None)))
+        nodes += [following for following, _ in node.next_functions]
+    return leaves
 
 
 @contextlib.contextmanager

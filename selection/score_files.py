@@ -29,7 +29,7 @@ from selection.files import (
 )
 from selection.log import warn
 
-SCORER_VERSION = 2  # counted up where a change moves scores by more than fp32's noise
+SCORER_VERSION = 3  # counted up where a change moves scores by more than fp32's noise
 SCHEMA = pa.schema(
     [
         ("index", pa.int64()),  # row of the training split

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional
 
-from selection.effort import EffortScorer, plan_batches, score_within_memory
+from selection.device import out_of_memory
+from selection.effort import FEWEST_ROWS, IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory
 from selection.errors import UserError
 from selection.phi import LinearMap
 
@@ -29,7 +30,10 @@ def scores_one_by_one(
     efforts, losses = [], []
     with _phi_as_parameters(scorer) as (parameters, of_interest):
         for ids, label in zip(input_ids, labels, strict=True):
-            tokens, targets = (torch.tensor([row], device=scorer.device) for row in (ids, label))
+            # A product of fewer rows is no reference (see FEWEST_ROWS); no token sees what stands behind it.
+            missing = max(0, FEWEST_ROWS - len(ids))
+            rows = [*ids, *[0] * missing], [*label, *[IGNORED_LABEL] * missing]
+            tokens, targets = (torch.tensor([row], device=scorer.device) for row in rows)
             loss = scorer.model(input_ids=tokens, labels=targets, use_cache=False).loss
             gradients = of_interest(torch.autograd.grad(loss, parameters, allow_unused=True))
             efforts.append(sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5)
@@ -105,7 +109,9 @@ def self_test(
     batched = {name: torch.cat([each[name] for each in scores])[order] for name in ("effort", "loss")}
     try:
         effort, loss = scores_one_by_one(scorer, input_ids, labels)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
             "self-test: out of memory on one sample by plain autograd, which takes more than scoring does: "
             "skip the test with --self_test 0"

@@ -4,8 +4,10 @@ import itertools
 import weakref
 
 import accelerate
+import peft
 import pytest
 import torch
+import transformers
 from conftest import REPOSITORY
 from test_effort import assert_close, autograd_norms, make_model, make_samples, with_tuned_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,6 +20,7 @@ from selection.effort import EffortScorer, response_losses, score_within_memory
 from selection.errors import UserError
 from selection.identity import placement
 from selection.models import count_parameters, load_for_scoring, with_fresh_lora
+from selection.plan import load_for_tuning
 from selection.self_test import scores_one_by_one, self_test
 
 
@@ -129,6 +132,48 @@ def test_device_map_auto_loads_the_same_model(adapter, tmp_path):
     torch.testing.assert_close(auto["effort"], expected["effort"], rtol=1e-6, atol=0)
 
 
+def test_weights_go_straight_to_the_gpu(monkeypatch, tmp_path):
+    """No process holds the whole model in the host's memory first; what is asked of transformers and PEFT is watched,
+    and then done on the CPU."""
+    make_model("llama").save_pretrained(tmp_path / "model")
+    with_tuned_adapter(make_model("llama")).save_pretrained(tmp_path / "tuned")
+    asked = []
+
+    def watched(name, load):
+        def on_cpu(*args, **kwargs):
+            asked.append((kwargs.pop("device_map", None), kwargs.pop("torch_device", None)))
+            return load(*args, **kwargs)
+
+        monkeypatch.setattr(name, on_cpu)
+
+    watched("transformers.AutoModelForCausalLM.from_pretrained", transformers.AutoModelForCausalLM.from_pretrained)
+    watched("peft.PeftModel.from_pretrained", peft.PeftModel.from_pretrained)
+    gpu = torch.device("cuda", 1)
+    for place, map_of_place in ((gpu, {"": gpu}), (torch.device("cpu"), None)):
+        monkeypatch.setattr(models, "device", lambda place=place: place)
+        load_for_scoring(str(tmp_path / "model"), tmp_path / "tuned", "fp32")
+        load_for_tuning(str(tmp_path / "model"), {}, 0)
+        assert asked == [(map_of_place, None), (None, str(place)), (map_of_place, None)]
+        asked.clear()
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "a-weight-is-missing"])
+def test_a_model_loaded_to_one_device_is_whole_scores_the_same_and_has_no_hooks(broken, monkeypatch, tmp_path):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "model", state_dict=dict(list(model.state_dict().items())[broken:]))
+    ids, labels = make_samples()
+    monkeypatch.setattr(models, "straight_to_device", lambda: {"device_map": {"": torch.device("cpu")}})
+    if broken:
+        with pytest.raises(UserError, match=r"has no weights for model\.embed_tokens\.weight \(1 in all\)"):
+            load_for_scoring(str(tmp_path / "model"), None, "fp32")
+        return
+    loaded = load_for_scoring(str(tmp_path / "model"), None, "fp32")
+    assert not any(hasattr(module, "_hf_hook") for module in loaded.modules())
+    assert torch.equal(
+        EffortScorer(loaded).score(ids, labels)["effort"], EffortScorer(model).score(ids, labels)["effort"]
+    )
+
+
 def test_placement_leaves_a_gpu_room_for_batches(monkeypatch):
     monkeypatch.setattr(models, "get_max_memory", lambda: {0: 1000, 1: 2000, "cpu": 500})
     assert models._room_for_weights() == {0: 850, 1: 1700, "cpu": 500}
@@ -148,6 +193,41 @@ class Small(EffortScorer):
         if size > self.holds:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().score(input_ids, labels)
+
+
+NO_MEMORY = [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+]
+
+
+@pytest.mark.parametrize("said", [*NO_MEMORY, None], ids=["cublas", "cudnn", "cudnn-9", "cuda", "torch-on-a-cpu"])
+def test_out_of_memory_is_known_whoever_says_it(said, monkeypatch):
+    ids, labels = make_samples()
+    scorer, score, sizes = EffortScorer(make_model("llama")), EffortScorer.score, []
+
+    def full_once(self, ids, labels):
+        sizes.append(len(ids))
+        if len(sizes) == 1:
+            if said is None:
+                torch.empty(2**60)
+            raise RuntimeError(said)
+        return score(self, ids, labels)
+
+    monkeypatch.setattr(EffortScorer, "score", full_once)
+    assert len(score_within_memory(scorer, ids, labels)["effort"]) == 4
+    assert sizes[0] == 4 > max(sizes[1:])
+
+
+def test_another_error_of_torch_is_none_of_memory(monkeypatch):
+    def fails(self, ids, labels):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(EffortScorer, "score", fails)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        score_within_memory(EffortScorer(make_model("llama")), *make_samples())
 
 
 @pytest.mark.parametrize("holds", [20, 25, 40, 79, 10**6])

@@ -7,8 +7,10 @@ import peft
 import pytest
 import torch
 import transformers
+from torch.nn import functional
 
-from selection.effort import EffortScorer, plan_batches, response_losses
+from selection import effort
+from selection.effort import FEWEST_ROWS, EffortScorer, plan_batches, response_losses
 from selection.errors import UserError
 from selection.models import _reset_query_value, with_fresh_lora
 from selection.phi import find_value_projection
@@ -179,6 +181,117 @@ def test_last_layer_is_every_weight_matrix_of_the_last_layer(name, adapter):
     assert_scores_are_autograd(scorer, model, matrices, ids, labels)
 
 
+# Families whose layers multiply with the weight of an nn.Linear without calling it. name: (config class, arguments)
+COMPRESSED = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+WEIGHT_WITHOUT_CALL = {
+    "deepseek-v2-router": (
+        transformers.DeepseekV2Config,
+        COMMON
+        | COMPRESSED
+        | {"num_key_value_heads": 4, "first_k_dense_replace": 1, "moe_intermediate_size": 16, "n_shared_experts": 1}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    ),
+    "longcat-router": (
+        transformers.LongcatFlashConfig,
+        dict(vocab_size=VOCABULARY, hidden_size=32, ffn_hidden_size=48, num_layers=3, num_attention_heads=4)
+        | COMPRESSED
+        | {"head_dim": 8, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 16},
+    ),
+    "bloom-by-slices": (
+        transformers.BloomConfig,
+        dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pretraining_tp=2, slow_but_exact=True),
+    ),
+}
+
+
+def last_layer_matrices(model):
+    return [p for key, p in model.named_parameters() if re.search(r"\b(layers|h)\.2\.", key) and p.dim() >= 2]
+
+
+@pytest.mark.parametrize("name", WEIGHT_WITHOUT_CALL)
+def test_a_weight_used_without_its_module_counts(name):
+    config_class, arguments = WEIGHT_WITHOUT_CALL[name]
+    torch.manual_seed(0)
+    model, (ids, labels) = transformers.AutoModelForCausalLM.from_config(config_class(**arguments)), make_samples()
+    with torch.no_grad():
+        for key, parameter in model.float().named_parameters():
+            if ".mlp." in key:  # the initial weights are so small that a router's gradient is none of the sum
+                parameter.mul_(10)
+    scorer = EffortScorer(model.eval(), "last_layer")
+    for _ in range(2):
+        assert_scores_are_autograd(scorer, model, last_layer_matrices(model), ids, labels)
+
+
+class Experts(torch.nn.Module):
+    """In the place of an MLP: token t goes to expert t mod 2; the third never gets one. `router` weighs what comes out,
+    of long sequences without being called."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.router = torch.nn.Linear(32, 32, bias=False)
+
+    def forward(self, x):
+        even = (torch.arange(x.shape[1]) % 2 == 0)[None, :, None]
+        mixed = torch.where(even, self.experts[0](x), self.experts[1](x))
+        weight = functional.linear(x, self.router.weight) if x.shape[1] > 10 else self.router(x)
+        return mixed * weight.sigmoid()
+
+
+def test_what_is_not_called_costs_nothing_until_its_weight_is_used():
+    model = make_model("llama")
+    model.model.layers[2].mlp = Experts()
+    scorer, (ids, labels) = EffortScorer(model, "last_layer"), make_samples((5, 9, 20, 15), (2, 5, 8, 3))
+    for rows, aside in (((0, 1), []), ((2, 3), ["layers.2.mlp.router"]), ((0, 1), ["layers.2.mlp.router"])):
+        batch = [ids[i] for i in rows], [labels[i] for i in rows]
+        assert_scores_are_autograd(scorer, model, last_layer_matrices(model), *batch)
+        assert list(scorer.phi.others) == aside
+
+
+def a_layer_twice(model):
+    model.model.layers[1] = model.model.layers[2]
+
+
+def a_weight_in_two_layers(model):
+    model.model.layers[1].self_attn.v_proj.weight = model.model.layers[2].self_attn.v_proj.weight
+
+
+@pytest.mark.parametrize("phi", ["last_layer", "v_weight"])
+@pytest.mark.parametrize("share", [a_layer_twice, a_weight_in_two_layers])
+def test_a_weight_used_twice_has_the_gradient_of_both_uses(share, phi):
+    model, (ids, labels) = make_model("llama"), make_samples()
+    share(model)
+    layer = model.model.layers[2]
+    matrices = (
+        [p for p in layer.parameters() if p.dim() >= 2] if phi == "last_layer" else [layer.self_attn.v_proj.weight]
+    )
+    assert_scores_are_autograd(EffortScorer(model, phi), model, matrices, ids, labels)
+
+
+def test_a_part_of_a_map_or_an_added_matrix_used_twice_is_refused():
+    model = make_model("gpt2-conv1d-fused")
+    model.transformer.h[1] = model.transformer.h[2]
+    for phi in ("v_weight", "v_lora_b"):
+        with pytest.raises(UserError, match=r"h\.2\.attn\.c_attn is used twice .* take another phi"):
+            EffortScorer(model, phi).score(*make_samples())
+
+
+@pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer", "all_lora"])
+def test_a_model_prepared_for_gradient_checkpointing_scores_the_same(phi):
+    ids, labels = make_samples()
+    expected = EffortScorer(with_tuned_adapter(make_model("llama")), phi).score(ids, labels)
+    model = with_tuned_adapter(make_model("llama"))
+    model.enable_input_require_grads()
+    hooks = dict(model.get_input_embeddings()._forward_hooks)
+    scorer, kept = EffortScorer(model, phi), []
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].requires_grad))
+    scores = scorer.score(ids, labels)
+    assert all(torch.equal(scores[name], expected[name]) for name in expected)
+    assert kept == [False]  # nothing is kept for a backward pass through all layers
+    assert_close(scores_one_by_one(scorer, ids, labels)[0], expected["effort"])
+    assert hooks == model.get_input_embeddings()._forward_hooks != {}
+
+
 @pytest.mark.parametrize("tuned", [False, True], ids=["fresh", "tuned"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_all_lora_is_every_a_and_b(name, tuned):
@@ -241,6 +354,30 @@ def test_chunks_of_the_head_do_not_change_the_score(monkeypatch):
     pieces = EffortScorer(model).score(ids, labels)
     assert_close(pieces["effort"], whole["effort"])
     assert_close(pieces["loss"], whole["loss"])
+
+
+@pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer"])
+def test_few_response_tokens_score_exactly_under_a_real_vocabulary(phi, monkeypatch):
+    """A product of three rows or fewer is summed in sequence over the vocabulary on a CPU: five digits are lost where
+    what is summed is large beside the sum, as the mean embedding is."""
+    torch.manual_seed(0)
+    vocabulary = 49_152  # of SmolLM2
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON | {"vocab_size": vocabulary})).eval()
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.5)
+    scorer = EffortScorer(model, phi)
+    ids, labels = make_samples((2, 3, 9, 12), (1, 1, 7, 3))  # 1, 2, 2 and 9 rows
+    efforts, losses = scores_one_by_one(EffortScorer(model.double(), phi), ids, labels)
+    model.float()
+    rows = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[1]))
+    monkeypatch.setattr(effort, "_LOGITS_AT_ONCE", {"cpu": 7 * vocabulary})  # 7 + 2 rows of the last
+    for i in range(4):
+        sample = ids[i : i + 1], labels[i : i + 1]
+        scores, plain = scorer.score(*sample), scores_one_by_one(scorer, *sample)
+        assert_close(torch.cat([scores["effort"], plain[0]]), efforts[i])
+        assert_close(torch.cat([scores["loss"], plain[1], response_losses(model, *sample)]), losses[i])
+    assert min(rows) >= FEWEST_ROWS
 
 
 @pytest.mark.parametrize("phi", ["v_lora_b", "last_layer", "all_lora"])

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_script
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +16,9 @@ from torch.distributed import TCPStore
 
 import selection.processes
 from finetune.tuning import share_of_batch
+from selection.device import device
 from selection.errors import UserError
-from selection.processes import processes, shards
+from selection.processes import processes, shards, visible_gpus
 
 
 def together(count: int, work, ends: float = 60) -> list:
@@ -45,6 +47,46 @@ def together(count: int, work, ends: float = 60) -> list:
         child.kill()
         child.join()
     return said
+
+
+@pytest.mark.parametrize(
+    ("named", "gpus"),
+    [
+        ("0,1", ["0", "1"]),
+        (" 3, GPU-1f ,", ["3", "GPU-1f"]),
+        ("", []),
+        ("-1", []),
+        ("2,-1,0", ["2"]),
+        (None, ["0", "1"]),
+    ],
+)
+def test_the_visible_gpus_are_those_named_else_the_drivers(named, gpus, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho 'GPU 1: H100 (UUID: GPU-2)'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == gpus
+    if named is None:
+        tool.unlink()
+        assert visible_gpus() == []
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_process_takes_its_own_gpu_and_makes_it_the_current_one(rank, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    if rank == 2:
+        with pytest.raises(UserError, match="process 2 of this host has no GPU: give at most NPROC=2"):
+            device()
+        return
+    assert device() == torch.device("cuda", rank)
+    assert current == [rank]
 
 
 def test_values_come_from_every_process_by_rank():

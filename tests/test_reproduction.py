@@ -228,6 +228,29 @@ def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
     assert finished.index("early") < finished.index("late") and len(finished) == 3
 
 
+def test_workers_get_the_visible_gpus_in_turn():
+    names = [each["CUDA_VISIBLE_DEVICES"] for each in reproduction.gpus_of_workers(5, ["2", "GPU-1f", "7"])]
+    assert names == ["2", "GPU-1f", "7", "2", "GPU-1f"]
+    assert reproduction.gpus_of_workers(2, []) == [{}, {}]
+
+
+def test_a_job_sees_its_gpu_from_the_start_of_its_process(tmp_path, monkeypatch):
+    """What was in a process's environment when it began: a library may ask for the GPUs while it is imported."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys, time\n"
+        "began_with = open('/proc/self/environ').read().split(chr(0))\n"
+        "gpu = [each for each in began_with if each.startswith('CUDA_VISIBLE_DEVICES=')]\n"
+        "open(sys.argv[1], 'a').write(','.join(gpu) + chr(10))\n"
+        "while len(open(sys.argv[1]).readlines()) < 2: time.sleep(0.05)\n"  # so that each job has a process of its own
+    )
+    run_jobs([Job(f"job {i}", [[str(script), str(tmp_path / "seen")]], 1) for i in range(2)], 2, tmp_path, print)
+    seen = sorted((tmp_path / "seen").read_text().split())
+    assert seen == ["CUDA_VISIBLE_DEVICES=3", "CUDA_VISIBLE_DEVICES=5"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
 def test_a_second_runner_of_the_same_run_folders_is_refused(tmp_path):
     with held(tmp_path), pytest.raises(UserError, match="is held by process"), held(tmp_path):
         pass
