@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from selection.effort import plan_batches, response_losses
 from selection.models import NO_CODE
-from selection.phi import last_decoder_layer, unwrap
+from selection.phi import decoder_of, last_decoder_layer
 
 _TOKENS_PER_BATCH = 2048
 
@@ -34,7 +34,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
     """The module that holds the list of decoder layers, and the list's name in it."""
     path, _, _ = last_decoder_layer(model)[0].rpartition(".")
     parent, _, name = path.rpartition(".")
-    return unwrap(model).get_decoder().get_submodule(parent), name
+    return decoder_of(model).get_submodule(parent), name
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], None]:

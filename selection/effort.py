@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from selection.errors import UserError
 from selection.log import say
-from selection.phi import device_of, find_phi, unwrap
+from selection.phi import decoder_of, device_of, find_phi, unwrap
 from selection.sample_norms import listening_to_linear, listening_to_lora, replaced_forward, sum_of_squares
 
 IGNORED_LABEL = -100
@@ -264,7 +264,7 @@ def _last_hidden_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Te
     if composed:
         model.set_attn_implementation("eager")
     try:
-        return model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        return decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
     finally:
         if composed:
             model.set_attn_implementation(chosen)
@@ -287,7 +287,7 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
     The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
     """
-    with replaced_forward(model.get_decoder(), lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])):
+    with replaced_forward(decoder_of(model), lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits
     return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
 

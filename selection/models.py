@@ -19,7 +19,7 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 from selection.config import Experiment
 from selection.device import device
 from selection.errors import UserError
-from selection.phi import unwrap
+from selection.phi import is_linear_map, unwrap
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal whether to run a model's code
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -143,9 +143,11 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
     Raises: UserError where the model has no such module.
     """
     modules = "all-linear" if target == "all" else [name.strip() for name in target.split(",")]
+    # As LLaMA-Factory, but PEFT would take routers for linear maps that answer with a tuple.
+    routers = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and not is_linear_map(each)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, exclude_modules=routers or None)
         try:
             return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
         except ValueError as error:
