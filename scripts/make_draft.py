@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from finetune import llama_factory  # noqa: E402
 from finetune.data_split import training_split  # noqa: E402
+from selection.checks import check_machine  # noqa: E402
 from selection.config import REPOSITORY, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
 from selection.draft import choose_layers, decoder_layers, keep_layers, save_with_tokenizer  # noqa: E402
@@ -44,6 +45,7 @@ def main() -> None:
     if Path(arguments.target).is_dir():  # as every path on a command line, from the working directory
         arguments.target = str(Path(arguments.target).resolve())
     target, out = llama_factory.model_path(arguments.target), arguments.out.resolve()
+    check_machine(experiment)
     split = training_split(experiment)
     if arguments.rows < 1:
         raise UserError(f"--rows {arguments.rows}: at least one calibration row is needed")

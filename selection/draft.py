@@ -94,7 +94,8 @@ def choose_layers(
 
 
 def save_with_tokenizer(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Save the model, with the tokenizer of `source`: from a local folder its files as they are.
+    """Save the model, with the tokenizer of `source` (and its image processor): from a local folder its files as they
+    are.
 
     (Loading and saving a tokenizer may write another class into its config.)
     """
@@ -104,7 +105,16 @@ def save_with_tokenizer(model: PreTrainedModel, source: str, folder: Path) -> No
         return
     for path in Path(source).iterdir():
         is_tokenizer = path.name.startswith(
-            ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+            (
+                "tokenizer",
+                "vocab",
+                "merges",
+                "special_tokens",
+                "added_tokens",
+                "chat_template",
+                "preprocessor",
+                "processor",
+            )
         )
         if is_tokenizer and path.is_file():
             shutil.copy(path, folder / path.name)

@@ -12,7 +12,7 @@ from accelerate.utils import get_max_memory
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as QUERY_AND_VALUE
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
@@ -62,11 +62,7 @@ def load_for_scoring(
     transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
     placed = {"device_map": device_map, "max_memory": _room_for_weights()} if device_map else {}
     if quantization_bit is not None:
-        if not is_bitsandbytes_available():
-            raise UserError(
-                f"selection.quantization_bit {quantization_bit} needs bitsandbytes from {BITSANDBYTES_MIN_VERSION} on: "
-                "pip install bitsandbytes, or leave the key out"
-            )
+        check_bitsandbytes(quantization_bit)
         placed = (
             {"device_map": {"": device()}} | placed | {"quantization_config": _quantised(quantization_bit, precision)}
         )
@@ -100,6 +96,15 @@ def load_for_scoring(
     return loaded.eval()
 
 
+def check_bitsandbytes(bits: int) -> None:
+    """Raises: UserError where it is not installed."""
+    if not is_bitsandbytes_available():
+        raise UserError(
+            f"selection.quantization_bit {bits} needs bitsandbytes from {BITSANDBYTES_MIN_VERSION} on: "
+            "pip install bitsandbytes, or leave the key out"
+        )
+
+
 def placement(experiment: Experiment, model: str, tuned: Path | None) -> dict[str, Any]:
     """`device_map` and `quantization_bit` for load_for_scoring: what is configured for the target, nothing for the
     speculative model."""
@@ -128,13 +133,19 @@ def _quantised(bits: int, precision: str) -> BitsAndBytesConfig:
 
 def _reset_query_value(model: nn.Module) -> None:
     """Zero B of the adapters that the released LoRA replaces: PEFT's default targets, query and value projection."""
-    model_type = unwrap(model).config.get_text_config().model_type
-    if model_type not in QUERY_AND_VALUE:
-        raise UserError(f"mode released: PEFT names no default LoRA targets for {model_type} models: use mode paper")
+    targets = default_lora_targets(unwrap(model).config)
     for name, module in model.named_modules():
-        if name.endswith(tuple(f".{target}" for target in QUERY_AND_VALUE[model_type])) and hasattr(module, "lora_B"):
+        if name.endswith(tuple(f".{target}" for target in targets)) and hasattr(module, "lora_B"):
             for matrix in module.lora_B.values():
                 nn.init.zeros_(matrix.weight)
+
+
+def default_lora_targets(config: PretrainedConfig) -> list[str]:
+    """PEFT's, for models of this kind: query and value projection. Raises: UserError where it names none."""
+    model_type = config.get_text_config().model_type
+    if model_type not in QUERY_AND_VALUE:
+        raise UserError(f"mode released: PEFT names no default LoRA targets for {model_type} models: use mode paper")
+    return QUERY_AND_VALUE[model_type]
 
 
 def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: int) -> PeftModel:

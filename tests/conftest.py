@@ -21,7 +21,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 _PATIENCE = 900  # seconds after which a script counts as hung, on a busy machine too
 
 # Files of more than 20 s, longest first: else one process may wait for the other at the end.
-_LONG = ("test_grid.py", "test_demo.py", "test_faults.py", "test_stages.py", "test_effort.py", "test_bench.py")
+_LONG = (
+    "test_grid.py",
+    "test_demo.py",
+    "test_faults.py",
+    "test_stages.py",
+    "test_architectures.py",
+    "test_effort.py",
+    "test_bench.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
