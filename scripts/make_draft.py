@@ -23,7 +23,7 @@ from finetune.data_split import training_split  # noqa: E402
 from selection.checks import check_machine  # noqa: E402
 from selection.config import REPOSITORY, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
-from selection.draft import choose_layers, decoder_layers, keep_layers, save_with_tokenizer  # noqa: E402
+from selection.draft import check_loads, choose_layers, decoder_layers, keep_layers, save_with_tokenizer  # noqa: E402
 from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import building, model_fingerprint, reuse, write_json  # noqa: E402
 from selection.ledger import CUTTING, Cost, measured  # noqa: E402
@@ -79,6 +79,7 @@ def main() -> None:
         del model
         whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto", **NO_CODE)
         keep_layers(whole, cut.kept)
+        check_loads(whole)
         save_with_tokenizer(whole, target, draft)
         # What it cost stays with the model: every experiment that uses it owes that.
         seconds = round(time.perf_counter() - started, 2)

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import hub_kernels
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from finetune.llama_factory import model_path
@@ -45,6 +47,12 @@ def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
             raise UserError(f"model {model}: transformers has no causal language model of type {config.model_type}")
         if (model == experiment.small_model or to_be_cut) and settings.rules == "released" and small_is_tuned:
             default_lora_targets(config)
+        if config.model_type == "gpt_oss" and not hasattr(hub_kernels, "load_and_register_kernel"):
+            # LLaMA-Factory 0.9.5 tunes it through a kernel that it asks transformers for by a name of before 5.0.
+            cannot = f"model {model}: LLaMA-Factory cannot tune gpt-oss beside transformers {transformers.__version__}"
+            if (model == experiment.small_model or to_be_cut) and small_is_tuned:
+                raise UserError(f"{cannot}: give small_training.num_train_epochs=0, or another small model")
+            warn(f"{cannot}: coresets can be cut for it, and exported; nothing here will tune on them")
         _try_small(config, model, experiment, keys)
     later = [method for method in settings.methods if method not in _OF_ANY_TARGET]
     if later and not experiment.tuned_target_scores.exists():

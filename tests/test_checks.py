@@ -9,6 +9,7 @@ from conftest import assert_one_line_error, run_script
 from selection import checks, choices
 from selection.checks import check_machine, check_models, check_rows, made_small
 from selection.config import load_experiment
+from selection.draft import check_loads, keep_layers
 from selection.effort import EffortScorer
 from selection.errors import UserError
 
@@ -130,6 +131,35 @@ def test_quantisation_without_its_package_is_refused_at_once(make_experiment, ro
     monkeypatch.setattr("selection.models.is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match=r"quantization_bit 4 needs bitsandbytes from .*pip install bitsandbytes"):
         check_machine(load_experiment(config))
+
+
+def test_layers_listed_by_number_are_counted_anew():
+    sizes = SMALL | {"intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": [1, 3]}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Llama4TextConfig(**sizes))
+    undo = keep_layers(model, [0, 2, 3])
+    assert (model.config.moe_layers, model.config.num_hidden_layers) == ([2], 3)
+    check_loads(model)
+    undo()
+    assert model.config.moe_layers == [1, 3]
+
+
+def test_a_cut_that_its_own_configuration_does_not_describe_is_refused():
+    sizes = {key: value for key, value in SMALL.items() if key != "head_dim"} | {"num_key_value_heads": 4}
+    sizes |= {
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    sizes |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**sizes))
+    undo = keep_layers(model, [0, 2])
+    check_loads(model)
+    undo()
+    keep_layers(model, [1, 2])  # both with experts, where the configuration says that the first has none
+    with pytest.raises(UserError, match=r"DeepseekV3ForCausalLM .* \(model\.layers\.0\.mlp\..*: give a small model"):
+        check_loads(model)
 
 
 # Of the size that their classes have as a default, which for most is a real one.
