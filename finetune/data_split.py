@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -348,10 +349,12 @@ _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """`raw_rows`, every one put through LLaMA-Factory's converter.
 
-    It drops rows without a response silently, which would shift every later row number. Raises: UserError, naming
+    It drops rows without a response silently, which would shift every later row number. Where prompt or response is a
+    column of numbers, or of what is taken for numbers or dates, the text in the file counts. Raises: UserError, naming
     the rows (counted from 0, as everywhere).
     """
     with raw_rows(path) as rows:
+        rows = _with_text(rows, path, llama_factory.text_columns(dataset_format.entry))
         if unusable := llama_factory.unusable_rows(rows, dataset_format.entry):
             first, *_ = unusable
             named = ", ".join(map(str, itertools.islice(unusable, 5)))
@@ -363,6 +366,53 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
         yield rows
 
 
+def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "datasets.Dataset":  # noqa: F821
+    """The rows, with those of `columns` that were read as numbers, truth values or dates as they stand in the file."""
+    from datasets import Value
+
+    names, kinds = rows.column_names, rows.features
+    odd = [name for name in columns if isinstance(kinds.get(name), Value) and kinds[name].dtype not in _TEXT_TYPES]
+    if not odd:
+        return rows
+    try:
+        texts = _texts(rows, path, odd)
+    except (ValueError, AttributeError, RecursionError):  # of a form that only the reader above knows
+        return rows
+    if any(len(text) != len(rows) for text in texts.values()):
+        return rows
+    for name in odd:
+        say(f"dataset {path.name}: {name} holds {kinds[name].dtype}: taken as the text that stands in the file")
+        rows = rows.remove_columns(name).add_column(name, texts[name], feature=Value("string"))
+    return rows.select_columns(names)
+
+
+_BLANK = re.compile(r"\s*")
+_TEXT_TYPES = ("string", "large_string", "string_view", "null")
+
+
+def _texts(rows: "datasets.Dataset", path: Path, columns: list[str]) -> dict[str, list[str | None]]:  # noqa: F821
+    """These columns' values as the file writes them; Parquet, which writes none, as JSON would."""
+    kind = _READERS[path.suffix.lower()]
+    if kind == "csv":
+        import pandas
+
+        table = pandas.read_csv(path, dtype=str, keep_default_na=False, usecols=columns)
+        return {name: table[name].tolist() for name in columns}
+    if kind == "parquet":
+        return {name: [None if v is None else _written(v) for v in rows[name]] for name in columns}
+    found, content, end = [], path.read_text(encoding="utf-8-sig").strip(), 0
+    reads = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+    while end < len(content):
+        value, end = reads.raw_decode(content, _BLANK.match(content, end).end())
+        found += value if isinstance(value, list) else [value]
+    values = {name: [row.get(name) for row in found] for name in columns}
+    return {name: [v if v is None else _written(v) for v in column] for name, column in values.items()}
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else _as_json(value)
+
+
 @contextlib.contextmanager
 def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """Rows of a JSON, JSONL, CSV or Parquet file as `datasets` reads them, and so as LLaMA-Factory sees them.
@@ -371,18 +421,27 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """
     from datasets import load_dataset
 
-    if path.suffix not in _READERS:
+    kind = _READERS.get(path.suffix.lower())
+    if kind is None:
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
-    if _READERS[path.suffix] == "json":
+    with path.open("rb") as file:
+        mark = file.read(3)
+    if kind != "parquet" and mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{path} is written in UTF-16: save it as UTF-8")
+    if kind == "json":
         _check_json(path)
     set_library_bars()
     with tempfile.TemporaryDirectory() as cache:
+        source = path
+        if kind == "json" and mark == codecs.BOM_UTF8:  # which is not everywhere passed over
+            source = Path(cache) / "without_mark.json"
+            with path.open("rb") as file, source.open("wb") as copy:
+                file.seek(len(mark))
+                shutil.copyfileobj(file, copy)
         try:
             # Else pandas takes the words null, NA and None in a CSV file for nothing.
-            options = {"keep_default_na": False} if path.suffix == ".csv" else {}
-            rows = load_dataset(
-                _READERS[path.suffix], data_files=glob.escape(str(path)), split="train", cache_dir=cache, **options
-            )
+            options = {"keep_default_na": False} if kind == "csv" else {}
+            rows = load_dataset(kind, data_files=glob.escape(str(source)), split="train", cache_dir=cache, **options)
             rows.data.validate(full=True)  # text that is no UTF-8 would be found out row by row, or never
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None

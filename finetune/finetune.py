@@ -57,10 +57,16 @@ def main() -> None:
             experiment.target_training,
             TARGET_TUNING,
         )
+    from selection.checks import check_machine, check_models, check_rows  # seconds of imports
+
+    if not arguments.dry_run and not folder.exists():
+        check_machine(experiment)
+        check_models(experiment)
     split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
     if split is None:
         print(f"{stage}: would split {experiment.dataset_paths} and tune {model_path(model)} on it -> {folder}")
         return
+    check_rows(experiment, len(split.rows))
     check_quotas(experiment)
     check_run(experiment, split)
     if arguments.model == "small" and experiment.borrows:

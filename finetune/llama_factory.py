@@ -128,6 +128,15 @@ def unusable_rows(rows: Iterable[dict], dataset_format: dict[str, Any]) -> dict[
     return unusable
 
 
+def text_columns(dataset_format: dict[str, Any]) -> list[str]:
+    """Columns that hold a row's text, where it is no conversation."""
+    attributes = _converter(json.dumps(dataset_format, sort_keys=True)).dataset_attr
+    if attributes.formatting != "alpaca":
+        return []
+    columns = (attributes.prompt, attributes.query, attributes.response, attributes.system)
+    return [column for column in dict.fromkeys(columns) if column]
+
+
 def in_common_form(rows, dataset_format: DatasetFormat, cache: Path) -> "datasets.Dataset":  # noqa: F821
     """The rows as conversations in COMMON_FORM, in the file `cache`: LLaMA-Factory makes the same tokens of them.
 

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from finetune import llama_factory  # noqa: E402
 from finetune.data_split import held_out_ids, training_split  # noqa: E402
+from selection.checks import check_machine  # noqa: E402
 from selection.config import REPOSITORY, from_repository, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
-from selection.draft import choose_layers, decoder_layers, keep_layers, save_with_tokenizer  # noqa: E402
+from selection.draft import check_loads, choose_layers, decoder_layers, keep_layers, save_with_tokenizer  # noqa: E402
 from selection.files import building, model_fingerprint, reuse, write_json  # noqa: E402
 from selection.ledger import CUTTING, Cost, measured  # noqa: E402
 from selection.log import progress_bar, say  # noqa: E402
@@ -50,6 +51,7 @@ def main() -> None:
         arguments.target = str(Path(arguments.target).resolve())
     target = llama_factory.model_path(arguments.target)
     out = arguments.out.resolve() if arguments.out else from_repository(experiment.small_model)
+    check_machine(experiment)
     split = training_split(experiment)
     if arguments.rows < 1:
         raise UserError(f"--rows {arguments.rows}: at least one calibration row is needed")
@@ -87,6 +89,7 @@ def main() -> None:
         del model
         whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto", **NO_CODE)
         keep_layers(whole, cut.kept)
+        check_loads(whole)
         save_with_tokenizer(whole, target, draft)
         # What it cost stays with the model: every experiment that uses it owes that.
         seconds = round(time.perf_counter() - started, 2)

@@ -242,7 +242,7 @@ def load_folder(folder: Path, cache: str) -> list:
     found = []
     for path in folder.iterdir():
         splits = [number for number, split in enumerate(SPLITS) if split in path.name.lower()]
-        if not splits or path.suffix not in BUILDERS:
+        if not splits or path.suffix.lower() not in BUILDERS:
             continue
         if len(splits) > 1:
             raise UserError(f"{path} has the names of two splits in its name; rename it")
@@ -255,7 +255,7 @@ def load_folder(folder: Path, cache: str) -> list:
     datasets.disable_progress_bars()
     parts = []
     for _, path in sorted(found):
-        builder = BUILDERS[path.suffix]
+        builder = BUILDERS[path.suffix.lower()]
         options = {"keep_default_na": False} if builder == "csv" else {}  # "" and "None" are text there
         try:
             part = datasets.load_dataset(builder, data_files=str(path), split="train", cache_dir=cache, **options)

@@ -24,6 +24,7 @@ from selection.errors import UserError
 from selection.families import Pair, find_pair, local_folder
 from selection.files import atomic_path, first_difference
 from selection.log import say
+from selection.staff import floor_share
 
 _OWN_OPTION = {  # keys that have one
     "output_dir": "--run",
@@ -79,8 +80,17 @@ def start(
     }
     for text in overrides:
         _override(values, text)
-    choose_strata(values["selection"], _validate(Experiment, values, "the experiment"), [rows for _, rows in data_sets])
-    return write_once(_validate(Experiment, values, "the experiment")), cut
+    checked = _validate(Experiment, values, "the experiment")
+    train = training_rows(checked, [rows for _, rows in data_sets])
+    choose_strata(values["selection"], checked, train)
+    choose_rates(values["selection"], checked, train, given=bool(rates))
+    experiment = _validate(Experiment, values, "the experiment")
+
+    from selection.checks import check_models, check_rows  # seconds of imports
+
+    check_rows(experiment, train)
+    check_models(experiment, to_be_cut=bool(cut))
+    return write_once(experiment), cut
 
 
 def choose_models(target: str, small: str | None = None, template: str | None = None) -> Pair:
@@ -191,10 +201,14 @@ def strata_for(num_rows: int, published: Selection) -> tuple[int, int]:
     return 1, most
 
 
-def choose_strata(selection: dict[str, Any], experiment: Experiment, rows_of_files: list[int]) -> None:
-    """Put K and b_v into the keys of `selection:` that --set has left open; says why."""
+def training_rows(experiment: Experiment, rows_of_files: list[int]) -> int:
+    """Rows of the training split that these files will give."""
     num_rows = sum(min(rows, experiment.max_samples or rows) for rows in rows_of_files)
-    train = num_rows - math.ceil(num_rows * experiment.eval_size)
+    return num_rows - math.ceil(num_rows * experiment.eval_size)
+
+
+def choose_strata(selection: dict[str, Any], experiment: Experiment, train: int) -> None:
+    """Put K and b_v into the keys of `selection:` that --set has left open; says why. `train`: training rows."""
     num_strata, per_stratum = strata_for(train, Selection())
     selection.setdefault("num_strata", num_strata)
     selection.setdefault("verify_per_stratum", per_stratum)
@@ -205,8 +219,18 @@ def choose_strata(selection: dict[str, Any], experiment: Experiment, rows_of_fil
         why = f"lowered for {train:,} training rows, so that the target scores at most a fifth of them"
     why = why if (k, b) == (num_strata, per_stratum) else "as given"
     say(f"strata: K = {k}, b_v = {b} rows of each verified, {why}; --set selection.num_strata=K for others")
-    rates = ", ".join(f"{rate:g}" for rate in experiment.selection.rates)
-    say(f"rates: {rates}; --rate R … for others")
+
+
+def choose_rates(selection: dict[str, Any], experiment: Experiment, train: int, given: bool) -> None:
+    """Leave out those published rates that keep none of `train` rows; says so."""
+    rates = experiment.selection.rates
+    kept = rates if given else [rate for rate in rates if floor_share(rate, train)] or rates
+    if kept != rates:
+        selection["rates"] = kept
+    without = "".join(
+        f", not {rate:g}, which keeps none of {train} training rows" for rate in rates if rate not in kept
+    )
+    say(f"rates: {', '.join(f'{rate:g}' for rate in kept)}{without}; --rate R … for others")
 
 
 def write_once(experiment: Experiment) -> Path:

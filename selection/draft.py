@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from selection.effort import plan_batches, response_losses
+from selection.errors import UserError
 from selection.models import NO_CODE
-from selection.phi import last_decoder_layer, unwrap
+from selection.phi import decoder_of, last_decoder_layer
 
 _TOKENS_PER_BATCH = 2048
+_OF_NUMBERS = ("moe_layers", "mlp_only_layers")  # keys of a config that list layers by number
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,28 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
     """The module that holds the list of decoder layers, and the list's name in it."""
     path, _, _ = last_decoder_layer(model)[0].rpartition(".")
     parent, _, name = path.rpartition(".")
-    return unwrap(model).get_decoder().get_submodule(parent), name
+    return decoder_of(model).get_submodule(parent), name
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], None]:
     """Leave only `kept` layers in the model and its config; returns what undoes it.
 
-    Every list in the config with one entry a layer (kinds of attention, …) is cut alike.
+    Every list in the config with one entry a layer (kinds of attention, …) is cut alike; where it holds the layers'
+    numbers (those with experts), they are counted anew.
     """
     parent, name = decoder_layers(model)
     layers, config = getattr(parent, name), model.config.get_text_config()
     before = {
         key: value
         for key, value in vars(config).items()
-        if key == "num_hidden_layers" or (isinstance(value, list) and len(value) == len(layers))
+        if key in ("num_hidden_layers", *_OF_NUMBERS) or (isinstance(value, list) and len(value) == len(layers))
     }
     setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
     for key, value in before.items():
-        setattr(config, key, [value[i] for i in kept] if isinstance(value, list) else len(kept))
+        if key in _OF_NUMBERS:
+            setattr(config, key, value and [new for new, old in enumerate(kept) if old in value])
+        else:
+            setattr(config, key, [value[i] for i in kept] if isinstance(value, list) else len(kept))
 
     def undo() -> None:
         setattr(parent, name, layers)
@@ -93,8 +99,21 @@ def choose_layers(
     return Cut([i for i in every if i not in dropped], dropped, full_loss, sensitivity, after)
 
 
+def check_loads(model: PreTrainedModel) -> None:
+    """Raises: UserError where the model's configuration, as it was cut, describes other layers than it has."""
+    with torch.device("meta"):
+        described = AutoModelForCausalLM.from_config(model.config, **NO_CODE).state_dict()
+    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (described, model.state_dict())]
+    if shapes[0] != shapes[1]:
+        odd = min(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+        raise UserError(
+            f"{type(model).__name__} has layers that cannot stand in another order ({odd}): give --small MODEL"
+        )
+
+
 def save_with_tokenizer(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Save the model, with the tokenizer of `source`: from a local folder its files as they are.
+    """Save the model, with the tokenizer of `source` (and its image processor): from a local folder its files as they
+    are.
 
     (Loading and saving a tokenizer may write another class into its config.)
     """
@@ -104,7 +123,16 @@ def save_with_tokenizer(model: PreTrainedModel, source: str, folder: Path) -> No
         return
     for path in Path(source).iterdir():
         is_tokenizer = path.name.startswith(
-            ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+            (
+                "tokenizer",
+                "vocab",
+                "merges",
+                "special_tokens",
+                "added_tokens",
+                "chat_template",
+                "preprocessor",
+                "processor",
+            )
         )
         if is_tokenizer and path.is_file():
             shutil.copy(path, folder / path.name)

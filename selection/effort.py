@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from selection.device import out_of_memory
 from selection.errors import UserError
 from selection.log import say
-from selection.phi import device_of, find_phi, unwrap
+from selection.phi import decoder_of, device_of, find_phi, unwrap
 from selection.sample_norms import (
     listening_to_linear,
     listening_to_lora,
@@ -302,7 +302,7 @@ def _last_hidden_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Te
     if composed:
         model.set_attn_implementation("eager")
     try:
-        return model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        return decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
     finally:
         if composed:
             model.set_attn_implementation(chosen)
@@ -328,7 +328,7 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     if len(hidden) < FEWEST_ROWS:
         filled = functional.pad(hidden, (0, 0, 0, FEWEST_ROWS - len(hidden)))
         return _logits(model, filled)[: len(hidden)]
-    with replaced_forward(model.get_decoder(), lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])):
+    with replaced_forward(decoder_of(model), lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits
     return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
 

@@ -18,9 +18,11 @@ end_on_signals()
 import numpy as np  # noqa: E402
 
 from finetune.data_split import existing_split, training_split  # noqa: E402
+from selection.checks import check_machine, check_models, check_rows  # noqa: E402
 from selection.identity import check_run  # noqa: E402
 from selection.ledger import SPECULATIVE_SCORES, TARGET_SCORES  # noqa: E402
 from selection.log import say  # noqa: E402
+from selection.quotas import check_quotas  # noqa: E402
 from selection.score_files import MORE_COLUMNS  # noqa: E402
 from selection.scoring import score_rows, would_score  # noqa: E402
 from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
@@ -47,8 +49,13 @@ def main() -> None:
     if tuned is not None and not tuned.exists() and not borrows:
         what, option = ("speculative model", "") if arguments.model == "small" else ("target", " --model target")
         raise UserError(f"the {what} is not tuned yet (no {tuned}): run finetune.py{option} with this configuration")
+    if not arguments.dry_run and not folder.exists():
+        check_machine(experiment)
+        check_models(experiment)
     split = split or training_split(experiment)
     check_run(experiment, split, tuned=["full"] if arguments.model == "target" else [])
+    check_rows(experiment, len(split.rows))
+    check_quotas(experiment)
     if borrows:
         (print if arguments.dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
         return

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from finetune import llama_factory
-from finetune.data_split import TrainingSplit, data_sets, finished_split, reading_rows, rows_of, split_numbers
+from finetune.data_split import TrainingSplit, data_sets, finished_split, raw_rows, reading_rows, rows_of, split_numbers
 from selection.annotated import annotated
 from selection.config import Experiment, from_repository
 from selection.coreset_files import Coreset, check_fits, read_coreset
@@ -162,8 +162,9 @@ def _llama_factory_file(experiment: Experiment, rows: "datasets.Dataset", path: 
 
     Text that holds dates alone in all rows of a file is read as dates.
     """
-    with contextlib.suppress(UserError), reading_rows(path, experiment.row_format):
-        return path.name
+    with contextlib.suppress(UserError), raw_rows(path) as found:
+        if not llama_factory.unusable_rows(found, experiment.row_format.entry):
+            return path.name
     path.unlink()
     rows.to_parquet(path.with_suffix(".parquet"))
     return path.with_suffix(".parquet").name

@@ -18,7 +18,7 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from selection.device import device
 from selection.errors import UserError
-from selection.phi import unwrap
+from selection.phi import is_linear_map, unwrap
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal whether to run a model's code
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,11 +66,7 @@ def load_for_scoring(
     transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
     placed = {"device_map": device_map, "max_memory": _room_for_weights()} if device_map else straight_to_device()
     if quantization_bit is not None:
-        if not is_bitsandbytes_available():
-            raise UserError(
-                f"selection.quantization_bit {quantization_bit} needs bitsandbytes from {BITSANDBYTES_MIN_VERSION} on: "
-                "pip install bitsandbytes, or leave the key out"
-            )
+        check_bitsandbytes(quantization_bit)
         placed = (
             {"device_map": {"": device()}} | placed | {"quantization_config": _quantised(quantization_bit, precision)}
         )
@@ -104,6 +100,15 @@ def load_for_scoring(
     return loaded.eval()
 
 
+def check_bitsandbytes(bits: int) -> None:
+    """Raises: UserError where it is not installed."""
+    if not is_bitsandbytes_available():
+        raise UserError(
+            f"selection.quantization_bit {bits} needs bitsandbytes from {BITSANDBYTES_MIN_VERSION} on: "
+            "pip install bitsandbytes, or leave the key out"
+        )
+
+
 def _room_for_weights() -> dict[int | str, int]:
     """Bytes by device for accelerate's placement: 85 % of what a GPU has free, the rest for batches."""
     return {where: free if where == "cpu" else int(0.85 * free) for where, free in get_max_memory().items()}
@@ -123,13 +128,19 @@ def _quantised(bits: int, precision: str) -> BitsAndBytesConfig:
 
 def _reset_query_value(model: nn.Module) -> None:
     """Zero B of the adapters that the released LoRA replaces: PEFT's default targets, query and value projection."""
-    model_type = unwrap(model).config.get_text_config().model_type
-    if model_type not in QUERY_AND_VALUE:
-        raise UserError(f"mode released: PEFT names no default LoRA targets for {model_type} models: use mode paper")
+    targets = default_lora_targets(unwrap(model).config)
     for name, module in model.named_modules():
-        if name.endswith(tuple(f".{target}" for target in QUERY_AND_VALUE[model_type])) and hasattr(module, "lora_B"):
+        if name.endswith(tuple(f".{target}" for target in targets)) and hasattr(module, "lora_B"):
             for matrix in module.lora_B.values():
                 nn.init.zeros_(matrix.weight)
+
+
+def default_lora_targets(config: PretrainedConfig) -> list[str]:
+    """PEFT's, for models of this kind: query and value projection. Raises: UserError where it names none."""
+    model_type = config.get_text_config().model_type
+    if model_type not in QUERY_AND_VALUE:
+        raise UserError(f"mode released: PEFT names no default LoRA targets for {model_type} models: use mode paper")
+    return QUERY_AND_VALUE[model_type]
 
 
 def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: int) -> PeftModel:
@@ -138,9 +149,11 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
     Raises: UserError where the model has no such module.
     """
     modules = "all-linear" if target == "all" else [name.strip() for name in target.split(",")]
+    # As LLaMA-Factory, but PEFT would take routers for linear maps that answer with a tuple.
+    routers = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and not is_linear_map(each)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, exclude_modules=routers or None)
         try:
             return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
         except ValueError as error:

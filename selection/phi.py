@@ -1,5 +1,7 @@
 """Find φ, the parameters that the gradient is taken for, in a model without knowing its family."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from selection.errors import UserError
@@ -97,7 +100,7 @@ def find_phi(model: nn.Module, name: str) -> Phi:
 
 def _lora_pairs(model: nn.Module) -> list[LoraPair]:
     """Every A and B of the model's active LoRA."""
-    found, in_decoder = [], set(unwrap(model).get_decoder().modules())
+    found, in_decoder = [], set(decoder_of(model).modules())
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -127,6 +130,13 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The text decoder, which answers with hidden states. (Llama 4 calls itself its decoder, head and all.)"""
+    model = unwrap(model)
+    found = model.get_decoder()
+    return found if found is not model else getattr(model, "model", model)
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where the module computes: its weights' device, or the one that accelerate brings them to for it."""
     hook = getattr(module, "_hf_hook", None)
@@ -138,7 +148,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 def last_decoder_layer(model: nn.Module) -> tuple[str, nn.Module]:
     """The last element of the decoder's layer list: the longest list of modules in the text decoder."""
-    decoder = unwrap(model).get_decoder()
+    decoder = decoder_of(model)
     lists = [
         (name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
@@ -162,21 +172,60 @@ def projections(layer: nn.Module) -> dict[str, nn.Module]:
     """The layer's linear maps by name (in GPT-2 they are Conv1D); a PEFT wrapper counts, what is inside it does not."""
     found: dict[str, nn.Module] = {}
     for name, module in layer.named_modules():
-        if isinstance(linear(module), nn.Linear | Conv1D) and not any(name.startswith(outer + ".") for outer in found):
+        if is_linear_map(linear(module)) and not any(name.startswith(outer + ".") for outer in found):
             found[name] = module
     return found
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Whether it answers with its product. Some routers (Phi-3.5-MoE, Llama 4) are an nn.Linear that answers with a
+    tuple: its parts may each be something else than the product."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    # A forward of its own: the only way to know is to call it. (bitsandbytes' answer with the product.)
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward) or not module.weight.is_floating_point():
+        return True
+    with torch.no_grad():
+        row = torch.zeros((1, module.in_features), dtype=module.weight.dtype, device=device_of(module))
+        return isinstance(module(row), torch.Tensor)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def find_value_projection(model: nn.Module) -> LinearMap:
-    """Find it by what it does, not by what it is called.
+@contextlib.contextmanager
+def _noting_values(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Gives a list, which gets the values (B, heads, T, d) that attention inside of `layer` is called with.
 
-    In a sequence of one token attention has one weight, 1, whatever query and key say: their gradient vanishes and
-    the values' does not. So the value projection is the one that reads the same input as a projection (or a part of
-    itself, where query, key and value are fused) whose output has no gradient.
+    Most families call it through one interface of transformers; of the others the list stays empty.
+    """
+    noted, inside = [], set(layer.modules())
+
+    def get_interface(*names):
+        function = type(ALL_ATTENTION_FUNCTIONS).get_interface(ALL_ATTENTION_FUNCTIONS, *names)
+
+        def attend(module, query, key, value, *args, **kwargs):
+            if module in inside:
+                noted.append(value)
+            return function(module, query, key, value, *args, **kwargs)
+
+        return attend
+
+    ALL_ATTENTION_FUNCTIONS.get_interface = get_interface
+    try:
+        yield noted
+    finally:
+        del ALL_ATTENTION_FUNCTIONS.get_interface
+
+
+def find_value_projection(model: nn.Module) -> LinearMap:
+    """Find it by what it does, not by what it is called: the last map whose output reaches the values of attention.
+
+    Where attention does not show its values: in a sequence of one token it has one weight, 1, whatever query and key
+    say: their gradient vanishes and the values' does not. So the value projection is the one that reads the same input
+    as a projection (or a part of itself, where query, key and value are fused) whose output has no gradient. (Not so
+    with attention sinks, which take a part of that weight.)
 
     Raises: UserError naming the linear maps of the layer where none behaves so.
     """
@@ -196,33 +245,24 @@ def find_value_projection(model: nn.Module) -> LinearMap:
     model.eval()  # dropout would zero columns too
     try:
         # The composed softmax, whose gradient is exactly 0 here; fused attention kernels leave rounding noise.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _noting_values(layer) as noted:
             token = torch.ones((1, 1), dtype=torch.long, device=device_of(unwrap(model).get_input_embeddings()))
-            hidden = unwrap(model).get_decoder()(input_ids=token, use_cache=False).last_hidden_state
-            direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+            hidden = decoder_of(model)(input_ids=token, use_cache=False).last_hidden_state
+            reached = noted[-1] if noted else hidden
+            direction = torch.randn(reached.shape, generator=torch.Generator().manual_seed(0)).to(reached)
             outputs = [output for _, output in seen.values()]
-            gradients = torch.autograd.grad(hidden, outputs, direction, allow_unused=True)
+            gradients = torch.autograd.grad(reached, outputs, direction, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
         model.train(training)
-    alive = {  # which columns of each projection's output reach the hidden state; (d_out,)
+    alive = {  # which columns of each projection's output reach the values, or the hidden state; (d_out,)
         name: torch.zeros(output.shape[-1], dtype=torch.bool)
         if g is None
         else (g != 0).reshape(-1, g.shape[-1]).any(0).cpu()
         for (name, (_, output)), g in zip(seen.items(), gradients, strict=True)
     }
-
-    # The first with dead columns is the query, alone or fused; what it stands in is the attention.
-    query = next((name for name, columns in alive.items() if not columns.all()), None)
-    values = [
-        name
-        for name, columns in alive.items()
-        if query is not None
-        and name.rpartition(".")[0] == query.rpartition(".")[0]
-        and columns.any()
-        and (not columns.all() or _equal(seen[name][0], seen[query][0]))
-    ]
+    values = [name for name, columns in alive.items() if columns.any()] if noted else _read_with_the_query(seen, alive)
     if not values:
         looked_at = ", ".join(seen) or "no linear map"
         raise UserError(
@@ -231,3 +271,19 @@ def find_value_projection(model: nn.Module) -> LinearMap:
     name = values[-1]  # in compressed attention the last of the chain makes the values
     columns = None if alive[name].all() else alive[name].nonzero().squeeze(1).to(seen[name][1].device)
     return LinearMap(f"{layer_name}.{name}", layer.get_submodule(name), columns)
+
+
+def _read_with_the_query(
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]], alive: dict[str, torch.Tensor]
+) -> list[str]:
+    """Names of those that read what the query's projection reads, and have columns that reach the hidden state."""
+    # The first with dead columns is the query, alone or fused; what it stands in is the attention.
+    query = next((name for name, columns in alive.items() if not columns.all()), None)
+    return [
+        name
+        for name, columns in alive.items()
+        if query is not None
+        and name.rpartition(".")[0] == query.rpartition(".")[0]
+        and columns.any()
+        and (not columns.all() or _equal(seen[name][0], seen[query][0]))
+    ]

@@ -301,10 +301,10 @@ def _parts(path: Path) -> list[Path]:
 def _read_table(path: Path, names: Sequence[str]) -> pa.Table:
     """Those of `names` that the file has; a CSV file as a whole."""
     try:
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             as_text = pa.csv.ConvertOptions(column_types={"id": pa.string()})
             return _with_readable_text(pa.csv.read_csv(path, convert_options=as_text))
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             with pa.parquet.ParquetFile(path) as file:
                 there = file.schema_arrow.names
                 return _with_readable_text(file.read([name for name in names if name in there], use_threads=False))

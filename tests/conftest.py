@@ -27,6 +27,7 @@ _LONG = (
     "test_demo.py",
     "test_faults.py",
     "test_stages.py",
+    "test_architectures.py",
     "test_effort.py",
     "test_fake_device.py",
     "test_bench.py",

@@ -64,6 +64,14 @@ ARCHITECTURES = {
     "gpt-neox-fused": (transformers.GPTNeoXConfig, GPT_LIKE | {"intermediate_size": 48}, 32),
     "falcon-fused": (transformers.FalconConfig, GPT_LIKE, 8),
     "phi-parallel-mlp": (transformers.PhiConfig, COMMON, 16),
+    "phimoe-router-answers-a-tuple": (transformers.PhimoeConfig, COMMON | {"num_local_experts": 4}, 16),
+    "llama4-router-answers-a-tuple": (
+        transformers.Llama4TextConfig,
+        COMMON | {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48},
+        16,
+    ),
+    "gpt-oss-attention-sinks": (transformers.GptOssConfig, COMMON | {"head_dim": 8, "num_local_experts": 4}, 16),
+    "jetmoe-query-in-experts": (transformers.JetMoeConfig, COMMON | {"kv_channels": 8, "num_local_experts": 4}, 16),
 }
 
 
@@ -114,7 +122,9 @@ def assert_scores_are_autograd(scorer, model, parameters, ids, labels):
 
 def with_tuned_adapter(model):
     """A LoRA on every linear map, with a B that is not zero."""
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    routers = [name for name, each in model.named_modules() if name.endswith("router") and hasattr(each, "in_features")]
+    linear = peft.LoraConfig(r=4, target_modules="all-linear", exclude_modules=routers or None)
+    model = peft.get_peft_model(model, linear)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "lora_B" in key:

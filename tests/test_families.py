@@ -367,6 +367,12 @@ def test_several_files_are_entries_with_a_form_each(begin, data, tmp_path):
         ({"target": "models/none-such"}, "no folder"),
         ({"small": "./none-such"}, "no folder"),
         ({"rates": [2.0]}, "rates"),
+        ({"rates": [0.5, 0.03]}, "rate 0.03 of 27 rows keeps none: give a rate of 0.037 or more"),
+        ({"overrides": ["training.lora_target=nowhere"]}, "no LoRA can be put on lora_target nowhere"),
+        (
+            {"overrides": ["selection.mode=released", "selection.verify=sampled", "selection.verify_per_stratum=25"]},
+            "25 of 27 rows",
+        ),
     ],
 )
 def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_path, changes, said):
@@ -391,6 +397,12 @@ def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(beg
     assert load_experiment(str(path)).selection.rates == [0.5]
 
 
+def test_published_rates_that_keep_no_row_are_left_out(begin, capsys):
+    path, _ = begin(overrides=["max_samples=10"])
+    assert load_experiment(str(path)).selection.rates == [0.8, 0.5, 0.3, 0.2]
+    assert "rates: 0.8, 0.5, 0.3, 0.2, not 0.1, which keeps none of 9 training rows; --rate" in capsys.readouterr().err
+
+
 def test_a_target_of_one_layer_cannot_be_cut(model_folder, tiny_model):
     folder = model_folder("one")
     config = json.loads((tiny_model / "config.json").read_text())
@@ -401,10 +413,10 @@ def test_a_target_of_one_layer_cannot_be_cut(model_folder, tiny_model):
 
 
 def test_selection_sh_starts_cuts_and_goes_on_to_tune(tiny_model, data, tmp_path):
-    """To the first stage that is told apart by the experiment: it has no module of that name to tune."""
+    """To the first stage that is told apart by the experiment: LLaMA-Factory has no such key."""
     command = ["--target", tiny_model, "--template", "chatml", "--data", "my.jsonl", "--run", "run"]
-    command += ["--set", "training.lora_target=nowhere", "--set", "cutoff_len=64"]
+    command += ["--set", "training.no_such_key=1", "--set", "cutoff_len=64"]
     done = run_script("selection/selection.sh", *command, cwd=tmp_path, check=False)
-    assert_one_line_error(done, "tuning", "nowhere")
+    assert_one_line_error(done, "tuning", "no_such_key")
     made = json.loads((tmp_path / "run" / "tiny-2-layers" / "draft.json").read_text())
     assert (made["layers"], len(made["kept"])) == (2, 2)

@@ -11,8 +11,8 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 from datasets import Dataset
 
 from finetune import llama_factory
-from finetune.data_split import row_id, rows_of, training_split, write_dataset
-from selection.config import load_experiment
+from finetune.data_split import raw_rows, reading_rows, row_id, rows_of, training_split, write_dataset
+from selection.config import DatasetFormat, load_experiment
 from selection.errors import UserError
 from selection.files import read_json
 
@@ -113,15 +113,83 @@ def test_a_row_id_depends_on_content_alone():
     assert row_id({"a": 1, "b": "x"}) != row_id({"a": 1, "b": "y"})
 
 
-@pytest.mark.parametrize("output", [None, "", "  \n", 3, ["a"]], ids=repr)
+@pytest.mark.parametrize("output", [None, "", "  \n", ["a"]], ids=repr)
 def test_rows_without_a_response_are_named(make_experiment, rows, output):
     for row in rows:
-        row["output"] = [] if isinstance(output, list) else 0 if isinstance(output, int) else row["output"]
+        row["output"] = [] if isinstance(output, list) else row["output"]
     rows[7]["output"] = rows[11]["output"] = output
     experiment = load_experiment(make_experiment(rows))
     with pytest.raises(UserError, match=r"rows have no prompt and text response, first row (7, 11|0, 1, 2)"):
         training_split(experiment)
     assert not experiment.data_folder.exists() or not (experiment.data_folder / "split.json").exists()
+
+
+TWO_COLUMNS = DatasetFormat(columns={"prompt": "instruction", "response": "output"})
+NUMBERS = ["0", "1", "1.50", "1e3", "-7"]
+FILES = {  # what a file holds, of NUMBERS and some others as the responses
+    "d.csv": "instruction,output,id\n" + "".join(f"{i} or not?,{n},{i}\n" for i, n in enumerate(NUMBERS)),
+    "zeros.CSV": "instruction,output,id\n" + "".join(f"{i} or not?,{n},{i}\n" for i, n in enumerate(["007", "0"])),
+    "missing.csv": "instruction,input,output,id\n1,,0,0\n2,5,1,1\n",
+    "d.jsonl": "".join(f'{{"instruction": "{i}", "output": {n}, "id": {i}}}\n' for i, n in enumerate(NUMBERS)),
+    "d.JSON": json.dumps([{"instruction": 2, "output": 0, "id": 0}, {"instruction": 3, "output": 1, "id": 1}]),
+    "truth.jsonl": "".join(
+        f'{{"instruction": "{n}?", "output": {n}, "id": {i}}}\n' for i, n in enumerate(["true", "false"])
+    ),
+    "truth.csv": "instruction,output,id\nyes?,True,0\nno?,False,1\n",
+    "dates.jsonl": "".join(f'{{"instruction": "when?", "output": "2020-01-0{i}", "id": {i - 1}}}\n' for i in (1, 2)),
+}
+RESPONSES = {
+    "zeros.CSV": ["007", "0"],
+    "missing.csv": ["0", "1"],
+    "d.JSON": ["0", "1"],
+    "truth.jsonl": ["true", "false"],
+    "truth.csv": ["True", "False"],
+    "dates.jsonl": ["2020-01-01", "2020-01-02"],
+}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "byte-order mark"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_number_counts_as_the_text_that_stands_in_the_file(name, mark, tmp_path, capsys):
+    (tmp_path / name).write_text(mark + FILES[name], encoding="utf-8")
+    with reading_rows(tmp_path / name, TWO_COLUMNS) as found:
+        found = found.to_list()
+    assert [row["output"] for row in found] == RESPONSES.get(name, NUMBERS)
+    assert all(isinstance(row["instruction"], str) for row in found)
+    assert [row["id"] for row in found] == list(range(len(found)))  # which is no text of the sample: as it was read
+    assert f"dataset {name}: output holds " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["d.PARQUET", "d.parquet"])
+def test_numbers_of_a_parquet_file_are_written_as_in_json(name, tmp_path):
+    answers = {"output": [0, 1], "instruction": ["a", "b"], "input": [1.5, None], "system": [True, False]}
+    Dataset.from_dict(answers).to_parquet(tmp_path / name)
+    columns = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
+    with reading_rows(tmp_path / name, DatasetFormat(columns=columns)) as found:
+        assert found.column_names == list(answers)
+        assert [list(row.values()) for row in found] == [["0", "a", "1.5", "true"], ["1", "b", None, "false"]]
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_named(name, encoding, tmp_path):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / name).write_text(f'{mark}{{"instruction": "a", "output": "b"}}\n', encoding=encoding)
+    with pytest.raises(UserError, match=rf"{name} is written in UTF-16: save it as UTF-8"), raw_rows(tmp_path / name):
+        pass
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.csv"])
+def test_a_byte_order_mark_is_passed_over(name, rows, tmp_path):
+    given = [{"instruction": row["instruction"], "output": row["output"]} for row in rows]
+    if name == "d.csv":
+        Dataset.from_list(given).to_csv(tmp_path / name)
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in given)
+        (tmp_path / name).write_text(json.dumps(given) if name == "d.json" else lines, encoding="utf-8")
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    with reading_rows(tmp_path / name, TWO_COLUMNS) as found:
+        assert found.to_list() == given
 
 
 def test_a_missing_column_is_named(make_experiment, rows):

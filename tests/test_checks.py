@@ -1,0 +1,187 @@
+"""What can be refused is refused before anything is paid for: by the first stage, without the models' weights."""
+
+import json
+
+import pytest
+import transformers
+from conftest import assert_one_line_error, run_script
+
+from selection import checks, choices
+from selection.checks import check_machine, check_models, check_rows, made_small
+from selection.config import load_experiment
+from selection.draft import check_loads, keep_layers
+from selection.effort import EffortScorer
+from selection.errors import UserError
+
+SMALL = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    pad_token_id=0,
+    num_hidden_layers=4,
+)
+SHARES_KEYS_THROUGH_THE_CACHE = transformers.Gemma3nTextConfig(
+    **SMALL,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    num_kv_shared_layers=2,
+    vocab_size_per_layer_input=64,
+    hidden_size_per_layer_input=8,
+    altup_num_inputs=2,
+    laurel_rank=4,
+    activation_sparsity_pattern=[0.0] * 4,
+)
+LAST_LAYER_HAS_NO_ATTENTION = transformers.MiniMaxConfig(
+    **SMALL, num_local_experts=2, layer_types=["full_attention", "linear_attention"] * 2
+)
+REFUSED = [
+    (SHARES_KEYS_THROUGH_THE_CACHE, [], "take keys and values out of the cache"),
+    (LAST_LAYER_HAS_NO_ATTENTION, [], "found no value projection in layers.3 of MiniMaxForCausalLM"),
+    (
+        transformers.JetMoeConfig(**SMALL, kv_channels=8),
+        ["selection.mode=released"],
+        "no default LoRA targets for jetmoe",
+    ),
+    (transformers.ViTConfig(), [], "no causal language model of type vit"),
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A function that makes a model's folder with nothing in it but the configuration."""
+
+    def make(config):
+        folder = tmp_path / "model"
+        config.save_pretrained(folder)
+        (folder / "model.safetensors").touch()
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(("config", "overrides", "said"), REFUSED, ids=[each[2] for each in REFUSED])
+def test_a_start_refuses_what_the_target_cannot_do(config, overrides, said, model, rows, tmp_path):
+    data = tmp_path / "my.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"model {tmp_path}/model: .*{said}|{said}"):
+        choices.start(model(config), [data], template="chatml", run=tmp_path / "run", overrides=overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_the_first_stage_refuses_a_target_before_the_small_model_is_tuned(
+    passes, make_experiment, rows, model, tmp_path
+):
+    target = model(LAST_LAYER_HAS_NO_ATTENTION)
+    config = make_experiment(rows, target_model=target, small_training={"num_train_epochs": passes})
+    done = [run_script(stage, "--config_path", config, check=False) for stage in FIRST_STAGES[: 2 - passes]]
+    assert_one_line_error(done[-1], "error: model", "found no value projection", "looked at self_attn.qkv_proj")
+    assert not (tmp_path / "run").exists()
+
+
+FIRST_STAGES = ("finetune/finetune.py", "selection/effort_score.py")  # without passes the first does nothing
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_the_first_stage_refuses_a_rate_that_keeps_no_row(passes, make_experiment, rows, tmp_path):
+    config = make_experiment(rows[:10], selection={"rates": [0.5, 0.1]}, small_training={"num_train_epochs": passes})
+    done = [run_script(stage, "--config_path", config, check=False) for stage in FIRST_STAGES[: 2 - passes]]
+    assert_one_line_error(done[-1], "error: rate 0.1 of 8 rows keeps none: give a rate of 0.125 or more")
+    assert not (tmp_path / "run" / "small").exists()
+    assert not (tmp_path / "run" / "scores").exists()
+
+
+def test_a_target_that_is_not_there_is_refused_before_the_small_model_is_tuned(make_experiment, rows, tmp_path):
+    done = run_script(
+        "finetune/finetune.py", "--config_path", make_experiment(rows, target_model="models/none"), check=False
+    )
+    assert_one_line_error(done, "error: model models/none: no folder")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_model_whose_configuration_cannot_be_had_is_left_to_the_stage_that_loads_it(make_experiment, rows):
+    check_models(load_experiment(make_experiment(rows, target_model="some/model")))
+
+
+def test_a_kind_that_cannot_be_made_small_is_left_to_the_stage_that_loads_it(make_experiment, rows, model, monkeypatch):
+    experiment = load_experiment(make_experiment(rows, target_model=model(LAST_LAYER_HAS_NO_ATTENTION)))
+    monkeypatch.setattr(checks, "made_small", lambda config: config.no_such_key)
+    check_models(experiment)
+
+
+def test_methods_that_need_the_tuned_target_are_said_at_once(make_experiment, rows, capsys):
+    check_models(load_experiment(make_experiment(rows, selection={"methods": ["staff", "grand", "d2"]})))
+    assert "grand, d2: coreset.py reads the scores of the tuned target" in capsys.readouterr().err
+    check_models(load_experiment(make_experiment(rows)))
+    assert not capsys.readouterr().err
+
+
+def test_strata_of_which_released_verifies_none_are_refused(make_experiment, rows):
+    released = {"mode": "released", "verify": "sampled", "verify_per_stratum": 10}
+    experiment = load_experiment(make_experiment(rows, selection=released | {"rates": [0.5]}))
+    check_rows(experiment, 12)  # 11 in strata: one may have them all
+    with pytest.raises(UserError, match="10 of 11 rows are in strata: give a smaller verify_per_stratum"):
+        check_rows(experiment, 11)
+
+
+def test_quantisation_without_its_package_is_refused_at_once(make_experiment, rows, monkeypatch, tmp_path):
+    config = make_experiment(rows, selection={"rates": [0.5], "quantization_bit": 4})
+    monkeypatch.setattr("selection.models.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UserError, match=r"quantization_bit 4 needs bitsandbytes from .*pip install bitsandbytes"):
+        check_machine(load_experiment(config))
+
+
+def test_layers_listed_by_number_are_counted_anew():
+    sizes = SMALL | {"intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": [1, 3]}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Llama4TextConfig(**sizes))
+    undo = keep_layers(model, [0, 2, 3])
+    assert (model.config.moe_layers, model.config.num_hidden_layers) == ([2], 3)
+    check_loads(model)
+    undo()
+    assert model.config.moe_layers == [1, 3]
+
+
+def test_a_cut_that_its_own_configuration_does_not_describe_is_refused():
+    sizes = {key: value for key, value in SMALL.items() if key != "head_dim"} | {"num_key_value_heads": 4}
+    sizes |= {
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    sizes |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**sizes))
+    undo = keep_layers(model, [0, 2])
+    check_loads(model)
+    undo()
+    keep_layers(model, [1, 2])  # both with experts, where the configuration says that the first has none
+    with pytest.raises(UserError, match=r"DeepseekV3ForCausalLM .* \(model\.layers\.0\.mlp\..*: give a small model"):
+        check_loads(model)
+
+
+# Of the size that their classes have as a default, which for most is a real one.
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.LlamaConfig(hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, num_hidden_layers=80),
+        transformers.GptOssConfig(),
+        transformers.GemmaConfig(),
+        transformers.Gemma3Config(),
+        transformers.Phi3Config(),
+        transformers.PhimoeConfig(),
+        transformers.Qwen3MoeConfig(),
+        transformers.GPT2Config(),
+        transformers.FalconConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_kind_made_small_is_scored_as_the_kind_is(config):
+    small = transformers.AutoModelForCausalLM.from_config(made_small(config))
+    assert sum(parameter.numel() for parameter in small.parameters()) < 3e7
+    assert small.config.num_hidden_layers == config.get_text_config().num_hidden_layers
+    (values,) = EffortScorer(small).phi.modules
+    assert values.split(".")[1] == str(small.config.num_hidden_layers - 1)
+    assert values.rpartition(".")[2] in ("v_proj", "qkv_proj", "c_attn", "query_key_value")
