@@ -256,7 +256,7 @@ def departure_table(
 def fingerprint_of(experiment: Experiment, runs: Path) -> str:
     """Of the training split that every experiment of this run will have."""
     experiment.output_dir = str(runs.resolve() / "split")
-    return training_split(experiment, cutting=True).fingerprint  # speculators are cut here
+    return training_split(experiment).fingerprint
 
 
 def released_scores(experiment: Experiment) -> np.ndarray:
