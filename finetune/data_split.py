@@ -409,6 +409,14 @@ def _texts(rows: "datasets.Dataset", path: Path, columns: list[str]) -> dict[str
     return {name: [v if v is None else _written(v) for v in column] for name, column in values.items()}
 
 
+def _all_text(path: Path) -> "datasets.Features":  # noqa: F821
+    """The columns of a CSV file, each as text."""
+    import pandas
+    from datasets import Features, Value
+
+    return Features({name: Value("string") for name in pandas.read_csv(path, nrows=0).columns})
+
+
 def _written(value: Any) -> str:
     return value if isinstance(value, str) else _as_json(value)
 
@@ -439,9 +447,16 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
                 file.seek(len(mark))
                 shutil.copyfileobj(file, copy)
         try:
-            # Else pandas takes the words null, NA and None in a CSV file for nothing.
-            options = {"keep_default_na": False} if kind == "csv" else {}
-            rows = load_dataset(kind, data_files=glob.escape(str(source)), split="train", cache_dir=cache, **options)
+            options = {"data_files": glob.escape(str(source)), "split": "train", "cache_dir": cache}
+            if kind == "csv":  # else pandas takes the words null, NA and None for nothing
+                options["keep_default_na"] = False
+            try:
+                rows = load_dataset(kind, **options)
+            except Exception:
+                if kind != "csv":
+                    raise
+                # A column of numbers in its first rows and of words in later ones: then all are text.
+                rows = load_dataset(kind, features=_all_text(source), **options)
             rows.data.validate(full=True)  # text that is no UTF-8 would be found out row by row, or never
         except Exception as error:  # each reader raises its own kinds
             raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None

@@ -49,7 +49,7 @@ def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
         if (model == experiment.small_model or to_be_cut) and settings.rules == "released" and small_is_tuned:
             default_lora_targets(config)
         if config.model_type == "gpt_oss" and not hasattr(hub_kernels, "load_and_register_kernel"):
-            # LLaMA-Factory 0.9.5 tunes it through a kernel that it asks transformers for by a name of before 5.0.
+            # LLaMA-Factory 0.9.5 tunes it through a kernel, and asks for it by a name that this transformers has not.
             cannot = f"model {model}: LLaMA-Factory cannot tune gpt-oss beside transformers {transformers.__version__}"
             if (model == experiment.small_model or to_be_cut) and small_is_tuned:
                 raise UserError(f"{cannot}: give small_training.num_train_epochs=0, or another small model")

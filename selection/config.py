@@ -225,7 +225,8 @@ class Experiment(_Section):
     ]
     """JSON, JSONL, CSV or Parquet file, or a list of data sets, each with `path` and more keys. All rows are pooled, in
     the order given, and split once. Where data sets come in different forms, all rows are put into one, conversations,
-    by LLaMA-Factory's own converter: their tokens stay the same. Source: ours; pooled as in the paper."""
+    by LLaMA-Factory's own converter: their tokens stay the same. Numbers in a column of prompts or responses count as
+    the text that stands in the file. Source: ours; pooled as in the paper."""
     dataset_format: DatasetFormat = DatasetFormat()
     """How the rows are to be read; absent: alpaca."""
     max_samples: int | None = Field(default=None, ge=2)

@@ -107,7 +107,8 @@ def check_loads(model: PreTrainedModel) -> None:
     if shapes[0] != shapes[1]:
         odd = min(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
         raise UserError(
-            f"{type(model).__name__} has layers that cannot stand in another order ({odd}): give --small MODEL"
+            f"{type(model).__name__}: {odd} would have another place or shape in a model of fewer layers: give a small "
+            "model (--small)"
         )
 
 

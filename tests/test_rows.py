@@ -160,6 +160,14 @@ def test_a_number_counts_as_the_text_that_stands_in_the_file(name, mark, tmp_pat
     assert f"dataset {name}: output holds " in capsys.readouterr().err
 
 
+def test_a_csv_column_that_begins_with_numbers_may_go_on_with_words(tmp_path):
+    answers = [str(i % 2) if i < 15_000 else "unknown" for i in range(25_000)]  # it is read 10,000 rows at a time
+    lines = ["instruction,output\n", *(f"q{i},{answer}\n" for i, answer in enumerate(answers))]
+    (tmp_path / "d.csv").write_text("".join(lines))
+    with reading_rows(tmp_path / "d.csv", TWO_COLUMNS) as found:
+        assert found["output"][:] == answers
+
+
 @pytest.mark.parametrize("name", ["d.PARQUET", "d.parquet"])
 def test_numbers_of_a_parquet_file_are_written_as_in_json(name, tmp_path):
     answers = {"output": [0, 1], "instruction": ["a", "b"], "input": [1.5, None], "system": [True, False]}
