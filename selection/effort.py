@@ -31,8 +31,9 @@ from selection.sample_norms import (
 )
 
 IGNORED_LABEL = -100
-# On a CPU a product of three rows or fewer adds up in sequence: over a vocabulary of 49,152 that leaves four digits.
-FEWEST_ROWS = 4
+# Rows come to the head in fours: on a CPU one to three that are left over, of each thread's share, add up in sequence.
+# Over a vocabulary of 49,152 that leaves four digits.
+IN_FOURS = 4
 # Numbers of one chunk of logits: N × vocabulary never exists as a whole. A GPU needs more rows to be busy.
 _LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 # On a CPU composed attention is faster than fused for samples up to this length (bf16, 90 tokens: 2 times forward, 4
@@ -179,9 +180,8 @@ class EffortScorer:
         One float32 table, kept from batch to batch, holds a chunk's logits, log-probabilities, probabilities and
         their gradient in turn: fresh memory of that size costs more than what is computed in it.
         """
-        size = _rows_at_once(self.model, hidden.device)
-        figures, gradients = [], []
-        for rows, targets, own in zip(*(each.split(size) for each in (hidden, batch.targets, batch.own)), strict=True):
+        count, figures, gradients = len(hidden), [], []
+        for rows, targets, own in _chunks(self.model, hidden, batch.targets, batch.own):
             rows = rows.detach().requires_grad_()
             with torch.enable_grad():
                 logits = _logits(self.model, rows)
@@ -208,7 +208,8 @@ class EffortScorer:
                 scores.mul_(predicts[:, None])
             gradients.append(torch.autograd.grad(logits, rows, scores.to(logits.dtype))[0])
             figures.append(figure)
-        return {name: torch.cat([figure[name] for figure in figures]) for name in figures[0]}, torch.cat(gradients)
+        by_token = {name: torch.cat([figure[name] for figure in figures])[:count] for name in figures[0]}
+        return by_token, torch.cat(gradients)[:count]
 
     def _squares_of_others(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | float:
         """Squared norms (B,) for φ's matrices outside linear maps: one backward pass of the last layer per sample.
@@ -235,12 +236,12 @@ def response_losses(
     model = unwrap(model)
     batch = _Batch.of(input_ids, labels, device_of(model.get_input_embeddings()))
     hidden = _last_hidden_state(model, batch.tokens).flatten(0, 1)
-    batch, size = batch.to(hidden.device), _rows_at_once(model, hidden.device)
+    batch = batch.to(hidden.device)
     losses = [
         functional.cross_entropy(_logits(model, rows).float(), targets, reduction="none")
-        for rows, targets in zip(hidden[batch.head_rows].split(size), batch.targets.split(size), strict=True)
+        for rows, targets in _chunks(model, hidden[batch.head_rows], batch.targets)
     ]
-    return batch.per_sample(torch.cat(losses)) / batch.counts
+    return batch.per_sample(torch.cat(losses)[: len(batch.targets)]) / batch.counts
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class _Batch:
         unshifted: bool = False,
     ) -> "_Batch":
         """`unshifted`: give the head the response tokens' own rows too, not only those that predict one."""
-        shape = len(input_ids), max(FEWEST_ROWS, *map(len, input_ids))
+        shape = len(input_ids), max(map(len, input_ids))
         tokens, own, targets = np.zeros(shape, int), np.full(shape, IGNORED_LABEL), np.full(shape, IGNORED_LABEL)
         for i, (ids, label) in enumerate(zip(input_ids, labels, strict=True)):
             tokens[i, : len(ids)] = ids
@@ -308,9 +309,14 @@ def _last_hidden_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Te
             model.set_attn_implementation(chosen)
 
 
-def _rows_at_once(model: PreTrainedModel, device: torch.device) -> int:
-    """Rows of hidden states whose logits make one chunk."""
-    return max(1, _LOGITS_AT_ONCE.get(device.type, 2**24) // model.config.get_text_config().vocab_size)
+def _chunks(model: PreTrainedModel, hidden: torch.Tensor, *labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Rows of hidden states (n, d) and of labels (n,) whose logits the head makes at once, the last chunk filled up
+    with rows of zeros that have no label."""
+    missing, vocabulary = -len(hidden) % IN_FOURS, model.config.get_text_config().vocab_size
+    size = _LOGITS_AT_ONCE.get(hidden.device.type, 2**24) // vocabulary // IN_FOURS * IN_FOURS
+    filled = [functional.pad(each, (0, missing), value=IGNORED_LABEL) for each in labels]
+    columns = functional.pad(hidden, (0, 0, 0, missing)), *filled
+    return zip(*(each.split(max(IN_FOURS, size)) for each in columns), strict=True)
 
 
 class _Hidden(BaseModelOutputWithPast):
@@ -325,9 +331,6 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
     The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
     """
-    if len(hidden) < FEWEST_ROWS:
-        filled = functional.pad(hidden, (0, 0, 0, FEWEST_ROWS - len(hidden)))
-        return _logits(model, filled)[: len(hidden)]
     with replaced_forward(decoder_of(model), lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits
     return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from selection.device import out_of_memory
-from selection.effort import FEWEST_ROWS, IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory
+from selection.effort import IGNORED_LABEL, IN_FOURS, EffortScorer, plan_batches, score_within_memory
 from selection.errors import UserError
 from selection.phi import LinearMap
 
@@ -30,8 +30,7 @@ def scores_one_by_one(
     efforts, losses = [], []
     with _phi_as_parameters(scorer) as (parameters, of_interest):
         for ids, label in zip(input_ids, labels, strict=True):
-            # A product of fewer rows is no reference (see FEWEST_ROWS); no token sees what stands behind it.
-            missing = max(0, FEWEST_ROWS - len(ids))
+            missing = -len(ids) % IN_FOURS  # no token sees what stands behind it
             rows = [*ids, *[0] * missing], [*label, *[IGNORED_LABEL] * missing]
             tokens, targets = (torch.tensor([row], device=scorer.device) for row in rows)
             loss = scorer.model(input_ids=tokens, labels=targets, use_cache=False).loss
