@@ -752,7 +752,7 @@ def prepare(base: Path, kinds: list[Kind]) -> None:
     np.save(work / "features.npy", np.random.default_rng(0).normal(size=(len(scores.index), 3)).astype("f4"))
     torch.save([0, 2, 5], work / "rows.pt")
     paid = {"tokens": 1000, "parameters": 1000, "seconds": 1.0}
-    (work / "model" / "draft.json").write_text(json.dumps({"target": "model", "layers": 2, "cost": paid}))
+    (work / "model" / "draft.json").write_text(json.dumps({"target": "model", "calibration_ids": [], "cost": paid}))
     (work / "run" / "cells.csv").write_text(_cells())
     with (work / "run" / "costs.jsonl").open("a") as file:
         file.write(

@@ -26,9 +26,11 @@ from selection.effort import EffortScorer, _Batch, response_losses
 
 DEVICE, PHIS = "fakegpu", ("v_lora_b", "v_weight", "last_layer", "all_lora")
 SIMILAR = ("llama", "gemma", "mistral", "qwen2", "qwen3", "smollm3")  # to "llama-tied-head" and to others below
-# Falcon makes a mask by torch.vmap, which needs a device with kernels.
-NAMES = [name for name in ARCHITECTURES if name not in (*SIMILAR, "falcon-fused")]
-IN_BF16 = ("mixtral", "qwen2-moe-shared-expert")  # the shapes of torch's grouped product are known for bf16 alone
+# Falcon and gpt-oss make a mask by torch.vmap, which needs a device with kernels; JetMoE's experts wait for the host.
+LEFT_OUT = (*SIMILAR, "falcon-fused", "gpt-oss-attention-sinks", "jetmoe-query-in-experts")
+NAMES = [name for name in ARCHITECTURES if name not in LEFT_OUT]
+# The shapes of torch's grouped product are known for bf16 alone.
+IN_BF16 = ("mixtral", "qwen2-moe-shared-expert", "phimoe-router-answers-a-tuple")
 
 
 class ToTheHost(TorchDispatchMode):
