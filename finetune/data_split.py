@@ -140,30 +140,42 @@ def data_sets(experiment: Experiment) -> list[tuple[str, int, int]]:
 def recorded_fingerprint(experiment: Experiment) -> str | None:
     """The training split's fingerprint as its record says, without reading a row; None where there is no split yet.
 
-    Raises: UserError where the run folder has the split of other data or settings.
+    Data that are not on this machine are taken for those that were split. Raises: UserError where the run folder has
+    the split of other data or settings.
     """
     path = experiment.data_folder / "split.json"
     if not path.exists():
         return None
-    return _checked_record(experiment, read_sealed(path), _made_from(experiment))["fingerprint"]
+    record = read_sealed(path)
+    here = all(from_repository(each.path).is_file() for each in experiment.data_sets)
+    wanted = _made_from(experiment) if here else _settings_of_split(experiment)
+    return _checked_record(experiment, record, checked(dict, record.get("made_from"), path) | wanted)["fingerprint"]
 
 
 def _made_from(experiment: Experiment) -> dict[str, Any]:
-    """What the split depends on; of several data sets a list of each one's, where of one it is the value itself."""
+    """What the split depends on."""
     sets = experiment.data_sets
     for each in sets:
         if not (source := from_repository(each.path)).is_file():
             raise UserError(f"dataset {each.path}: No such file (looked for {source})")
-    of_each = {
-        "dataset_sha256": [_content(from_repository(each.path)) for each in sets],
-        "dataset_format": [each.dataset_format.entry for each in sets],
-        "max_samples": [each.max_samples for each in sets],
-    }
+    content = [_content(from_repository(each.path)) for each in sets]
+    return {"dataset_sha256": _one_or_each(content), **_settings_of_split(experiment)}
+
+
+def _settings_of_split(experiment: Experiment) -> dict[str, Any]:
+    """`_made_from` but for the data themselves."""
+    sets = experiment.data_sets
     return {
-        **{key: values[0] if len(sets) == 1 else values for key, values in of_each.items()},
+        "dataset_format": _one_or_each([each.dataset_format.entry for each in sets]),
+        "max_samples": _one_or_each([each.max_samples for each in sets]),
         "eval_size": experiment.eval_size,
         "split_seed": experiment.split_seed,
     }
+
+
+def _one_or_each(values: list) -> Any:
+    """Of several data sets a list of each one's value, of one the value itself."""
+    return values[0] if len(values) == 1 else values
 
 
 def split_path(experiment: Experiment, name: str) -> Path:
@@ -400,13 +412,35 @@ def _texts(rows: "datasets.Dataset", path: Path, columns: list[str]) -> dict[str
         return {name: table[name].tolist() for name in columns}
     if kind == "parquet":
         return {name: [None if v is None else _written(v) for v in rows[name]] for name in columns}
-    found, content, end = [], path.read_text(encoding="utf-8-sig").strip(), 0
-    reads = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
-    while end < len(content):
-        value, end = reads.raw_decode(content, _BLANK.match(content, end).end())
-        found += value if isinstance(value, list) else [value]
+    found = _json_rows(path, json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str))
     values = {name: [row.get(name) for row in found] for name in columns}
     return {name: [v if v is None else _written(v) for v in column] for name, column in values.items()}
+
+
+def _json_rows(path: Path, decoder: json.JSONDecoder) -> list:
+    """Raises: ValueError, RecursionError where the file is no JSON or JSON Lines."""
+    found, content, end = [], path.read_text(encoding="utf-8-sig").strip(), 0
+    while end < len(content):
+        value, end = decoder.raw_decode(content, _BLANK.match(content, end).end())
+        found += value if isinstance(value, list) else [value]
+    return found
+
+
+def _mixed_column(path: Path) -> str | None:
+    """What Arrow, which reads a column as of one kind, does not say well: where text stands beside something else."""
+    first: dict[str, tuple[int, bool]] = {}
+    try:
+        for number, row in enumerate(_json_rows(path, json.JSONDecoder())):
+            for name, value in row.items():
+                if value is None:
+                    continue
+                before, was_text = first.setdefault(name, (number, isinstance(value, str)))
+                if isinstance(value, str) != was_text:
+                    text, other = (before, number) if was_text else (number, before)
+                    return f"column {name} is text in row {text} and is none in row {other}: write all of it as text"
+    except (ValueError, RecursionError, AttributeError):
+        return None
+    return None
 
 
 def _all_text(path: Path) -> "datasets.Features":  # noqa: F821
@@ -459,5 +493,6 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
                 rows = load_dataset(kind, features=_all_text(source), **options)
             rows.data.validate(full=True)  # text that is no UTF-8 would be found out row by row, or never
         except Exception as error:  # each reader raises its own kinds
-            raise UserError(f"cannot read rows from {path}: {error.__cause__ or error}") from None
+            said = (_mixed_column(path) if kind == "json" else None) or error.__cause__ or error
+            raise UserError(f"cannot read rows from {path}: {said}") from None
         yield rows

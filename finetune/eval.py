@@ -64,7 +64,7 @@ def main() -> None:
     if split is None:
         print(f"evaluation: would split {experiment.dataset_paths} and evaluate {', '.join(names)}")
         return
-    check_run(experiment, split, verified=True, tuned=[name for name in names if name != "untuned"])
+    check_run(experiment, split, verified=True)
     with processes().leader_first():
         identities = {name: identity_of(experiment, name) for name in names}
     there = {name: is_there(experiment, name, identity) for name, identity in identities.items()}

@@ -20,6 +20,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 import numpy as np  # noqa: E402
 
 from finetune.data_split import training_split  # noqa: E402
@@ -28,7 +32,6 @@ from scripts.tables import markdown_table  # noqa: E402
 from selection.agreement import agreement, overlap  # noqa: E402
 from selection.baselines import baseline  # noqa: E402
 from selection.config import REPOSITORY, Experiment, load_experiment  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path, code_version  # noqa: E402
 from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, selection_costs  # noqa: E402
 from selection.models import parameters_of  # noqa: E402

@@ -15,6 +15,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 import numpy as np  # noqa: E402
 from scipy.stats import t  # noqa: E402
 
@@ -22,7 +26,6 @@ from scripts.tables import markdown_table  # noqa: E402
 from selection.adaptive import budget_widths, first_counts, next_counts, ratio_widths  # noqa: E402
 from selection.agreement import overlap  # noqa: E402
 from selection.config import REPOSITORY  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path  # noqa: E402
 from selection.score_files import Scores, read_scores  # noqa: E402
 from selection.staff import allocate_budgets, choose_within_strata, coreset_size, verification_ratio  # noqa: E402

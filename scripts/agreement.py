@@ -11,9 +11,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 from selection.agreement import agreement, format_agreement  # noqa: E402
 from selection.config import Selection, validated  # noqa: E402
-from selection.errors import run_stage  # noqa: E402
 from selection.score_files import has_column, read_scores  # noqa: E402
 from selection.stage import argument_parser  # noqa: E402
 

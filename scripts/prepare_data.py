@@ -19,6 +19,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 import contextlib  # noqa: E402
 import gettext  # noqa: E402
 import itertools  # noqa: E402
@@ -31,7 +35,6 @@ import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path  # noqa: E402
 from selection.log import say  # noqa: E402
 from selection.stage import argument_parser  # noqa: E402

@@ -35,8 +35,7 @@ def main() -> None:
     from selection.identity import check_run
     from selection.report import write_report
 
-    if arguments.run is None:  # else it is the run's own configuration
-        check_run(experiment, verified=True)
+    check_run(experiment, verified=True)
 
     print(write_report(experiment))
 

@@ -16,6 +16,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
 
+from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+
+end_on_signals()
+
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
@@ -23,7 +27,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from selection.config import REPOSITORY  # noqa: E402
-from selection.errors import UserError, run_stage  # noqa: E402
 from selection.files import atomic_path  # noqa: E402
 from selection.metrics import LLAMA_FACTORYS  # noqa: E402
 from selection.stage import argument_parser  # noqa: E402

@@ -121,8 +121,7 @@ def main() -> None:
 
     if experiment is not None and arguments.scores is None:
         in_run = "staff" in arguments.method and not (arguments.target_scores or arguments.verification)
-        on_target = set(arguments.method) - {"staff", "random", "length"} and experiment.tuned_target("full").exists()
-        check_run(experiment, verified=in_run, tuned=["full"] if on_target else [])
+        check_run(experiment, verified=in_run)
     if arguments.dry_run:
         for method in arguments.method:
             say_what_would_be_cut(arguments, experiment, method, selection)

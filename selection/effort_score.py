@@ -53,7 +53,7 @@ def main() -> None:
         check_machine(experiment)
         check_models(experiment)
     split = split or training_split(experiment)
-    check_run(experiment, split, tuned=["full"] if arguments.model == "target" else [])
+    check_run(experiment, split)
     check_rows(experiment, len(split.rows))
     check_quotas(experiment)
     if borrows:

@@ -335,6 +335,15 @@ def _state(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
+def hashes() -> dict[str, tuple[list[int], str]]:
+    """What was hashed in this process, for `learn_hashes` in the others."""
+    return _hashed
+
+
+def learn_hashes(known: dict) -> None:
+    _hashed.update({name: (state, sha) for name, (state, sha) in known.items()} | _hashed)
+
+
 def _stored_hashes(run_folder: Path) -> dict:
     """What `keep_hashes` noted; nothing where it cannot be read: then all is hashed again."""
     path = run_folder / "hashes.json"

@@ -20,7 +20,8 @@ from selection.files import (
     checked,
     digest,
     first_difference,
-    keep_hashes,
+    hashes,
+    learn_hashes,
     made_from,
     model_fingerprint,
     read_json,
@@ -130,28 +131,27 @@ def check_base(tuned: Path, model: str, run_folder: Path | None = None) -> None:
     check_weights(tuned, "adapter_model" if adapter else "model")
 
 
-def check_run(
-    experiment: Experiment, split: TrainingSplit | None = None, verified: bool = False, tuned: Iterable[str] = ()
-) -> None:
-    """Hold what the run folder has against the configuration: split, tuned small model, all scores; and a speculator
-    that was cut against the rows that this run holds out.
+def check_run(experiment: Experiment, split: TrainingSplit | None = None, verified: bool = False) -> None:
+    """Hold all that the run folder has against the configuration: split, tuned models, scores, evaluations; and a
+    speculator that was cut against the rows that this run holds out.
 
     `split`: from whoever has loaded it; else its record alone is checked, where it is there, and no row is read.
-    `verified`: and verification.json, for a stage that comes after verify.py. `tuned`: and these tuned targets, "full"
-    or a coreset's name. With `speculative_run` the other run must be finished up to its scores.
+    `verified`: and verification.json, for a stage that comes after verify.py. With `speculative_run` the other run must
+    be finished up to its scores.
 
     Where a number format is "auto", any that was used is right: what was scored on a GPU may be cut on a laptop. A
-    local model that is not on this machine is taken for the one that scored where it has the same name.
-    Raises: UserError that names the file and the first difference.
+    local model that is not on this machine is taken for the one that scored where it has the same name, and data that
+    are not on it for those that were split. Raises: UserError that names the file and the first difference.
     """
     together = processes()
-    with together.leader_first():
-        _check_run(experiment, split, verified, tuned)
-        if together.count > 1 and together.leads:
-            keep_hashes(experiment.folder)  # else each process hashes the models
+    if together.leads:
+        _check_run(experiment, split, verified)
+    learn_hashes(together.from_leader(hashes))  # else each process hashes the models
+    if not together.leads:
+        _check_run(experiment, split, verified)
 
 
-def _check_run(experiment: Experiment, split: TrainingSplit | None, verified: bool, tuned: Iterable[str]) -> None:
+def _check_run(experiment: Experiment, split: TrainingSplit | None, verified: bool) -> None:
     data = recorded_fingerprint(experiment) if split is None else split.fingerprint
     if split is not None:
         _check_speculator(experiment, split)
@@ -167,9 +167,12 @@ def _check_run(experiment: Experiment, split: TrainingSplit | None, verified: bo
         if any(folder.glob("part-*.parquet")):
             stored = made_by(read_sealed(folder / "manifest.json", remove=folder))
             _refuse_difference(experiment, folder, stored, _wanted_scores(experiment, data, folder, stored))
-    for name in tuned:
+    for tuned in sorted(experiment.tuned_target("").glob("[!.]*")):
         wanted = _wanted_tuning(experiment, experiment.target_model, experiment.target_training)
-        _refuse_difference(experiment, experiment.tuned_target(name), _record_of(experiment.tuned_target(name)), wanted)
+        _refuse_difference(experiment, tuned, _record_of(tuned), wanted)
+    for answers in sorted((experiment.folder / "eval").glob("[!.]*/made_from.json")):
+        wanted = {"max_new_tokens": experiment.evaluation.max_new_tokens}
+        _refuse_difference(experiment, answers.parent, _record_of(answers.parent), wanted)
     if verified and experiment.verification.exists():
         path, record = experiment.verification, read_sealed(experiment.verification)
         difference = first_difference(record, record | Settings.of(experiment.selection).made_from)
@@ -223,8 +226,8 @@ def _check_speculator(experiment: Experiment, split: TrainingSplit) -> None:
         )
 
 
-def _record_of(tuned: Path) -> dict:
-    return read_record(tuned / "made_from.json")
+def _record_of(folder: Path) -> dict:
+    return read_record(folder / "made_from.json")
 
 
 def _wanted_tuning(experiment: Experiment, model: str, keys: dict) -> dict[str, Any]:

@@ -182,12 +182,14 @@ def _active_experts(config: PretrainedConfig) -> float | None:
     for key in ("num_experts_per_tok", "moe_topk", "top_k_experts"):
         if found := getattr(config, key, None):
             return sum(found) / len(found) if isinstance(found, list) else found  # Hunyuan: one a layer
-    return None
+    return getattr(getattr(config, "ffn_config", None), "moe_top_k", None)  # DBRX
 
 
 def _stacked_experts(module: nn.Module) -> dict[nn.Parameter, int]:
     """The module's own tensors that hold the weights or biases of several experts, and of how many."""
     own = list(module.parameters(recurse=False))
+    if count := getattr(module, "moe_num_experts", None):  # DBRX: their rows below each other
+        return {each: count for each in own if each.ndim == 2}
     stacks = {} if isinstance(module, nn.Conv1d) else {each: len(each) for each in own if each.ndim == 3}
     return stacks | {each: len(each) for each in own if each.ndim == 2 and len(each) in stacks.values()}
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from selection.config import REPOSITORY, Experiment, Grid, Selection, load_experiment
+from selection.config import REPOSITORY, Experiment, Grid, load_experiment
 from selection.coreset_files import coreset_name
 from selection.device import choose_precision
 from selection.errors import UserError
@@ -132,23 +132,14 @@ _NO_SETTINGS = {
 }
 
 
-# Keys of `selection` that are younger than the committed cells: at their defaults all is as before there were any.
-_YOUNGER = ("length_control", "device_map", "quantization_bit")
-
-
 def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[str]) -> str:
     """What the figures of all cells of a task depend on, number formats and rules included: 16 hex digits.
 
     Args: `fingerprint` of the training split, `models` the two models' fingerprints.
     """
     settings = experiment.model_dump(exclude=_NO_SETTINGS)
-    for key in _YOUNGER:
-        if settings["selection"][key] == Selection.model_fields[key].default:
-            del settings["selection"][key]
     formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
-    # Version 3 moved scores within the noise of bf16, but for last_layer in three families.
-    scorer = 2 if formats[1] == "bf16" and experiment.selection.phi != "last_layer" else SCORER_VERSION
-    texts = [json.dumps(settings, sort_keys=True), *formats, str(scorer), str(RULES_VERSION)]
+    texts = [json.dumps(settings, sort_keys=True), *formats, str(SCORER_VERSION), str(RULES_VERSION)]
     return digest(*(text.encode() for text in (*texts, fingerprint, *models)))[:16]
 
 

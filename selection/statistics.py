@@ -85,6 +85,7 @@ def ratio_interval(target_scores: np.ndarray, speculative_scores: np.ndarray, si
     Args: normalised scores of the verified samples, (n,) each. The normalisation is taken as it is: that the target's
     range may be known from the verified samples alone is not in it. On simulated strata it holds V_i of the whole
     stratum in 93 to 96 % of cases, in 91 to 93 % where scores are as skewed as a lognormal of σ = 1.
+    Where a few rows have most of the sum it knows nothing of them before one is drawn.
     """
     n = len(target_scores)
     if not n or n < min(FEWEST, size):

@@ -64,7 +64,7 @@ class Settings:
     @property
     def made_from(self) -> dict[str, Any]:
         """What a verification depends on beside the scores."""
-        return {**self.record, "rules": RULES_VERSION}
+        return {**self.record, "verify": self.verify, "rules": RULES_VERSION}
 
     @property
     def rules(self) -> str:

@@ -154,6 +154,15 @@ def test_qwen3_30b_a3b_has_three_billion_active_parameters(tmp_path):
     assert parameters_of(str(tmp_path)) == layers * layer + 2 * words * width + width == 3_353_032_704
 
 
+def test_experts_of_dbrx_stand_below_each_other_in_one_matrix():
+    parts = {"attn_config": {"kv_n_heads": 1, "rope_theta": 5e5}}
+    parts["ffn_config"] = {"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 8, "hidden_size": 32}
+    config = transformers.DbrxConfig(d_model=32, n_heads=2, n_layers=3, vocab_size=50, **parts)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    everything = sum(each.numel() for each in model.parameters())
+    assert everything - count_parameters(model) == 3 * 12 * 3 * 8 * 32
+
+
 # The table
 
 

@@ -52,21 +52,6 @@ def scripts(job: Job) -> list[str]:
     return [command[0].rsplit("/")[-1] for command in job.commands]
 
 
-def test_the_committed_cells_are_still_those_of_their_grid(tmp_path, monkeypatch):
-    """A new key must not make other settings of old ones. The fingerprints are those of data and models then."""
-    data = "52d2d70768a446f5e1a704e920b791031473c3acacba32ffa19686bc7806b2d3"
-    models = [
-        "4825a221912a8661de08585320fda6e32f5550eb8a9dd3128b3275de4e691d49",
-        "6b67e638818dd9a4388ca0d7d87af3e7f0ca36dd484a05fdc4c10a77fd0bc5d9",
-    ]
-    monkeypatch.setattr(reproduction, "choose_precision", lambda asked: "bf16")  # as on that machine
-    grid = load_grid(REPOSITORY / "configs" / "reproduce" / "smollm2_cpu.yaml")
-    grid.tasks["go_biology"].set.append("small_model=models/smollm2-135m-instruct-16-layers")  # the demo's, then
-    now = settings_digest(load(experiment_arguments(grid, tmp_path, "go_biology", 1)), data, models)
-    stored = read_cells(REPOSITORY / "data" / "results" / "smollm2_cpu" / "cells.csv")
-    assert {row["settings"] for row in stored.values()} == {now}
-
-
 def test_every_task_method_rate_and_seed_is_a_cell_and_full_has_one_a_seed(grid):
     cells = cells_of(grid())
     assert len(cells) == len(set(cells)) == 2 * (1 + 3 * 2)

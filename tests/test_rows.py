@@ -168,6 +168,17 @@ def test_a_csv_column_that_begins_with_numbers_may_go_on_with_words(tmp_path):
         assert found["output"][:] == answers
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize("values", [[0, "unknown", 1], ["unknown", None, 1.5]])
+def test_a_json_column_of_numbers_and_words_is_named_with_its_rows(name, values, tmp_path):
+    lines = [json.dumps({"instruction": "a", "output": value}) for value in values]
+    (tmp_path / name).write_text("[" + ",\n".join(lines) + "]" if name == "rows.json" else "\n".join(lines))
+    text = values.index("unknown")
+    said = rf"column output is text in row {text} and is none in row {0 if text else 2}: write all of it as text"
+    with pytest.raises(UserError, match=said), raw_rows(tmp_path / name):
+        pass
+
+
 @pytest.mark.parametrize("name", ["d.PARQUET", "d.parquet"])
 def test_numbers_of_a_parquet_file_are_written_as_in_json(name, tmp_path):
     answers = {"output": [0, 1], "instruction": ["a", "b"], "input": [1.5, None], "system": [True, False]}
