@@ -239,7 +239,7 @@ def write_once(experiment: Experiment) -> Path:
     path = experiment.folder / "start.yaml"
     if path.exists():
         stored = load_experiment(str(path))
-        difference = first_difference(_flat(stored), _flat(experiment))
+        difference = first_difference(stored.model_dump(), experiment.model_dump())
         if difference is None:
             say(f"start: reusing {path}")
             return path
@@ -251,14 +251,6 @@ def write_once(experiment: Experiment) -> Path:
         head = "# Written by selection/start.py; selection/config.py explains the keys.\n"
         draft.write_text(head + as_yaml(experiment), "utf-8")
     return path
-
-
-def _flat(experiment: Experiment) -> dict[str, Any]:
-    """Key by key, those of sections as section.key."""
-    flat = {}
-    for key, value in experiment.model_dump().items():
-        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _in_repository(path: Path | str) -> str:

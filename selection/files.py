@@ -204,10 +204,14 @@ def write_experiment(experiment: Experiment) -> None:
 
 
 def first_difference(stored: dict, wanted: dict) -> str | None:
-    """The first key in which two records differ, as "key: stored …, now …"; None if they agree."""
+    """The first key in which two records differ, as "key: stored …, now …"; None if they agree. A key of a section has
+    the section's name in front, with a dot."""
     for key in [*wanted, *(k for k in stored if k not in wanted)]:
-        if stored.get(key) != wanted.get(key):
-            return f"{key}: stored {json.dumps(stored.get(key))}, now {json.dumps(wanted.get(key))}"
+        before, now = stored.get(key), wanted.get(key)
+        if before != now:
+            if isinstance(before, dict) and isinstance(now, dict) and (inside := first_difference(before, now)):
+                return f"{key}.{inside}"
+            return f"{key}: stored {json.dumps(before)}, now {json.dumps(now)}"
     return None
 
 

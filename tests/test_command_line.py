@@ -233,7 +233,7 @@ def test_tensorboard_writes_into_the_run_folder_and_logging_is_no_identity(tune,
         assert tune(**changes) == folder
         said = capsys.readouterr()
         assert said.out == "" and "reusing" in said.err
-    with pytest.raises(UserError, match="keys: stored"):
+    with pytest.raises(UserError, match="keys\\.learning_rate: stored"):
         tune(learning_rate=1e-4)
 
 

@@ -48,10 +48,10 @@ def test_no_stage_takes_what_is_stored_for_the_product_of_another_configuration(
     lines = (tmp_path / "experiment.jsonl").read_text().splitlines()
     other_data.write_text("\n".join(reversed(lines)) + "\n")
     changes = {
-        "selection.phi=v_weight": "(phi: stored",
-        "selection.phi_rank=8": "(phi: stored",
+        "selection.phi=v_weight": '(phi.name: stored "v_lora_b", now "v_weight")',
+        "selection.phi_rank=8": "(phi.rank: stored 81, now 8)",
         "selection.verify=all": '(verify: stored "sampled", now "all")',
-        "target_training.num_train_epochs=2": "target/staff-0.5 was made otherwise (keys: stored",
+        "target_training.num_train_epochs=2": "staff-0.5 was made otherwise (keys.num_train_epochs: stored 1, now 2)",
         "evaluation.max_new_tokens=2": "eval/staff-0.5 was made otherwise (max_new_tokens: stored 1, now 2)",
         "selection.precision=bf16": '(precision: stored "fp32", now "bf16")',
         "selection.mode=released": '(mode: stored "paper", now "released")',
@@ -60,8 +60,8 @@ def test_no_stage_takes_what_is_stored_for_the_product_of_another_configuration(
         "target_model=some/other-model": 'now "some/other-model")',
         "template=alpaca": "(template: stored",
         "cutoff_len=200": "(cutoff_len: stored 256, now 200)",
-        "training.learning_rate=0.5": "(keys: stored",
-        "small_training.num_train_epochs=2": "(keys: stored",
+        "training.learning_rate=0.5": "(keys.learning_rate: stored 0.001, now 0.5)",
+        "small_training.num_train_epochs=2": "(keys.num_train_epochs: stored 1, now 2)",
         "precision=bf16": '(precision: stored "fp32", now "bf16")',
         f"dataset={other_data}": "belongs to other data (dataset_sha256: stored",
         "eval_size=0.3": "(eval_size: stored 0.2, now 0.3)",
@@ -118,7 +118,7 @@ def test_a_coreset_of_scores_that_were_made_anew_otherwise_is_not_tuned_on(finis
         assert stage(STAGES[name], config, *changed)[0] == 0
     coreset = experiment.coresets / "staff-0.5.json"
     code, _, err = stage(STAGES["finetune-select"], config, "--select_path", coreset, *changed)
-    assert code == 2 and f"{coreset} was cut from other scores (phi: stored" in err
+    assert code == 2 and f"{coreset} was cut from other scores (phi.name: stored" in err
 
 
 def test_a_run_whose_models_and_data_are_elsewhere_is_cut_again_under_the_same_names_and_settings_alone(

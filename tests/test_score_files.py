@@ -437,5 +437,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_first_difference_names_the_key_and_both_values():
     assert first_difference({"a": 1, "b": 2}, {"b": 2, "a": 1}) is None
     assert first_difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b: stored 2, now 3"
+    assert first_difference({"a": {"c": 1, "b": 2}}, {"a": {"c": 1, "b": 3}}) == "a.b: stored 2, now 3"
     assert first_difference({"a": 1}, {"a": 1, "b": "x"}) == 'b: stored null, now "x"'
     assert first_difference({"a": 1, "b": 2}, {"a": 1}) == "b: stored 2, now null"

@@ -55,7 +55,7 @@ def test_a_second_target_on_the_first_ones_scores_chooses_what_its_own_would_and
     for name in STAGES[:3]:  # tuned otherwise than this one asks for
         code, _, err = stage(name, second, "--set", "training.max_steps=1")
         assert code == 2
-        assert err.count("error:") == 1 and "small was made otherwise (keys: stored" in err
+        assert err.count("error:") == 1 and "small was made otherwise (keys.max_steps: stored null, now 1)" in err
     assert everything_in(lender.folder) == before and not ledger_path(borrower.folder).exists()
     said = [stage(name, second) for name in STAGES]
     assert [code for code, *_ in said] == [0, 0, 0, 0], said
@@ -122,7 +122,7 @@ def test_a_run_that_differs_or_is_not_finished_is_refused_with_one_line(
     assert "(split_seed: stored 42, now 7)" in refusal(name="other-split", split_seed=7)
     assert "(cutoff_len: stored 256, now 200)" in refusal(cutoff_len=200)
     selection = {"rates": [0.5], "precision": "fp32"}
-    assert "(phi: stored" in refusal(selection=selection | {"seed": 1})
+    assert "(phi.seed: stored 42, now 1)" in refusal(selection=selection | {"seed": 1})
     assert 'now ["entropy"]' in refusal(selection=selection | {"columns": ["entropy"]})
     assert "has no small: run" in refusal("finetune.finetune", small_training={})
     assert everything_in(lender.folder) == before

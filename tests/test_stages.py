@@ -91,7 +91,7 @@ def test_scores_of_another_model_or_setting_never_mix(make_experiment, rows, tmp
         ("cutoff_len=100", "cutoff_len"),
         ("template=alpaca", "template"),
     ):
-        with pytest.raises(UserError, match=f"holds scores made otherwise \\({key}:"):
+        with pytest.raises(UserError, match=f"holds scores made otherwise \\({key}"):
             score(load_experiment(make_experiment(rows), [change]), tmp_path / "scores")
 
 
@@ -153,7 +153,7 @@ def test_all_lora_takes_the_tuned_adapter_and_gives_the_untuned_target_a_fresh_o
     fresh, again = score(experiment, tmp_path / "fresh", every), score(experiment, tmp_path / "again", every)
     assert fresh.effort.tobytes() == again.effort.tobytes()
     assert not np.allclose(fresh.effort, efforts)
-    with pytest.raises(UserError, match=r"holds scores made otherwise \(phi:"):
+    with pytest.raises(UserError, match=r"holds scores made otherwise \(phi\.rank: stored"):
         score(load_experiment(config, ["selection.phi=all_lora", "training.lora_rank=4"]), tmp_path / "fresh", every)
 
 
@@ -196,7 +196,7 @@ def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_expe
         no_number = run_script("selection/verify.py", "--config_path", config, "--self_test", -1, check=False)
         assert_one_line_error(no_number, "key selection.self_test")
         other_phi = run_script("selection/verify.py", "--config_path", config, *keys, check=False)
-        assert_one_line_error(other_phi, "scores/small was made otherwise (phi:")
+        assert_one_line_error(other_phi, "scores/small was made otherwise (phi.name: stored")
         run_script("selection/coreset.py", "--config_path", config)
         coreset = json.loads((experiment.coresets / "staff-0.5.json").read_text())
         assert len(coreset["indices"]) == 12
@@ -371,7 +371,7 @@ def test_flash_attn_reaches_the_model_that_answers_and_belongs_to_the_evaluation
     evaluate(experiment, "untuned")
     assert [model.config._attn_implementation for model in loaded] == ["eager"]
     other = load_experiment(make_experiment(rows), ["training.flash_attn=sdpa"])
-    with pytest.raises(UserError, match="was made otherwise \\(model_keys: "):
+    with pytest.raises(UserError, match=r"was made otherwise \(model_keys\.flash_attn: "):
         evaluate(other, "untuned")
     evaluate(experiment, "untuned")  # reused
     assert len(loaded) == 1
