@@ -468,8 +468,12 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     with path.open("rb") as file:
         mark = file.read(3)
+        file.seek(0)
+        nul = kind == "csv" and any(b"\0" in block for block in iter(lambda: file.read(2**20), b""))
     if kind != "parquet" and mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path} is written in UTF-16: save it as UTF-8")
+    if nul:  # which pandas leaves out without a word
+        raise UserError(f"{path} holds a NUL byte: it is damaged, or no text: save it as UTF-8")
     if kind == "json":
         _check_json(path)
     set_library_bars()

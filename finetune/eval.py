@@ -20,7 +20,7 @@ end_on_signals()
 
 from finetune import llama_factory  # noqa: E402
 from finetune.comparable import comparable_scores  # noqa: E402
-from finetune.data_split import existing_split, row_id, rows_of, training_split  # noqa: E402
+from finetune.data_split import existing_split, held_out_ids, rows_of, training_split  # noqa: E402
 from finetune.tokenised import lengths  # noqa: E402
 from selection.config import Experiment, load_experiment  # noqa: E402
 from selection.device import choose_precision, device_name  # noqa: E402
@@ -98,7 +98,7 @@ def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:
     return {
         "model": fingerprint_of(experiment, experiment.target_model),
         "tuned": tuned and model_fingerprint(tuned, experiment.folder),
-        "rows": digest_of_ids(row_id(row) for row in rows_of(experiment, "eval")),
+        "rows": digest_of_ids(held_out_ids(experiment)),
         "dataset_format": experiment.row_format.entry,
         "template": experiment.template,
         "cutoff_len": experiment.cutoff_len,

@@ -322,7 +322,7 @@ def model_fingerprint(folder: str | Path, run_folder: Path | None = None) -> str
     if not folder.is_dir():
         return str(folder)
     if run_folder is not None:
-        _hashed.update(_stored_hashes(run_folder) | _hashed)
+        learn_hashes(_stored_hashes(run_folder))
     paths = sorted({path for pattern in _IDENTIFYING for path in folder.glob(pattern) if path.is_file()})
     new = [path for path in paths if _hashed.get(str(path), (None,))[0] != _state(path)]
     if sum(path.stat().st_size for path in new) > _LARGE:
@@ -345,7 +345,8 @@ def hashes() -> dict[str, tuple[list[int], str]]:
 
 
 def learn_hashes(known: dict) -> None:
-    _hashed.update({name: (state, sha) for name, (state, sha) in known.items()} | _hashed)
+    """For this process what another one, or the run folder, has found out; what it has found itself counts."""
+    _hashed.update(known | _hashed)
 
 
 def _stored_hashes(run_folder: Path) -> dict:

@@ -29,7 +29,7 @@ from selection.files import (
     read_sealed,
 )
 from selection.processes import processes
-from selection.score_files import SCORER_VERSION, ScoreFolder, made_by
+from selection.score_files import SCORER_VERSION, ScoreFolder, made_by, read_manifest
 from selection.verification import Settings
 
 # LLaMA-Factory's keys that say what is logged and where: a tuned model is the same whatever they are.
@@ -165,7 +165,7 @@ def _check_run(experiment: Experiment, split: TrainingSplit | None, verified: bo
         _refuse_difference(experiment, small, _record_of(small), wanted)
     for folder in (experiment.small_scores, experiment.target_scores, experiment.tuned_target_scores):
         if any(folder.glob("part-*.parquet")):
-            stored = made_by(read_sealed(folder / "manifest.json", remove=folder))
+            stored = made_by(read_manifest(folder))
             _refuse_difference(experiment, folder, stored, _wanted_scores(experiment, data, folder, stored))
     for tuned in sorted(experiment.tuned_target("").glob("[!.]*")):
         wanted = _wanted_tuning(experiment, experiment.target_model, experiment.target_training)
@@ -270,7 +270,7 @@ def _check_lender(experiment: Experiment, data: str | None) -> None:
     if theirs.get("fingerprint") != data:
         _refuse_difference(experiment, record, checked(dict, theirs.get("made_from"), record), ours["made_from"])
         _refuse_difference(experiment, record, theirs, ours)
-    found = read_sealed(manifest)
+    found = read_manifest(scores)
     store = ScoreFolder(scores, found["identity"], found["num_rows"])
     if store.plan_path.exists() or len(store.missing(np.arange(found["num_rows"]))):
         raise _unfinished(other, "has not scored every row")

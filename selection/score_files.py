@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from typing_extensions import TypedDict
 
 from selection.errors import UserError
@@ -125,8 +125,6 @@ class Scores:
 
 
 class _Identity(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")
-
     data_fingerprint: str
 
 
@@ -141,18 +139,19 @@ class _Manifest(TypedDict):
     left_out: list[int]
 
 
-def made_by(manifest: dict) -> dict:
-    """What made a folder's scores, for the records of V_i and coresets: the manifest's identity, with the names of the
-    model and of its tuned folder, as its configuration gave them, in front of their fingerprints."""
-    identity = dict(checked(_Identity, manifest.get("identity"), Path("manifest.json")))
-    named = {key: manifest.get(key) for key in ("model", "tuned")}
-    return named | {f"{key}_fingerprint": identity.pop(key, None) for key in named} | identity
-
-
-def _read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict:
+    """Of a score folder. Raises: UserError where it is missing or damaged."""
     record = read_sealed(folder / "manifest.json", remove=folder)
     checked(_Manifest, record, folder / "manifest.json")
     return record
+
+
+def made_by(manifest: dict) -> dict:
+    """What made a folder's scores, for the records of V_i and coresets: the manifest's identity, with the names of the
+    model and of its tuned folder, as its configuration gave them, in front of their fingerprints."""
+    identity = dict(manifest["identity"])
+    named = {key: manifest.get(key) for key in ("model", "tuned")}
+    return named | {f"{key}_fingerprint": identity.pop(key, None) for key in named} | identity
 
 
 def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = True) -> Scores:
@@ -163,7 +162,7 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
     and figures that are NaN, infinite or negative; each names the row.
     """
     if path.is_dir():
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         fingerprint, num_rows = manifest["identity"]["data_fingerprint"], manifest["num_rows"]
         named, maker = np.array(manifest["left_out"], dtype=np.int64), made_by(manifest)
     else:
@@ -381,7 +380,7 @@ class ScoreFolder:
         }
         self.begun = any(path.glob("part-*.parquet"))  # a manifest without scores binds nobody
         if self.begun:
-            self.manifest = _read_manifest(path)
+            self.manifest = read_manifest(path)
             if difference := first_difference(self.manifest["identity"], identity):
                 raise UserError(f"{path} holds scores made otherwise ({difference}): remove it or change output_dir")
             if absent := [name for name in columns if name not in self.manifest["columns"]]:

@@ -179,6 +179,12 @@ def test_a_json_column_of_numbers_and_words_is_named_with_its_rows(name, values,
         pass
 
 
+def test_a_csv_file_with_a_nul_byte_is_refused_and_not_read_without_it(tmp_path):
+    (tmp_path / "d.csv").write_bytes(b"instruction,output,id\na,b,c\nd,e,\0\n")
+    with pytest.raises(UserError, match="holds a NUL byte"), raw_rows(tmp_path / "d.csv"):
+        pass
+
+
 @pytest.mark.parametrize("name", ["d.PARQUET", "d.parquet"])
 def test_numbers_of_a_parquet_file_are_written_as_in_json(name, tmp_path):
     answers = {"output": [0, 1], "instruction": ["a", "b"], "input": [1.5, None], "system": [True, False]}
