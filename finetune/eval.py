@@ -12,33 +12,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from finetune import llama_factory  # noqa: E402
-from finetune.comparable import comparable_scores  # noqa: E402
-from finetune.data_split import existing_split, held_out_ids, rows_of, training_split  # noqa: E402
-from finetune.tokenised import lengths  # noqa: E402
-from selection.config import Experiment, load_experiment  # noqa: E402
-from selection.device import choose_precision, device_name  # noqa: E402
-from selection.files import (  # noqa: E402
-    building_together,
-    check_same_everywhere,
-    code_version,
-    model_fingerprint,
-    reuse,
-    write_experiment,
-    write_json,
-)
-from selection.identity import check_base, check_run, digest_of_ids, fingerprint_of  # noqa: E402
-from selection.ledger import EVALUATION, Cost, measured  # noqa: E402
-from selection.log import say  # noqa: E402
-from selection.metrics import ABOUT, read_metrics, two_decimals  # noqa: E402
-from selection.processes import processes  # noqa: E402
-from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser  # noqa: E402
+from finetune import trainer
+from finetune.comparable import comparable_scores
+from selection.rows.split import existing_split, held_out_ids, rows_of, training_split
+from selection.rows.tokens import lengths, tokenised_rows
+from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser, run_stage
+from selection.run.config import Experiment, load_experiment
+from selection.run.device import choose_precision, device_name
+from selection.run.errors import UserError
+from selection.run.ledger import EVALUATION, Cost, measured
+from selection.run.log import say
+from selection.run.metrics import ABOUT, read_metrics, two_decimals
+from selection.run.model_folder import check_base, model_fingerprint
+from selection.run.processes import processes
+from selection.run.products import building_together, check_same_everywhere, code_version, reuse, write_json
+from selection.scores.identity import check_run, digest_of_ids, fingerprint_of, write_experiment
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 COMPARABLE = ("rouge_score-1", "rouge_score-2", "rouge_score-l", "sacrebleu")
@@ -104,7 +98,7 @@ def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:
         "cutoff_len": experiment.cutoff_len,
         "max_new_tokens": experiment.evaluation.max_new_tokens,
         "precision": choose_precision(experiment.precision),
-        "model_keys": llama_factory.model_keys(experiment),
+        "model_keys": trainer.model_keys(experiment),
     }
 
 
@@ -124,10 +118,10 @@ def evaluate(experiment: Experiment, name: str, identity: dict[str, Any], there:
         return read_metrics(folder)
     cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision, processes=together.count)
     if together.leads:
-        tokenised = llama_factory.tokenised_rows(experiment, experiment.target_model, "eval", held_out)
+        tokenised = tokenised_rows(experiment, experiment.target_model, "eval", held_out)
         cost.tokens = int(lengths(tokenised).sum())  # prompts and references
     with building_together(folder, identity) as draft, measured(experiment.folder, cost):
-        computed = llama_factory.predict(experiment, experiment.target_model, tuned, draft, precision)
+        computed = trainer.predict(experiment, experiment.target_model, tuned, draft, precision)
         if together.leads:
             write_metrics(experiment, name, draft, computed, len(held_out))
     metrics = read_metrics(folder)
@@ -143,7 +137,7 @@ def write_metrics(experiment: Experiment, name: str, folder: Path, computed: dic
     with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
         answers = [json.loads(line) for line in file]
     texts = [a["predict"] for a in answers], [a["label"] for a in answers]
-    by_sample, (overall, comparable) = llama_factory.scores_by_sample(*texts), comparable_scores(*texts)
+    by_sample, (overall, comparable) = trainer.scores_by_sample(*texts), comparable_scores(*texts)
     metrics |= {key: round(value, 4) if key in COMPARABLE else value for key, value in overall.items()}
     metrics["by_sample"] = {metric: by_sample[metric] for metric in METRICS}
     metrics["by_sample"] |= {key: [round(value, 4) for value in values] for key, values in comparable.items()}

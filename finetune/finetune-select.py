@@ -10,20 +10,20 @@ folder>/target/<coreset's name>.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from finetune.data_split import existing_split, training_split  # noqa: E402
-from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
-from selection.config import load_experiment  # noqa: E402
-from selection.coreset_files import check_fits, read_coreset  # noqa: E402
-from selection.identity import check_coreset, check_run  # noqa: E402
-from selection.ledger import TARGET_TUNING  # noqa: E402
-from selection.log import say  # noqa: E402
-from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser  # noqa: E402
+from finetune.tuning import add_report_arguments, report_keys, tune_once
+from selection.rows.split import existing_split, training_split
+from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser, run_stage
+from selection.run.config import load_experiment
+from selection.run.ledger import TARGET_TUNING
+from selection.run.log import say
+from selection.scores.coresets import check_fits, read_coreset
+from selection.scores.identity import check_coreset, check_run
 
 
 def main() -> None:

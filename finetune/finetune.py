@@ -9,21 +9,21 @@ and the tuned model to <run folder>/small (or <run folder>/target/full).
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from finetune.data_split import existing_split, training_split  # noqa: E402
-from finetune.llama_factory import model_path  # noqa: E402
-from finetune.tuning import add_report_arguments, report_keys, tune_once  # noqa: E402
-from selection.config import load_experiment  # noqa: E402
-from selection.identity import check_run  # noqa: E402
-from selection.ledger import SPECULATIVE_TUNING, TARGET_TUNING  # noqa: E402
-from selection.log import say  # noqa: E402
-from selection.quotas import check_quotas  # noqa: E402
-from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser  # noqa: E402
+from finetune.tuning import add_report_arguments, report_keys, tune_once
+from selection.rows.split import existing_split, training_split
+from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser, run_stage
+from selection.run.config import load_experiment
+from selection.run.ledger import SPECULATIVE_TUNING, TARGET_TUNING
+from selection.run.log import say
+from selection.run.model_folder import model_path
+from selection.scores.identity import check_run
+from selection.scores.quotas import check_quotas
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
             experiment.target_training,
             TARGET_TUNING,
         )
-    from selection.checks import check_machine, check_models, check_rows  # seconds of imports
+    from selection.scores.checks import check_machine, check_models, check_rows
 
     if not arguments.dry_run and not folder.exists():
         check_machine(experiment)

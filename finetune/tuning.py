@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune import llama_factory
-from finetune.data_split import rows_of, write_dataset
-from selection.config import Experiment
-from selection.device import choose_precision, device_name
-from selection.errors import UserError
-from selection.files import building_together, check_same_everywhere, reuse, write_experiment
-from selection.identity import tuning_identity
-from selection.ledger import TARGET_TUNING, Cost, measured
-from selection.log import say
-from selection.processes import processes
+from finetune import trainer
+from selection.rows.split import rows_of, write_dataset
+from selection.rows.tokens import tokenised_rows
+from selection.run.config import Experiment
+from selection.run.device import choose_precision, device_name
+from selection.run.errors import UserError
+from selection.run.ledger import TARGET_TUNING, Cost, measured
+from selection.run.log import say
+from selection.run.processes import processes
+from selection.run.products import building_together, check_same_everywhere, reuse
+from selection.scores.identity import tuning_identity, write_experiment
 
 
 def tune_once(
@@ -58,13 +59,13 @@ def tune_once(
             if dataset != "train":  # which stands there, for all stages
                 say(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
             # What can be wrong with the rows is found before anything costs, with the held-out ones too.
-            llama_factory.tokenised_rows(experiment, model, dataset, rows)
-            llama_factory.tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
+            tokenised_rows(experiment, model, dataset, rows)
+            tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
             write_experiment(experiment)
         together.wait()
         cost = Cost(stage, what, len(rows), device=device_name(), precision=precision, processes=together.count)
         with measured(experiment.folder, cost):
-            metrics = llama_factory.tune(experiment, model, dataset, draft, precision, keys | shares | report)
+            metrics = trainer.tune(experiment, model, dataset, draft, precision, keys | shares | report)
             cost.tokens = metrics["tokens"]
     print(f"{stage}: {model} on {dataset} ({len(rows)} rows), training loss {metrics['train_loss']:.4f} -> {folder}")
 

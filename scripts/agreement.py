@@ -9,16 +9,16 @@ counted over the rows that both have scores for. Needs two of them; prints a tab
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from selection.agreement import agreement, format_agreement  # noqa: E402
-from selection.config import Selection, validated  # noqa: E402
-from selection.score_files import has_column, read_scores  # noqa: E402
-from selection.stage import argument_parser  # noqa: E402
+from selection.report.agreement import agreement, format_agreement
+from selection.run.cli import argument_parser, run_stage
+from selection.run.config import Selection, validated
+from selection.scores.folder import has_column, read_scores
 
 
 def main() -> None:

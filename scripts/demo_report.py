@@ -8,18 +8,19 @@ Needs all stages of that run folder. Prints ROUGE-L, BLEU and costs of each tune
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from selection.config import Experiment  # noqa: E402
-from selection.coreset_files import coreset_name  # noqa: E402
-from selection.identity import check_run  # noqa: E402
-from selection.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise  # noqa: E402
-from selection.metrics import read_metrics, two_decimals  # noqa: E402
-from selection.stage import argument_parser, load_experiment_from_arguments  # noqa: E402
+from selection.run.cli import argument_parser, load_experiment_from_arguments, run_stage
+from selection.run.config import Experiment
+from selection.run.errors import UserError
+from selection.run.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise
+from selection.run.metrics import read_metrics, two_decimals
+from selection.scores.coresets import coreset_name
+from selection.scores.identity import check_run
 
 
 def main() -> None:

@@ -22,5 +22,5 @@ run() {
 
 # stage SCRIPT …: a stage on all visible GPUs; NPROC=N asks for N processes.
 stage() {
-    run python "$repository/selection/launch.py" "$repository/$1" "${@:2}"
+    run python "$repository/scripts/launch.py" "$repository/$1" "${@:2}"
 }

@@ -11,15 +11,15 @@ An earlier export of the coreset is replaced.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from selection.config import load_run  # noqa: E402
-from selection.export import coreset_paths, export  # noqa: E402
-from selection.stage import argument_parser  # noqa: E402
+from selection.report.export import coreset_paths, export
+from selection.run.cli import argument_parser, run_stage
+from selection.run.config import load_run
 
 
 def main() -> None:

@@ -9,16 +9,16 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from selection.config import REPOSITORY  # noqa: E402
-from selection.files import building, reuse  # noqa: E402
-from selection.log import say  # noqa: E402
-from selection.stage import argument_parser  # noqa: E402
+from selection.run.cli import argument_parser, run_stage
+from selection.run.config import REPOSITORY
+from selection.run.log import say
+from selection.run.products import building, reuse
 
 VOCABULARY, HIDDEN, LAYERS = 512, 32, 4
 

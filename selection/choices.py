@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from finetune.data_split import raw_rows
-from finetune.llama_factory import check_template, model_path
-from selection.config import (
+from selection.method.staff import floor_share
+from selection.rows.form import detect_form
+from selection.rows.llama_factory import check_template
+from selection.rows.read import raw_rows
+from selection.run.config import (
     REPOSITORY,
     Experiment,
     Selection,
@@ -19,12 +21,11 @@ from selection.config import (
     as_yaml,
     load_experiment,
 )
-from selection.data_form import detect_form
-from selection.errors import UserError
-from selection.families import Pair, find_pair, local_folder
-from selection.files import atomic_path, first_difference
-from selection.log import say
-from selection.staff import floor_share
+from selection.run.errors import UserError
+from selection.run.families import Pair, find_pair, local_folder
+from selection.run.log import say
+from selection.run.model_folder import model_path
+from selection.run.products import atomic_path, first_difference
 
 _OWN_OPTION = {  # keys that have one
     "output_dir": "--run",
@@ -86,7 +87,7 @@ def start(
     choose_rates(values["selection"], checked, train, given=bool(rates))
     experiment = _validate(Experiment, values, "the experiment")
 
-    from selection.checks import check_models, check_rows  # seconds of imports
+    from selection.scores.checks import check_models, check_rows
 
     check_rows(experiment, train)
     check_models(experiment, to_be_cut=bool(cut))
@@ -248,7 +249,7 @@ def write_once(experiment: Experiment) -> Path:
                 f"{experiment.folder} was started otherwise ({difference}): give another --run, or remove that folder"
             )
     with atomic_path(path) as draft:
-        head = "# Written by selection/start.py; selection/config.py explains the keys.\n"
+        head = "# Written by selection/start.py; selection/run/config.py explains the keys.\n"
         draft.write_text(head + as_yaml(experiment), "utf-8")
     return path
 

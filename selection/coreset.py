@@ -19,24 +19,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from selection.baselines import baseline, columns_of  # noqa: E402
-from selection.config import Experiment, Method, Mode, Selection, validated  # noqa: E402
-from selection.coreset_files import coreset_name, write_coreset  # noqa: E402
-from selection.identity import check_run  # noqa: E402
-from selection.ledger import CORESETS, Cost, measured  # noqa: E402
-from selection.quotas import quotas_of  # noqa: E402
-from selection.score_files import Scores, check_features, read_scores  # noqa: E402
-from selection.staff import Choice, Quotas, Strata, choose_staff  # noqa: E402
-from selection.stage import add_dry_run_argument, add_experiment_arguments, argument_parser, load_experiment  # noqa: E402
-from selection.verification import (  # noqa: E402
+from selection.method.baselines import baseline, columns_of
+from selection.method.staff import Choice, Quotas, Strata, choose_staff
+from selection.run.cli import (
+    add_dry_run_argument,
+    add_experiment_arguments,
+    argument_parser,
+    load_experiment,
+    run_stage,
+)
+from selection.run.config import Experiment, Method, Mode, Selection, validated
+from selection.run.errors import UserError
+from selection.run.ledger import CORESETS, Cost, measured
+from selection.scores.coresets import coreset_name, write_coreset
+from selection.scores.folder import Scores, check_features, read_scores
+from selection.scores.identity import check_run
+from selection.scores.quotas import quotas_of
+from selection.scores.verification import (
     Settings,
     StratumRecord,
     cut_strata,

@@ -9,23 +9,24 @@ target's one pass collects all that the baselines read, into <run folder>/scores
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from finetune.data_split import existing_split, training_split  # noqa: E402
-from selection.checks import check_machine, check_models, check_rows  # noqa: E402
-from selection.identity import check_run  # noqa: E402
-from selection.ledger import SPECULATIVE_SCORES, TARGET_SCORES  # noqa: E402
-from selection.log import say  # noqa: E402
-from selection.quotas import check_quotas  # noqa: E402
-from selection.score_files import MORE_COLUMNS  # noqa: E402
-from selection.scoring import score_rows, would_score  # noqa: E402
-from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
+from selection.rows.split import existing_split, training_split
+from selection.run.cli import argument_parser, load_scoring_arguments, run_stage
+from selection.run.errors import UserError
+from selection.run.ledger import SPECULATIVE_SCORES, TARGET_SCORES
+from selection.run.log import say
+from selection.scores.checks import check_machine, check_models, check_rows
+from selection.scores.folder import MORE_COLUMNS
+from selection.scores.identity import check_run
+from selection.scores.quotas import check_quotas
+from selection.scores.scoring import score_rows, would_score
 
 
 def main() -> None:

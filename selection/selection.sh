@@ -65,7 +65,7 @@ stage selection/effort_score.py --config_path "$config" "$@"
 stage selection/verify.py --config_path "$config" "$@"
 run python "$here/coreset.py" --config_path "$config" "$@"
 if [ "${REPORT:-now}" = now ]; then # REPORT=later: what runs after this makes it, and says the costs
-    run python "$here/costs.py" --config_path "$config" "$@"
+    run python "$repository/scripts/costs.py" --config_path "$config" "$@"
     if [[ " $* " != *" --quiet "* ]]; then
         echo "next: python finetune/finetune-select.py --config_path $config --select_path CORESET, to tune on one of these" >&2
         echo "next: python scripts/export.py RUN_DIR, to take them elsewhere" >&2

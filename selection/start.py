@@ -11,14 +11,14 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from selection.choices import start  # noqa: E402
-from selection.stage import argument_parser  # noqa: E402
+from selection.choices import start
+from selection.run.cli import argument_parser, run_stage
 
 
 def main() -> None:

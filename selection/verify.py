@@ -10,25 +10,26 @@ verify: all; under verify: adaptive in rounds, each where the last one left the 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root, whatever the working directory
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from selection.errors import UserError, end_on_signals, run_stage  # noqa: E402
+from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from finetune.data_split import existing_split, training_split  # noqa: E402
-from selection.config import Experiment  # noqa: E402
-from selection.identity import check_run  # noqa: E402
-from selection.ledger import VERIFICATION, share_costs  # noqa: E402
-from selection.processes import processes  # noqa: E402
-from selection.score_files import Scores, read_scores  # noqa: E402
-from selection.scoring import score_rows, would_score  # noqa: E402
-from selection.stage import argument_parser, load_scoring_arguments  # noqa: E402
-from selection.verification import (  # noqa: E402
+from selection.rows.split import existing_split, training_split
+from selection.run.cli import argument_parser, load_scoring_arguments, run_stage
+from selection.run.config import Experiment
+from selection.run.errors import UserError
+from selection.run.ledger import VERIFICATION, share_costs
+from selection.run.processes import processes
+from selection.scores.folder import Scores, read_scores
+from selection.scores.identity import check_run
+from selection.scores.scoring import score_rows, would_score
+from selection.scores.verification import (
     Settings,
     adaptive_draws,
     cut_strata,

@@ -69,7 +69,7 @@ def run_script(
 
 def _forked(command: list[str], cwd: Path, stdout: int, stderr: int) -> int:
     if "torch" in sys.modules:
-        from finetune.llama_factory import import_llama_factory
+        from selection.rows.llama_factory import import_llama_factory
 
         import_llama_factory()
     sys.stdout.flush()
@@ -193,7 +193,7 @@ def stage(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [name, "--config_path", str(config), *map(str, arguments)])
         code = 0
         try:
-            from selection.errors import run_stage
+            from selection.run.cli import run_stage
 
             run_stage(importlib.import_module(name).main)
         except SystemExit as stop:

@@ -13,10 +13,10 @@ from conftest import assert_one_line_error, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selection.agreement import agreement, format_agreement, partial_spearman, spearman
-from selection.errors import UserError
-from selection.score_files import ScoreFolder, read_scores
-from selection.staff import choose_staff, stratify
+from selection.method.staff import choose_staff, stratify
+from selection.report.agreement import agreement, format_agreement, partial_spearman, spearman
+from selection.run.errors import UserError
+from selection.scores.folder import ScoreFolder, read_scores
 
 RATES = [0.8, 0.25, 0.05]
 

@@ -9,17 +9,16 @@ import sys
 import numpy as np
 import pytest
 
-from finetune.data_split import row_id, rows_of, split_numbers, training_split
-from selection.annotated import annotated
-from selection.config import load_experiment
-from selection.coreset_files import write_coreset
-from selection.errors import UserError
-from selection.files import write_experiment
-from selection.identity import score_identity
-from selection.score_files import ScoreFolder, read_scores
-from selection.staff import Choice, min_max_normalise, stratify
-from selection.statistics import ratio_interval
-from selection.verification import Settings, cut_strata, draw, verify, write_verification
+from scripts.paper.intervals import ratio_interval
+from selection.method.staff import Choice, min_max_normalise, stratify
+from selection.report.annotated import annotated
+from selection.rows.split import row_id, rows_of, split_numbers, training_split
+from selection.run.config import load_experiment
+from selection.run.errors import UserError
+from selection.scores.coresets import write_coreset
+from selection.scores.folder import ScoreFolder, read_scores
+from selection.scores.identity import score_identity, write_experiment
+from selection.scores.verification import Settings, cut_strata, draw, verify, write_verification
 
 ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(130)]
 EFFORT = np.random.default_rng(0).lognormal(size=104)  # of the training split

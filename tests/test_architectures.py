@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import assert_one_line_error, run_script
 
-from selection.families import read_families
+from selection.run.families import read_families
 
 SMALL = dict(
     vocab_size=512,

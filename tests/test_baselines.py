@@ -11,9 +11,9 @@ from conftest import assert_one_line_error, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selection.baselines import baseline, columns_of, moderate_order
-from selection.config import Selection
-from selection.staff import coreset_size
+from selection.method.baselines import baseline, columns_of, moderate_order
+from selection.method.staff import coreset_size
+from selection.run.config import Selection
 
 METHODS = ["random", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy"]
 few_values = st.integers(1, 60).flatmap(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, assert_one_line_error, run_script
 
-from selection.files import read_json
+from selection.run.products import read_json
 
 DATA = REPOSITORY / "data" / "go_biology.jsonl"
 
@@ -17,7 +17,7 @@ DATA = REPOSITORY / "data" / "go_biology.jsonl"
 def bench():
     """The script as a module."""
     path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("bench_scoring", REPOSITORY / "scripts" / "bench_scoring.py")
+    spec = importlib.util.spec_from_file_location("bench_scoring", REPOSITORY / "scripts" / "bench" / "scoring.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.path[:] = path
@@ -26,7 +26,7 @@ def bench():
 
 @pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer", "all_lora"])
 def test_every_contestant_makes_the_norms_and_losses_of_plain_autograd(bench, tiny_model, phi, monkeypatch):
-    monkeypatch.setattr("selection.effort._COMPOSED_ATTENTION_UP_TO", 256)  # one of the bounds changes it
+    monkeypatch.setattr("selection.method.effort._COMPOSED_ATTENTION_UP_TO", 256)  # one of the bounds changes it
     job = {"model": str(tiny_model), "data": str(DATA), "rows": 4, "tokens_per_batch": 400, "phi": phi, "dtype": "fp32"}
 
     def measure(contestant):
@@ -52,7 +52,7 @@ def test_results_go_on_from_what_is_measured(bench, tiny_model, tmp_path, monkey
         sys, "argv", ["bench_scoring.py", *map(str, arguments), "--against", "loop", "opacus", "forward_backward"]
     )
     # The suite in a fresh process, its contestant in a fork of this one, which has imported everything.
-    apart, worker = bench.measure_apart, "scripts/bench_scoring.py"
+    apart, worker = bench.measure_apart, "scripts/bench/scoring.py"
 
     def forked(job: dict) -> dict:
         return json.loads(run_script(worker, "--worker", json.dumps(job)).stdout.splitlines()[-1])
@@ -79,6 +79,6 @@ def test_results_go_on_from_what_is_measured(bench, tiny_model, tmp_path, monkey
 def test_missing_data_is_one_line(tiny_model, tmp_path):
     results = tmp_path / "scoring.json"
     arguments = "--model", tiny_model, "--data", tmp_path / "none.jsonl", "--json", results
-    done = run_script("scripts/bench_scoring.py", *arguments, check=False)
+    done = run_script("scripts/bench/scoring.py", *arguments, check=False)
     assert_one_line_error(done, "none.jsonl", "No such file")
     assert not results.exists()

@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from transformers.utils import is_bitsandbytes_available
 
-from selection import models
-from selection.config import load_experiment
-from selection.effort import EffortScorer, response_losses, score_within_memory
-from selection.errors import UserError
-from selection.identity import placement
-from selection.models import count_parameters, load_for_scoring, with_fresh_lora
-from selection.plan import load_for_tuning
-from selection.self_test import scores_one_by_one, self_test
+from scripts.plan import load_for_tuning
+from selection.method.effort import EffortScorer, response_losses, score_within_memory
+from selection.method.reference import scores_one_by_one, self_test
+from selection.run.config import load_experiment
+from selection.run.errors import UserError
+from selection.scores import models
+from selection.scores.identity import placement
+from selection.scores.models import count_parameters, load_for_scoring, with_fresh_lora
 
 
 def hooked(model, tmp_path):
@@ -273,7 +273,7 @@ def test_the_self_test_fits_in_memory_too(monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("selection.self_test.scores_one_by_one", full)
+    monkeypatch.setattr("selection.method.reference.scores_one_by_one", full)
     with pytest.raises(UserError, match=r"self-test: out of memory .* --self_test 0"):
         self_test(scorer, ids, labels, "abcd", "fp32", 10**6)
 

@@ -6,12 +6,13 @@ import pytest
 import transformers
 from conftest import assert_one_line_error, run_script
 
-from selection import checks, choices
-from selection.checks import check_machine, check_models, check_rows, made_small
-from selection.config import load_experiment
-from selection.draft import check_loads, keep_layers
-from selection.effort import EffortScorer
-from selection.errors import UserError
+from scripts.make_draft import check_loads, keep_layers
+from selection import choices
+from selection.method.effort import EffortScorer
+from selection.run.config import load_experiment
+from selection.run.errors import UserError
+from selection.scores import checks
+from selection.scores.checks import check_machine, check_models, check_rows, made_small
 
 SMALL = dict(
     vocab_size=64,
@@ -128,7 +129,7 @@ def test_strata_of_which_released_verifies_none_are_refused(make_experiment, row
 
 def test_quantisation_without_its_package_is_refused_at_once(make_experiment, rows, monkeypatch, tmp_path):
     config = make_experiment(rows, selection={"rates": [0.5], "quantization_bit": 4})
-    monkeypatch.setattr("selection.models.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("selection.scores.models.is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match=r"quantization_bit 4 needs bitsandbytes from .*pip install bitsandbytes"):
         check_machine(load_experiment(config))
 

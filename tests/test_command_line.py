@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from finetune.data_split import training_split
 from finetune.tuning import _logs_to, tune_once
-from selection import log, stage
-from selection.config import load_experiment
-from selection.errors import UserError, run_stage
-from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING
+from selection.rows.split import training_split
+from selection.run import cli, log
+from selection.run.cli import run_stage
+from selection.run.config import load_experiment
+from selection.run.errors import UserError
+from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING
 
 STAGES = ["finetune/finetune.py", "finetune/finetune-select.py", "finetune/eval.py"]
-STAGES += [f"selection/{name}.py" for name in ("start", "effort_score", "verify", "coreset", "costs", "launch")]
+STAGES += [f"selection/{name}.py" for name in ("start", "effort_score", "verify", "coreset")]
 SCRIPTS = STAGES + sorted(f"scripts/{path.name}" for path in (REPOSITORY / "scripts").glob("*.py"))
 
 
@@ -53,7 +54,7 @@ def parser_of(monkeypatch):
             raise _Parsed(self)
 
         with monkeypatch.context() as patch:
-            patch.setattr(stage._Parser, "parse_args", stop)
+            patch.setattr(cli._Parser, "parse_args", stop)
             patch.setattr(sys, "argv", [script])
             with pytest.raises(_Parsed) as stopped:
                 main_of(script)()
@@ -98,7 +99,7 @@ def test_help_is_enough_to_call_a_script(script, parser_of, monkeypatch, capsys)
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_wrong_command_line_is_one_line(script, monkeypatch, capsys):
-    wrong = [] if script == "selection/launch.py" else ["--no_such_option"]  # what follows a stage is the stage's own
+    wrong = [] if script == "scripts/launch.py" else ["--no_such_option"]  # what follows a stage is the stage's own
     monkeypatch.setattr(sys, "argv", [script, *wrong])
     with pytest.raises(SystemExit) as stopped:
         run_stage(main_of(script))
@@ -292,7 +293,7 @@ def test_a_dry_run_says_what_the_run_then_does_and_writes_nothing(make_experimen
         for expected, then in ((before, True), (after, False)):
             kept = contents(run) if run.exists() else {}
             with monkeypatch.context() as patch:
-                patch.setattr("selection.models.AutoModelForCausalLM", None)
+                patch.setattr("selection.scores.models.AutoModelForCausalLM", None)
                 said = call(script, config, "--dry_run")
             assert expected is None or re.search(expected, said), said
             assert (contents(run) if run.exists() else {}) == kept

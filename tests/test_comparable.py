@@ -10,9 +10,9 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from finetune.comparable import UnicodeWords, comparable_scores
-from selection import errors
-from selection.config import load_experiment
-from selection.metrics import read_metrics, two_decimals
+from selection.run import ending
+from selection.run.config import load_experiment
+from selection.run.metrics import read_metrics, two_decimals
 
 ENGLISH = [
     ("The cell divides into two cells.", "The cell, it divides into two daughter cells!"),
@@ -62,7 +62,7 @@ def test_words_of_a_text_are_split_at_punctuation_and_underscores():
 
 def test_metrics_hold_both_kinds_and_those_without_are_read(make_experiment, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setattr(errors, "end_on_signals", lambda: None)
+    monkeypatch.setattr(ending, "end_on_signals", lambda: None)
     evaluation = importlib.import_module("finetune.eval")
     experiment = load_experiment(make_experiment(rows))
     pairs = [*ENGLISH, *((answer, reference) for answer, reference, *_ in OTHERS)]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selection.config import REPOSITORY, Selection, from_repository, load_experiment, validated
-from selection.errors import UserError
+from selection.run.config import REPOSITORY, Selection, from_repository, load_experiment, validated
+from selection.run.errors import UserError
 
 OTHERS = ("reproduce", "families.yaml")  # no experiments
 CONFIGS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if not {p.name, p.parent.name} & set(OTHERS))

@@ -14,10 +14,10 @@ import pyarrow.parquet
 import pytest
 from conftest import assert_one_line_error, run_script
 
-from selection.errors import run_stage
-from selection.score_files import ScoreFolder, read_scores
-from selection.staff import choose_staff, stratify
-from selection.verification import Settings, cut_strata, draw, verify, write_verification
+from selection.method.staff import choose_staff, stratify
+from selection.run.cli import run_stage
+from selection.scores.folder import ScoreFolder, read_scores
+from selection.scores.verification import Settings, cut_strata, draw, verify, write_verification
 
 NUM_ROWS = 205  # no rate below makes it a whole number of rows
 STRATA = ["--num_strata", "8", "--verify_per_stratum", "4"]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selection.d2_pruning import _float32_table, _nearest_distinct, d2_order, nearest_neighbours
-from selection.errors import UserError
+from selection.method.d2 import _float32_table, _nearest_distinct, d2_order, nearest_neighbours
+from selection.run.errors import UserError
 
 by_property = settings(max_examples=150, deadline=None)
 variants = st.sampled_from(["published", "released"])
@@ -142,7 +142,7 @@ def test_heaps_of_rows_closer_than_float32_can_tell(spread):
 
 
 def test_a_second_look_in_parts(monkeypatch):
-    monkeypatch.setattr("selection.d2_pruning._COLUMNS_AT_A_TIME", 7)
+    monkeypatch.setattr("selection.method.d2._COLUMNS_AT_A_TIME", 7)
     rng = np.random.default_rng(0)
     assert_same_neighbours(rng.integers(0, 2, (300, 1)) + 1e-9 * rng.integers(0, 9, (300, 3)), 5)
 
@@ -165,7 +165,7 @@ def test_equal_rows_are_compared_once(monkeypatch):
         compared.append(len(features))
         return _nearest_distinct(features, k, block_rows)
 
-    monkeypatch.setattr("selection.d2_pruning._nearest_distinct", record)
+    monkeypatch.setattr("selection.method.d2._nearest_distinct", record)
     assert_same_neighbours(np.arange(400.0)[:, None] % 30, 5)
     assert compared == [30]
 

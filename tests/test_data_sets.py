@@ -15,16 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import llama_factory
-from finetune.data_split import data_sets, row_id, rows_of, split_numbers, training_split
-from selection.baselines import baseline, columns_of, moderate_order
-from selection.config import COMMON_FORM, load_experiment
-from selection.coreset_files import PUBLISHED_RATES, PUBLISHED_ROWS, check_fits, check_published, read_coreset
-from selection.errors import UserError
-from selection.files import read_json
-from selection.quotas import quotas_of
-from selection.score_files import Scores
-from selection.staff import Quotas, choose_staff, coreset_size, random_keys, shares, stratify
+from selection.method.baselines import baseline, columns_of, moderate_order
+from selection.method.staff import Quotas, choose_staff, coreset_size, random_keys, shares, stratify
+from selection.rows.llama_factory import import_llama_factory
+from selection.rows.read import unusable_rows
+from selection.rows.split import data_sets, row_id, rows_of, split_numbers, training_split
+from selection.rows.tokens import tokenised_rows
+from selection.run.config import COMMON_FORM, load_experiment
+from selection.run.errors import UserError
+from selection.run.products import read_json
+from selection.scores.coresets import PUBLISHED_RATES, PUBLISHED_ROWS, check_fits, check_published, read_coreset
+from selection.scores.folder import Scores
+from selection.scores.quotas import quotas_of
 
 by_property = settings(max_examples=60, deadline=None)
 
@@ -130,7 +132,7 @@ def of_llama_factory(experiment, folder: Path, forms: list[str]) -> list[dict]:
 
 
 def assert_tokens_are_those_of_llama_factory(make_experiment, folder: Path, forms: list[str]):
-    llama_factory.import_llama_factory()
+    import_llama_factory()
     sets = [
         {"path": write_jsonl(folder / f"{number}.jsonl", FORMS[form][1]), "dataset_format": FORMS[form][0]}
         for number, form in enumerate(forms)
@@ -140,7 +142,7 @@ def assert_tokens_are_those_of_llama_factory(make_experiment, folder: Path, form
     theirs = of_llama_factory(experiment, folder, forms)
     assert len(train.rows) + len(rows_of(experiment, "eval")) == len(theirs) > len(train.rows) > 0
     for name in ("train", "eval"):
-        ours = llama_factory.tokenised_rows(experiment, experiment.target_model, name, rows_of(experiment, name))
+        ours = tokenised_rows(experiment, experiment.target_model, name, rows_of(experiment, name))
         for row, number in zip(ours, numbers[name], strict=True):
             assert row["input_ids"] == theirs[number]["input_ids"]
             assert row["labels"] == theirs[number]["labels"]
@@ -204,7 +206,7 @@ def test_what_is_wrong_with_a_conversation_is_said_with_its_row(make_experiment,
     messages = [said("a", "user"), said("b", "assistant")]
     good = {"conversations": turns("a", "b"), "messages": messages, "system": "s", "tools": "[]"}
     fits = {key: good[key] for key in row}
-    unusable = llama_factory.unusable_rows([fits, row, fits], form)
+    unusable = unusable_rows([fits, row, fits], form)
     assert list(unusable) == [1]
     assert re.search(why, unusable[1])
     if why.startswith("it ends") and row.get("conversations"):
@@ -383,7 +385,7 @@ METHODS = ["random", "length", "grand", "el2n", "ccs", "moderate", "entropy", "s
 
 def rule_of(method: str, num_rows: int, seed: int, quotas: Quotas | None):
     """The method's coreset by rate, and the scores and strata of STAFF's."""
-    from selection.config import Selection
+    from selection.run.config import Selection
 
     if not method.startswith("staff"):
         selection = Selection(num_strata=4, seed=seed)
@@ -449,7 +451,7 @@ def test_of_an_order_over_all_rows_each_data_set_gives_its_first(method, case, s
 @given(st.integers(0, 30), st.integers(2, 10))
 def test_staff_inside_a_data_set_is_staff_on_its_rows_of_the_strata(mode, seed, tenths):
     """Against a literal Algorithm 1 on the strata's rows of each data set."""
-    from selection.staff import allocate_budgets, choose_within_strata
+    from selection.method.staff import allocate_budgets, choose_within_strata
 
     num_rows = 80
     data_set = np.random.default_rng(seed).integers(0, 2, num_rows)

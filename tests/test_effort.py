@@ -9,12 +9,12 @@ import torch
 import transformers
 from torch.nn import functional
 
-from selection import effort
-from selection.effort import IN_FOURS, EffortScorer, plan_batches, response_losses
-from selection.errors import UserError
-from selection.models import _reset_query_value, with_fresh_lora
-from selection.phi import find_value_projection
-from selection.self_test import scores_one_by_one, self_test
+from selection.method import effort
+from selection.method.effort import IN_FOURS, EffortScorer, plan_batches, response_losses
+from selection.method.phi import find_value_projection
+from selection.method.reference import scores_one_by_one, self_test
+from selection.run.errors import UserError
+from selection.scores.models import _reset_query_value, with_fresh_lora
 
 VOCABULARY = 97
 COMMON = dict(
@@ -353,14 +353,14 @@ def test_score_does_not_depend_on_batch_padding_or_order(phi):
 def test_long_samples_take_fused_attention_and_score_the_same(monkeypatch):
     model, (ids, labels) = make_model("llama"), make_samples()
     composed = EffortScorer(model).score(ids, labels)["effort"]
-    monkeypatch.setattr("selection.effort._COMPOSED_ATTENTION_UP_TO", 0)
+    monkeypatch.setattr("selection.method.effort._COMPOSED_ATTENTION_UP_TO", 0)
     assert_close(EffortScorer(model).score(ids, labels)["effort"], composed)
 
 
 def test_chunks_of_the_head_do_not_change_the_score(monkeypatch):
     model, (ids, labels) = make_model("llama"), make_samples()
     whole = EffortScorer(model).score(ids, labels)
-    monkeypatch.setattr("selection.effort._LOGITS_AT_ONCE", {"cpu": 3 * VOCABULARY})
+    monkeypatch.setattr("selection.method.effort._LOGITS_AT_ONCE", {"cpu": 3 * VOCABULARY})
     pieces = EffortScorer(model).score(ids, labels)
     assert_close(pieces["effort"], whole["effort"])
     assert_close(pieces["loss"], whole["loss"])

@@ -18,14 +18,16 @@ from conftest import REPOSITORY
 from datasets import Dataset, load_dataset, load_from_disk
 from test_rows import tokens_of_llama_factory
 
-from finetune import llama_factory
-from finetune.data_split import rows_of, split_numbers, training_split
-from selection.annotated import annotated
-from selection.config import load_experiment
-from selection.coreset_files import read_coreset
-from selection.errors import UserError, run_stage
-from selection.export import as_chat, coreset_paths, export
-from selection.files import read_json
+from selection.report.annotated import annotated
+from selection.report.export import as_chat, coreset_paths, export
+from selection.rows.read import as_messages, tools_of
+from selection.rows.split import rows_of, split_numbers, training_split
+from selection.rows.tokens import tokenised_rows
+from selection.run.cli import run_stage
+from selection.run.config import load_experiment
+from selection.run.errors import UserError
+from selection.run.products import read_json
+from selection.scores.coresets import read_coreset
 
 IM_END = 2  # the tiny tokenizer's end mark
 # What a user would give a tokenizer that has none: ChatML, with the marks that assistant_only_loss needs.
@@ -111,14 +113,14 @@ def run(tiny_model, tmp_path_factory):
         for stage in ("selection.effort_score", "selection.verify", "selection.coreset"):
             patch.setattr(sys, "argv", [stage, "--config_path", str(path)])
             importlib.import_module(stage).main()
-        patch.setattr("selection.export._BATCH", 7)  # several batches
+        patch.setattr("selection.report.export._BATCH", 7)  # several batches
         patch.setattr(sys, "argv", ["export.py", str(folder / "run"), "--coreset", "staff-0.5"])
         importlib.import_module("scripts.export").main()
     experiment = load_experiment(path)
     coreset = experiment.coresets / "staff-0.5.json"
     split = training_split(experiment)
     rows = split.rows.select(read_coreset(coreset).indices)
-    tokens = llama_factory.tokenised_rows(experiment, str(tiny_model), "train", split.rows)
+    tokens = tokenised_rows(experiment, str(tiny_model), "train", split.rows)
     return SimpleNamespace(
         experiment=experiment,
         coreset=coreset,
@@ -217,7 +219,11 @@ def test_llama_factory_trains_on_the_exported_rows_anywhere(run, tmp_path):
         "use_cpu": True, "overwrite_cache": True,
     }  # fmt: skip
     cli = Path(sys.executable).with_name("llamafactory-cli")
-    own = {"PYTHONPATH": str(REPOSITORY / "finetune" / "no_torchaudio"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    own = {
+        "PYTHONPATH": str(REPOSITORY / "selection" / "rows" / "no_torchaudio"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
         [cli, "train", *(str(word) for key, value in keys.items() for word in (f"--{key}", value))],
         env=os.environ | own | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
@@ -266,7 +272,7 @@ def test_trl_trains_on_the_folder_of_rows(run, train):
 
 def test_conversations_train_on_the_scored_responses(talks, train, tiny_model):
     experiment, rows = talks.experiment, training_split(talks.experiment).rows
-    tokens = llama_factory.tokenised_rows(experiment, str(tiny_model), "train", rows).to_list()
+    tokens = tokenised_rows(experiment, str(tiny_model), "train", rows).to_list()
     pairs = load_dataset("json", data_files=str(talks.folder / "prompt_completion.jsonl"), split="train")
     assert train(pairs) == [to_end_mark(row, last_response_alone=True) for row in tokens]
     several = sum(len(row["conversations"]) > 2 for row in rows)
@@ -285,7 +291,7 @@ def test_conversations_train_on_the_scored_responses(talks, train, tiny_model):
 
 def test_tools_and_their_calls_are_as_chat_templates_take_them():
     row = conversations()[4]
-    chat = as_chat(llama_factory.as_messages(row, SHAREGPT), llama_factory.tools_of(row, SHAREGPT))
+    chat = as_chat(as_messages(row, SHAREGPT), tools_of(row, SHAREGPT))
     call = {"type": "function", "function": {"name": "weigh", "arguments": {"thing": "cell"}}}
     assert chat == {
         "messages": [
@@ -297,20 +303,20 @@ def test_tools_and_their_calls_are_as_chat_templates_take_them():
         "tools": [{"name": "weigh", "description": "Weighs.", "parameters": {"properties": {}}}],
     }
     row["conversations"][1]["value"] = json.dumps([call["function"], call["function"]])
-    assert as_chat(llama_factory.as_messages(row, SHAREGPT), "")["messages"][1]["tool_calls"] == [call, call]
+    assert as_chat(as_messages(row, SHAREGPT), "")["messages"][1]["tool_calls"] == [call, call]
 
 
 def test_messages_are_llama_factorys_own():
     alpaca = {"columns": {"prompt": "ask", "query": "more", "response": "say", "history": "past", "system": "rule"}}
     row = {"ask": "a", "more": "b", "say": "c", "past": [["x", "y"]], "rule": "r"}
     texts = [("system", "r"), ("user", "x"), ("assistant", "y"), ("user", "a\nb"), ("assistant", "c")]
-    assert llama_factory.as_messages(row, alpaca) == [{"role": role, "content": said} for role, said in texts]
-    assert len(llama_factory.as_messages(row | {"rule": None, "past": None}, alpaca)) == 2
+    assert as_messages(row, alpaca) == [{"role": role, "content": said} for role, said in texts]
+    assert len(as_messages(row | {"rule": None, "past": None}, alpaca)) == 2
     for broken, said in (({"say": " "}, "no prompt and text response"), ({"say": 3}, "no prompt and text response")):
         with pytest.raises(UserError, match=said):
-            llama_factory.as_messages(row | broken, alpaca)
+            as_messages(row | broken, alpaca)
     with pytest.raises(UserError, match="no column 'rule'"):
-        llama_factory.as_messages({key: value for key, value in row.items() if key != "rule"}, alpaca)
+        as_messages({key: value for key, value in row.items() if key != "rule"}, alpaca)
 
 
 def test_a_tokenizers_own_first_mark_is_not_doubled(tiny_model, tmp_path):
@@ -327,7 +333,7 @@ def test_a_tokenizers_own_first_mark_is_not_doubled(tiny_model, tmp_path):
     tokenizer.save_pretrained(model)
     made = exported(tmp_path, model, biology(), [0, 3, 7], template="llama2")  # writes that mark, and a bare end mark
     rows = training_split(made.experiment).rows.select([0, 3, 7])
-    tokens = llama_factory.tokenised_rows(made.experiment, str(model), "train", training_split(made.experiment).rows)
+    tokens = tokenised_rows(made.experiment, str(model), "train", training_split(made.experiment).rows)
     lines, tokenizer = read_lines(made.folder / "prompt_completion.jsonl"), AutoTokenizer.from_pretrained(model)
     for line, row, wanted in zip(lines, rows, tokens.select([0, 3, 7]), strict=True):
         assert tokenizer(line["prompt"] + line["completion"])["input_ids"] == wanted["input_ids"]
@@ -342,7 +348,7 @@ def test_an_end_mark_that_only_the_last_turn_gets(tiny_model, tmp_path):
     """Templates with efficient_eos write none behind a response; tuning adds one."""
     made = exported(tmp_path, tiny_model, biology(), [0, 3], template="bailing")
     split = training_split(made.experiment)
-    tokens = llama_factory.tokenised_rows(made.experiment, str(tiny_model), "train", split.rows).select([0, 3])
+    tokens = tokenised_rows(made.experiment, str(tiny_model), "train", split.rows).select([0, 3])
     for line, row, wanted in zip(
         read_lines(made.folder / "prompt_completion.jsonl"), split.rows.select([0, 3]), tokens, strict=True
     ):
@@ -409,7 +415,7 @@ def test_rows_of_several_files_are_numbered_in_their_own(tiny_model, tmp_path, f
     if form == "the same":
         assert [{key: line[key] for key in row} for line, row in zip(lines, pooled, strict=True)] == pooled
     theirs = tokens_of_llama_factory(made.experiment, dataset_dir=str(made.folder / "llamafactory"), dataset="mine")
-    ours = llama_factory.tokenised_rows(made.experiment, str(tiny_model), "train", training_split(made.experiment).rows)
+    ours = tokenised_rows(made.experiment, str(tiny_model), "train", training_split(made.experiment).rows)
     assert theirs["train_dataset"]["input_ids"] == ours.select(chosen)["input_ids"]
 
 
@@ -433,7 +439,7 @@ def test_a_second_export_replaces_the_first_and_nothing_else(tiny_model, tmp_pat
         def full(path, record):
             raise UserError("the disk is full")
 
-        patch.setattr("selection.files.write_sealed", full)  # the very last file
+        patch.setattr("selection.run.products.write_sealed", full)  # the very last file
         export(made.experiment, made.path, made.folder)
     assert {path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()} == before
     assert len(split) == 24 and not list(tmp_path.glob(".out.*al")) and not list(tmp_path.glob(".out.earlier"))

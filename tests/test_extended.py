@@ -15,23 +15,24 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from test_processes import together
 
-from finetune.data_split import training_split
-from scripts import adaptive as adaptive_script
-from selection import adaptive, coreset, verify
-from selection.adaptive import START, budget_widths, first_counts, moves, next_counts, resampled_ratios
-from selection.config import Selection, load_experiment, validated
-from selection.effort import EffortScorer
-from selection.errors import UserError
-from selection.identity import score_identity
-from selection.ledger import SPECULATIVE_SCORES, VERIFICATION, read_ledger
-from selection.length_control import length_controlled, length_residual
-from selection.reproduction import cells_of, experiment_arguments, jobs_of, load
-from selection.score_files import Scores, read_scores
-from selection.scoring import _of_leader, score_rows
-from selection.staff import allocate_budgets, choose_staff, draw_verification_samples, min_max_normalise
-from selection.statistics import ratio_interval
-from selection.verification import Settings, adaptive_draws, cut_strata, stratified_score
-from selection.verification import verify as ratios_of
+from scripts.paper import adaptive_verification as adaptive_script
+from scripts.paper.cells import cells_of, experiment_arguments, jobs_of, load
+from scripts.paper.intervals import ratio_interval
+from selection import coreset, verify
+from selection.method import adaptive
+from selection.method.adaptive import START, budget_widths, first_counts, moves, next_counts, resampled_ratios
+from selection.method.effort import EffortScorer
+from selection.method.length_control import length_residual
+from selection.method.staff import allocate_budgets, choose_staff, draw_verification_samples, min_max_normalise
+from selection.rows.split import training_split
+from selection.run.config import Selection, load_experiment, validated
+from selection.run.errors import UserError
+from selection.run.ledger import SPECULATIVE_SCORES, VERIFICATION, read_ledger
+from selection.scores.folder import Scores, read_scores
+from selection.scores.identity import score_identity
+from selection.scores.scoring import _of_leader, score_rows
+from selection.scores.verification import Settings, adaptive_draws, cut_strata, length_controlled, stratified_score
+from selection.scores.verification import verify as ratios_of
 
 by_property = settings(max_examples=40, deadline=None)
 ADAPTIVE = Settings("extended", 10, 8, 0.1, seed=3, verify="adaptive", rates=[0.1, 0.3])
@@ -198,7 +199,7 @@ def test_at_real_size_noisy_strata_get_more_and_the_end_is_before_the_limit(monk
     at_size = Settings("extended", 50, 40, 0.1, seed=1, verify="adaptive", rates=[0.1])
     strata = cut_strata(small, at_size)
     assert sum(map(len, rounds_of(small, target, at_size)[-1])) < 50 * 40
-    monkeypatch.setattr("selection.verification.next_counts", functools.partial(next_counts, settled=0))
+    monkeypatch.setattr("selection.scores.verification.next_counts", functools.partial(next_counts, settled=0))
     made = rounds_of(small, target, replace(at_size, verify_per_stratum=10))
     assert sum(map(len, made[-1])) == 50 * 10
     large = [i for i, rows in enumerate(strata.members) if len(rows) > 40]
@@ -235,9 +236,11 @@ def call(stage, options, monkeypatch):
 
 def test_a_resumed_adaptive_run_equals_an_unbroken_one(scored, monkeypatch, tmp_path):
     models, score, batches = [], EffortScorer.score, []
-    monkeypatch.setattr("selection.adaptive.START", 2)
-    monkeypatch.setattr("selection.verification.next_counts", functools.partial(next_counts, settled=0))
-    monkeypatch.setattr("selection.scoring._load_scorer", counted(models, "selection.scoring._load_scorer"))
+    monkeypatch.setattr("selection.method.adaptive.START", 2)
+    monkeypatch.setattr("selection.scores.verification.next_counts", functools.partial(next_counts, settled=0))
+    monkeypatch.setattr(
+        "selection.scores.scoring._load_scorer", counted(models, "selection.scores.scoring._load_scorer")
+    )
     found = {}
     for name, stops_at in (("unbroken", None), ("resumed", 8)):
         folder = f"output_dir={json.dumps(str(tmp_path / name))}"
@@ -400,7 +403,7 @@ def test_length_control_in_the_stages(scored, monkeypatch, tmp_path):
 
 
 def test_a_grid_holds_staff_and_staff_with_length_control(tmp_path):
-    from selection.config import load_grid
+    from selection.run.config import load_grid
 
     grid = load_grid(REPOSITORY / "configs" / "reproduce" / "smollm2_cpu.yaml")
     own = [cell for cell in cells_of(grid) if cell.variant and cell.seed == 1]

@@ -22,7 +22,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from selection.effort import EffortScorer, _Batch, response_losses
+from selection.method.effort import EffortScorer, _Batch, response_losses
 
 DEVICE, PHIS = "fakegpu", ("v_lora_b", "v_weight", "last_layer", "all_lora")
 SIMILAR = ("llama", "gemma", "mistral", "qwen2", "qwen3", "smollm3")  # to "llama-tied-head" and to others below

@@ -9,13 +9,15 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.llama_factory import import_llama_factory, unusable_rows
-from selection import choices, families
+from selection import choices
 from selection.choices import choose_models, strata_for
-from selection.config import DatasetFormat, Selection, load_experiment
-from selection.data_form import detect_form
-from selection.errors import UserError
-from selection.families import Family, find_pair, read_families
+from selection.rows.form import detect_form
+from selection.rows.llama_factory import import_llama_factory
+from selection.rows.read import unusable_rows
+from selection.run import families
+from selection.run.config import DatasetFormat, Selection, load_experiment
+from selection.run.errors import UserError
+from selection.run.families import Family, find_pair, read_families
 
 FAMILIES = read_families()
 MODELS = [(name, model) for name, family in FAMILIES.items() for model in family.models]

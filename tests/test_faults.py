@@ -17,16 +17,16 @@ import torch
 from conftest import REPOSITORY, assert_one_line_error, run_script
 from safetensors.torch import load_file
 
-from finetune.data_split import training_split
-from finetune.llama_factory import import_llama_factory
-from scripts.chaos import fork, run_processes
-from selection.config import load_experiment
-from selection.effort import EffortScorer
-from selection.errors import UserError
-from selection.files import held, made_from, read_json, read_sealed, write_sealed
-from selection.ledger import VERIFICATION, read_ledger
-from selection.score_files import read_scores
-from selection.scoring import score_rows
+from selection.method.effort import EffortScorer
+from selection.rows.llama_factory import import_llama_factory
+from selection.rows.split import training_split
+from selection.run.config import load_experiment
+from selection.run.errors import UserError
+from selection.run.ledger import VERIFICATION, read_ledger
+from selection.run.products import held, made_from, read_json, read_sealed, write_sealed
+from selection.scores.folder import read_scores
+from selection.scores.scoring import score_rows
+from tests.chaos import fork, run_processes
 
 UNTUNED = ("--set", "small_training.num_train_epochs=0", "--set", "selection.tokens_per_batch=300")
 
@@ -125,9 +125,9 @@ def test_torchrun_is_started_by_nproc_and_ends_as_the_stage_ends(make_experiment
 
     def launch(script: str, *more: object) -> subprocess.CompletedProcess:
         arguments = (REPOSITORY / script, "--config_path", config, *more)
-        return run_script("selection/launch.py", *arguments, check=False)
+        return run_script("scripts/launch.py", *arguments, check=False)
 
-    assert_one_line_error(launch("selection/costs.py"), "no cost ledger yet")  # both say it, one is heard
+    assert_one_line_error(launch("scripts/costs.py"), "no cost ledger yet")  # both say it, one is heard
     done = launch("selection/effort_score.py", *UNTUNED)
     assert done.returncode == 0, done.stderr[-3000:]
     assert read_ledger(tmp_path / "run")[0].processes == 2
@@ -137,7 +137,7 @@ def test_torchrun_is_started_by_nproc_and_ends_as_the_stage_ends(make_experiment
 
 
 def test_killed_stages_go_on_to_the_same_result():
-    done = run_script("scripts/chaos.py", "--count", 5, "--seed", 1)
+    done = run_script("tests/chaos.py", "--count", 5, "--seed", 1)
     assert re.search(r"\d+ kills in 5 trials \(seed 1\): 0 failed", done.stdout), done.stdout
 
 
@@ -295,7 +295,7 @@ def test_a_row_without_a_finite_score_is_in_no_coreset(make_experiment, rows, tm
                 scores["loss"][i] = np.inf
         return scores
 
-    from finetune.tokenised import tokenised_split
+    from selection.rows.tokens import tokenised_split
 
     tokens.append(tokenised_split(experiment, experiment.small_model, split)[7]["input_ids"])
     monkeypatch.setattr(EffortScorer, "score", with_nan)

@@ -11,7 +11,7 @@ METHODS = ["full", "random", "length", "grand", "el2n", "ccs", "d2", "moderate",
 
 def reproduce(results, runs) -> str:
     command = ["--config", REPOSITORY / "configs" / "reproduce" / "tiny.yaml", "--jobs", 2]
-    done = run_script("scripts/reproduce.py", *command, "--results", results, "--runs", runs)
+    done = run_script("scripts/paper/reproduce.py", *command, "--results", results, "--runs", runs)
     return done.stdout + done.stderr
 
 
@@ -70,7 +70,7 @@ def test_a_grid_that_was_stopped_makes_what_is_missing_and_nothing_else(results)
 
 
 def test_the_grid_becomes_a_table(results):
-    shown = run_script("scripts/tables.py", results / "results").stdout
+    shown = run_script("scripts/paper/tables.py", results / "results").stdout
     for name in ("Full data", "Random", "Length", "GraNd", "EL2N", "CCS", "D2 Pruning", "Moderate", "Entropy", "STAFF"):
         assert f"\n| {name} |" in shown
     assert (results / "results" / "tables.md").read_text() in shown
@@ -92,7 +92,7 @@ def test_ablations_refuse_foreign_scores_first_and_end_in_three_tables(results):
             2,
         ]
         command += ["--num_strata", 3, "--verify_per_stratum", 2, "--runs", results / "ablations"]
-        return run_script("scripts/ablations.py", *command, "--out", results / "tables", *more, check=check)
+        return run_script("scripts/paper/ablations.py", *command, "--out", results / "tables", *more, check=check)
 
     scores = ["--baseline_scores", results / "runs" / "go_biology-seed-1" / "scores" / "target-full"]
     foreign = ablations(*scores, "--set", "max_samples=50", "--runs", results / "other", check=False)

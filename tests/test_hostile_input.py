@@ -1,6 +1,6 @@
 """Files from strangers: none of their code runs, nothing is written elsewhere, and what is wrong is said in one line.
 
-scripts/fuzz.py looks for more at random; what it found stands here.
+tests/fuzz.py looks for more at random; what it found stands here.
 """
 
 import csv
@@ -20,18 +20,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finetune import llama_factory
-from finetune.data_split import reading_rows, training_split
-from selection.config import DatasetFormat, load_experiment
+from scripts.paper.cells import read_cells
 from selection.coreset import read_features
-from selection.coreset_files import read_coreset
-from selection.errors import UserError, run_stage
-from selection.files import read_json
-from selection.identity import check_base
-from selection.ledger import Cost, read_ledger, summarise
-from selection.metrics import read_metrics
-from selection.models import load_for_scoring, parameters_of
-from selection.reproduction import read_cells
+from selection.rows.read import reading_rows
+from selection.rows.split import training_split
+from selection.rows.tokens import tokenised_rows
+from selection.run.cli import run_stage
+from selection.run.config import DatasetFormat, load_experiment
+from selection.run.errors import UserError
+from selection.run.ledger import Cost, read_ledger, summarise
+from selection.run.metrics import read_metrics
+from selection.run.model_folder import check_base, check_weights, model_path
+from selection.run.products import read_json
+from selection.scores.coresets import read_coreset
+from selection.scores.models import load_for_scoring, parameters_of
 
 
 class Payload:
@@ -117,19 +119,19 @@ def test_pickled_weights_are_refused(model, adapter, canary):
     (adapter / "adapter_model.safetensors").unlink()
     torch.save({"x": Payload(canary)}, adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled"):
-        llama_factory.check_weights(adapter, "adapter_model")
+        check_weights(adapter, "adapter_model")
     with pytest.raises(UserError, match="cannot load model"):  # and if that check is left out, nothing runs
         load_for_scoring(str(model), adapter, "fp32")
     (model / "model.safetensors").rename(model / "other.safetensors")  # transformers would take the .bin beside it
     torch.save({"x": Payload(canary)}, model / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pickled.*convert them to safetensors"):
-        llama_factory.model_path(str(model))
+        model_path(str(model))
     with pytest.raises(UserError, match="cannot load model"):
         load_for_scoring(str(model), None, "fp32")
 
 
 def test_a_tuned_folder_with_pickled_weights_is_refused(model, adapter, make_experiment, rows):
-    from selection.files import model_fingerprint
+    from selection.run.model_folder import model_fingerprint
 
     (adapter / "made_from.json").write_text(json.dumps({"model": model_fingerprint(model)}))
     check_base(adapter, str(model))
@@ -161,7 +163,7 @@ def test_code_in_a_model_folder_is_not_run(model, canary, known, make_experiment
     calls = [
         lambda: parameters_of(str(model)),
         lambda: load_for_scoring(str(model), None, "fp32"),
-        lambda: llama_factory.tokenised_rows(experiment, str(model), "train", split.rows),
+        lambda: tokenised_rows(experiment, str(model), "train", split.rows),
     ]
     for call in calls:
         if known:
@@ -184,7 +186,7 @@ def test_a_script_beside_the_data_is_not_run(tmp_path, canary):
 def test_an_adapter_imports_nothing(adapter):
     edit(adapter / "adapter_config.json", megatron_config={"x": 1}, megatron_core="antigravity")
     with pytest.raises(UserError, match="megatron_config"):
-        llama_factory.check_weights(adapter, "adapter_model")
+        check_weights(adapter, "adapter_model")
 
 
 # Nothing but the named folders
@@ -196,17 +198,17 @@ def test_weights_lie_in_the_models_own_folder(model):
     for name in ("../outside.safetensors", "/outside.safetensors", "pytorch_model.bin"):
         (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": name}}))
         with pytest.raises(UserError, match="of the folder itself"):
-            llama_factory.model_path(str(model))
+            model_path(str(model))
 
 
 def test_a_model_folder_does_not_lead_to_another(model):
     edit(model / "config.json", transformers_weights="../outside.safetensors")
     with pytest.raises(UserError, match="transformers_weights"):
-        llama_factory.model_path(str(model))
+        model_path(str(model))
     edit(model / "config.json", transformers_weights=None)
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
     with pytest.raises(UserError, match="base model"):
-        llama_factory.model_path(str(model))
+        model_path(str(model))
 
 
 @pytest.mark.parametrize(
@@ -260,14 +262,14 @@ def test_training_keys_that_reach_out_are_refused(make_experiment, rows, key):
 def test_dataset_info_of_a_stranger_changes_nothing(make_experiment, rows, tmp_path, tiny_model, entry, canary):
     experiment = load_experiment(make_experiment(rows))
     split = training_split(experiment)
-    trained = llama_factory.tokenised_rows(experiment, str(tiny_model), "train", split.rows)[:]
+    trained = tokenised_rows(experiment, str(tiny_model), "train", split.rows)[:]
     others = [row | {"output": "poison"} for row in split.rows]
     (tmp_path / "other.json").write_text(json.dumps(others))
     (experiment.data_folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
     info = experiment.data_folder / "dataset_info.json"
     edit(info, train=entry)
     split = training_split(experiment)  # as every stage begins
-    again = llama_factory.tokenised_rows(experiment, str(tiny_model), "train", split.rows)[:]
+    again = tokenised_rows(experiment, str(tiny_model), "train", split.rows)[:]
     assert again["labels"] == trained["labels"]
 
 
@@ -313,7 +315,7 @@ def test_a_name_too_long_for_the_file_system_is_refused(make_experiment, rows):
         with pytest.raises(UserError, match="path"):
             experiment = load_experiment(make_experiment(rows, **{key: "x" * 300}))
             training_split(experiment)
-            llama_factory.model_path(experiment.target_model)
+            model_path(experiment.target_model)
 
 
 @pytest.mark.parametrize(
@@ -476,11 +478,11 @@ def test_the_fuzz_script_finds_nothing_but_what_was_broken_on_purpose(tmp_path):
     (tmp_path / "broken.py").write_text(
         "import json, runpy, sys\n"
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from selection import ledger\n"
+        "from selection.run import ledger\n"
         "def read(folder):\n"
         "    return [ledger.Cost(**json.loads(line)) for line in ledger.ledger_path(folder).open()]\n"
         "ledger.read_ledger = read\n"
-        f"runpy.run_path({str(REPOSITORY / 'scripts' / 'fuzz.py')!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(REPOSITORY / 'tests' / 'fuzz.py')!r}, run_name='__main__')\n"
     )
     arguments = ["--count", 8, "--workers", 1, "--kind", "costs", *_LIGHT]
     done = run_script(tmp_path / "broken.py", *arguments, cwd=REPOSITORY, check=False)

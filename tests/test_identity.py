@@ -8,17 +8,18 @@ import torch
 from conftest import everything_in
 from safetensors.torch import load_file, save_file
 
-from selection import files
-from selection.config import load_experiment
-from selection.files import keep_hashes, model_fingerprint, read_json, read_sealed
-from selection.ledger import SPECULATIVE_SCORES, read_ledger, selection_costs
+from selection.run import model_folder
+from selection.run.config import load_experiment
+from selection.run.ledger import SPECULATIVE_SCORES, read_ledger, selection_costs
+from selection.run.model_folder import keep_hashes, model_fingerprint
+from selection.run.products import read_json, read_sealed
 
 STAGES = {
     "finetune": "finetune.finetune",
     "effort_score": "selection.effort_score",
     "verify": "selection.verify",
     "coreset": "selection.coreset",
-    "costs": "selection.costs",
+    "costs": "scripts.costs",
     "finetune-select": "finetune.finetune-select",
     "eval": "finetune.eval",
     "report": "scripts.report",
@@ -197,9 +198,9 @@ def test_a_layer_replaced_in_the_middle_and_every_tokenizer_file_change_the_fing
 
 def test_weights_are_hashed_once_as_long_as_the_file_stays_the_same(large_model, tmp_path, monkeypatch):
     hashed = []
-    digest = files.file_digest
-    monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path.name) or digest(path))
-    monkeypatch.setattr(files.time, "time_ns", lambda: 2**62)  # the files are old
+    digest = model_folder.file_digest
+    monkeypatch.setattr(model_folder, "file_digest", lambda path: hashed.append(path.name) or digest(path))
+    monkeypatch.setattr(model_folder.time, "time_ns", lambda: 2**62)  # the files are old
     run = tmp_path / "run"
     first = model_fingerprint(large_model, run)
     assert "model.safetensors" in hashed
@@ -207,7 +208,7 @@ def test_weights_are_hashed_once_as_long_as_the_file_stays_the_same(large_model,
     for _ in range(2):  # in this process, and in the next one
         hashed.clear()
         assert model_fingerprint(large_model, run) == first and not hashed
-        monkeypatch.setattr(files, "_hashed", {})
+        monkeypatch.setattr(model_folder, "_hashed", {})
     weights = large_model / "model.safetensors"
     content, stat = bytearray(weights.read_bytes()), weights.stat()
     content[3 * 2**20] ^= 1
@@ -215,7 +216,7 @@ def test_weights_are_hashed_once_as_long_as_the_file_stays_the_same(large_model,
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as cp -p does it
     assert model_fingerprint(large_model, run) != first and hashed == ["model.safetensors"]
     (run / "hashes.json").write_text("[1]")  # damaged: all is hashed again
-    monkeypatch.setattr(files, "_hashed", {})
+    monkeypatch.setattr(model_folder, "_hashed", {})
     hashed.clear()
     model_fingerprint(large_model, run)
     assert "model.safetensors" in hashed

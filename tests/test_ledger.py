@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from selection.config import load_experiment
-from selection.ledger import (
+from selection.run.config import load_experiment
+from selection.run.ledger import (
     CORESETS,
     CUTTING,
     SPECULATIVE_SCORES,

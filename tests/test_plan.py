@@ -13,15 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune import llama_factory
-from finetune.data_split import training_split
-from selection import plan
-from selection.config import load_experiment
-from selection.errors import UserError
-from selection.flops import forward_flops, scoring_flops, tuning_flops
-from selection.identity import tuning_lora
-from selection.models import count_parameters, parameters_of
-from selection.plan import (
+from scripts import plan
+from scripts.plan import (
     Speed,
     format_plan,
     load_for_tuning,
@@ -31,6 +24,13 @@ from selection.plan import (
     selection_to_tuning,
     verdict,
 )
+from selection.rows.split import training_split
+from selection.rows.tokens import tokenised_rows
+from selection.run.config import load_experiment
+from selection.run.errors import UserError
+from selection.run.flops import forward_flops, scoring_flops, tuning_flops
+from selection.scores.identity import tuning_lora
+from selection.scores.models import count_parameters, parameters_of
 
 SMALL, TARGET = Speed(parameters=10, scoring=0.5, tuning=2.0), Speed(parameters=30, scoring=1.5, tuning=6.0)
 SPEEDS = {"small": SMALL, "target": TARGET}
@@ -384,9 +384,7 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
     """Which models are scored and tuned: watched at the doors."""
     asked = experiment("selection.phi=v_weight", "target_training.lora_rank=2", "small_training.lora_rank=3")
     split = training_split(asked)
-    tokenised = {
-        name: llama_factory.tokenised_rows(asked, str(tiny_model), "train", split.rows) for name in ("small", "target")
-    }
+    tokenised = {name: tokenised_rows(asked, str(tiny_model), "train", split.rows) for name in ("small", "target")}
     seen = []
 
     class Watched(plan.EffortScorer):
@@ -424,7 +422,7 @@ def test_the_script_counts_the_true_tokens(make_experiment, rows, tiny_model):
     path = make_experiment(rows, small_training={"num_train_epochs": 2}, target_training={"num_train_epochs": 3})
     done = run_script("scripts/plan.py", "--config_path", path, "--seconds", 1, "--reuses", 4)
     experiment = load_experiment(str(path))
-    tokenised = llama_factory.tokenised_rows(experiment, str(tiny_model), "train", training_split(experiment).rows)
+    tokenised = tokenised_rows(experiment, str(tiny_model), "train", training_split(experiment).rows)
     tokens = sum(map(sum, tokenised["attention_mask"]))
     lines = {line[:44].strip(): numbers(line) for line in done.stdout.splitlines() if "e+" in line}
     assert lines["speculative tuning"][:2] == (24, 2 * tokens)

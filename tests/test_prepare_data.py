@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selection.errors import UserError
+from selection.run.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KEYS = ["id", "instruction", "input", "output"]

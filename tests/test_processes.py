@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
-import selection.processes
+import selection.run.processes
 from finetune.tuning import share_of_batch
-from selection.device import device
-from selection.errors import UserError
-from selection.processes import processes, shards, visible_gpus
+from selection.run.device import device
+from selection.run.errors import UserError
+from selection.run.processes import processes, shards, visible_gpus
 
 
 def together(count: int, work, stopped: int | None = None) -> list:
@@ -32,7 +32,7 @@ def together(count: int, work, stopped: int | None = None) -> list:
         os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0"}
         processes.cache_clear()
-        selection.processes._PARENT = os.getppid()
+        selection.run.processes._PARENT = os.getppid()
         try:
             end.send(work(processes()))
         except UserError as error:
@@ -114,8 +114,8 @@ def test_the_leader_goes_first(tmp_path):
 
 
 def test_a_process_without_a_sign_of_life_is_named(monkeypatch):
-    monkeypatch.setattr(selection.processes, "_SILENCE", 1.5)
-    monkeypatch.setattr(selection.processes, "_BETWEEN_SIGNS", 0.2)
+    monkeypatch.setattr(selection.run.processes, "_SILENCE", 1.5)
+    monkeypatch.setattr(selection.run.processes, "_BETWEEN_SIGNS", 0.2)
 
     def work(group):
         if group.rank == 1:
@@ -127,14 +127,14 @@ def test_a_process_without_a_sign_of_life_is_named(monkeypatch):
 
 
 def test_the_others_learn_why_one_stopped_and_one_line_is_said_once(monkeypatch):
-    monkeypatch.setattr(selection.processes, "_BETWEEN_SIGNS", 0.1)
+    monkeypatch.setattr(selection.run.processes, "_BETWEEN_SIGNS", 0.1)
 
     def work(group):
         if group.rank > 1:
             return group.first_to_say("error: row 3 is odd")
         time.sleep(0.5)
         if group.rank == 1:
-            selection.processes.socket = type("Elsewhere", (), {"gethostname": lambda: "another host"})
+            selection.run.processes.socket = type("Elsewhere", (), {"gethostname": lambda: "another host"})
         try:
             group.wait()
         except SystemExit as stop:
@@ -158,7 +158,7 @@ def test_a_worker_ends_when_its_maker_is_killed():
     ours, theirs = fork.Pipe()
 
     def worker() -> None:
-        selection.processes.end_with_parent()
+        selection.run.processes.end_with_parent()
         theirs.send(os.getpid())
         time.sleep(60)
 
@@ -177,7 +177,7 @@ def test_a_worker_ends_when_its_maker_is_killed():
 
 
 def test_alone_nobody_is_waited_for():
-    group = selection.processes.Processes(0, 1)
+    group = selection.run.processes.Processes(0, 1)
     group.wait()
     assert group.gather("x") == ["x"] and group.from_leader(lambda: 3) == 3 and group.leads
     assert group.first_to_say("a") and group.first_to_say("a")
@@ -207,5 +207,5 @@ def test_processes_share_the_samples_of_a_step(size, steps, count):
 @pytest.mark.parametrize("asked", ["0", "many", "-1"])
 def test_a_number_of_processes_that_is_none_is_refused(asked, monkeypatch):
     monkeypatch.setenv("NPROC", asked)
-    done = run_script("selection/launch.py", "selection/costs.py", check=False)
+    done = run_script("scripts/launch.py", "scripts/costs.py", check=False)
     assert (done.returncode, done.stderr) == (2, f"error: NPROC={asked}: give the number of processes\n")

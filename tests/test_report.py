@@ -20,23 +20,16 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
-from finetune.data_split import split_numbers, training_split
-from selection import report
-from selection.config import DatasetFormat, Experiment, load_experiment
-from selection.errors import UserError
-from selection.files import write_experiment, write_json
-from selection.identity import score_identity
-from selection.ledger import (
-    SPECULATIVE_SCORES,
-    SPECULATIVE_TUNING,
-    TARGET_TUNING,
-    VERIFICATION,
-    Cost,
-    ledger_path,
-)
-from selection.score_files import ScoreFolder, read_scores
-from selection.statistics import ratio_interval
-from selection.verification import (
+from scripts.paper.intervals import ratio_interval
+from selection.report import page as report_page
+from selection.rows.split import split_numbers, training_split
+from selection.run.config import DatasetFormat, Experiment, load_experiment
+from selection.run.errors import UserError
+from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION, Cost, ledger_path
+from selection.run.products import write_json
+from selection.scores.folder import ScoreFolder, read_scores
+from selection.scores.identity import score_identity, write_experiment
+from selection.scores.verification import (
     Settings,
     cut_strata,
     draw,
@@ -151,12 +144,12 @@ def copy(experiment, tmp_path) -> Experiment:
 
 @pytest.fixture(scope="module")
 def page(experiment) -> Path:
-    return report.write_report(experiment)
+    return report_page.write_report(experiment)
 
 
 @pytest.fixture(scope="module")
 def run(experiment):
-    return report.read_run(experiment)
+    return report_page.read_run(experiment)
 
 
 def data_of(page: str) -> dict:
@@ -176,8 +169,8 @@ def test_histogram_counts_every_scored_row_once_where_numpy_counts_it(run):
     figures, shown, _ = run
     effort = figures.effort[np.isfinite(figures.effort)]
     for each in shown:
-        bins = report.bar_data(each)["bins"]
-        edges = report.bin_edges(effort, each.strata)
+        bins = report_page.bar_data(each)["bins"]
+        edges = report_page.bin_edges(effort, each.strata)
         totals = np.zeros(len(edges) - 1)
         for bar in bins:
             totals[np.searchsorted(edges, (bar["low"] + bar["high"]) / 2) - 1] += bar["rows"]
@@ -186,7 +179,7 @@ def test_histogram_counts_every_scored_row_once_where_numpy_counts_it(run):
         above = np.histogram(np.minimum(effort[effort > cut], edges[-1]), edges)[0]
         slack = np.isclose(edges[:-1], cut) | np.isclose(edges[1:], cut)  # the highest row of all strata is on an edge
         assert np.array_equal(totals[~slack], (below + above)[~slack])
-        by_status = {name: sum(b["rows"] for b in bins if b["status"] == name) for name in report.STATUSES}
+        by_status = {name: sum(b["rows"] for b in bins if b["status"] == name) for name in report_page.STATUSES}
         assert by_status["chosen"] == each.m
         assert sum(by_status.values()) == len(effort)
         assert by_status["hardest, dropped"] == int((each.stratum[np.isfinite(figures.effort)] < 0).sum()) - int(
@@ -211,7 +204,7 @@ def test_strata_have_the_coresets_own_budgets_and_the_librarys_intervals(run, ex
             assert (s["ratio_low"], s["ratio_high"]) == pytest.approx(
                 ratio_interval(theirs, ours, s["size"]), nan_ok=True
             )
-        parts = report.bar_data(each)["budgets"]
+        parts = report_page.bar_data(each)["budgets"]
         assert sum(p["rows"] for p in parts) == sum(s["size"] for s in about["strata"])
     random = shown[2]
     assert random.strata_of == "staff-0.2"
@@ -222,15 +215,15 @@ def test_strata_have_the_coresets_own_budgets_and_the_librarys_intervals(run, ex
 def test_strata_of_the_length_residual_lie_on_its_axis(tmp_path):
     changes = {"mode": "extended", "length_control": "residual", "rates": [0.2], "methods": ["staff"]}
     experiment = make_run(tmp_path, 190, **changes)
-    figures, (shown,), _ = report.read_run(experiment)
+    figures, (shown,), _ = report_page.read_run(experiment)
     settings = Settings.of(experiment.selection)
     scores = stratified_score(read_scores(experiment.small_scores, settings.columns), settings)
     assert np.array_equal(shown.score[scores.index], scores.effort) and np.isnan(shown.score[LEFT_OUT])
     assert np.array_equal(figures.effort[scores.index], read_scores(experiment.small_scores).effort)
     assert not np.isnan([s["ratio_low"] for s in shown.strata if s["verified"] > 1]).any()
-    bars = report.bar_data(shown)["bins"]
+    bars = report_page.bar_data(shown)["bins"]
     assert min(b["low"] for b in bars) == scores.effort.min()
-    assert "length residual of effort score of the speculative model" in report.render(experiment)
+    assert "length residual of effort score of the speculative model" in report_page.render(experiment)
 
 
 def test_correlations_and_points_are_those_of_the_scores(run, page, experiment):
@@ -240,9 +233,9 @@ def test_correlations_and_points_are_those_of_the_scores(run, page, experiment):
     at = small.positions(target.index)
     text = page.read_text(encoding="utf-8")
     expected = spearmanr(small.effort[at], target.effort).statistic
-    assert f"rank correlation {report.correlation(expected)}, " in text
+    assert f"rank correlation {report_page.correlation(expected)}, " in text
     expected = spearmanr(small.effort, small.columns["n_response_tokens"]).statistic
-    assert f"rank correlation {report.correlation(expected)}." in text
+    assert f"rank correlation {report_page.correlation(expected)}." in text
     rows, numbers = data_of(text)["rows"], split_numbers(experiment)["train"]
     at = [rows["row"].index(row) for row in numbers[small.index]]
     assert [rows["length"][i] for i in at] == small.columns["n_response_tokens"].tolist()
@@ -263,7 +256,7 @@ def test_map_is_scikit_learns(page, experiment):
     assert np.column_stack([points["x"], points["y"]]) == pytest.approx(expected, abs=1e-4)
     first, second = (f"{100 * share:.0f} %" for share in pca.explained_variance_ratio_)
     assert f"hold {first} and {second} of" in page.read_text(encoding="utf-8")
-    fifth = report.fifths(scores.effort)[0]
+    fifth = report_page.fifths(scores.effort)[0]
     assert (
         np.bincount(fifth).tolist()
         == np.histogram(scores.effort, np.quantile(scores.effort, np.linspace(0, 1, 6)))[0].tolist()
@@ -292,7 +285,7 @@ def test_evaluations_that_cannot_be_read_are_named_in_a_line(copy):
     path = copy.folder / "eval" / "full" / "metrics.json"
     path.write_text(path.read_text().replace("41.237", "-1"))
     (copy.folder / "eval" / ".random-0.2.partial").mkdir()  # of an evaluation that was cut off
-    evaluated, unread = report.evaluations(copy, ["staff-0.2", "random-0.2"])
+    evaluated, unread = report_page.evaluations(copy, ["staff-0.2", "random-0.2"])
     assert list(evaluated) == ["untuned"]
     assert [line.split(" is not shown")[0] for line in unread] == [
         "The evaluation of staff-0.2",
@@ -300,12 +293,12 @@ def test_evaluations_that_cannot_be_read_are_named_in_a_line(copy):
     ]
     assert "rouge-l" in unread[1]
     shutil.rmtree(copy.folder / "eval")
-    assert report.evaluations(copy, ["staff-0.2"]) == ({}, [])
+    assert report_page.evaluations(copy, ["staff-0.2"]) == ({}, [])
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.integers(0, 600))
 def test_texts_are_cut_no_more_than_the_limit_asks(lengths, total):
-    longest = report.longest_text(lengths, total)
+    longest = report_page.longest_text(lengths, total)
     if longest is None:
         assert sum(lengths) <= total
     else:
@@ -337,21 +330,21 @@ def test_texts_are_cut_no_more_than_the_limit_asks(lengths, total):
     ],
 )  # fmt: skip
 def test_texts_of_rows(row, form, expected):
-    assert report.texts_of(row, DatasetFormat(**form)) == expected
+    assert report_page.texts_of(row, DatasetFormat(**form)) == expected
 
 
 def test_of_more_rows_than_the_table_holds_it_has_all_chosen_ones(experiment, run, monkeypatch):
     figures, shown, _ = run
-    monkeypatch.setattr(report, "MOST_ROWS", 40)
-    table = report.table_rows(experiment, figures, shown[0], seed=1)
+    monkeypatch.setattr(report_page, "MOST_ROWS", 40)
+    table = report_page.table_rows(experiment, figures, shown[0], seed=1)
     assert len(table["index"]) == 40 and set(np.flatnonzero(shown[0].chosen)) < set(table["index"])
-    assert "40 of 152 rows of the training split: all 30 chosen by staff-0.2" in report.table_note(
+    assert "40 of 152 rows of the training split: all 30 chosen by staff-0.2" in report_page.table_note(
         table, figures, shown[0], 1
     )
-    assert np.array_equal(table["index"], report.table_rows(experiment, figures, shown[0], seed=1)["index"])
-    monkeypatch.setattr(report, "MOST_ROWS", 20)
-    table = report.table_rows(experiment, figures, shown[0], seed=1)
-    assert shown[0].chosen[table["index"]].all() and "20 of the 30 chosen" in report.table_note(
+    assert np.array_equal(table["index"], report_page.table_rows(experiment, figures, shown[0], seed=1)["index"])
+    monkeypatch.setattr(report_page, "MOST_ROWS", 20)
+    table = report_page.table_rows(experiment, figures, shown[0], seed=1)
+    assert shown[0].chosen[table["index"]].all() and "20 of the 30 chosen" in report_page.table_note(
         table, figures, shown[0], 1
     )
 
@@ -400,7 +393,7 @@ def test_policy_lets_the_pages_own_scripts_run_and_nothing_else(page):
 
 def test_the_same_run_gives_the_same_page(page, experiment):
     before = page.read_bytes()
-    assert report.write_report(experiment).read_bytes() == before
+    assert report_page.write_report(experiment).read_bytes() == before
 
 
 # What may be missing
@@ -409,13 +402,13 @@ def test_the_same_run_gives_the_same_page(page, experiment):
 def test_without_a_coreset_one_line_says_so(copy):
     shutil.rmtree(copy.coresets)
     with pytest.raises(UserError, match=r"has no coreset yet: run coreset\.py"):
-        report.render(copy)
+        report_page.render(copy)
 
 
 def test_with_other_coresets_alone_there_are_no_strata(copy):
     for path in copy.coresets.glob("staff-*.json"):
         path.unlink()
-    text = report.render(copy)
+    text = report_page.render(copy)
     assert "No coreset of STAFF can be shown" in text and "Selection took" not in text
     assert {"scores", "target", "length", "map"} == set(data_of(text)["charts"])
     assert data_of(text)["coresets"][0]["data"]["strata"] == []
@@ -436,7 +429,7 @@ def test_without_verification_features_and_costs_the_rest_is_there(copy):
     columns = {"index": every, "id": np.array(split.ids), "effort": effort, "loss": effort}
     folder.write_part([every.tolist()], {**columns, "n_prompt_tokens": lengths, "n_response_tokens": lengths})
     folder.finish(every)
-    text = report.render(copy)
+    text = report_page.render(copy)
     assert set(data_of(text)["charts"]) == {"scores", "length"}
     for said in (
         "The target has scored no row",
@@ -452,7 +445,7 @@ def test_without_any_scores_random_coresets_are_still_listed(copy):
     for path in copy.coresets.glob("staff-*.json"):
         path.unlink()
     shutil.rmtree(copy.small_scores)
-    text = report.render(copy)
+    text = report_page.render(copy)
     assert "has scored nothing in this run" in text and data_of(text)["charts"] == {}
     assert sum(data_of(text)["groups"][g]["chosen"] for g in data_of(text)["coresets"][0]["group"]) == 30
 
@@ -465,7 +458,7 @@ def test_a_coreset_that_does_not_fit_is_named_and_the_others_are_shown(copy):
         path = copy.coresets / f"{name}.json"
         path.write_text(path.read_text().replace(*change))
     (copy.coresets / "broken.json").write_text("{")
-    _, shown, refused = report.read_run(copy)
+    _, shown, refused = report_page.read_run(copy)
     assert [each.name for each in shown] == ["staff-0.2", "random-0.2"]
     assert [line.split(" ")[0] for line in refused] == ["broken", "random-0.5", "staff-0.5"]
 
@@ -692,8 +685,8 @@ FLAT = {
 def test_scores_that_span_nothing_are_drawn(tmp_path, case):
     num_rows, like, selection = FLAT[case]
     experiment = make_run(tmp_path, num_rows, (), like, **{"rates": [0.5], "methods": ["staff"]} | selection)
-    data = data_of(report.write_report(experiment).read_text(encoding="utf-8"))
-    figures, [shown], _ = report.read_run(experiment)
+    data = data_of(report_page.write_report(experiment).read_text(encoding="utf-8"))
+    figures, [shown], _ = report_page.read_run(experiment)
     bars, (*strata, last) = data["coresets"][0]["data"], data["coresets"][0]["data"]["strata"]
     assert sum(b["rows"] for b in bars["bins"]) == len(figures.row)
     assert sum(b["rows"] for b in bars["budgets"]) == sum(s["size"] for s in shown.strata)
@@ -705,7 +698,7 @@ def test_scores_that_span_nothing_are_drawn(tmp_path, case):
 
 @in_chromium
 def test_equal_scores_leave_the_console_empty(chromium, tmp_path):
-    page = report.write_report(make_run(tmp_path, 60, (), equal, rates=[0.2], methods=["staff"]))
+    page = report_page.write_report(make_run(tmp_path, 60, (), equal, rates=[0.2], methods=["staff"]))
     chromium.open(page)
     show_figures(chromium, 3)  # equal features make no map
     assert chromium.complaints() == []
@@ -713,7 +706,7 @@ def test_equal_scores_leave_the_console_empty(chromium, tmp_path):
 
 @in_chromium
 def test_of_one_verified_row_the_interval_is_not_known_and_the_console_stays_empty(chromium, tmp_path):
-    page = report.write_report(make_run(tmp_path, 60, (), verify_per_stratum=1, rates=[0.2], methods=["staff"]))
+    page = report_page.write_report(make_run(tmp_path, 60, (), verify_per_stratum=1, rates=[0.2], methods=["staff"]))
     text = page.read_text(encoding="utf-8")
     rows = re.findall(r"<tr><td>\d+</td>(.*?)</tr>", re.search('<div class="wide strata">.*?</table>', text, re.S)[0])
     cells = [re.findall("<td>([^<]*)", row) for row in rows]
@@ -799,7 +792,7 @@ def test_light_and_dark(chromium, page):
 @in_chromium
 def test_twenty_thousand_rows_load_and_react(chromium, tmp_path):
     experiment = make_run(tmp_path, 25_100, (), rates=[0.1], methods=["staff"])
-    page = report.write_report(experiment)
+    page = report_page.write_report(experiment)
     assert page.stat().st_size < 25e6
     assert chromium.open(page) < 15  # seconds; 1 to 6 seen
     assert found(chromium) == "20,000 of 20,000 rows"

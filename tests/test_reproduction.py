@@ -10,12 +10,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY, assert_one_line_error, run_script
 
-from finetune.llama_factory import scores_by_sample
-from selection import reproduction
-from selection.config import load_grid
-from selection.errors import UserError
-from selection.files import held
-from selection.reproduction import (
+from finetune.trainer import scores_by_sample
+from scripts.paper import cells
+from scripts.paper.cells import (
     Cell,
     Job,
     cells_of,
@@ -27,6 +24,9 @@ from selection.reproduction import (
     settings_digest,
     write_cells,
 )
+from selection.run.config import load_grid
+from selection.run.errors import UserError
+from selection.run.products import held
 
 TASKS = {"biology": {"config": "configs/tiny.yaml", "set": ["max_samples=40"]}}
 GRID = {"tasks": TASKS, "methods": ["full", "random", "staff", "ccs"], "rates": [0.1, 0.5], "seeds": [3, 4]}
@@ -183,8 +183,8 @@ def test_commands_run_in_one_process_and_what_a_failing_one_said_is_returned(tmp
     """In a process of its own, as its output goes into the log for good."""
     log = tmp_path / "job.log"
     code = (
-        "import sys; from pathlib import Path; from selection.reproduction import run_commands\n"
-        "commands = [['selection/costs.py', '--config_path', 'none.yaml'], ['never.py']]\n"
+        "import sys; from pathlib import Path; from scripts.paper.cells import run_commands\n"
+        "commands = [['scripts/costs.py', '--config_path', 'none.yaml'], ['never.py']]\n"
         f"said = run_commands(commands, Path({str(log)!r}))\n"
         f"Path({str(tmp_path / 'said')!r}).write_text(said)\n"
     )
@@ -192,13 +192,13 @@ def test_commands_run_in_one_process_and_what_a_failing_one_said_is_returned(tmp
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, tmp_path / "run.py"], env=environment, timeout=120, check=True)
     assert (tmp_path / "said").read_text() == "--config_path none.yaml: No such file or directory"
-    assert "$ selection/costs.py --config_path none.yaml" in log.read_text()
+    assert "$ scripts/costs.py --config_path none.yaml" in log.read_text()
     assert "never.py" not in log.read_text()
 
 
 def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
     finished = []
-    failing = Job("a, first", [["selection/costs.py", "--config_path", "none.yaml"]], 1)
+    failing = Job("a, first", [["scripts/costs.py", "--config_path", "none.yaml"]], 1)
     with pytest.raises(UserError, match=r"a, first: --config_path none\.yaml: .* \(log: .*a-first\.log\)"):
         run_jobs([failing, Job("second", [], 1, needs="a, first")], 2, tmp_path, finished.append)
     assert finished == []
@@ -214,9 +214,9 @@ def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
 
 
 def test_workers_get_the_visible_gpus_in_turn():
-    names = [each["CUDA_VISIBLE_DEVICES"] for each in reproduction.gpus_of_workers(5, ["2", "GPU-1f", "7"])]
+    names = [each["CUDA_VISIBLE_DEVICES"] for each in cells.gpus_of_workers(5, ["2", "GPU-1f", "7"])]
     assert names == ["2", "GPU-1f", "7", "2", "GPU-1f"]
-    assert reproduction.gpus_of_workers(2, []) == [{}, {}]
+    assert cells.gpus_of_workers(2, []) == [{}, {}]
 
 
 def test_a_job_sees_its_gpu_from_the_start_of_its_process(tmp_path, monkeypatch):
@@ -265,6 +265,6 @@ def test_reproduce_refuses_cells_of_other_settings(make_experiment, rows, tmp_pa
     write_cells(results / "cells.csv", {other_seed: row_of(other_seed)}, [])
     before = (results / "cells.csv").read_bytes()
     command = ["--config", tmp_path / "grid.yaml", "--results", results, "--runs", tmp_path / "runs"]
-    done = run_script("scripts/reproduce.py", *command, check=False)
+    done = run_script("scripts/paper/reproduce.py", *command, check=False)
     assert_one_line_error(done, "cells.csv was made otherwise (a, seed 2, random-0.5")
     assert (results / "cells.csv").read_bytes() == before

@@ -10,16 +10,18 @@ import pytest
 from conftest import REPOSITORY, assert_one_line_error, run_script
 from datasets import Dataset
 
-from finetune import llama_factory
-from finetune.data_split import raw_rows, reading_rows, row_id, rows_of, training_split, write_dataset
-from selection.config import DatasetFormat, load_experiment
-from selection.errors import UserError
-from selection.files import read_json
+from selection.rows.llama_factory import import_llama_factory
+from selection.rows.read import raw_rows, reading_rows
+from selection.rows.split import row_id, rows_of, training_split, write_dataset
+from selection.rows.tokens import check_tokenizer, tokenised_rows
+from selection.run.config import DatasetFormat, load_experiment
+from selection.run.errors import UserError
+from selection.run.products import read_json
 
 
 def tokens_of_llama_factory(experiment, **keys):
     """LLaMA-Factory's own way from keys to training rows."""
-    llama_factory.import_llama_factory()
+    import_llama_factory()
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
@@ -43,7 +45,7 @@ def tokens_of_llama_factory(experiment, **keys):
 def test_our_split_is_the_one_llama_factory_makes(make_experiment, rows, tmp_path):
     experiment = load_experiment(make_experiment(rows))
     split = training_split(experiment)
-    ours = llama_factory.tokenised_rows(experiment, experiment.target_model, "train", split.rows)
+    ours = tokenised_rows(experiment, experiment.target_model, "train", split.rows)
     (tmp_path / "dataset_info.json").write_text(json.dumps({"all": {"file_name": "experiment.jsonl"}}))
     theirs = tokens_of_llama_factory(experiment, dataset_dir=str(tmp_path), dataset="all", val_size=0.2, seed=42)
     assert len(ours) == 24
@@ -57,7 +59,7 @@ def test_our_split_is_the_one_llama_factory_makes(make_experiment, rows, tmp_pat
 def test_the_exported_coreset_is_what_llama_factory_trains_on(make_experiment, rows):
     experiment = load_experiment(make_experiment(rows))
     split = training_split(experiment)
-    everything = llama_factory.tokenised_rows(experiment, experiment.target_model, "train", split.rows)
+    everything = tokenised_rows(experiment, experiment.target_model, "train", split.rows)
     indices = [1, 5, 6, 20]
     write_dataset(experiment, "some", split.rows.select(indices))
     trained = tokens_of_llama_factory(experiment, dataset_dir=str(experiment.data_folder), dataset="some")
@@ -85,7 +87,10 @@ def test_llamafactory_cli_trains_on_the_exported_coreset_as_it_is(make_experimen
         "report_to": "none",
     }
     (tmp_path / "cli.yaml").write_text(json.dumps(keys))
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "finetune" / "no_torchaudio"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY / "selection" / "rows" / "no_torchaudio"),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", "from llamafactory.cli import main; main()", "train", str(tmp_path / "cli.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -101,10 +106,7 @@ def test_sharegpt_rows_keep_their_form(make_experiment, rows, tmp_path):
     form = {"formatting": "sharegpt"}
     chats = load_experiment(make_experiment(turns, "chats", dataset_format=form, output_dir=str(tmp_path / "chats")))
     plain = load_experiment(make_experiment(rows, "plain", output_dir=str(tmp_path / "plain")))
-    tokens = [
-        llama_factory.tokenised_rows(e, e.target_model, "train", training_split(e).rows)["input_ids"]
-        for e in (chats, plain)
-    ]
+    tokens = [tokenised_rows(e, e.target_model, "train", training_split(e).rows)["input_ids"] for e in (chats, plain)]
     assert tokens[0] == tokens[1]
 
 
@@ -233,7 +235,7 @@ def test_a_response_that_is_all_cut_off_is_named(make_experiment, rows):
     form = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}
     experiment = load_experiment(make_experiment(turns, dataset_format=form, cutoff_len=2))
     with pytest.raises(UserError, match=r"row 0 of train\.arrow: cutoff_len 2 leaves no response token"):
-        llama_factory.tokenised_rows(experiment, experiment.target_model, "train", training_split(experiment).rows)
+        tokenised_rows(experiment, experiment.target_model, "train", training_split(experiment).rows)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\x00\xff\x00", b'{"instruction": "a", "output": "b"}\n'])
@@ -249,7 +251,7 @@ def test_a_tokenizer_that_loses_spaces_is_refused(make_experiment, rows, tiny_mo
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     texts = [row["output"] for row in rows]
-    llama_factory.check_tokenizer(tokenizer, texts, "tiny")
+    check_tokenizer(tokenizer, texts, "tiny")
 
     class LosesSpaces:
         def encode(self, text, **kwargs):
@@ -258,7 +260,7 @@ def test_a_tokenizer_that_loses_spaces_is_refused(make_experiment, rows, tiny_mo
         decode = tokenizer.decode
 
     with pytest.raises(UserError, match="the tokenizer of tiny changes the text"):
-        llama_factory.check_tokenizer(LosesSpaces(), texts, "tiny")
+        check_tokenizer(LosesSpaces(), texts, "tiny")
 
 
 def test_dates_in_other_columns_do_no_harm(make_experiment, rows):

@@ -12,11 +12,11 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from selection.coreset_files import Coreset, check_fits, read_coreset, write_coreset
-from selection.errors import UserError
-from selection.files import atomic_path, first_difference, read_json, write_json
-from selection.score_files import SCHEMA, ScoreFolder, Scores, read_scores
-from selection.staff import Choice
+from selection.method.staff import Choice
+from selection.run.errors import UserError
+from selection.run.products import atomic_path, first_difference, read_json, write_json
+from selection.scores.coresets import Coreset, check_fits, read_coreset, write_coreset
+from selection.scores.folder import SCHEMA, ScoreFolder, Scores, read_scores
 
 IDENTITY = {"data_fingerprint": "fingerprint", "model": "small", "precision": "fp32"}
 NUM_ROWS = 10

@@ -63,7 +63,7 @@ def test_only_what_is_installed_is_recorded(clone):
         ("llamafactory", "finetune/finetune.py", ["--config_path", "{config}"]),
         ("sacrebleu", "finetune/eval.py", ["--help"]),
         ("numpy", "selection/coreset.py", ["--help"]),
-        ("yaml", "selection/launch.py", ["selection/verify.py", "--help"]),
+        ("yaml", "scripts/launch.py", ["selection/verify.py", "--help"]),
         ("tqdm", "scripts/report.py", ["--help"]),
     ],
 )
@@ -99,14 +99,14 @@ def test_builds_for_another_torch_count_as_missing(tmp_path):
     fake(tmp_path, "torchvision", "0.28.0+another", "raise RuntimeError('operator torchvision::nms does not exist')")
     fake(tmp_path, "torchaudio", "2.11.0", "raise RuntimeError('undefined symbol')")
     code = """
-from finetune.llama_factory import import_llama_factory
+from finetune.trainer import import_llama_factory
 import_llama_factory()
 import peft, torchaudio
 from transformers.models.llama import modeling_llama
 from transformers.utils import is_torchvision_available
 print(is_torchvision_available(), torchaudio.__file__)
 """
-    stand_in = REPOSITORY / "finetune" / "no_torchaudio" / "torchaudio.py"
+    stand_in = REPOSITORY / "selection" / "rows" / "no_torchaudio" / "torchaudio.py"
     assert with_fakes(tmp_path, code) == ["False", str(stand_in)]
 
 
@@ -119,5 +119,5 @@ def test_builds_that_load_are_left_alone(tmp_path):
     ]
     shutil.rmtree(tmp_path / "torchvision")  # an empty one serves transformers no longer than that
     shutil.rmtree(next(tmp_path.glob("torchvision-*")))
-    code = "from finetune.llama_factory import import_llama_factory as go; go(); import torchaudio"
+    code = "from finetune.trainer import import_llama_factory as go; go(); import torchaudio"
     assert with_fakes(tmp_path, f"{code}; print(torchaudio.__file__)") == [str(tmp_path / "torchaudio" / "__init__.py")]

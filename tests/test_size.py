@@ -15,14 +15,9 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selection import coreset_files, staff
-from selection.baselines import baseline, columns_of
-from selection.config import Selection
-from selection.coreset_files import read_coreset, write_coreset
-from selection.errors import UserError
-from selection.files import code_version, digest, file_digest, write_json, write_sealed
-from selection.score_files import Scores, read_ids, read_scores
-from selection.staff import (
+from selection.method import staff
+from selection.method.baselines import baseline, columns_of
+from selection.method.staff import (
     Choice,
     Strata,
     allocate_budgets,
@@ -36,7 +31,13 @@ from selection.staff import (
     stratify,
     verification_ratio,
 )
-from selection.verification import Settings, StratumRecord, verify, write_verification
+from selection.run.config import Selection
+from selection.run.errors import UserError
+from selection.run.products import code_version, digest, file_digest, write_json, write_sealed
+from selection.scores import coresets
+from selection.scores.coresets import read_coreset, write_coreset
+from selection.scores.folder import Scores, read_ids, read_scores
+from selection.scores.verification import Settings, StratumRecord, verify, write_verification
 
 by_property = settings(max_examples=100, deadline=None)
 modes = st.sampled_from(["paper", "released"])
@@ -381,7 +382,7 @@ def plain_write(path: Path, rows: np.ndarray, scores: Scores, record: dict) -> N
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
 @pytest.mark.parametrize("ids", ["text", "odd text", "none"])
 def test_a_coreset_is_the_file_that_json_would_write(tmp_path, monkeypatch, chunk, ids):
-    monkeypatch.setattr(coreset_files, "_CHUNK", chunk)
+    monkeypatch.setattr(coresets, "_CHUNK", chunk)
     index = np.random.default_rng(0).permutation(20)
     texts = {"text": [f"id{row}" for row in index], "odd text": ['"\\\n é\u2028, ', "", None, "]"] * 5}
     columns = {} if ids == "none" else {"id": texts[ids]}
@@ -426,7 +427,7 @@ def test_ids_of_the_chosen_rows_alone_come_from_plain_files_too(tmp_path, ending
 
 def test_the_benchmark_measures_every_method_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    spec = importlib.util.spec_from_file_location("bench_selection", REPOSITORY / "scripts" / "bench_selection.py")
+    spec = importlib.util.spec_from_file_location("bench_selection", REPOSITORY / "scripts" / "bench" / "choice.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     monkeypatch.setattr(bench, "measure_apart", lambda job: bench.measure(**json.loads(json.dumps(job))))
@@ -441,7 +442,7 @@ def test_the_benchmark_measures_every_method_and_leaves_nothing(tmp_path, monkey
 
 
 def test_the_benchmark_measures_in_a_process_of_its_own_and_refuses_in_one_line():
-    done = run_script("scripts/bench_selection.py", "--rows", 300, "--method", "random")
+    done = run_script("scripts/bench/choice.py", "--rows", 300, "--method", "random")
     assert done.stdout.splitlines()[1].split()[:2] == ["random", "300"]
-    done = run_script("scripts/bench_selection.py", "--rows", 1, check=False)
+    done = run_script("scripts/bench/choice.py", "--rows", 1, check=False)
     assert_one_line_error(done, "at least 10 rows")

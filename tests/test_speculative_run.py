@@ -7,9 +7,8 @@ import torch
 from conftest import everything_in
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selection.config import load_experiment
-from selection.files import read_json, read_sealed, write_sealed
-from selection.ledger import (
+from selection.run.config import load_experiment
+from selection.run.ledger import (
     CORESETS,
     SPECULATIVE_SCORES,
     SPECULATIVE_STAGES,
@@ -22,6 +21,7 @@ from selection.ledger import (
     sharing_runs,
     summarise,
 )
+from selection.run.products import read_json, read_sealed, write_sealed
 
 STAGES = ("finetune.finetune", "selection.effort_score", "selection.verify", "selection.coreset")
 UNTUNED = {"num_train_epochs": 0}
@@ -90,7 +90,7 @@ def test_a_second_target_on_the_first_ones_scores_chooses_what_its_own_would_and
     assert rest == [c for c in read_ledger(borrower.folder) if c.stage == VERIFICATION or c.what == "staff"]
 
     summary = summarise(borrower)
-    code, out, _ = stage("selection.costs", second)
+    code, out, _ = stage("scripts.costs", second)
     assert code == 0
     assert f"({sum(c.seconds for c in whole if c.stage == SPECULATIVE_SCORES):.1f} s, shared by 2 runs)" in out
     assert f"shared by the coresets of 2 rates: {summary.selection_total / 2:.1f} s each" in out

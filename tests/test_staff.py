@@ -10,9 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from selection.errors import UserError
-from selection.score_files import Scores
-from selection.staff import (
+from selection.method.staff import (
     Strata,
     allocate_budgets,
     choose_lowest,
@@ -25,7 +23,9 @@ from selection.staff import (
     stratify,
     verification_ratio,
 )
-from selection.verification import Settings, read_verification, verify, write_verification
+from selection.run.errors import UserError
+from selection.scores.folder import Scores
+from selection.scores.verification import Settings, read_verification, verify, write_verification
 
 by_property = settings(max_examples=100, deadline=None)
 both_modes = pytest.mark.parametrize("mode", ["paper", "released"])

@@ -16,17 +16,20 @@ from conftest import assert_one_line_error, run_script
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finetune import llama_factory
-from finetune.data_split import held_out_ids, rows_of, training_split
+from finetune import trainer
 from finetune.tuning import tune_once
-from selection import errors, scoring
-from selection.config import load_experiment
-from selection.effort import EffortScorer
-from selection.errors import UserError
-from selection.identity import check_base, check_run
-from selection.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_SCORES, TARGET_TUNING, VERIFICATION
-from selection.score_files import read_scores
-from selection.scoring import score_rows
+from selection.method.effort import EffortScorer
+from selection.rows.split import held_out_ids, rows_of, training_split
+from selection.rows.tokens import tokenised_rows
+from selection.run import ending
+from selection.run.config import load_experiment
+from selection.run.errors import UserError
+from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_SCORES, TARGET_TUNING, VERIFICATION
+from selection.run.model_folder import check_base
+from selection.scores import scoring
+from selection.scores.folder import read_scores
+from selection.scores.identity import check_run
+from selection.scores.scoring import score_rows
 
 
 def score(experiment, folder, rows=None):
@@ -40,7 +43,7 @@ def test_stored_scores_are_autograd_on_the_rows_llama_factory_trains_on(make_exp
     experiment = load_experiment(make_experiment(rows), ["selection.phi=v_weight"])
     scores = score(experiment, tmp_path / "scores")
     split = training_split(experiment)
-    samples = llama_factory.tokenised_rows(experiment, experiment.target_model, "train", split.rows)
+    samples = tokenised_rows(experiment, experiment.target_model, "train", split.rows)
     model = AutoModelForCausalLM.from_pretrained(experiment.target_model, dtype=torch.float32)
     weight = model.model.layers[-1].self_attn.v_proj.weight
     for row, sample in enumerate(samples):
@@ -138,7 +141,7 @@ def test_all_lora_takes_the_tuned_adapter_and_gives_the_untuned_target_a_fresh_o
     split, tuned, every = training_split(experiment), experiment.tuned_small, np.arange(4)
     tune_once(experiment, experiment.small_model, "train", split.rows, tuned, {"max_steps": 2}, SPECULATIVE_TUNING, {})
     score_rows(experiment, split, experiment.small_model, tuned, every, tmp_path / "tuned", SPECULATIVE_SCORES)
-    samples = llama_factory.tokenised_rows(experiment, experiment.small_model, "train", split.rows)
+    samples = tokenised_rows(experiment, experiment.small_model, "train", split.rows)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(experiment.small_model), tuned)
     matrices = [p.requires_grad_(True) for key, p in model.named_parameters() if "lora_" in key]
     assert {min(p.shape) for p in matrices} == {3}
@@ -265,7 +268,7 @@ def test_stages_say_which_stage_is_missing(make_experiment, rows):
     for script, said in {
         "selection/effort_score.py": "run finetune.py",
         "finetune/eval.py": "run finetune-select.py first",
-        "selection/costs.py": "no cost ledger yet",
+        "scripts/costs.py": "no cost ledger yet",
     }.items():
         assert_one_line_error(run_script(script, "--config_path", config, check=False), said)
     target = run_script("selection/effort_score.py", "--config_path", config, "--model", "target", check=False)
@@ -317,7 +320,7 @@ def test_rows_that_are_held_out_too_do_not_calibrate(make_experiment, rows, tmp_
 def evaluate(monkeypatch):
     """eval.py's function; the script itself changes the path and handles signals."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setattr(errors, "end_on_signals", lambda: None)
+    monkeypatch.setattr(ending, "end_on_signals", lambda: None)
     script = importlib.import_module("finetune.eval")
 
     def evaluate(experiment, name: str) -> dict:
@@ -352,7 +355,7 @@ def test_evaluation_takes_the_keys_of_the_model_and_not_those_of_training(make_e
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     for tuned in (None, adapter):
-        llama_factory.predict(experiment, experiment.target_model, tuned, experiment.folder, "fp32")
+        trainer.predict(experiment, experiment.target_model, tuned, experiment.folder, "fp32")
         arguments = handed.pop()
         assert {key: arguments.get(key) for key in model} == model
         assert not only_training.keys() & arguments.keys()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, assert_one_line_error, run_script
 
-from selection.errors import UserError
-from selection.statistics import bootstrap_means, percentile_interval
+from scripts.paper.intervals import bootstrap_means, percentile_interval
+from selection.run.errors import UserError
 
 OUTPUTS = ("tables.md", "curves.png", "curves.svg")
 EVAL_ROWS = 30
@@ -20,7 +20,7 @@ EVAL_ROWS = 30
 def tables():
     """The script as a module."""
     path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("tables", REPOSITORY / "scripts" / "tables.py")
+    spec = importlib.util.spec_from_file_location("tables", REPOSITORY / "scripts" / "paper" / "tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.path[:] = path
@@ -143,7 +143,7 @@ def test_spread_of_the_replicates_is_that_of_resampled_seeds_and_samples(varies)
 
 def test_replicates_are_those_of_a_literal_bootstrap(monkeypatch):
     """The same draws, one replicate after the other; also across the parts in which they are drawn."""
-    monkeypatch.setattr("selection.statistics._DRAWS_AT_A_TIME", 40)  # 5 replicates at a time
+    monkeypatch.setattr("scripts.paper.intervals._DRAWS_AT_A_TIME", 40)  # 5 replicates at a time
     rng = np.random.default_rng(2)
     values = rng.normal(size=(3, 3, 8))
     values[1, 1], values[2] = np.nan, np.nan
@@ -408,7 +408,7 @@ def test_saving_takes_the_seeds_that_both_have(tables, tmp_path):
 def test_two_calls_write_the_same_bytes(tables, tmp_path, monkeypatch):
     """Whatever the process and the order of the rows."""
     cells = fake_grid()
-    done = run_script("scripts/tables.py", write_cells(tmp_path / "one", cells))
+    done = run_script("scripts/paper/tables.py", write_cells(tmp_path / "one", cells))
     make(tables, tmp_path / "two", cells[::-1], monkeypatch)
     for name in OUTPUTS:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
@@ -534,7 +534,7 @@ def test_unreadable_file_is_one_line(tables, tmp_path, monkeypatch, content, sai
 
 def test_error_reaches_the_shell_as_one_line(tmp_path):
     cells = [fake_cell(), fake_cell(seed=1) | {"rate": "half"}]
-    done = run_script("scripts/tables.py", write_cells(tmp_path, cells), check=False)
+    done = run_script("scripts/paper/tables.py", write_cells(tmp_path, cells), check=False)
     assert_one_line_error(done, "cells.csv, row 3, column rate: 'half' is no finite number")
 
 

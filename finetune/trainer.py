@@ -1,0 +1,148 @@
+"""The only place that calls LLaMA-Factory: its rows, its training, its generation, all through public functions."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selection.rows.llama_factory import common_arguments, import_llama_factory, own_cache, quiet, user_errors
+from selection.run.config import Experiment
+from selection.run.log import progress_bar
+from selection.run.processes import processes
+from selection.run.products import read_json
+
+
+def _progress(stage: str):
+    """A trainer callback: one bar over samples, in training with the loss."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        bar = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                self.step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+                self.bar = progress_bar(total=state.max_steps * self.step, unit="samples", desc=stage)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.bar is not None:
+                self.bar.update(self.step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.bar is not None and logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+            if state.is_world_process_zero:
+                if self.bar is None:
+                    self.bar = progress_bar(total=len(eval_dataloader.dataset), unit="samples", desc=stage)
+                self.bar.update(min(args.eval_batch_size * args.world_size, self.bar.total - self.bar.n))
+
+        def close(self, args, state, control, **kwargs):
+            if self.bar is not None:
+                self.bar.close()
+
+        on_train_end = on_predict = close
+
+    return Progress()
+
+
+def _run(arguments: dict[str, Any], what: str, bar: str) -> None:
+    """LLaMA-Factory's training or generation, in all processes of this call. Raises: UserError with its objection."""
+    import_llama_factory()
+    from llamafactory.train.tuner import run_exp
+
+    from selection.scores.models import incomplete_adapters_refused
+
+    together = processes()
+    with user_errors(what), quiet(), own_cache(), together.process_group(), incomplete_adapters_refused():
+        run_exp(arguments, callbacks=[_progress(bar)])
+    together.wait()  # the leader writes
+
+
+def tune(
+    experiment: Experiment, model: str, dataset: str, output_dir: Path, precision: str, keys: dict[str, Any]
+) -> dict[str, Any]:
+    """Tune `model` on a data set of the run folder as `training:` and `keys` ask; returns the trainer's metrics."""
+    arguments = common_arguments(experiment, model, output_dir, precision) | {"dataset": dataset, "do_train": True}
+    arguments |= {"save_strategy": "no", "include_num_input_tokens_seen": "non_padding"} | experiment.training | keys
+    _run(arguments, f"tuning {model}", "tuning")
+    return read_json(output_dir / "train_results.json") | {
+        "tokens": read_json(output_dir / "trainer_state.json")["num_input_tokens_seen"]
+    }
+
+
+# Of LLaMA-Factory's ModelArguments, what it reads in training alone, and what says nothing of the model.
+_NOT_FOR_ANSWERS = {
+    "disable_gradient_checkpointing", "use_reentrant_gc", "use_unsloth_gc", "enable_liger_kernel", "use_v1_kernels",
+    "moe_aux_loss_coef", "shift_attn", "upcast_layernorm", "upcast_lmhead_output", "low_cpu_mem_usage",
+    "print_param_status", "hf_hub_token", "ms_hub_token", "om_hub_token",
+}  # fmt: skip
+
+
+def model_keys(experiment: Experiment) -> dict[str, Any]:
+    """What the target's training keys say of the model itself, such as quantization_bit or flash_attn.
+
+    It has to answer as it was tuned: an adapter belongs to the quantised base that it was tuned on. LLaMA-Factory's
+    own ModelArguments say which keys these are.
+    """
+    import_llama_factory()
+    from llamafactory.hparams import ModelArguments
+
+    known = {each.name for each in dataclasses.fields(ModelArguments)} - _NOT_FOR_ANSWERS
+    return {key: value for key, value in (experiment.training | experiment.target_training).items() if key in known}
+
+
+def predict(
+    experiment: Experiment, model: str, tuned: Path | None, output_dir: Path, precision: str
+) -> dict[str, float]:
+    """Greedy answers of `model`, with what its tuning left in `tuned`, to the held-out split.
+
+    The model is loaded as tuning loads it (`model_keys`), without an adapter too.
+    Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics, in
+    percent: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters (`ABOUT` in run/metrics.py).
+    """
+    arguments = common_arguments(experiment, model, output_dir, precision) | model_keys(experiment)
+    arguments |= {
+        "eval_dataset": "eval",
+        "do_predict": True,
+        "predict_with_generate": True,
+        "per_device_eval_batch_size": experiment.evaluation.batch_size,
+        "max_new_tokens": experiment.evaluation.max_new_tokens,
+        "do_sample": False,
+    }
+    if tuned is not None and (tuned / "adapter_config.json").exists():
+        arguments |= {"adapter_name_or_path": str(tuned), "finetuning_type": "lora"}
+    elif tuned is not None:  # finetuning_type: full leaves a whole model
+        arguments["model_name_or_path"] = str(tuned)
+    _run(arguments, f"evaluating {model}", "answers")
+    if processes().leads:
+        (output_dir / "generated_predictions.jsonl").rename(output_dir / "predictions.jsonl")
+    return read_json(output_dir / "predict_results.json") if processes().leads else {}
+
+
+def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, list[float]]:
+    """LLaMA-Factory's own metrics of each answer, in percent; `predict` returns their means.
+
+    Keys rouge-1, rouge-2, rouge-l, bleu-4, each with one figure an answer.
+    """
+    import_llama_factory()
+    from llamafactory.train.sft.metric import ComputeSimilarity
+    from transformers import EvalPrediction
+
+    texts = [*answers, *references]
+
+    class Texts:
+        """What the metric needs of a tokenizer; a text's number stands for its tokens."""
+
+        pad_token_id = 0
+
+        @staticmethod
+        def batch_decode(numbers, skip_special_tokens: bool) -> list[str]:
+            return [texts[number] for number in numbers]
+
+    numbers = np.arange(2 * len(answers))
+    metric = ComputeSimilarity(tokenizer=Texts)
+    metric(EvalPrediction(numbers[: len(answers)], numbers[len(answers) :]), compute_result=False)
+    return metric.score_dict

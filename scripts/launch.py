@@ -1,0 +1,66 @@
+"""Run a stage on all visible GPUs: torchrun with one process each, or simply here where there is one or none.
+
+    python scripts/launch.py selection/effort_score.py --config_path configs/demo.yaml
+
+Needs what the stage needs. NPROC=N asks for N processes. Ends as the stage ended; torchrun itself would end with 1 and
+a traceback.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from selection.run.ending import end_on_signals
+
+end_on_signals()
+
+from selection.run.cli import argument_parser, run_stage
+from selection.run.ending import Interrupted
+from selection.run.errors import UserError
+from selection.run.processes import visible_gpus
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("stage", help="script of a stage; required")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="as the stage requires")
+    parser.parse_args()
+    asked = os.environ.get("NPROC", "")
+    if asked and not (asked.isdigit() and int(asked)):
+        raise UserError(f"NPROC={asked}: give the number of processes")
+    count = int(asked) if asked else max(1, len(visible_gpus()))
+    if count == 1:
+        sys.argv = sys.argv[1:]
+        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        _run_many(count, sys.argv[1:])
+
+
+def _run_many(count: int, command: list[str]) -> None:
+    import logging
+
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the stage has said what is wrong
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    try:
+        run.run(run.parse_args(["--standalone", "--nproc_per_node", str(count), *command]))
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        # The first to fail speaks for all: torchrun ends the others by a signal.
+        stopped = [code for code in codes if code not in (-15, 143)]
+        code = stopped[0] if stopped else 143
+        sys.exit(code if code > 0 else 128 - code)
+    except SignalException as stop:
+        raise Interrupted(int(stop.sigval)) from None
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,88 @@
+"""Tune and evaluate a grid of task x method x rate x seed, into a table with every cell.
+
+    python scripts/paper/reproduce.py --config configs/reproduce/smollm2_cpu.yaml --jobs 2
+    python scripts/paper/tables.py data/results/smollm2_cpu
+
+Needs the models and data of its tasks. Writes data/results/<name of the YAML>/cells.csv after every cell. A stopped run
+goes on where it was: cells in that file are kept, and what their run folders (runs/reproduce/<name>/) hold of others is
+reused.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from selection.run.ending import end_on_signals
+
+end_on_signals()
+
+from scripts.paper.cells import (
+    Job,
+    cells_of,
+    experiment_arguments,
+    finished_cell,
+    jobs_of,
+    load,
+    read_cells,
+    run_jobs,
+    settings_digest,
+    write_cells,
+)
+from selection.rows.split import training_split
+from selection.run.cli import argument_parser, run_stage
+from selection.run.config import REPOSITORY, load_grid
+from selection.run.errors import UserError
+from selection.run.log import say
+from selection.run.model_folder import model_fingerprint, model_path
+from selection.run.products import held
+from selection.scores.models import parameters_of
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the grid (configs/reproduce/); required")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; default: 1")
+    parser.add_argument("--results", type=Path, help="folder of cells.csv; default: data/results/<name of the YAML>")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of the run folders; default: runs/reproduce/<name of the YAML>"
+    )
+    arguments = parser.parse_args()
+    grid, name = load_grid(arguments.config), arguments.config.stem
+    results = (arguments.results or REPOSITORY / "data" / "results" / name) / "cells.csv"
+    runs = (arguments.runs or REPOSITORY / "runs" / "reproduce" / name).resolve()
+
+    cells, done, jobs, known = cells_of(grid), read_cells(results), [], {}
+    for task, seed, variant in dict.fromkeys((cell.task, cell.seed, cell.variant) for cell in cells):
+        own = [cell for cell in cells if (cell.task, cell.seed, cell.variant) == (task, seed, variant)]
+        # A variant's settings are its task's: its name says what it changes.
+        experiment = load(experiment_arguments(grid, runs, task, seed))
+        split, models = training_split(experiment), (experiment.small_model, experiment.target_model)
+        paths = [model_path(model) for model in models]
+        fingerprints = [model_fingerprint(path, experiment.folder) for path in paths]
+        settings = settings_digest(experiment, split.fingerprint, fingerprints)
+        sizes = tuple(map(parameters_of, paths))
+        command_line = experiment_arguments(grid, runs, task, seed, variant)
+        experiment = load(command_line)
+        known |= dict.fromkeys(own, (experiment, len(split.rows), settings, sizes))
+        if other := [cell for cell in done if cell.task == task and done[cell]["settings"] != settings]:
+            raise UserError(f"{results} was made otherwise ({other[0]}: other settings, data or models): move it away")
+        missing = [cell for cell in own if cell not in done]
+        jobs += jobs_of(task, seed, missing, experiment, command_line, len(split.rows))
+    say(f"{name}: {len(cells)} cells, {sum(cell in done for cell in cells)} of them there")
+
+    def finished(job: Job) -> None:
+        if job.cell is None:
+            return
+        row = done[job.cell] = finished_cell(job.cell, grid, *known[job.cell])
+        write_cells(results, done, cells)
+        count = sum(cell in done for cell in cells)
+        say(f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)")
+
+    with held(runs):
+        run_jobs(jobs, arguments.jobs, runs / "logs", finished)
+    print(f"{len(cells)} cells -> {results}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,400 @@
+"""The effort score S_d = ‖∇_φ L(θ; d)‖₂, for a batch of samples at once and exact for each of them.
+
+L is the mean cross-entropy over a sample's response tokens. Every weight is frozen: the forward pass keeps nothing
+below φ, the backward pass goes from the head down to φ and no further, and each sample's gradient norm comes from the
+inputs and output gradients of φ's linear maps. No sample's gradient depends on the others in its batch.
+"""
+
+import contextlib
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from selection.method.norms import (
+    listening_to_linear,
+    listening_to_lora,
+    replaced_forward,
+    sum_of_squares,
+    weights_in_graph,
+)
+from selection.method.phi import decoder_of, device_of, find_phi, unwrap
+from selection.run.device import out_of_memory
+from selection.run.errors import UserError
+from selection.run.log import say
+
+IGNORED_LABEL = -100
+# Rows come to the head in fours: on a CPU one to three that are left over, of each thread's share, add up in sequence.
+# Over a vocabulary of 49,152 that leaves four digits.
+IN_FOURS = 4
+# Numbers of one chunk of logits: N × vocabulary never exists as a whole. A GPU needs more rows to be busy.
+_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
+# On a CPU composed attention is faster than fused for samples up to this length (bf16, 90 tokens: 2 times forward, 4
+# times with the backward pass); its T × T matrices make it slower for long ones.
+_COMPOSED_ATTENTION_UP_TO = 256
+
+
+class EffortScorer:
+    """Scores batches on one model. The model is frozen and put into eval mode; its weights stay as they are.
+
+    Args:
+        phi: "v_lora_b", the B matrix (zero) of a fresh LoRA on the value projection of the last decoder layer;
+            "v_weight", that projection's own weight; "last_layer", every weight matrix of the last decoder layer;
+            "all_lora", every A and B of the model's LoRA. Of a fused projection "v_…" means the values' part.
+        rank, alpha: r and α of the fresh LoRA (as released: 81 and 16).
+        seed: of its A matrix, drawn as PEFT draws it (Kaiming-uniform with a = √5).
+        columns: what else to return, of "el2n", "el2n_released", "entropy" and "hidden_state".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        phi: str = "v_lora_b",
+        rank: int = 81,
+        alpha: int = 16,
+        seed: int = 42,
+        columns: Sequence[str] = (),
+    ):
+        model.requires_grad_(False).eval()
+        self.model, self.columns = unwrap(model), columns
+        self.phi = find_phi(model, phi)
+        self.lora_a, self.lora_scaling = None, alpha / rank
+        self.device = device_of(self.model.get_input_embeddings())  # tokens start here
+        self.largest_batch = math.inf  # tokens, padding included; see score_within_memory
+        self._table: torch.Tensor | None = None  # (n, V), of `_head`
+        if phi == "v_lora_b":
+            width = self.phi.maps[0].input_width
+            uniform = torch.rand((rank, width), generator=torch.Generator().manual_seed(seed))
+            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(self.phi.maps[0].device)  # (r, d_in)
+
+    def score(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Score a batch of tokenised samples (labels as LLaMA-Factory makes them, −100 where there is no loss).
+
+        Returns, on the CPU, one row per sample:
+            effort (B,) and loss (B,) in nats, float64; and where asked
+            el2n (B,): ‖softmax(logits) − onehot‖₂, averaged over the response tokens (published);
+            el2n_released (B,): root mean square, over response tokens and vocabulary, of the raw logits AT a response
+                token against the one-hot of that token itself (unshifted, as released);
+            entropy (B,) of the predicted distribution in nats, averaged over the response tokens;
+            hidden_state (B, d) float32: last hidden state, averaged over the response tokens.
+        """
+        # Again where the first pass has found a weight that is used past its module.
+        return self._pass(input_ids, labels) or self._pass(input_ids, labels)
+
+    def _pass(
+        self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+    ) -> dict[str, torch.Tensor] | None:
+        batch = _Batch.of(input_ids, labels, self.device, unshifted="el2n_released" in self.columns)
+        squares = torch.zeros(len(input_ids), device=self.device)
+        with self._listening(squares, batch.tokens.shape[1]) as ends:
+            hidden = _last_hidden_state(self.model, batch.tokens)  # (B, T, d)
+            if self._set_aside(hidden):
+                return None
+            batch = batch.to(hidden.device)  # the last layer's, where a model lies on several
+            by_token, head_gradient = self._head(hidden.detach().flatten(0, 1)[batch.head_rows], batch)
+            gradient = hidden.new_zeros(hidden.shape)
+            gradient.flatten(0, 1)[batch.head_rows] = head_gradient
+            # Of the SUM of the token losses: one pass for all samples, each norm then divided by its own count.
+            others = self._squares_of_others(hidden, gradient)
+            squares.zero_()  # those passes may have gone through a map that listens
+            if ends:
+                torch.autograd.grad(hidden, ends, gradient, allow_unused=True)  # fills `squares`
+
+        means = {name: batch.per_sample(values) / batch.counts for name, values in by_token.items()}
+        means["effort"] = (squares.to(hidden.device) + others).sqrt() / batch.counts
+        of_response = (batch.labels != IGNORED_LABEL).float()  # (B, T)
+        own_counts = of_response.sum(1)
+        if "el2n_released" in means:
+            means["el2n_released"] = (means["el2n_released"] * batch.counts / own_counts).sqrt()
+        columns = [torch.stack(list(means.values()), 1)]
+        if "hidden_state" in self.columns:
+            total = torch.einsum("bt,btd->bd", of_response, hidden.detach().float())
+            columns.append(total / own_counts[:, None])
+        on_cpu = torch.cat(columns, 1).cpu()  # the only transfer from the device
+        scores = {name: on_cpu[:, i].double() for i, name in enumerate(means)}
+        if "hidden_state" in self.columns:
+            scores["hidden_state"] = on_cpu[:, len(means) :]
+        return scores
+
+    def free_memory(self) -> None:
+        """Give back what is kept between batches."""
+        self._table = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _listening(self, squares: torch.Tensor, length: int) -> Iterator[list[torch.Tensor]]:
+        """While the decoder runs on samples of `length` tokens: φ adds its squared norms to `squares` (B,) in the
+        backward pass.
+
+        Gives the tensors at which that pass ends.
+        """
+        ends: list[torch.Tensor] = []
+        with contextlib.ExitStack() as stack:
+            # Where `enable_input_require_grads` was called, the embeddings would be kept, and all that is made of them.
+            embeddings = self.model.get_input_embeddings()
+            stack.callback(embeddings.register_forward_hook(lambda module, inputs, output: output.detach()).remove)
+            for linear_map in self.phi.maps:
+                # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
+                fresh = None if self.lora_a is None else lambda x: self.lora_scaling * functional.linear(x, self.lora_a)
+                listening = listening_to_linear(linear_map, squares, length, ends, fresh, bool(self.phi.others))
+                stack.enter_context(listening)
+            for pair in self.phi.loras:
+                if not ends:
+                    ends.append(torch.zeros((), device=self.device, requires_grad=True))
+                stack.enter_context(listening_to_lora(pair, squares, length, ends[0]))
+            for other in self.phi.others.values():
+                stack.callback(other.requires_grad_, False)
+                other.requires_grad_(True)
+            stack.enter_context(torch.enable_grad())
+            yield ends
+
+    def _set_aside(self, hidden: torch.Tensor) -> bool:
+        """Whether a linear map of φ took part otherwise than by one call of its module, as DeepSeek-V2's router does:
+        its weight is then one of `others` from here on, and the pass has to be made again.
+
+        A map that took no part at all, such as an expert without a token, has no gradient and costs nothing.
+        """
+        in_graph = set() if self.lora_a is not None or not self.phi.maps else weights_in_graph(hidden)
+        aside = [each for each in self.phi.maps if id(each.weight) in in_graph]
+        for each in aside:
+            if each.columns is not None:
+                raise UserError(f"{each.name} is used twice in one pass, and only a part of it is φ: take another phi")
+        maps = [each for each in self.phi.maps if id(each.weight) not in in_graph]
+        others = self.phi.others | {each.name: each.weight for each in aside}
+        self.phi = replace(self.phi, maps=maps, others=others)
+        return bool(aside)
+
+    def _head(self, hidden: torch.Tensor, batch: "_Batch") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """By-token figures (n,) float32 of the head's rows, zero where a row is none of theirs, and the gradient of
+        the token losses on the hidden state (n, d).
+
+        One float32 table, kept from batch to batch, holds a chunk's logits, log-probabilities, probabilities and
+        their gradient in turn: fresh memory of that size costs more than what is computed in it.
+        """
+        count, figures, gradients = len(hidden), [], []
+        for rows, targets, own in _chunks(self.model, hidden, batch.targets, batch.own):
+            rows = rows.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = _logits(self.model, rows)
+            if self._table is None or len(self._table) < len(rows):
+                self._table = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+            scores = self._table[: len(rows)]
+            raw = logits.detach() if logits.dtype == torch.float32 else scores.copy_(logits.detach())
+            predicts = (targets != IGNORED_LABEL).float()
+            target, own_token = targets.clamp(min=0)[:, None], own.clamp(min=0)[:, None]
+            figure = {}
+            if "el2n_released" in self.columns:
+                squared = sum_of_squares(raw, -1) - 2 * raw.gather(1, own_token).squeeze(1) + 1
+                figure["el2n_released"] = squared / scores.shape[1] * (own != IGNORED_LABEL)
+            torch.log_softmax(raw, -1, out=scores)
+            loss = -scores.gather(1, target).squeeze(1)
+            figure["loss"] = loss * predicts
+            scores.exp_()
+            if "entropy" in self.columns:
+                figure["entropy"] = torch.special.entr(scores).sum(-1) * predicts
+            scores.scatter_(1, target, torch.expm1(-loss)[:, None])  # softmax − onehot, the gradient on the logits
+            if "el2n" in self.columns:
+                figure["el2n"] = sum_of_squares(scores, -1).sqrt() * predicts
+            if "el2n_released" in self.columns:  # only then is there a row without a token to predict
+                scores.mul_(predicts[:, None])
+            gradients.append(torch.autograd.grad(logits, rows, scores.to(logits.dtype))[0])
+            figures.append(figure)
+        by_token = {name: torch.cat([figure[name] for figure in figures])[:count] for name in figures[0]}
+        return by_token, torch.cat(gradients)[:count]
+
+    def _squares_of_others(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | float:
+        """Squared norms (B,) for φ's matrices outside linear maps: one backward pass of the last layer per sample.
+
+        In experts held as one tensor, tokens of all samples mix; nothing there says whose a row is.
+        """
+        if not self.phi.others:
+            return 0.0
+        squares, others = [], list(self.phi.others.values())
+        for sample in range(len(hidden)):
+            alone = torch.zeros_like(gradient)
+            alone[sample] = gradient[sample]
+            parts = torch.autograd.grad(hidden, others, alone, retain_graph=True, allow_unused=True)
+            reached = [sum_of_squares(part).to(gradient.device) for part in parts if part is not None]
+            squares.append(sum(reached, start=gradient.new_zeros((), dtype=torch.float32)))
+        return torch.stack(squares)
+
+
+@torch.no_grad()
+def response_losses(
+    model: nn.Module, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Mean cross-entropy per response token of each sample (B,): a forward pass and nothing else."""
+    model = unwrap(model)
+    batch = _Batch.of(input_ids, labels, device_of(model.get_input_embeddings()))
+    hidden = _last_hidden_state(model, batch.tokens).flatten(0, 1)
+    batch = batch.to(hidden.device)
+    losses = [
+        functional.cross_entropy(_logits(model, rows).float(), targets, reduction="none")
+        for rows, targets in _chunks(model, hidden[batch.head_rows], batch.targets)
+    ]
+    return batch.per_sample(torch.cat(losses)[: len(batch.targets)]) / batch.counts
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Right-padded samples, and the rows of their last hidden states (flattened to (B·T, d)) that the head reads.
+
+    Right padding under causal attention needs no mask. Indices are made on the CPU: a GPU is not asked how many.
+    """
+
+    tokens: torch.Tensor  # (B, T)
+    labels: torch.Tensor  # (B, T)
+    head_rows: torch.Tensor  # (n,)
+    targets: torch.Tensor  # (n,) the next token where the loss counts it, else IGNORED_LABEL
+    own: torch.Tensor  # (n,) the token of the row itself where it is of a response, else IGNORED_LABEL
+    counts: torch.Tensor  # (B,) float32, response tokens that the loss counts
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[int]],
+        device: torch.device,
+        unshifted: bool = False,
+    ) -> "_Batch":
+        """`unshifted`: give the head the response tokens' own rows too, not only those that predict one."""
+        shape = len(input_ids), max(map(len, input_ids))
+        tokens, own, targets = np.zeros(shape, int), np.full(shape, IGNORED_LABEL), np.full(shape, IGNORED_LABEL)
+        for i, (ids, label) in enumerate(zip(input_ids, labels, strict=True)):
+            tokens[i, : len(ids)] = ids
+            own[i, : len(label)] = label
+        targets[:, :-1] = own[:, 1:]
+        wanted = targets != IGNORED_LABEL
+        counts = wanted.sum(1)
+        if unshifted:
+            wanted |= own != IGNORED_LABEL
+        arrays = tokens, own, wanted.ravel().nonzero()[0], targets[wanted], own[wanted]
+        return cls(*(torch.from_numpy(a).to(device) for a in arrays), torch.from_numpy(counts).float().to(device))
+
+    def to(self, device: torch.device) -> "_Batch":
+        return _Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    def per_sample(self, values: torch.Tensor) -> torch.Tensor:
+        """(n,) by head row, summed by sample (B,): over a dense table, as a GPU's `index_add_` has no order."""
+        table = torch.zeros(self.tokens.shape, device=values.device)
+        table.view(-1)[self.head_rows] = values
+        return table.sum(1)
+
+
+def _last_hidden_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """What the decoder makes of tokens (B, T): (B, T, d), with the attention that suits their length."""
+    chosen = model.config._attn_implementation
+    composed = (
+        chosen == "sdpa"
+        and tokens.device.type == "cpu"
+        and tokens.shape[1] <= _COMPOSED_ATTENTION_UP_TO
+        # Fused attention leaves this out: such a model is another one composed.
+        and not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    )
+    if composed:
+        model.set_attn_implementation("eager")
+    try:
+        return decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
+    finally:
+        if composed:
+            model.set_attn_implementation(chosen)
+
+
+def _chunks(model: PreTrainedModel, hidden: torch.Tensor, *labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Rows of hidden states (n, d) and of labels (n,) whose logits the head makes at once, the last chunk filled up
+    with rows of zeros that have no label."""
+    missing, vocabulary = -len(hidden) % IN_FOURS, model.config.get_text_config().vocab_size
+    size = _LOGITS_AT_ONCE.get(hidden.device.type, 2**24) // vocabulary // IN_FOURS * IN_FOURS
+    filled = [functional.pad(each, (0, missing), value=IGNORED_LABEL) for each in labels]
+    columns = functional.pad(hidden, (0, 0, 0, missing)), *filled
+    return zip(*(each.split(max(IN_FOURS, size)) for each in columns), strict=True)
+
+
+class _Hidden(BaseModelOutputWithPast):
+    """A decoder's answer in which everything but the last hidden state is None, whatever the family asks for."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's own way from last hidden states (n, d) to logits (n, V): head, scaling, soft-capping and all.
+
+    The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
+    """
+    with replaced_forward(decoder_of(model), lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])):
+        logits = model(inputs_embeds=hidden[None], use_cache=False).logits
+    return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
+
+
+def tokens_per_batch(phi: str, device: torch.device) -> int:
+    """Tokens of a batch where nothing is configured. Under all_lora the whole model keeps its activations; a CPU loses
+    no speed by small batches."""
+    small, large = (512, 2048) if device.type == "cpu" else (4096, 16384)
+    return small if phi == "all_lora" else large
+
+
+def score_within_memory(
+    scorer: EffortScorer,
+    input_ids: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    names: Sequence[str] | None = None,
+) -> dict[str, torch.Tensor]:
+    """`scorer.score`, in smaller batches where its device's memory does not hold this one.
+
+    Out of memory, the batch's token budget is halved and what is left done again, until it fits; the scorer keeps that
+    budget for the batches to come. No sample's score depends on its neighbours, but kernels choose their order of
+    summation by the shape of a batch: the last bits of a score do. (Under quantization_bit 8 more than the last bits:
+    see TOLERANCE in selection/method/reference.py.)
+
+    `names` say what each sample is. Raises: UserError where one sample alone does not fit.
+    """
+    lengths, pieces, order = [len(ids) for ids in input_ids], [], []
+    pending = plan_batches(range(len(lengths)), lengths, scorer.largest_batch)
+    while pending:
+        batch = pending[0]
+        try:
+            piece = scorer.score([input_ids[i] for i in batch], [labels[i] for i in batch])
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            piece = None  # freed below: within this clause the error's traceback still holds the pass's tensors
+        if piece is not None:
+            pieces.append(piece)
+            order += pending.pop(0)
+            continue
+        scorer.free_memory()
+        if len(batch) == 1:
+            name = names[batch[0]] if names else f"sample {batch[0]} of a batch"
+            raise UserError(
+                f"out of memory on {name}, {lengths[batch[0]]} tokens, scored alone: lower cutoff_len, or, where it is "
+                "the target that scores, give selection.device_map auto or selection.quantization_bit"
+            )
+        scorer.largest_batch = min(scorer.largest_batch, len(batch) * lengths[batch[0]]) // 2
+        say(f"out of memory: batches of at most {scorer.largest_batch} tokens from here on")
+        pending = plan_batches([i for batch in pending for i in batch], lengths, scorer.largest_batch)
+    back = torch.tensor(order).argsort()
+    return {name: torch.cat([piece[name] for piece in pieces])[back] for name in pieces[0]}
+
+
+def plan_batches(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: float) -> list[list[int]]:
+    """Cut `rows` into batches of similar length, the longest first (so memory's peak shows at once).
+
+    A batch holds at most `tokens_per_batch` tokens, padding included, but at least one sample.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

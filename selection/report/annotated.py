@@ -1,0 +1,167 @@
+"""Every row of the user's data beside what selection found: score, stratum, V_i, chosen or not, and why."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+import numpy as np
+import pyarrow as pa
+from pydantic import ConfigDict, Field, NonNegativeInt
+from typing_extensions import TypedDict
+
+from selection.method.staff import choose_staff
+from selection.rows.split import TrainingSplit, data_sets, finished_split, split_numbers
+from selection.run.config import Experiment
+from selection.run.errors import UserError
+from selection.run.products import checked, read_record
+from selection.scores.coresets import check_fits, read_coreset
+from selection.scores.folder import Scores, has_column, read_scores
+from selection.scores.quotas import quotas_of
+from selection.scores.verification import Settings, StratumRecord, cut_strata, stratified_score
+
+_LENGTHS = ("n_prompt_tokens", "n_response_tokens")
+
+
+def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None = None) -> pa.Table:
+    """One line for each row of training and evaluation split, in the order of the user's data.
+
+    Columns: row (in the user's data), dataset (its name, where there are several; rows then count in each), split
+    ("train", "eval"), index (row of the training split), id, effort and loss of the speculative model,
+    n_prompt_tokens, n_response_tokens, target_effort (where the target scored the row), stratum, verification_ratio
+    (V_i of the stratum), verified, chosen, reason (a sentence). What is not known is null. For a coreset of another
+    method, effort and loss are still the speculative model's, and there are no strata.
+    `split`: that of `finished_split`, from whoever has it already.
+
+    Raises: UserError where the coreset is of other data, or was cut from other scores than those of now.
+    """
+    split = split or finished_split(experiment)
+    chosen = read_coreset(coreset)
+    check_fits(chosen, split.ids, split.fingerprint, str(coreset))
+    num_rows = len(split.rows)
+    is_chosen = np.zeros(num_rows, dtype=bool)
+    is_chosen[chosen.indices] = True
+    about = {} if coreset.suffix == ".pt" else read_record(coreset)
+    method = about.get("method", "the given list")
+    columns = {
+        "index": np.arange(num_rows),
+        "id": np.array(split.ids),
+        **_figures(experiment, num_rows),
+        "stratum": np.full(num_rows, np.nan),
+        "verification_ratio": np.full(num_rows, np.nan),
+        "verified": np.zeros(num_rows, dtype=bool),
+        "chosen": is_chosen,
+        "reason": _either(is_chosen, f"chosen by {method}", f"not chosen by {method}"),
+    }
+    if method == "staff" and experiment.small_scores.exists():
+        _explain_staff(experiment, coreset, about, columns)
+    return _in_order_of_the_data(experiment, split, columns)
+
+
+def _figures(experiment: Experiment, num_rows: int) -> dict[str, np.ndarray]:
+    """Effort, loss and lengths by the speculative model, and the target's effort: (N,) each, nan where not known."""
+    figures = dict.fromkeys(("effort", "loss", *_LENGTHS, "target_effort"), np.full(num_rows, np.nan))
+    if experiment.small_scores.exists():
+        there = [name for name in ("effort", "loss", *_LENGTHS) if has_column(experiment.small_scores, name)]
+        scores = read_scores(experiment.small_scores, there, ids=False)
+        figures |= {name: _of_all(scores, name, num_rows) for name in there}
+    if experiment.target_scores.exists():
+        figures["target_effort"] = _of_all(read_scores(experiment.target_scores, ids=False), "effort", num_rows)
+    return figures
+
+
+def _of_all(scores: Scores, name: str, num_rows: int) -> np.ndarray:
+    if scores.index[-1] >= num_rows:
+        raise UserError(f"{scores.source} scores row {scores.index[-1]} of {num_rows}: they are scores of other data")
+    values = np.full(num_rows, np.nan)
+    values[scores.index] = scores.columns[name]
+    return values
+
+
+class _DataSet(TypedDict):
+    quota: Annotated[float, Field(gt=0, le=1)] | None
+
+
+class _StaffRecord(TypedDict):
+    """Of a coreset's file, what its explanation needs beside `Settings`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    rate: float
+    indices: list[NonNegativeInt]
+    strata: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    data_sets: NotRequired[list[_DataSet]]
+
+
+def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: dict[str, np.ndarray]) -> None:
+    """Strata, V_i and reasons, by cutting the coreset again from its own record."""
+    about, settings = checked(_StaffRecord, about, coreset), Settings.from_record(about, coreset)
+    records = checked(list[StratumRecord], [_stratum(s) for s in about["strata"]], coreset)
+    scores = read_scores(experiment.small_scores, settings.columns, ids=False).check_complete()
+    scores = stratified_score(scores, settings)
+    strata = cut_strata(scores.effort, settings)
+    ratios = [record.verification_ratio for record in records]
+    quotas = quotas_of(experiment, scores)
+    if quotas is not None and len(own := about.get("data_sets", [])) == len(quotas.names):
+        quotas = replace(quotas, quotas=[each["quota"] for each in own])  # as they were when it was cut
+    if len(ratios) == len(strata.members):
+        choice = choose_staff(scores.effort, strata, ratios, about["rate"], settings.rules, settings.seed, quotas)
+    if len(ratios) != len(strata.members) or about["indices"] != scores.index[choice.rows].tolist():
+        raise UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
+    is_chosen, reason = columns["chosen"], columns["reason"]
+    reason[:] = "left out: its loss or score is not finite"
+    drawn, passed_over = (
+        ("chosen: drawn at random in its stratum", "not drawn in its stratum")
+        if settings.rules != "released"
+        else ("chosen: among the highest of its stratum", "below the chosen of its stratum")
+    )
+    for record, members in zip(records, strata.members, strict=True):
+        rows = scores.index[members]
+        columns["stratum"][rows] = record.stratum
+        if record.verification_ratio is not None:
+            columns["verification_ratio"][rows] = record.verification_ratio
+        columns["verified"][record.verified] = True
+        reason[rows] = _either(is_chosen[rows], drawn, passed_over)
+    reason[scores.index[choice.fill]] = "chosen: random fill of what the budgets left"
+    hardest = scores.index[strata.hardest]
+    reason[hardest] = _either(
+        is_chosen[hardest],
+        "chosen: taken back from the hardest, as the strata do not hold enough",
+        f"dropped: among the hardest {settings.hardest_cutoff:.0%}",
+    )
+
+
+def _either(mask: np.ndarray, yes: str, no: str) -> np.ndarray:
+    """One of the two texts for each row (n,): the texts themselves, not a copy a row."""
+    return np.array([no, yes], dtype=object)[mask.astype(np.intp)]
+
+
+def _stratum(entry: dict) -> dict:
+    return {name: entry.get(name) for name in StratumRecord.__dataclass_fields__}
+
+
+def _in_order_of_the_data(experiment: Experiment, split: TrainingSplit, columns: dict[str, np.ndarray]) -> pa.Table:
+    whole = ("index", *_LENGTHS, "stratum")
+    arrays = {
+        name: pa.array(values, from_pandas=True).cast(pa.int64())
+        if name in whole
+        else pa.array(values, from_pandas=True)
+        for name, values in columns.items()
+    }
+    numbers = split_numbers(experiment)
+    held_out = len(numbers["eval"])
+    train = pa.table({"row": numbers["train"], "split": pa.array(["train"] * len(split.rows)), **arrays})
+    rest = pa.table(
+        {
+            "row": numbers["eval"],
+            "split": pa.array(["eval"] * held_out),
+            "chosen": pa.array([False] * held_out),
+            "verified": pa.array([False] * held_out),
+            "reason": pa.array(["held out for evaluation"] * held_out),
+        }
+    )
+    table = pa.concat_tables([train, rest], promote_options="default").sort_by("row")
+    if len(sets := data_sets(experiment)) == 1:
+        return table
+    names, first_rows, counts = zip(*sets, strict=True)
+    own = pa.array(table["row"].to_numpy() - np.repeat(first_rows, counts))
+    return table.set_column(0, "row", own).add_column(1, "dataset", pa.array(np.repeat(names, counts)))

@@ -1,0 +1,226 @@
+"""What a coreset leaves a run folder as: annotated data, and data sets for LLaMA-Factory, TRL and `datasets`."""
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from selection.report.annotated import annotated
+from selection.rows.read import as_messages, raw_rows, reading_rows, tools_of, unusable_rows
+from selection.rows.split import TrainingSplit, data_sets, finished_split, rows_of, split_numbers
+from selection.rows.tokens import as_text
+from selection.run.config import Experiment, from_repository
+from selection.run.errors import UserError
+from selection.run.log import set_library_bars
+from selection.run.products import building, code_version, file_digest, read_record, write_json
+from selection.scores.coresets import Coreset, check_fits, read_coreset
+
+PREFIX = "staff_"  # of our columns beside the user's
+_BATCH = 1000  # rows in memory at a time
+
+
+def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
+    """Export the coreset in the file `path` (JSON, or a published .pt) as `folder`; returns what was written, in lines.
+
+    Chosen rows are in the order of the training split everywhere but in annotated.*, which has the user's. An earlier
+    export of that name is replaced. Raises: UserError where the coreset is of other data, and where `folder` is there
+    and no export of it.
+    """
+    split, coreset = finished_split(experiment), read_coreset(path)
+    check_fits(coreset, split.ids, split.fingerprint, str(path))
+    identity = {
+        "export_of": coreset.name,
+        "run": experiment.folder.name,
+        "coreset_sha256": file_digest(path),
+        "data_fingerprint": split.fingerprint,
+        "template": experiment.template,
+        "code_version": code_version(),
+    }
+    if folder.exists() and _exported(folder) != (coreset.name, experiment.folder.name):
+        raise UserError(
+            f"{folder} is no export of {coreset.name} of run {experiment.folder.name}: remove it or give another --out"
+        )
+    earlier = folder.with_name(f".{folder.name}.earlier")
+    try:
+        with building(folder, identity) as draft:
+            said = [
+                *_write_annotated(experiment, split, path, draft),
+                *_write_chosen(experiment, split, coreset, draft),
+            ]
+            if folder.exists():
+                shutil.rmtree(earlier, ignore_errors=True)
+                folder.rename(earlier)  # at last, when the new one is whole
+    finally:
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)  # it could not take its place after all
+    shutil.rmtree(earlier, ignore_errors=True)
+    return said
+
+
+def _exported(folder: Path) -> tuple[str | None, str | None]:
+    """Coreset and run that a folder is an export of."""
+    path = folder / "made_from.json"
+    record = read_record(path) if path.exists() else {}
+    return record.get("export_of"), record.get("run")
+
+
+def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, draft: Path) -> list[str]:
+    """annotated.parquet and annotated.jsonl: every row of the run, as it was, with `annotated`'s columns behind.
+
+    Rows of several data sets are pooled in the order given, and say in `dataset` from which they are; where these come
+    in different forms, all are in the common one.
+    """
+    from datasets import concatenate_datasets
+
+    figures = annotated(experiment, path, split)
+    figures = figures.rename_columns([PREFIX + name for name in figures.column_names])
+    if taken := sorted(set(figures.column_names) & set(split.rows.column_names)):
+        raise UserError(f"the data have a column {taken[0]} already, which the export writes: rename it in the data")
+    numbers = split_numbers(experiment)
+    pooled = concatenate_datasets([split.rows, rows_of(experiment, "eval")])
+    rows = pooled.select(np.argsort(np.concatenate([numbers["train"], numbers["eval"]]))).with_format("arrow")
+    schema = pa.unify_schemas([rows.features.arrow_schema, figures.schema])
+    with (
+        pa.parquet.ParquetWriter(draft / "annotated.parquet", schema) as writer,
+        (draft / "annotated.jsonl").open("w", encoding="utf-8") as file,
+    ):
+        for start, batch in enumerate(rows.iter(batch_size=_BATCH)):
+            beside = figures.slice(start * _BATCH, len(batch))
+            table = pa.table([*batch.combine_chunks().columns, *beside.columns], schema=schema)
+            writer.write_table(table)
+            file.writelines(map(_as_line, table.to_pylist()))
+    said = [f"annotated.parquet, annotated.jsonl: {len(rows)} rows, all of the run"]
+    for each, (name, _, count) in zip(experiment.data_sets, data_sets(experiment), strict=True):
+        if each.max_samples is None:
+            continue
+        with reading_rows(from_repository(each.path), each.dataset_format) as everything:
+            if left_out := len(everything) - count:
+                after = "after these" if count == len(rows) else f"of {name} after its first {count}"
+                said.append(f"not in the run, as max_samples left them out: the {left_out} rows {after}")
+    return said
+
+
+def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset, draft: Path) -> list[str]:
+    """The chosen rows alone, in every form.
+
+    prompt_completion.jsonl holds text as LLaMA-Factory's template writes it, so that SFTTrainer, which takes the loss
+    of a completion alone, trains on the response tokens that were scored. Messages would be the usual form, but TRL
+    0.24 beside transformers 5, the versions pinned here, counts the fields of the tokenizer's result for its tokens
+    and so trains on all but two tokens of such a prompt. Of several responses in a row only the last is trained on.
+
+    chat.jsonl holds messages, for the chat template of the model's tokenizer. SFTTrainer trains on all of their tokens,
+    and with assistant_only_loss on every response, as LLaMA-Factory does; that needs a template with
+    {% generation %} around the responses.
+    """
+    rows = split.rows.select(coreset.indices)
+    set_library_bars(long_work=len(rows) >= 10_000)
+    entry = experiment.row_format.entry
+    text_of = as_text(experiment, experiment.target_model)
+    (draft / "llamafactory").mkdir()
+    otherwise = earlier = 0
+    with contextlib.ExitStack() as stack:
+        own, pairs, chats = (
+            stack.enter_context((draft / name).open("w", encoding="utf-8"))
+            for name in (f"llamafactory/{coreset.name}.jsonl", "prompt_completion.jsonl", "chat.jsonl")
+        )
+        for row in rows:
+            messages = as_messages(row, entry)
+            prompt, completion, same = text_of(row)
+            otherwise += not same
+            earlier += sum(message["role"] in ("assistant", "function") for message in messages) > 1
+            own.write(_as_line(row))
+            pairs.write(_as_line({"prompt": prompt, "completion": completion}))
+            chats.write(_as_line(as_chat(messages, tools_of(row, entry))))
+    rows.save_to_disk(draft / "dataset")
+    file_name = _llama_factory_file(experiment, rows, draft / "llamafactory" / f"{coreset.name}.jsonl")
+    write_json(draft / "llamafactory" / "dataset_info.json", {coreset.name: {"file_name": file_name, **entry}})
+    numbers, sets = split_numbers(experiment)["train"][coreset.indices], data_sets(experiment)
+    for name, first, count in sets:
+        own = numbers[(numbers >= first) & (numbers < first + count)] - first
+        listed = "indices.txt" if len(sets) == 1 else f"indices-{name}.txt"
+        (draft / listed).write_text("".join(f"{number}\n" for number in own), encoding="utf-8")
+    size = f"{len(rows)} rows"
+    return [
+        f"llamafactory/: {size}, --dataset {coreset.name}",
+        f"prompt_completion.jsonl: {size} as text of template {experiment.template}"
+        + (f"; {otherwise} of them the tokenizer cuts otherwise than tuning does" if otherwise else "")
+        + (f"; {earlier} of them with earlier responses, which are prompt here" if earlier else ""),
+        f"chat.jsonl: {size} as messages",
+        f"dataset/: {size} for datasets.load_from_disk",
+        f"{'indices.txt' if len(sets) == 1 else 'indices-*.txt'}: {size}, their numbers in their file, from 0",
+    ]
+
+
+def _llama_factory_file(experiment: Experiment, rows: "datasets.Dataset", path: Path) -> str:  # noqa: F821
+    """The name of the file that LLaMA-Factory is to read: `path`, or Parquet instead where JSON is read as other rows.
+
+    Text that holds dates alone in all rows of a file is read as dates.
+    """
+    with contextlib.suppress(UserError), raw_rows(path) as found:
+        if not unusable_rows(found, experiment.row_format.entry):
+            return path.name
+    path.unlink()
+    rows.to_parquet(path.with_suffix(".parquet"))
+    return path.with_suffix(".parquet").name
+
+
+def as_chat(messages: list[dict[str, str]], tools: str) -> dict[str, Any]:
+    """`as_messages`' messages as chat templates take them: {"messages"}, and "tools" where the row has some.
+
+    A call becomes an assistant's `tool_calls`, a tool's answer the role `tool`.
+    """
+    chat = []
+    for message in messages:
+        if message["role"] == "function":
+            calls = json.loads(message["content"])
+            calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+            chat.append({"role": "assistant", "content": "", "tool_calls": calls})
+        else:
+            chat.append(message | {"role": "tool"} if message["role"] == "observation" else message)
+    return {"messages": chat, "tools": json.loads(tools)} if tools else {"messages": chat}
+
+
+def _as_line(row: dict) -> str:
+    """A line of JSON. Dates are written as ISO 8601, and what is no number, which JSON does not know, as null."""
+    options = {"ensure_ascii": False, "allow_nan": False, "default": _as_plain_text}
+    try:
+        return json.dumps(row, **options) + "\n"
+    except ValueError:
+        return json.dumps(_with_nulls(row), **options) + "\n"
+
+
+def _as_plain_text(value: object) -> str:
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _with_nulls(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _with_nulls(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def coreset_paths(experiment: Experiment, names: list[str]) -> Iterator[Path]:
+    """The files of coresets of the run folder by name, or by path; all of the run folder where none is named."""
+    if not names:
+        found = sorted(experiment.coresets.glob("*.json"))
+        if not found:
+            raise UserError(f"{experiment.coresets} holds no coreset: run coreset.py first")
+        yield from found
+    for name in names:
+        own = experiment.coresets / f"{name}.json"
+        if own.exists():
+            yield own
+        elif name.endswith((".json", ".pt")):
+            yield Path(name)
+        else:
+            there = ", ".join(sorted(path.stem for path in experiment.coresets.glob("*.json"))) or "none"
+            raise UserError(f"{experiment.folder} has no coreset {name}; there: {there}")

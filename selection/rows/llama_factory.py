@@ -1,0 +1,117 @@
+"""What every call of LLaMA-Factory needs: its import, its arguments, its errors in one line."""
+
+import contextlib
+import difflib
+import importlib
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from selection.run.config import Experiment
+from selection.run.errors import UserError
+from selection.run.model_folder import model_path
+
+
+def import_llama_factory() -> None:
+    """Import llamafactory; where torchaudio is missing or broken, an empty one stands in for it.
+
+    The registry's torchaudio is a CUDA build that does not load beside a CPU torch, and LLaMA-Factory imports it
+    even for text. transformers goes first: it must not take the stand-in for the real one.
+    """
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
+    try:
+        importlib.import_module("torchaudio")
+    except Exception:  # a build for another torch raises several kinds
+        sys.path.insert(0, str(Path(__file__).parent / "no_torchaudio"))
+        sys.modules.pop("torchaudio", None)
+        importlib.import_module("torchaudio")
+        sys.path.pop(0)
+    importlib.import_module("llamafactory.train.tuner")
+    logging.getLogger("jieba").setLevel(logging.WARNING)  # which LLaMA-Factory's metrics import; it tells of its cache
+
+
+def check_template(template: str) -> None:
+    """Raises: UserError where LLaMA-Factory has no such chat template."""
+    import_llama_factory()
+    from llamafactory.data.template import TEMPLATES
+
+    if template not in TEMPLATES:
+        alike = difflib.get_close_matches(template, TEMPLATES, n=3, cutoff=0.3)
+        raise UserError(
+            f"--template {template}: LLaMA-Factory has none of that name"
+            + (f": {', '.join(alike)}?" if alike else "; it has, among others, chatml, llama3, gemma, mistral, qwen")
+        )
+
+
+def common_arguments(experiment: Experiment, model: str, output_dir: Path, precision: str) -> dict[str, Any]:
+    """The keys that every call has in common."""
+    import torch
+
+    return {
+        "stage": "sft",
+        "model_name_or_path": model_path(model),
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "dataset_dir": str(experiment.data_folder),
+        "val_size": 0,  # split already, once for all stages
+        "overwrite_cache": True,
+        "output_dir": str(output_dir),
+        "overwrite_output_dir": True,  # without it a finished folder "resumes", trains 0 steps and exits 0
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "report_to": "none",
+    }
+
+
+@contextlib.contextmanager
+def quiet():
+    """Drop what LLaMA-Factory prints: a sample as token numbers, every metric twice."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def own_cache():
+    """`datasets` keeps a copy of everything it reads, for ever, in the user's home; here only as long as needed."""
+    from datasets import config
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        kept, config.HF_DATASETS_CACHE = config.HF_DATASETS_CACHE, Path(folder)
+        try:
+            yield
+        finally:
+            config.HF_DATASETS_CACHE = kept
+
+
+@contextlib.contextmanager
+def alone():
+    """Without torchrun's variables: what the leader does before the others is not to wait for them."""
+    names = [name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith("LOCAL_")]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextlib.contextmanager
+def user_errors(what: str):
+    """Turn what LLaMA-Factory and transformers say about arguments, templates and model folders into one line.
+
+    Files of strangers make them raise anything, so nothing is left out; an error of an unusual kind is named by it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        usual = isinstance(error, ValueError | TypeError | ImportError | OSError)
+        raise UserError(f"{what}: {'' if usual else f'{type(error).__name__}: '}{error}") from error

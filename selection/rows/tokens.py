@@ -1,0 +1,169 @@
+"""The tokenised training split on disk (Arrow, memory-mapped), and what can be asked of it without loading its rows."""
+
+import json
+import unicodedata
+from collections.abc import Callable
+from importlib.metadata import version
+
+import numpy as np
+import pyarrow.compute as pc
+
+from selection.rows.llama_factory import alone, common_arguments, import_llama_factory, own_cache, quiet, user_errors
+from selection.rows.read import convert_row
+from selection.rows.split import TrainingSplit
+from selection.run.config import Experiment
+from selection.run.errors import UserError
+from selection.run.log import set_library_bars
+from selection.run.model_folder import model_fingerprint, model_path
+from selection.run.products import building, digest, locked, reuse
+
+
+def tokenised_split(experiment: Experiment, model: str, split: TrainingSplit):
+    """The training split as LLaMA-Factory tokenises it for `model`: a `datasets.Dataset`, made on the first call.
+
+    Raises: as `tokenised_rows`.
+    """
+    from datasets import load_from_disk
+
+    identity = {
+        "model": model_fingerprint(model_path(model), experiment.folder),
+        "data_fingerprint": split.fingerprint,
+        "template": experiment.template,
+        "cutoff_len": experiment.cutoff_len,
+        "llamafactory": version("llamafactory"),
+    }
+    folder = experiment.folder / "tokenised" / digest(json.dumps(identity).encode())[:16]
+    with locked(folder.parent):  # two stages may come to need it at a time
+        if not reuse(folder, identity):
+            with building(folder, identity) as draft:
+                tokenised_rows(experiment, model, "train", split.rows).save_to_disk(draft)
+    return load_from_disk(folder)
+
+
+def lengths(tokenised) -> np.ndarray:
+    """Tokens of each row (N,)."""
+    return pc.list_value_length(tokenised.data.column("input_ids")).to_numpy()
+
+
+def check_embeddings(experiment: Experiment, model: str, loaded, tokenised) -> None:
+    """Raises: UserError where rows have a token that `loaded`, the model, has no embedding for."""
+    if highest_token(tokenised) >= loaded.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"template {experiment.template} makes a token that {model} has no embedding for: give the model's own "
+            "template"
+        )
+
+
+def highest_token(tokenised) -> int:
+    return max(pc.max(chunk.flatten()).as_py() for chunk in tokenised.data.column("input_ids").chunks)
+
+
+def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, str, bool]]:
+    """A function from a raw row to its text as the experiment's template writes it for `model`, never cut off.
+
+    It returns (prompt, completion, same): all in front of the last response; that response with its end mark, without
+    blanks that some templates put behind it; and whether the model's own tokenizer makes of the two, joined, the very
+    tokens that tuning takes. A mark that this tokenizer itself puts in front is left out of the prompt.
+    Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write.
+    """
+    import_llama_factory()
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from llamafactory.model import load_tokenizer
+    from transformers import AutoTokenizer
+
+    with user_errors(f"model {model}, template {experiment.template}"):
+        path = model_path(model)
+        tokenizer = load_tokenizer(ModelArguments(model_name_or_path=path))["tokenizer"]
+        template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template=experiment.template))
+        users = AutoTokenizer.from_pretrained(path)
+    in_front = users("")["input_ids"][:1] if users.bos_token_id in users("")["input_ids"][:1] else []
+
+    def text_of(row: dict) -> tuple[str, str, bool]:
+        sample = convert_row(row, experiment.row_format.entry)
+        with user_errors(f"template {experiment.template}"):
+            pairs = template.encode_multiturn(
+                tokenizer, sample["_prompt"] + sample["_response"], sample["_system"], sample["_tools"]
+            )
+        response = [*pairs[-1][1], *([tokenizer.eos_token_id] if template.efficient_eos else [])]
+        if tokenizer.eos_token_id in response:
+            end = len(response) - response[::-1].index(tokenizer.eos_token_id)
+            response = response[:end] if not tokenizer.decode(response[end:]).strip() else response
+        prompt = [token for source, target in pairs[:-1] for token in [*source, *target]] + pairs[-1][0]
+        shown = prompt[len(in_front) :] if prompt[: len(in_front)] == in_front else prompt
+        texts = [tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in (shown, response)]
+        same = users(texts[0])["input_ids"] == prompt and users("".join(texts))["input_ids"] == prompt + response
+        return *texts, same
+
+    return text_of
+
+
+def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821
+    """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
+
+    In a conversation every turn of the assistant has labels, so loss and effort score are of all of them.
+    Columns input_ids, attention_mask, labels (−100 on the prompt). Raises: UserError for an unknown template, a
+    broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
+    """
+    import_llama_factory()
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.extras.constants import IGNORE_INDEX
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    arguments = common_arguments(experiment, model, experiment.folder, "fp32") | {"dataset": dataset, "do_train": True}
+    arguments["use_cpu"] = True  # or LLaMA-Factory refuses where it sees several GPUs
+    set_library_bars(long_work=len(raw_rows) >= 10_000)
+    with user_errors(f"model {model}, template {experiment.template}"), alone(), own_cache():
+        model_args, data_args, training_args, _, _ = get_train_args(arguments)
+        training_args.log_level, training_args.log_level_replica = "error", "error"
+        tokenizer_module = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
+        with quiet():
+            data = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
+    rows = data["train_dataset"]
+    if len(rows) != len(raw_rows):
+        raise UserError(
+            f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of {dataset}.arrow: "
+            f"remove {experiment.data_folder}"
+        )
+    texts = [json.dumps(row, ensure_ascii=False, default=str) for row in raw_rows.take(min(32, len(raw_rows)))]
+    check_tokenizer(tokenizer_module["tokenizer"], texts, model)
+    if len(cut := np.flatnonzero(response_lengths(rows, IGNORE_INDEX) == 0)):
+        raise UserError(
+            f"row {cut[0]} of {dataset}.arrow: cutoff_len {experiment.cutoff_len} leaves no response token: raise "
+            "cutoff_len or remove the row"
+        )
+    return rows
+
+
+def response_lengths(tokenised, ignored: int) -> np.ndarray:
+    """Tokens of each row that the loss counts (N,): labels but the first that are not `ignored`."""
+    counts = []
+    for chunk in tokenised.data.column("labels").chunks:
+        ends = np.cumsum(pc.list_value_length(chunk).to_numpy())
+        starts = np.concatenate([[0], ends[:-1]])
+        counted = chunk.flatten().to_numpy() != ignored
+        counted[starts[starts < ends]] = False  # nothing predicts the first token
+        total = np.concatenate([[0], np.cumsum(counted)])
+        counts.append(total[ends] - total[starts])
+    return np.concatenate(counts)
+
+
+def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
+    """Encode and decode real texts: a tokenizer that loses spaces or words would tune and score on noise.
+
+    Raises: UserError where the words of most texts do not come back.
+    """
+
+    def words(text: str) -> list[str]:
+        return unicodedata.normalize("NFKC", text).split()
+
+    def comes_back(text: str) -> bool:
+        return words(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))) == words(text)
+
+    if sum(map(comes_back, texts)) * 2 <= len(texts):
+        raise UserError(
+            f"the tokenizer of {model} changes the text of most rows (decode(encode(text)) differs from text): "
+            "check tokenizer_class in its tokenizer_config.json"
+        )

@@ -1,0 +1,47 @@
+"""What an evaluation leaves in its metrics.json, checked when it is read."""
+
+from pathlib import Path
+from typing import Annotated, NotRequired
+
+from pydantic import Field, PositiveInt
+from typing_extensions import TypedDict
+
+from selection.run.products import checked, read_json
+
+# What the figures are; said wherever they are shown.
+LLAMA_FACTORYS = (
+    "ROUGE-1/2/L and BLEU-4 are LLaMA-Factory's, as in the paper: words as jieba cuts them (Cyrillic and Arabic into "
+    "letters, Latin words at accented ones), BLEU over characters."
+)
+ABOUT = f"{LLAMA_FACTORYS} Only those of rouge_score and sacreBLEU compare with other work."
+
+_Percent = Annotated[float, Field(ge=0, le=100.001, allow_inf_nan=False)]
+Metrics = TypedDict(
+    "Metrics",
+    {
+        "rouge-1": _Percent,
+        "rouge-2": _Percent,
+        "rouge-l": _Percent,
+        "bleu-4": _Percent,
+        # As other work has them (finetune/comparable.py); earlier evaluations have none.
+        "rouge_score-1": NotRequired[_Percent],
+        "rouge_score-2": NotRequired[_Percent],
+        "rouge_score-l": NotRequired[_Percent],
+        "sacrebleu": NotRequired[_Percent],
+        "sacrebleu_signature": NotRequired[str],
+        "samples": PositiveInt,
+        "code_version": str,
+        "by_sample": NotRequired[dict[str, list[_Percent]]],  # of each answer
+    },
+)
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """The metrics of an evaluation's folder. Raises: UserError naming the key that is missing or no percentage."""
+    path = folder / "metrics.json"
+    return checked(Metrics, read_json(path), path)
+
+
+def two_decimals(metrics: Metrics, key: str) -> str:
+    """A figure of an evaluation with two decimals; a dash where an earlier one has none."""
+    return f"{metrics[key]:.2f}" if key in metrics else "–"

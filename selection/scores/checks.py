@@ -1,0 +1,150 @@
+"""What can be refused before anything is paid for: models, keys and rates that a later stage could not use."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import hub_kernels
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from selection.method.effort import EffortScorer
+from selection.method.phi import decoder_of
+from selection.method.staff import coreset_size, floor_share
+from selection.run.config import Experiment
+from selection.run.errors import UserError
+from selection.run.log import say, warn
+from selection.run.model_folder import model_path
+from selection.run.processes import processes
+from selection.scores.identity import tuning_lora
+from selection.scores.models import NO_CODE, check_bitsandbytes, default_lora_targets, with_fresh_lora
+
+_WORDS = 64  # of a model that is made small
+_TOKENS = [[5, 9, 3, 7, 12], [8, 4, 6]]
+_LABELS = [[-100, -100, 3, 7, 12], [-100, 4, 6]]
+_OF_ANY_TARGET = ("staff", "random", "length")  # methods that do not read the scores of the tuned target
+
+
+def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
+    """Try φ and tuning's LoRA on both models' kinds, made small from their configurations: no weights are loaded.
+
+    A configuration that cannot be had, or not be made small, says nothing: then the stage that loads the model finds
+    out. `to_be_cut`: there is no small model yet, and it will be of the target's kind. Raises: UserError for what is
+    wrong with a model, or with a key of `selection` on it.
+    """
+    settings = experiment.selection
+    small_is_tuned = experiment.tuned_small is not None
+    trainings = {experiment.target_model: experiment.training | experiment.target_training}
+    if not experiment.borrows and not to_be_cut:
+        keys = experiment.training | experiment.small_training
+        trainings = {experiment.small_model: keys if small_is_tuned else {"finetuning_type": None}} | trainings
+    for model, keys in trainings.items():  # the small one first
+        if (config := _configuration(model)) is None:
+            continue
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(f"model {model}: transformers has no causal language model of type {config.model_type}")
+        if (model == experiment.small_model or to_be_cut) and settings.rules == "released" and small_is_tuned:
+            default_lora_targets(config)
+        if config.model_type == "gpt_oss" and not hasattr(hub_kernels, "load_and_register_kernel"):
+            # LLaMA-Factory 0.9.5 tunes it through a kernel, and asks for it by a name that this transformers has not.
+            cannot = f"model {model}: LLaMA-Factory cannot tune gpt-oss beside transformers {transformers.__version__}"
+            if (model == experiment.small_model or to_be_cut) and small_is_tuned:
+                raise UserError(f"{cannot}: give small_training.num_train_epochs=0, or another small model")
+            warn(f"{cannot}: coresets can be cut for it, and exported; nothing here will tune on them")
+        _try_small(config, model, experiment, keys)
+    later = [method for method in settings.methods if method not in _OF_ANY_TARGET]
+    if later and not experiment.tuned_target_scores.exists():
+        say(
+            f"{', '.join(later)}: coreset.py reads the scores of the tuned target, so first run finetune.py and "
+            "effort_score.py with --model target too"
+        )
+
+
+def check_machine(experiment: Experiment) -> None:
+    """Raises: UserError where the target cannot be scored here as configured."""
+    settings = experiment.selection
+    if settings.quantization_bit is not None:
+        check_bitsandbytes(settings.quantization_bit)
+    if settings.device_map and processes().count > 1 and processes().leads:
+        warn("selection.device_map auto: verify.py will score in one process alone and ask for NPROC=1")
+
+
+def check_rows(experiment: Experiment, num_rows: int) -> None:
+    """Raises: UserError where a training split of `num_rows` is too small for a rate or for the verification."""
+    settings = experiment.selection
+    for rate in settings.rates:
+        coreset_size(rate, num_rows)
+    in_strata = num_rows - floor_share(settings.hardest_cutoff, num_rows)
+    draws = "staff" in settings.methods and settings.rules == "released" and not settings.verify_all
+    if draws and in_strata <= settings.verify_per_stratum:
+        raise UserError(
+            f"mode released verifies no stratum of verify_per_stratum {settings.verify_per_stratum} samples or fewer, "
+            f"and {in_strata} of {num_rows} rows are in strata: give a smaller verify_per_stratum"
+        )
+
+
+def _configuration(model: str) -> PretrainedConfig | None:
+    """Raises: UserError for a local folder whose configuration cannot be read."""
+    path = model_path(model)
+    try:
+        return AutoConfig.from_pretrained(path, **NO_CODE)
+    except Exception as error:  # a stranger's config.json makes transformers raise anything
+        if Path(path).is_dir():
+            raise UserError(f"model {model}: cannot read its configuration: {error}") from None
+        return None
+
+
+def _try_small(config: PretrainedConfig, model: str, experiment: Experiment, keys: dict[str, Any]) -> None:
+    """Score a batch on a random model of this kind. Raises: UserError with what the kind of model cannot do."""
+    settings = experiment.selection
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if any("mamba" in key for key in vars(config.get_text_config())):
+                return  # without kernels of its own one token takes minutes
+            small = AutoModelForCausalLM.from_config(made_small(config), **NO_CODE).float().eval()
+            if _answers_otherwise_without_cache(small):
+                raise UserError(
+                    "some of its layers take keys and values out of the cache, without which models are tuned and "
+                    "scored: give another model"
+                )
+            lora = tuning_lora(experiment.training | experiment.target_training | keys)
+            if settings.phi == "all_lora" or (
+                keys.get("finetuning_type", "lora") == "lora" and lora["target"] != "all"
+            ):
+                small = with_fresh_lora(small, **lora, seed=0)
+            EffortScorer(small, settings.phi, settings.phi_rank).score(_TOKENS, _LABELS)
+    except UserError as error:
+        raise UserError(f"model {model}: {error}") from None
+    except Exception:  # it is the small one that does not work: says nothing of the model itself
+        return
+
+
+def made_small(config: PretrainedConfig) -> PretrainedConfig:
+    """The text decoder's configuration with two heads, a narrow feed-forward part and few words, and all its layers:
+    what kinds of layers follow each other decides what the last one does."""
+    small = copy.deepcopy(config.get_text_config())
+    heads = small.num_attention_heads
+    small.hidden_size = -(-2 * small.hidden_size // heads // 16) * 16  # kernels of experts want rows of 16 numbers
+    for key, value in list(vars(small).items()):
+        if key in ("num_key_value_heads", "num_kv_heads") and value is not None:
+            setattr(small, key, 2 if value == heads else 1)
+        elif "intermediate_size" in key or key in ("ffn_dim", "n_inner", "ffn_hidden_size"):
+            setattr(small, key, [8] * len(value) if isinstance(value, list) else value and 8)
+        elif "vocab_size" in key:
+            setattr(small, key, _WORDS)
+        elif key == "word_embed_proj_dim":
+            setattr(small, key, small.hidden_size)
+    small.num_attention_heads, small.pad_token_id = 2, None
+    return small
+
+
+@torch.no_grad()
+def _answers_otherwise_without_cache(model: nn.Module) -> bool:
+    tokens = torch.tensor(_TOKENS[:1])
+    decoder = decoder_of(model)
+    with_cache, without = (decoder(input_ids=tokens, use_cache=use).last_hidden_state for use in (True, False))
+    return not torch.allclose(with_cache, without, rtol=0, atol=1e-2 * float(without.abs().max()))
