@@ -20,14 +20,15 @@ from selection.run.config import REPOSITORY
 from selection.run.log import say
 from selection.run.products import building, reuse
 
-VOCABULARY, HIDDEN, LAYERS = 512, 32, 4
+SHAPE = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; required")
     out = parser.parse_args().out.resolve()
-    identity = {"vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS}
+    identity = {"vocabulary": SHAPE["vocab_size"], "hidden": SHAPE["hidden_size"], "layers": SHAPE["num_hidden_layers"]}
     if reuse(out, identity):
         say(f"tiny model: reusing {out}")
         return
@@ -42,36 +43,18 @@ def make(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     lines = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").splitlines()[:500]
-    tokenizer = Tokenizer(models.BPE())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=SHAPE["vocab_size"], **options)
     tokenizer.train_from_iterator([json.loads(line)["output"] for line in lines], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[0]
-    )
-    fast.save_pretrained(folder)
-
+    names = {"pad_token": special[0], "bos_token": special[1], "eos_token": special[2]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,  # small weights would make every gradient alike
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    # Small weights would make every gradient alike.
+    config = LlamaConfig(**SHAPE, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 

