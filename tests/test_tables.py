@@ -561,8 +561,8 @@ def test_committed_tables_are_those_of_the_committed_cells_and_readme_shows_them
     grid = tables.read_cells(path, paper)
     committed = (path.parent / "tables.md").read_text(encoding="utf-8")
     assert committed == tables.format_tables(grid, tables.estimate_scores(grid), paper)
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "data" / "results" / "README.md").read_text(encoding="utf-8")
     shown = readme.partition(f"<!-- {path.parent.name}/tables.md -->")[2].partition("<!-- end -->")[0]
     lines = [line for line in shown.splitlines() if line.startswith(("|", "- STAFF", "STAFF saves"))]
-    assert len(lines) > 20
+    assert len(lines) > 8
     assert [line for line in lines if line not in committed.splitlines()] == []
