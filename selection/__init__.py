@@ -1,9 +1,14 @@
-"""Scoring, verification and budgets: everything between a data set and its coresets."""
+"""Scoring, verification and budgets: everything between a data set and its coresets.
 
+from selection import EffortScorer, select_coreset
+"""
+
+import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+_LIBRARY = {"EffortScorer": "selection.method.effort", "select_coreset": "selection.scores.in_memory"}
 
 
 def _hide_foreign_torchvision() -> None:
@@ -21,3 +26,10 @@ def _hide_foreign_torchvision() -> None:
 
 
 _hide_foreign_torchvision()
+
+
+def __getattr__(name: str):
+    """Import the library's names when they are asked for: the stages begin without torch."""
+    if name in _LIBRARY:
+        return getattr(importlib.import_module(_LIBRARY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

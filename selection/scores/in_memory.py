@@ -1,0 +1,120 @@
+"""STAFF in one call, for models and a data set in memory: the stages' own functions without files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+
+from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory, tokens_per_batch
+from selection.method.staff import choose_staff
+from selection.run.config import Selection, validated
+from selection.run.errors import UserError, refusals
+from selection.scores.folder import Scores
+from selection.scores.reasons import explain
+from selection.scores.verification import Settings, cut_strata, draw, verify
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A coreset of m of N rows, and why."""
+
+    rows: Dataset  # the chosen rows, in the data set's order
+    indices: np.ndarray  # (m,) their numbers in the data set, ascending
+    reasons: list[str]  # (N,) why each row of the data set was chosen or not
+    strata: np.ndarray  # (N,) stratum of each row; −1 for the hardest, which are in none
+    verification_ratios: list[float | None]  # (K,) V_i; None where nothing was verified
+    effort: np.ndarray  # (N,) effort scores of the small model
+
+
+def select_coreset(
+    dataset: Dataset,
+    small: nn.Module,
+    target: nn.Module,
+    rate: float,
+    tokenizer: Any = None,
+    cutoff_len: int = 1024,
+    **settings: Any,
+) -> Selected:
+    """Choose ⌊rate · N⌋ rows of `dataset` by STAFF (Algorithm 1).
+
+    Args:
+        dataset: with columns input_ids and labels (−100 on the prompt), or, with a `tokenizer`, prompt and completion
+            (text), or messages (role and content; the last one is the response).
+        small: the speculative model, tuned on the data set. target: as it is before tuning. Both take the same tokens.
+            They are frozen and put into eval mode.
+        settings: keys of `selection:` in a YAML, such as num_strata, verify_per_stratum, mode, phi, seed.
+    Raises: UserError for a wrong setting, and for rows without a response or without a finite score.
+    """
+    chosen = validated(Selection(), settings | {"rates": [rate]}, "select_coreset")
+    tokens = _tokens(dataset, tokenizer, cutoff_len)
+    rules = Settings.of(chosen)
+    with refusals():
+        every = np.arange(len(dataset))
+        speculative = _scores(small, tokens, every, chosen, "the small model")
+        strata = cut_strata(speculative.effort, rules)
+        verified = every if rules.verify == "all" else np.sort(np.concatenate(draw(strata, rules)))
+        records = verify(speculative.effort, _scores(target, tokens, verified, chosen, "the target"), rules, strata)
+        ratios = [record.verification_ratio for record in records]
+        choice = choose_staff(speculative.effort, strata, ratios, rate, rules.rules, rules.seed)
+    numbers = np.full(len(dataset), -1)
+    for record, members in zip(records, strata.members, strict=True):
+        numbers[members] = record.stratum
+    reasons = explain(choice, strata, len(dataset), rules).tolist()
+    return Selected(dataset.select(choice.rows), choice.rows, reasons, numbers, ratios, speculative.effort)
+
+
+def _scores(model: nn.Module, tokens: list[tuple], rows: np.ndarray, selection: Selection, who: str) -> Scores:
+    """Effort scores of `rows`, in batches of similar length."""
+    scorer = EffortScorer(model, selection.phi, selection.phi_rank, selection.phi_alpha, selection.seed)
+    lengths = [len(ids) for ids, _ in tokens]
+    budget = selection.tokens_per_batch or tokens_per_batch(selection.phi, scorer.device)
+    effort = np.full(len(tokens), np.nan)
+    for batch in plan_batches(rows.tolist(), lengths, budget):
+        names = [f"row {row} of the data set" for row in batch]
+        ids, labels = zip(*(tokens[row] for row in batch), strict=True)
+        effort[batch] = score_within_memory(scorer, ids, labels, names)["effort"].numpy()
+    if len(wild := np.flatnonzero(~np.isfinite(effort[rows]))):
+        raise UserError(f"row {rows[wild[0]]} of the data set: its score by {who} is not finite: remove the row")
+    columns = {"effort": effort[rows], "n_response_tokens": np.array([_responses(tokens[row][1]) for row in rows])}
+    return Scores(rows, columns, ids=None, fingerprint=None, num_rows=len(tokens), source=f"scores of {who}")
+
+
+def _responses(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED_LABEL for label in labels[1:])  # nothing predicts the first token
+
+
+def _tokens(dataset: Dataset, tokenizer: Any, cutoff_len: int) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of each row, cut at `cutoff_len`. Raises: UserError naming the row."""
+    columns = set(dataset.column_names)
+    if not columns & {"input_ids", "prompt", "messages"} or ("input_ids" not in columns and tokenizer is None):
+        raise UserError(
+            "the data set needs input_ids and labels; or prompt and completion, or messages, and a tokenizer"
+        )
+    tokens = []
+    for number, row in enumerate(dataset):
+        if "input_ids" in columns:
+            ids, labels = list(row["input_ids"]), list(row["labels"])
+        else:
+            prompt, ids = _prompt_and_all(row, tokenizer, number)
+            labels = [IGNORED_LABEL] * len(prompt) + ids[len(prompt) :]
+        ids, labels = ids[:cutoff_len], labels[:cutoff_len]
+        if not _responses(labels):
+            raise UserError(f"row {number} of the data set: cutoff_len {cutoff_len} leaves no response token")
+        tokens.append((ids, labels))
+    return tokens
+
+
+def _prompt_and_all(row: dict, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
+    if "messages" in row:
+        *before, _ = row["messages"]
+        prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
+        if ids[: len(prompt)] != prompt:
+            raise UserError(f"row {number} of the data set: the chat template changes the prompt once it is answered")
+        return prompt, ids
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return prompt, prompt + tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + end
