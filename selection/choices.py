@@ -15,10 +15,6 @@ from selection.run.config import (
     REPOSITORY,
     Experiment,
     Selection,
-    _override,
-    _read_yaml,
-    _validate,
-    as_yaml,
     load_experiment,
 )
 from selection.run.errors import UserError
@@ -26,6 +22,7 @@ from selection.run.families import Pair, find_pair, local_folder
 from selection.run.log import say
 from selection.run.model_folder import model_path
 from selection.run.products import atomic_path, first_difference
+from selection.run.yaml_file import check_keys, override, read_yaml, to_yaml
 
 _OWN_OPTION = {  # keys that have one
     "output_dir": "--run",
@@ -56,7 +53,7 @@ def start(
     for text in overrides:
         if option := _OWN_OPTION.get(text.partition("=")[0]):
             raise UserError(f"--set {text}: give {option} instead")
-        _override(given, text)
+        override(given, text)
     data = [path.expanduser().resolve() for path in data]
     if missing := [path for path in data if not path.is_file()]:
         raise UserError(f"--data {missing[0]}: no such file")
@@ -70,7 +67,7 @@ def start(
         cut = ["--target", pair.target, "--layers", str(layers), "--out", small]
         say(f"speculator: {layers} layers, half of the target's, in {small}; --small M for one made otherwise")
     data_sets = [look_at(path, "dataset_format" in given) for path in data]
-    defaults = _read_yaml(str(REPOSITORY / "configs" / "own_data.yaml"))
+    defaults = read_yaml(str(REPOSITORY / "configs" / "own_data.yaml"))
     values = defaults | {
         "output_dir": _in_repository(run),
         "small_model": _in_repository(small),
@@ -80,12 +77,12 @@ def start(
         **_as_keys(data, [form for form, _ in data_sets]),
     }
     for text in overrides:
-        _override(values, text)
-    checked = _validate(Experiment, values, "the experiment")
+        override(values, text)
+    checked = check_keys(Experiment, values, "the experiment")
     train = training_rows(checked, [rows for _, rows in data_sets])
     choose_strata(values["selection"], checked, train)
     choose_rates(values["selection"], checked, train, given=bool(rates))
-    experiment = _validate(Experiment, values, "the experiment")
+    experiment = check_keys(Experiment, values, "the experiment")
 
     from selection.scores.checks import check_models, check_rows
 
@@ -250,7 +247,7 @@ def write_once(experiment: Experiment) -> Path:
             )
     with atomic_path(path) as draft:
         head = "# Written by selection/start.py; selection/run/config.py explains the keys.\n"
-        draft.write_text(head + as_yaml(experiment), "utf-8")
+        draft.write_text(head + to_yaml(experiment), "utf-8")
     return path
 
 

@@ -31,11 +31,12 @@ from selection.method.staff import lowest
 from selection.report.agreement import partial_spearman, spearman
 from selection.report.annotated import annotated
 from selection.rows.split import finished_split, rows_of
-from selection.run.config import REPOSITORY, DatasetFormat, Experiment, as_yaml
+from selection.run.config import REPOSITORY, DatasetFormat, Experiment
 from selection.run.errors import UserError
 from selection.run.ledger import TARGET_TUNING, CostSummary, format_summary, read_ledger, summarise
 from selection.run.metrics import ABOUT, Metrics, read_metrics, two_decimals
 from selection.run.products import atomic_path, checked, code_version, read_json
+from selection.run.yaml_file import to_yaml
 from selection.scores.folder import Scores, has_column, read_scores
 from selection.scores.verification import Settings, cut_strata, stratified_score, verified_pairs
 
@@ -291,7 +292,7 @@ def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Se
 
 
 def _configuration(experiment: Experiment) -> str:
-    return experiment.record.read_text(encoding="utf-8") if experiment.record.exists() else as_yaml(experiment)
+    return experiment.record.read_text(encoding="utf-8") if experiment.record.exists() else to_yaml(experiment)
 
 
 def _held_out(experiment: Experiment) -> int:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from selection.run.config import REPOSITORY, _read_yaml, _Section, _validate, from_repository
+from selection.run.config import REPOSITORY, Section, from_repository
 from selection.run.products import read_record
+from selection.run.yaml_file import check_keys, read_yaml
 
 FAMILIES = REPOSITORY / "configs" / "families.yaml"
 
 
-class Family(_Section):
+class Family(Section):
     """A family of configs/families.yaml."""
 
     template: str
@@ -26,7 +27,7 @@ class Family(_Section):
     """`model_type` of config.json that tells this template; absent: it does not. Source: ours."""
 
 
-class _Families(_Section):
+class _Families(Section):
     families: dict[str, Family]
 
 
@@ -44,7 +45,7 @@ class Pair:
 @functools.cache
 def read_families(path: Path = FAMILIES) -> dict[str, Family]:
     """Families by name. Raises: UserError for an unknown key or a wrong type."""
-    return _validate(_Families, {"families": _read_yaml(str(path))}, str(path)).families
+    return check_keys(_Families, {"families": read_yaml(str(path))}, str(path)).families
 
 
 def local_folder(model: str) -> Path | None:

@@ -13,7 +13,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from selection.rows.split import TrainingSplit, held_out_ids, recorded_fingerprint, row_id
-from selection.run.config import Experiment, as_yaml, from_repository
+from selection.run.config import Experiment, from_repository
 from selection.run.errors import UserError
 from selection.run.model_folder import (
     check_base,
@@ -34,6 +34,7 @@ from selection.run.products import (
     read_record,
     read_sealed,
 )
+from selection.run.yaml_file import to_yaml
 from selection.scores.coresets import Coreset
 from selection.scores.folder import SCORER_VERSION, ScoreFolder, made_by, read_manifest
 from selection.scores.verification import Settings
@@ -50,7 +51,7 @@ def write_experiment(experiment: Experiment) -> None:
         return
     keep_hashes(experiment.folder)
     versions = " ".join(f"{name} {version(name)}" for name in _LIBRARIES)
-    text = f"# suite {code_version()}, {versions}\n{as_yaml(experiment)}"
+    text = f"# suite {code_version()}, {versions}\n{to_yaml(experiment)}"
     if not experiment.record.exists() or experiment.record.read_text(encoding="utf-8", errors="replace") != text:
         with atomic_path(experiment.record) as draft:
             draft.write_text(text, encoding="utf-8")
