@@ -7,14 +7,11 @@ import itertools
 import json
 import math
 import os
-from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, ValidationInfo, field_validator, model_validator,
-)  # fmt: skip
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from selection.run.errors import UserError
 from selection.run.yaml_file import check_keys, override, read_yaml
@@ -103,7 +100,7 @@ class Selection(Section):
 
     @field_validator("verify", "length_control")
     @classmethod
-    def _only_extended(cls, value: str, info: ValidationInfo) -> str:
+    def _only_extended(cls, value: str, info) -> str:
         if value in ("adaptive", "residual") and info.data.get("mode") != "extended":
             raise ValueError("neither the paper nor the released code has it: give selection.mode extended with it")
         return value
@@ -224,7 +221,8 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _check_data_sets(self) -> "Experiment":
         sets = self.data_sets
-        if repeated := [name for name, count in Counter(each.name for each in sets).items() if count > 1]:
+        names = [each.name for each in sets]
+        if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"more than one data set is called {repeated[0]}: give each a name of its own")
         quotas = [Fraction(str(each.quota)) for each in sets if each.quota is not None]
         if sum(quotas) > 1 or (len(quotas) == len(sets) and sum(quotas) < 1):

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 
 from selection.run.errors import UserError
 
-
 _Section = TypeVar("_Section", bound=BaseModel)
 
 
@@ -30,8 +29,9 @@ _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: a date
 
 
 def _parse(text: str) -> Any:
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
-        raise yaml.YAMLError("write the value out instead of an alias")  # a few lines may stand for terabytes
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for more than any memory holds
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: write the value out instead of an alias")
     return yaml.load(text, Loader=_Loader)
 
 
