@@ -8,8 +8,6 @@ drop. A speculator serves runs that hold none of these rows out.
 """
 
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -20,9 +18,8 @@ end_on_signals()
 
 import random
 import shutil
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -45,17 +42,7 @@ from selection.scores.models import NO_CODE, count_parameters, load_for_scoring
 
 _TOKENS_PER_BATCH = 2048
 _OF_NUMBERS = ("moe_layers", "mlp_only_layers")  # keys of a config that list layers by number
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Layers by their number in the target. Losses are mean nats per response token of the calibration rows."""
-
-    kept: list[int]
-    dropped: list[int]  # in the order they were dropped
-    full_loss: float
-    sensitivity: list[float]  # (layers,) increase of the loss when that layer alone is skipped
-    loss_after_drop: list[float]  # as `dropped`
+_OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "pre", "processor")
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
@@ -68,45 +55,41 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], None]:
     """Leave only `kept` layers in the model and its config; returns what undoes it.
 
-    Every list in the config with one entry a layer (kinds of attention, …) is cut alike; where it holds the layers'
-    numbers (those with experts), they are counted anew.
+    Lists in the config with one entry a layer (kinds of attention, …) are cut too; layer numbers (of those with
+    experts) are counted anew.
     """
     parent, name = decoder_layers(model)
     layers, config = getattr(parent, name), model.config.get_text_config()
-    before = {
-        key: value
-        for key, value in vars(config).items()
-        if key in ("num_hidden_layers", *_OF_NUMBERS) or (isinstance(value, list) and len(value) == len(layers))
-    }
+    before = dict(vars(config))
     setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
     for key, value in before.items():
-        if key in _OF_NUMBERS:
+        if key == "num_hidden_layers":
+            setattr(config, key, len(kept))
+        elif key in _OF_NUMBERS:
             setattr(config, key, value and [new for new, old in enumerate(kept) if old in value])
-        else:
-            setattr(config, key, [value[i] for i in kept] if isinstance(value, list) else len(kept))
+        elif isinstance(value, list) and len(value) == len(layers):
+            setattr(config, key, [value[i] for i in kept])
 
     def undo() -> None:
         setattr(parent, name, layers)
-        for key, value in before.items():
-            setattr(config, key, value)
+        vars(config).update(before)
 
     return undo
 
 
-def choose_layers(
-    model: PreTrainedModel,
-    num_kept: int,
-    input_ids: list[list[int]],
-    labels: list[list[int]],
-    progress: Callable[[], object],
-) -> Cut:
+def choose_layers(model: PreTrainedModel, num_kept: int, samples: dict[str, list], progress: Callable) -> dict:
     """Skip each layer alone, then drop the least missed one by one, measuring the loss after each drop.
 
-    `progress` is called after each of the 1 + layers + dropped passes over the calibration rows.
+    `samples`: calibration rows as input_ids and labels. `progress` is called after each of the 1 + layers + dropped
+    passes over them. Returns layers by number (`kept`, and `dropped` in that order) and mean losses in nats per
+    response token: `full_loss`, its increase without each layer (`sensitivity`), `loss_after_drop`.
     """
+    input_ids, labels = samples["input_ids"], samples["labels"]
+    batches = plan_batches(range(len(input_ids)), list(map(len, input_ids)), _TOKENS_PER_BATCH)
+    every = range(len(getattr(*decoder_layers(model))))
 
-    def loss_of(kept: Sequence[int]) -> float:
-        undo = keep_layers(model, kept)
+    def loss_without(skipped: Sequence[int]) -> float:
+        undo = keep_layers(model, [i for i in every if i not in skipped])
         try:
             losses = [response_losses(model, [input_ids[r] for r in b], [labels[r] for r in b]) for b in batches]
         finally:
@@ -114,54 +97,35 @@ def choose_layers(
         progress()
         return float(torch.cat(losses).mean())
 
-    batches = plan_batches(range(len(input_ids)), list(map(len, input_ids)), _TOKENS_PER_BATCH)
-    parent, name = decoder_layers(model)
-    every = list(range(len(getattr(parent, name))))
-    full_loss = loss_of(every)
-    sensitivity = [loss_of([i for i in every if i != skipped]) - full_loss for skipped in every]
-    cheapest_first = sorted(every, key=lambda i: (sensitivity[i], i))
-    dropped = cheapest_first[: len(every) - num_kept]
-    after = [loss_of([i for i in every if i not in dropped[: n + 1]]) for n in range(len(dropped))]
-    return Cut([i for i in every if i not in dropped], dropped, full_loss, sensitivity, after)
+    full_loss = loss_without([])
+    sensitivity = [loss_without([i]) - full_loss for i in every]
+    dropped = sorted(every, key=lambda i: (sensitivity[i], i))[: len(every) - num_kept]
+    after = [loss_without(dropped[: n + 1]) for n in range(len(dropped))]
+    cut = {"kept": [i for i in every if i not in dropped], "dropped": dropped}
+    return cut | {"full_loss": full_loss, "sensitivity": sensitivity, "loss_after_drop": after}
 
 
 def check_loads(model: PreTrainedModel) -> None:
     """Raises: UserError where the model's configuration, as it was cut, describes other layers than it has."""
     with torch.device("meta"):
         described = AutoModelForCausalLM.from_config(model.config, **NO_CODE).state_dict()
-    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (described, model.state_dict())]
-    if shapes[0] != shapes[1]:
-        odd = min(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+    shapes = [{(name, tensor.shape) for name, tensor in each.items()} for each in (described, model.state_dict())]
+    if odd := shapes[0] ^ shapes[1]:
         raise UserError(
-            f"{type(model).__name__}: {odd} would have another place or shape in a model of fewer layers: give a small "
-            "model (--small)"
+            f"{type(model).__name__}: {min(odd)[0]} would have another place or shape in a model of fewer layers: give "
+            "a small model (--small)"
         )
 
 
-def save_with_tokenizer(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Save the model, with the tokenizer of `source` (and its image processor): from a local folder its files as they
-    are.
-
-    (Loading and saving a tokenizer may write another class into its config.)
-    """
+def save(model: PreTrainedModel, source: str, folder: Path) -> None:
+    """Save the model with the tokenizer and image processor of `source`; a local folder's files are copied as they
+    are, since loading and saving a tokenizer may write another class into its config."""
     model.save_pretrained(folder)
     if not Path(source).is_dir():
         AutoTokenizer.from_pretrained(source, **NO_CODE).save_pretrained(folder)
         return
     for path in Path(source).iterdir():
-        is_tokenizer = path.name.startswith(
-            (
-                "tokenizer",
-                "vocab",
-                "merges",
-                "special_tokens",
-                "added_tokens",
-                "chat_template",
-                "preprocessor",
-                "processor",
-            )
-        )
-        if is_tokenizer and path.is_file():
+        if path.name.startswith(_OF_TOKENIZERS) and path.is_file():
             shutil.copy(path, folder / path.name)
 
 
@@ -175,11 +139,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="calibration rows of the training split; default: 16")
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
-    if arguments.target is None:
-        arguments.target = experiment.target_model
-    elif Path(arguments.target).is_dir():  # as every path on a command line, from the working directory
-        arguments.target = str(Path(arguments.target).resolve())
-    target = model_path(arguments.target)
+    name = arguments.target or experiment.target_model
+    if arguments.target and Path(name).is_dir():  # as every path on a command line, from the working directory
+        name = str(Path(name).resolve())
+    target = model_path(name)
     out = arguments.out.resolve() if arguments.out else from_repository(experiment.small_model)
     check_machine(experiment)
     split = training_split(experiment)
@@ -203,33 +166,31 @@ def main() -> None:
         say(f"draft: reusing {out}")
         return
 
-    samples = tokenised_rows(experiment, arguments.target, "train", split.rows)[rows]
+    samples = tokenised_rows(experiment, name, "train", split.rows)[rows]
     cost = Cost(CUTTING, Path(target).name, len(rows), device=device_name(), precision=identity["precision"])
     started = time.perf_counter()
     with building(out, identity) as draft, measured(experiment.folder, cost):
         model = load_for_scoring(target, None, identity["precision"])
-        parent, name = decoder_layers(model)
-        count, cost.parameters = len(getattr(parent, name)), count_parameters(model)
+        count, cost.parameters = len(getattr(*decoder_layers(model))), count_parameters(model)
         if not 1 <= arguments.layers < count:
             raise UserError(f"--layers {arguments.layers}: the target has {count} layers: keep 1 to {count - 1}")
         passes = 1 + count + count - arguments.layers
         cost.tokens = passes * sum(map(len, samples["input_ids"]))
         with progress_bar(total=passes, unit="passes", desc="layer sensitivity") as progress:
-            cut = choose_layers(model, arguments.layers, samples["input_ids"], samples["labels"], progress.update)
+            cut = choose_layers(model, arguments.layers, samples, progress.update)
         del model
         whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto", **NO_CODE)
-        keep_layers(whole, cut.kept)
+        keep_layers(whole, cut["kept"])
         check_loads(whole)
-        save_with_tokenizer(whole, target, draft)
-        # What it cost stays with the model: every experiment that uses it owes that.
+        save(whole, target, draft)
+        # The cost stays with the model: every experiment that uses it owes that.
         seconds = round(time.perf_counter() - started, 2)
         paid = {"tokens": cost.tokens, "parameters": cost.parameters, "seconds": seconds}
-        ids = [split.ids[row] for row in rows]
-        write_json(
-            draft / "draft.json",
-            {"target": Path(target).name, **identity, "calibration_ids": ids, **asdict(cut), "cost": paid},
-        )
-    print(f"loss {cut.full_loss:.3f} with {count} layers, {cut.loss_after_drop[-1]:.3f} with {cut.kept} -> {out}")
+        ids = {"calibration_ids": [split.ids[row] for row in rows]}
+        write_json(draft / "draft.json", {"target": Path(target).name, **identity, **ids, **cut, "cost": paid})
+    print(
+        f"loss {cut['full_loss']:.3f} with {count} layers, {cut['loss_after_drop'][-1]:.3f} with {cut['kept']} -> {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from transformers.utils import is_bitsandbytes_available
 
-from scripts.plan import load_for_tuning
 from selection.method.effort import EffortScorer, response_losses, score_within_memory
 from selection.method.reference import scores_one_by_one, self_test
 from selection.run.config import load_experiment
@@ -152,8 +151,7 @@ def test_weights_go_straight_to_the_gpu(monkeypatch, tmp_path):
     for place, map_of_place in ((gpu, {"": gpu}), (torch.device("cpu"), None)):
         monkeypatch.setattr(models, "device", lambda place=place: place)
         load_for_scoring(str(tmp_path / "model"), tmp_path / "tuned", "fp32")
-        load_for_tuning(str(tmp_path / "model"), {}, 0)
-        assert asked == [(map_of_place, None), (None, str(place)), (map_of_place, None)]
+        assert asked == [(map_of_place, None), (None, str(place))]
         asked.clear()
 
 
