@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from scripts.paper.intervals import ratio_interval
+from selection.method.interval import ratio_interval
 from selection.method.staff import Choice, min_max_normalise, stratify
 from selection.report.annotated import annotated
 from selection.rows.split import row_id, rows_of, split_numbers, training_split

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
-from scripts.paper.intervals import ratio_interval
+from selection.method.interval import ratio_interval
 from selection.report import page as report_page
 from selection.rows.split import split_numbers, training_split
 from selection.run.config import DatasetFormat, Experiment, load_experiment

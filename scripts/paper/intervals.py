@@ -1,12 +1,6 @@
-"""Intervals: of V_i over the verified samples of a stratum; of mean scores and mean differences over evaluation samples
-and seeds."""
+"""Intervals of mean scores and mean differences over evaluation samples and seeds."""
 
 import numpy as np
-from scipy.special import stdtrit  # quantiles of Student's t
-
-from selection.method.staff import verification_ratio
-
-FEWEST = 5  # verified samples of which an interval of V_i is given
 
 _DRAWS_AT_A_TIME = 2**22  # bounds memory: 32 MiB of row numbers, and as much of counts
 
@@ -61,36 +55,3 @@ def percentile_interval(replicates: np.ndarray) -> tuple[float, float]:
     """The central 95 % of one quantity's replicates; its ends are values that occur, so counts stay whole."""
     low, high = np.quantile(replicates, [0.025, 0.975], method="inverted_cdf")
     return float(low), float(high)
-
-
-def log_ratio_error(target_scores: np.ndarray, speculative_scores: np.ndarray, size: int) -> float:
-    """Standard error of log V_i over n verified samples of a stratum of `size` rows; 0 where they are all of it.
-
-    Jackknife: √((n − 1)/n · Σ (log V_{−d} − mean)²), with V_{−d} the ratio without sample d, times √(1 − n/size) for
-    draws without replacement. NaN where it is not known: of one sample, and where no score but one is above 0.
-    """
-    n = len(target_scores)
-    if n >= size:
-        return 0.0
-    targets, speculatives = (each.sum() - each for each in (target_scores, speculative_scores))
-    if n < 2 or any((without <= 1e-9 * without.max()).any() for without in (targets, speculatives)):
-        return float("nan")
-    return float(np.sqrt((n - 1) * np.var(np.log(targets / speculatives)) * (1 - n / size)))
-
-
-def ratio_interval(target_scores: np.ndarray, speculative_scores: np.ndarray, size: int) -> tuple[float, float]:
-    """95 % interval of V_i, against that of all `size` rows of the stratum: V_i · exp(± t · `log_ratio_error`), with
-    Student's t of n − 1 degrees of freedom. (nan, nan) where fewer than FEWEST are verified, unless all rows are.
-
-    Args: normalised scores of the verified samples, (n,) each. The normalisation is taken as it is: that the target's
-    range may be known from the verified samples alone is not in it. On simulated strata it holds V_i of the whole
-    stratum in 93 to 96 % of cases, in 91 to 93 % where scores are as skewed as a lognormal of σ = 1.
-    Where a few rows have most of the sum it knows nothing of them before one is drawn.
-    """
-    n = len(target_scores)
-    if not n or n < min(FEWEST, size):
-        return float("nan"), float("nan")
-    ratio = verification_ratio(target_scores, speculative_scores)
-    error = log_ratio_error(target_scores, speculative_scores, size)
-    reach = np.exp(stdtrit(n - 1, 0.975) * error) if error else 1.0
-    return float(ratio / reach), float(ratio * reach)

@@ -1,8 +1,6 @@
-"""What response length leaves unexplained of the effort scores. Only numpy; neither paper nor released code has it."""
+"""The part of the effort scores that response length does not explain; neither paper nor released code has it."""
 
 import numpy as np
-
-from selection.run.errors import UserError
 
 _FEWEST = 10  # scores above 0 that a fit needs
 
@@ -10,18 +8,14 @@ _FEWEST = 10  # scores above 0 that a fit needs
 def length_residual(scores: np.ndarray, response_tokens: np.ndarray) -> np.ndarray:
     """score' = S / exp(a + b · log(tokens)), with log S = a + b · log(tokens) fitted by least squares.
 
-    Args: `scores` S (n,), not negative; `response_tokens` (n,), at least 1. Returns (n,): not negative, free of S's
-    unit, its logarithm uncorrelated with that of the length. A score of 0 has no logarithm: it is left out of the fit
-    and stays 0. Where all lengths are equal they explain nothing: b is 0.
-
-    In logarithms, as the gradient of a mean over T tokens falls by a power of T where tokens are alike: one factor
-    for a doubled length, whatever the length, and what is left cannot be negative.
-
-    Raises: UserError where fewer than ten scores are above 0.
+    Args: `scores` S (n,), not negative; `response_tokens` (n,), at least 1. Returns (n,): not negative, without S's
+    unit. A score of 0 has no logarithm: it is left out of the fit and stays 0. Equal lengths explain nothing: b is 0.
+    In logarithms, as the gradient of a mean over T tokens falls by a power of T where tokens are alike.
+    Raises: ValueError where fewer than ten scores are above 0.
     """
     positive = scores > 0
     if (count := int(positive.sum())) < _FEWEST:
-        raise UserError(
+        raise ValueError(
             f"length_control residual: {count} scores above 0, at least {_FEWEST} are needed to fit their length: "
             "verify more samples, or give length_control none"
         )
@@ -29,6 +23,6 @@ def length_residual(scores: np.ndarray, response_tokens: np.ndarray) -> np.ndarr
     centred = lengths - lengths.mean()
     spread = centred @ centred
     slope = centred @ log_scores / spread if spread > 1e-12 * len(lengths) else 0.0  # rounding alone is no spread
-    left = np.zeros(len(scores))
-    left[positive] = np.exp(log_scores - log_scores.mean() - slope * centred)
-    return left
+    residual = np.zeros(len(scores))
+    residual[positive] = np.exp(log_scores - log_scores.mean() - slope * centred)
+    return residual

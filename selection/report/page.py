@@ -26,7 +26,7 @@ from markupsafe import Markup
 from pydantic import ConfigDict, Field, NonNegativeInt
 from typing_extensions import TypedDict
 
-from scripts.paper.intervals import FEWEST, ratio_interval
+from selection.method.interval import FEWEST, ratio_interval
 from selection.method.staff import lowest
 from selection.report.agreement import partial_spearman, spearman
 from selection.report.annotated import annotated

@@ -1,7 +1,6 @@
 """Score rows of the training split with one of an experiment's models, into its score folder."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +32,11 @@ def score_rows(
     split: TrainingSplit,
     model: str,
     tuned: Path | None,
-    rows: np.ndarray | Iterator[np.ndarray],
+    rows: np.ndarray,
     folder: Path,
     stage: str,
-) -> np.ndarray:
-    """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already; returns them.
-
-    An iterator gives the rows round by round, each with all that were asked for before; it is asked for the next ones
-    when `folder` holds these, so it may decide by their scores. The model is loaded once.
+) -> None:
+    """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already.
 
     Under torchrun every process scores its share of the parts. The first `selection.self_test` rows are scored one by
     one too, and must agree with their batch. A row whose loss or score is NaN or infinite is named and gets the score
@@ -51,21 +47,8 @@ def score_rows(
     if together.count > 1 and placement(experiment, model, tuned).get("device_map"):
         raise UserError("selection.device_map auto spreads one process over all GPUs: give NPROC=1, or no torchrun")
     with held(folder) if together.leads else contextlib.nullcontext():
-        rounds = iter([rows]) if isinstance(rows, np.ndarray) else _of_leader(rows)
-        rows = _score_rows(experiment, split, model, tuned, rounds, folder, stage)
+        _score_rows(experiment, split, model, tuned, rows, folder, stage)
         together.wait()  # the leader's lock is everybody's
-        return rows
-
-
-def _of_leader(rounds: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The leader's rounds, in every process."""
-
-    def following() -> list[int] | None:
-        rows = next(rounds, None)
-        return None if rows is None else rows.tolist()
-
-    while (rows := processes().from_leader(following)) is not None:
-        yield np.array(rows)
 
 
 def would_score(
@@ -93,10 +76,10 @@ def _score_rows(
     split: TrainingSplit,
     model: str,
     tuned: Path | None,
-    rounds: Iterator[np.ndarray],
+    rows: np.ndarray,
     folder: Path,
     stage: str,
-) -> np.ndarray:
+) -> None:
     settings, together = experiment.selection, processes()
     with together.leader_first():
         identity = score_identity(experiment, split, model, tuned)
@@ -105,12 +88,12 @@ def _score_rows(
             store.drop_damaged()
     check_same_everywhere(identity)
     write_experiment(experiment)
-    rows, unfinished = _next_unfinished(store, rounds)
-    if not unfinished:
+    store.check_left_out(rows)
+    if not together.from_leader(lambda: len(store.missing(rows))):
         if together.leads:
             store.finish(rows)  # where a run was killed just before
         say(f"{stage}: reusing {folder}")
-        return rows
+        return
     with together.leader_first():
         tokenised = tokenised_split(experiment, model, split)
     lengths = lengths_of(tokenised)
@@ -127,37 +110,22 @@ def _score_rows(
                 f"({noise} allows {TOLERANCE[noise]:g})"
             )
         times = 2 if settings.rules == "released" else 1
-        while unfinished:
-            with together.leader_first():
-                if together.leads:
-                    about = {"model": model, "tuned": tuned and tuned.name, "phi_modules": scorer.phi.modules}
-                    store.plan(rows, lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)), about)
-                parts = store.remaining()
-            together.wait()  # nobody writes a part before all have seen what remains
-            cost.folder = store.id
-            tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
-            own = [parts[i] for i in shards(tokens, together.count)[together.rank]]
-            _score_parts(scorer, store, own, len(rows), split, tokenised, times, cost)
-            together.wait()
+        with together.leader_first():
             if together.leads:
-                store.finish(rows)
-            rows, unfinished = _next_unfinished(store, rounds, rows)
+                about = {"model": model, "tuned": tuned and tuned.name, "phi_modules": scorer.phi.modules}
+                store.plan(rows, lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)), about)
+            parts = store.remaining()
+        together.wait()  # nobody writes a part before all have seen what remains
+        cost.folder = store.id
+        tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
+        own = [parts[i] for i in shards(tokens, together.count)[together.rank]]
+        _score_parts(scorer, store, own, len(rows), split, tokenised, times, cost)
+        together.wait()
+        if together.leads:
+            store.finish(rows)
         shares = together.gather([cost.samples, cost.tokens])
         cost.samples, cost.tokens = (sum(share) for share in zip(*shares, strict=True))
     print(f"{stage}: {len(rows)} rows -> {folder}")
-    return rows
-
-
-def _next_unfinished(
-    store: ScoreFolder, rounds: Iterator[np.ndarray], rows: np.ndarray | None = None
-) -> tuple[np.ndarray, bool]:
-    """The next round that lacks scores, and True; where none does the last one, of which `rows` may be the one before,
-    and False."""
-    for rows in rounds:
-        store.check_left_out(rows)
-        if processes().from_leader(lambda: len(store.missing(rows))):  # noqa: B023
-            return rows, True
-    return rows, False
 
 
 def _load_scorer(
