@@ -183,7 +183,7 @@ def test_a_grid_holds_staff_and_staff_with_length_control(tmp_path):
     assert experiment.folder.name == "go_biology-seed-1-staff_length" and plain.folder.name == "go_biology-seed-1"
     assert (experiment.selection.length_control, plain.selection.length_control) == ("residual", "none")
     assert "staff_length" not in plain.selection.methods and experiment.selection.methods == ["staff"]
-    small, *rest = jobs_of("go_biology", 1, own, experiment, arguments, 400)
+    small, *rest = jobs_of("go_biology", 1, own, experiment, arguments)
     assert [command[0].rsplit("/")[-1] for command in small.commands][-2:] == ["verify.py", "coreset.py"]
     assert small.name == "go_biology, seed 1, staff_length, speculative selection"
     assert [(job.needs, job.cell) for job in rest] == [(small.name, cell) for cell in own]

@@ -1,20 +1,18 @@
-"""The grid of cells: what is run for it and in what order, and what cells.csv keeps. (The run itself: test_demo.py.)"""
+"""The grid of cells: what is run for it and in what order, and what cells.csv keeps. (The run itself: test_grid.py.)"""
 
 import csv
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import yaml
 from conftest import REPOSITORY, assert_one_line_error, run_script
 
 from finetune.trainer import scores_by_sample
-from scripts.paper import cells
 from scripts.paper.cells import (
     Cell,
     Job,
+    Row,
     cells_of,
     experiment_arguments,
     jobs_of,
@@ -42,10 +40,10 @@ def grid(tmp_path):
     return make
 
 
-def jobs(grid, tmp_path, cells=None):
+def jobs(grid, tmp_path, wanted=lambda cell: True):
     arguments = experiment_arguments(grid, tmp_path, "biology", 3)
-    own = [cell for cell in cells_of(grid) if cell.seed == 3] if cells is None else cells
-    return jobs_of("biology", 3, own, load(arguments), arguments, 100)
+    own = [cell for cell in cells_of(grid) if cell.seed == 3 and wanted(cell)]
+    return jobs_of("biology", 3, own, load(arguments), arguments)
 
 
 def scripts(job: Job) -> list[str]:
@@ -67,8 +65,7 @@ def test_an_experiment_of_the_grid_has_its_own_folder_and_seeds(grid, tmp_path):
 
 
 def test_jobs_run_the_stages_in_order_and_cells_wait_for_their_coresets(grid, tmp_path):
-    made = jobs(grid(), tmp_path)
-    small, full, *cells = made
+    small, full, *cells = jobs(grid(), tmp_path)
     assert scripts(small) == ["finetune.py", "effort_score.py", "verify.py", "coreset.py"]
     assert small.commands[-1][-3:] == ["--method", "random", "staff"]
     assert scripts(full) == ["finetune.py", "effort_score.py", "coreset.py", "eval.py"]
@@ -76,20 +73,19 @@ def test_jobs_run_the_stages_in_order_and_cells_wait_for_their_coresets(grid, tm
     assert full.commands[2][-2:] == ["--method", "ccs"]
     assert full.cell == Cell("biology", "full", 1.0, 3)
     assert [scripts(job) for job in cells] == [["finetune-select.py", "eval.py"]] * 6
-    assert {job.cell.method: job.needs for job in cells} == {
-        "random": small.name,
-        "staff": small.name,
-        "ccs": full.name,
-    }
-    assert [job.rows for job in made] == [100, 100, 10, 50, 10, 50, 10, 50]  # one pass each in configs/tiny.yaml
+    needed = {"random": small.name, "staff": small.name, "ccs": full.name}
+    assert {job.cell.method: job.needs for job in cells} == needed
+
+
+SELECTION = ["finetune.py", "effort_score.py", "coreset.py"]
 
 
 @pytest.mark.parametrize(
     "methods, stages",
     [
         (["full"], [["finetune.py", "eval.py"]]),
-        (["random"], [["finetune.py", "effort_score.py", "coreset.py"]]),
-        (["length", "grand"], [["finetune.py", "effort_score.py", "coreset.py"]]),
+        (["random"], [SELECTION]),
+        (["length", "grand"], [SELECTION]),
     ],
 )
 def test_only_what_the_methods_need_is_run(grid, tmp_path, methods, stages):
@@ -97,36 +93,29 @@ def test_only_what_the_methods_need_is_run(grid, tmp_path, methods, stages):
 
 
 def test_what_is_there_already_asks_for_nothing(grid, tmp_path):
-    cells = [cell for cell in cells_of(grid()) if cell.seed == 3]
-    assert jobs(grid(), tmp_path, []) == []
-    only = jobs(grid(), tmp_path, [cell for cell in cells if cell.method == "ccs" and cell.rate == 0.5])
-    assert [scripts(job) for job in only] == [
-        ["finetune.py", "effort_score.py", "coreset.py"],
-        ["finetune-select.py", "eval.py"],
-    ]
+    assert jobs(grid(), tmp_path, lambda cell: False) == []
+    only = jobs(grid(), tmp_path, lambda cell: cell.method == "ccs" and cell.rate == 0.5)
+    assert [scripts(job) for job in only] == [SELECTION, ["finetune-select.py", "eval.py"]]
 
 
 def test_the_settings_of_a_cell_change_with_what_its_figures_depend_on(grid, tmp_path):
-    arguments = experiment_arguments(grid(), tmp_path, "biology", 3)
-    experiment = load(arguments)
-    same = load(experiment_arguments(grid(rates=[0.2], methods=["random"]), tmp_path / "elsewhere", "biology", 3))
-    digests = {settings_digest(each, "data", ["small", "target"]) for each in (experiment, same)}
-    digests.add(
-        settings_digest(load(experiment_arguments(grid(), tmp_path, "biology", 4)), "data", ["small", "target"])
-    )
-    free = [*arguments, "--set", "selection.self_test=0", "--set", "evaluation.batch_size=3"]
-    digests.add(settings_digest(load(free), "data", ["small", "target"]))
-    assert len(digests) == 1
-    changes = ("selection.num_strata=3", "training.learning_rate=0.1", "precision=bf16")
-    others = [load([*arguments, "--set", change]) for change in changes]
-    digests |= {settings_digest(each, "data", ["small", "target"]) for each in others}
-    digests |= {settings_digest(experiment, "other", ["small", "target"])}
-    digests |= {settings_digest(experiment, "data", ["small", "other"])}
-    assert len(digests) == 6
+    def digest(*changes, data="data", target="target", seed=3, folder=tmp_path, **grid_changes):
+        arguments = experiment_arguments(grid(**grid_changes), folder, "biology", seed)
+        more = [part for change in changes for part in ("--set", change)]
+        return settings_digest(load([*arguments, *more]), data, ["small", target])
+
+    same = {digest(), digest(rates=[0.2], methods=["random"], folder=tmp_path / "elsewhere"), digest(seed=4)}
+    same |= {digest("selection.self_test=0", "evaluation.batch_size=3")}
+    others = {digest(data="other"), digest(target="other")}
+    others |= {digest(c) for c in ("selection.num_strata=3", "training.learning_rate=0.1", "precision=bf16")}
+    assert (len(same), len(same | others)) == (1, 6)
 
 
-def row_of(cell: Cell, **changes) -> dict:
-    return {"task": cell.task, "method": cell.method, "rate": cell.rate, "seed": cell.seed, "settings": "x"} | changes
+def row_of(cell: Cell, **changes) -> Row:
+    """A row with one answer that scores 0."""
+    values = {name: "" if field.annotation is str else 0 for name, field in Row.model_fields.items()}
+    by_sample = {name: [0.0] for name in values if name.endswith("_by_sample")}
+    return Row(**values | by_sample | {"eval_rows": 1, "settings": "x"} | vars(cell) | changes)
 
 
 def test_cells_are_read_as_they_were_written_in_the_grids_order(tmp_path):
@@ -137,16 +126,10 @@ def test_cells_are_read_as_they_were_written_in_the_grids_order(tmp_path):
     write_cells(tmp_path / "cells.csv", done, cells)
     read = read_cells(tmp_path / "cells.csv")
     assert list(read) == [*cells, other]
-    # One figure for a method and seed, the first: a resumed run must not make two of it.
-    assert [read[cell]["selection_seconds"] for cell in cells] == ["7.5", "7.5", "0.1"]
+    # Selection has one cost for a method and seed, the first: a resumed run must not make two of it.
+    assert [read[cell].selection_seconds for cell in cells] == [7.5, 7.5, 0.1]
+    assert [read[cell] for cell in (cells[0], cells[2], other)] == [done[cell] for cell in (cells[0], cells[2], other)]
     assert read_cells(tmp_path / "none.csv") == {}
-
-
-@pytest.mark.parametrize("text", ["task,method\na,b\n", "task,method,rate,seed,settings\na,b,c,1,x\n", 'task\n"a'])
-def test_a_file_that_holds_no_cells_is_refused(tmp_path, text):
-    (tmp_path / "cells.csv").write_text(text)
-    with pytest.raises(UserError, match=r"cannot read cells from .*cells\.csv"):
-        read_cells(tmp_path / "cells.csv")
 
 
 @pytest.mark.parametrize(
@@ -179,61 +162,39 @@ def test_the_committed_grids_are_readable_and_their_experiments_too(tmp_path):
             assert load(experiment_arguments(grid, tmp_path, task, grid.seeds[0])).selection.seed == grid.seeds[0]
 
 
-def test_commands_run_in_one_process_and_what_a_failing_one_said_is_returned(tmp_path):
-    """In a process of its own, as its output goes into the log for good."""
-    log = tmp_path / "job.log"
-    code = (
-        "import sys; from pathlib import Path; from scripts.paper.cells import run_commands\n"
-        "commands = [['scripts/costs.py', '--config_path', 'none.yaml'], ['never.py']]\n"
-        f"said = run_commands(commands, Path({str(log)!r}))\n"
-        f"Path({str(tmp_path / 'said')!r}).write_text(said)\n"
-    )
-    (tmp_path / "run.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    subprocess.run([sys.executable, tmp_path / "run.py"], env=environment, timeout=120, check=True)
-    assert (tmp_path / "said").read_text() == "--config_path none.yaml: No such file or directory"
-    assert "$ scripts/costs.py --config_path none.yaml" in log.read_text()
-    assert "never.py" not in log.read_text()
-
-
 def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
     finished = []
-    failing = Job("a, first", [["scripts/costs.py", "--config_path", "none.yaml"]], 1)
-    with pytest.raises(UserError, match=r"a, first: --config_path none\.yaml: .* \(log: .*a-first\.log\)"):
-        run_jobs([failing, Job("second", [], 1, needs="a, first")], 2, tmp_path, finished.append)
-    assert finished == []
-    crash = Job("crash", [["tests/none.py"]], 1)
+    failing = Job("a, first", [["scripts/costs.py", "--config_path", "none.yaml"], ["never.py"]])
+    with pytest.raises(UserError, match=r"a, first: --config_path none\.yaml: No such .* \(log: .*a-first\.log\)"):
+        run_jobs([failing, Job("second", [], needs="a, first")], 2, tmp_path, finished.append)
+    log = (tmp_path / "a-first.log").read_text()
+    assert "$ scripts/costs.py --config_path none.yaml" in log and "never.py" not in log
+    crash = Job("crash", [["tests/none.py"]])
     with pytest.raises(UserError, match=r"crash: tests/none\.py: FileNotFoundError: "):
-        run_jobs([crash, Job("second", [], 1, needs="crash")], 1, tmp_path, finished.append)
-    assert finished == []
+        run_jobs([crash, Job("second", [], needs="crash")], 1, tmp_path, finished.append)
     with pytest.raises(UserError, match="--jobs 0"):
         run_jobs([], 0, tmp_path, finished.append)
-    order = [Job("late", [], 1, needs="early"), Job("early", [], 1), Job("free", [], 1, needs="done long ago")]
+    assert finished == []
+    order = [Job("late", [], needs="early"), Job("early", []), Job("free", [], needs="done long ago")]
     run_jobs(order, 1, tmp_path, lambda job: finished.append(job.name))
     assert finished.index("early") < finished.index("late") and len(finished) == 3
 
 
-def test_workers_get_the_visible_gpus_in_turn():
-    names = [each["CUDA_VISIBLE_DEVICES"] for each in cells.gpus_of_workers(5, ["2", "GPU-1f", "7"])]
-    assert names == ["2", "GPU-1f", "7", "2", "GPU-1f"]
-    assert cells.gpus_of_workers(2, []) == [{}, {}]
-
-
-def test_a_job_sees_its_gpu_from_the_start_of_its_process(tmp_path, monkeypatch):
+def test_jobs_get_the_visible_gpus_in_turn_from_the_start_of_their_processes(tmp_path, monkeypatch):
     """What was in a process's environment when it began: a library may ask for the GPUs while it is imported."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-1f")
     script = tmp_path / "job.py"
     script.write_text(
         "import sys, time\n"
         "began_with = open('/proc/self/environ').read().split(chr(0))\n"
         "gpu = [each for each in began_with if each.startswith('CUDA_VISIBLE_DEVICES=')]\n"
         "open(sys.argv[1], 'a').write(','.join(gpu) + chr(10))\n"
-        "while len(open(sys.argv[1]).readlines()) < 2: time.sleep(0.05)\n"  # so that each job has a process of its own
+        "while len(open(sys.argv[1]).readlines()) < 3: time.sleep(0.05)\n"  # so that each job has a process of its own
     )
-    run_jobs([Job(f"job {i}", [[str(script), str(tmp_path / "seen")]], 1) for i in range(2)], 2, tmp_path, print)
+    run_jobs([Job(f"job {i}", [[str(script), str(tmp_path / "seen")]]) for i in range(3)], 3, tmp_path, print)
     seen = sorted((tmp_path / "seen").read_text().split())
-    assert seen == ["CUDA_VISIBLE_DEVICES=3", "CUDA_VISIBLE_DEVICES=5"]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+    assert seen == [f"CUDA_VISIBLE_DEVICES={gpu}" for gpu in ("3", "3", "GPU-1f")]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,GPU-1f"
 
 
 def test_a_second_runner_of_the_same_run_folders_is_refused(tmp_path):
@@ -245,9 +206,7 @@ def test_a_second_runner_of_the_same_run_folders_is_refused(tmp_path):
 
 def test_scores_by_sample_are_llama_factorys_own():
     """Known by hand: equal texts have 100, texts without a common word 0; BLEU counts characters."""
-    answers = ["the cell divides", "xyz", "the cell"]
-    references = ["the cell divides", "the cell divides", "the cell divides"]
-    scores = scores_by_sample(answers, references)
+    scores = scores_by_sample(["the cell divides", "xyz", "the cell"], ["the cell divides"] * 3)
     assert scores["rouge-l"][:2] == pytest.approx([100, 0], abs=1e-3)
     assert scores["rouge-1"][2] == pytest.approx(100 * 2 * 1 * (2 / 3) / (1 + 2 / 3), abs=0.1)
     assert scores["bleu-4"][0] == pytest.approx(100, abs=1e-3) and scores["bleu-4"][1] < 5
@@ -255,13 +214,11 @@ def test_scores_by_sample_are_llama_factorys_own():
 
 
 def test_reproduce_refuses_cells_of_other_settings(make_experiment, rows, tmp_path):
-    config = make_experiment(rows)
+    tasks = {"a": {"config": str(make_experiment(rows))}}
     (tmp_path / "grid.yaml").write_text(
-        json.dumps({"tasks": {"a": {"config": str(config)}}, "methods": ["random"], "rates": [0.5], "seeds": [1]})
+        json.dumps({"tasks": tasks, "methods": ["random"], "rates": [0.5], "seeds": [1]})
     )
-    results = tmp_path / "results"
-    results.mkdir()
-    other_seed = Cell("a", "random", 0.5, 2)  # not of this grid, but a table would put both into one mean
+    results, other_seed = tmp_path / "results", Cell("a", "random", 0.5, 2)  # a table would put both into one mean
     write_cells(results / "cells.csv", {other_seed: row_of(other_seed)}, [])
     before = (results / "cells.csv").read_bytes()
     command = ["--config", tmp_path / "grid.yaml", "--results", results, "--runs", tmp_path / "runs"]

@@ -8,6 +8,7 @@ goes on where it was: cells in that file are kept, and what their run folders (r
 reused.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -17,18 +18,7 @@ from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from scripts.paper.cells import (
-    Job,
-    cells_of,
-    experiment_arguments,
-    finished_cell,
-    jobs_of,
-    load,
-    read_cells,
-    run_jobs,
-    settings_digest,
-    write_cells,
-)
+from scripts.paper import cells as grids
 from selection.rows.split import training_split
 from selection.run.cli import argument_parser, run_stage
 from selection.run.config import REPOSITORY, load_grid
@@ -44,43 +34,41 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML of the grid (configs/reproduce/); required")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time; default: 1")
     parser.add_argument("--results", type=Path, help="folder of cells.csv; default: data/results/<name of the YAML>")
-    parser.add_argument(
-        "--runs", type=Path, help="folder of the run folders; default: runs/reproduce/<name of the YAML>"
-    )
+    parser.add_argument("--runs", type=Path, help="folder of run folders; default: runs/reproduce/<name of the YAML>")
     arguments = parser.parse_args()
     grid, name = load_grid(arguments.config), arguments.config.stem
     results = (arguments.results or REPOSITORY / "data" / "results" / name) / "cells.csv"
     runs = (arguments.runs or REPOSITORY / "runs" / "reproduce" / name).resolve()
 
-    cells, done, jobs, known = cells_of(grid), read_cells(results), [], {}
-    for task, seed, variant in dict.fromkeys((cell.task, cell.seed, cell.variant) for cell in cells):
-        own = [cell for cell in cells if (cell.task, cell.seed, cell.variant) == (task, seed, variant)]
-        # A variant's settings are its task's: its name says what it changes.
-        experiment = load(experiment_arguments(grid, runs, task, seed))
-        split, models = training_split(experiment), (experiment.small_model, experiment.target_model)
-        paths = [model_path(model) for model in models]
+    cells, done, jobs, known = grids.cells_of(grid), grids.read_cells(results), [], {}
+    for (task, seed), of_seed in itertools.groupby(cells, lambda cell: (cell.task, cell.seed)):
+        of_seed = list(of_seed)
+        experiment = grids.load(grids.experiment_arguments(grid, runs, task, seed))
+        split, paths = training_split(experiment), [*map(model_path, (experiment.small_model, experiment.target_model))]
         fingerprints = [model_fingerprint(path, experiment.folder) for path in paths]
-        settings = settings_digest(experiment, split.fingerprint, fingerprints)
-        sizes = tuple(map(parameters_of, paths))
-        command_line = experiment_arguments(grid, runs, task, seed, variant)
-        experiment = load(command_line)
-        known |= dict.fromkeys(own, (experiment, len(split.rows), settings, sizes))
-        if other := [cell for cell in done if cell.task == task and done[cell]["settings"] != settings]:
+        # A variant's settings are its task's: its name says what it changes.
+        settings = grids.settings_digest(experiment, split.fingerprint, fingerprints)
+        if other := [cell for cell, row in done.items() if cell.task == task and row.settings != settings]:
             raise UserError(f"{results} was made otherwise ({other[0]}: other settings, data or models): move it away")
-        missing = [cell for cell in own if cell not in done]
-        jobs += jobs_of(task, seed, missing, experiment, command_line, len(split.rows))
+        for variant in dict.fromkeys(cell.variant for cell in of_seed):
+            command_line = grids.experiment_arguments(grid, runs, task, seed, variant)
+            experiment, own = grids.load(command_line), [cell for cell in of_seed if cell.variant == variant]
+            about = experiment, len(split.rows), settings, tuple(map(parameters_of, paths))
+            known |= dict.fromkeys(own, about)
+            missing = [cell for cell in own if cell not in done]
+            jobs += grids.jobs_of(task, seed, missing, experiment, command_line)
     say(f"{name}: {len(cells)} cells, {sum(cell in done for cell in cells)} of them there")
 
-    def finished(job: Job) -> None:
+    def finished(job: grids.Job) -> None:
         if job.cell is None:
             return
-        row = done[job.cell] = finished_cell(job.cell, grid, *known[job.cell])
-        write_cells(results, done, cells)
+        row = done[job.cell] = grids.finished_cell(job.cell, grid, *known[job.cell])
+        grids.write_cells(results, done, cells)
         count = sum(cell in done for cell in cells)
-        say(f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)")
+        say(f"{job.cell}: ROUGE-L {row.rouge_l:.2f}, BLEU-4 {row.bleu_4:.2f} ({count} of {len(cells)} cells)")
 
     with held(runs):
-        run_jobs(jobs, arguments.jobs, runs / "logs", finished)
+        grids.run_jobs(jobs, arguments.jobs, runs / "logs", finished)
     print(f"{len(cells)} cells -> {results}")
 
 
