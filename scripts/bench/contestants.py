@@ -1,0 +1,235 @@
+"""The suite's scorer and other ways to the same per-sample gradient norms, for scripts/bench/scoring.py.
+
+Other packages run as their users would write it: all logits, transformers' own choice of attention.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
+
+from selection.method.effort import IGNORED_LABEL, EffortScorer, _last_hidden_state, response_losses
+from selection.method.phi import last_decoder_layer, projections, unwrap
+from selection.run.device import device
+from selection.run.errors import UserError
+from selection.scores.models import load_for_scoring
+
+RANK, ALPHA, SEED = 81, 16, 42  # of v_lora_b, as released
+# Gets ids and labels of a batch; returns norms (B,), or None, and losses (B,).
+Score = Callable[[list, list], tuple[torch.Tensor | None, torch.Tensor]]
+
+
+def load(folder: Path, dtype: str, phi: str) -> nn.Module:
+    """The model on its device; under all_lora with the LoRA that is φ, its B off zero so that A has a gradient."""
+    torch.manual_seed(SEED)
+    model = load_for_scoring(str(folder), None, dtype)
+    if phi == "all_lora":
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:  # drawn in fp32 for every dtype, so that norms can be compared
+                parameter.data.copy_(torch.randn(parameter.shape).mul_(0.02))
+    return model.requires_grad_(False).eval()
+
+
+def with_phi(model: nn.Module, phi: str, lora_everywhere: bool = False) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The model and φ's parameters by name in it: nothing else requires a gradient.
+
+    v_lora_b: a LoRA of PEFT's on the last value projection alone, or `lora_everywhere`, on every query and value
+    projection. A of the last one is the suite's, so that norms can be compared.
+    """
+    if phi.startswith("v_"):
+        scorer = EffortScorer(model, phi, RANK, ALPHA, SEED)
+        if scorer.phi.maps[0].columns is not None:
+            raise UserError("a fused projection: its values alone are the suite's φ, which peers cannot single out")
+    if phi == "v_lora_b":
+        name = next(name for name, module in model.named_modules() if module is scorer.phi.maps[0].module)
+        targets = None if lora_everywhere else [name]  # None: PEFT's own choice, query and value projections
+        fresh = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
+        model = get_peft_model(model, fresh, autocast_adapter_dtype=False)
+        lora = model.get_base_model().get_submodule(name)
+        lora.lora_A["default"].weight.data.copy_(scorer.lora_a)
+        wanted = [lora.lora_B["default"].weight]
+    elif phi == "v_weight":
+        wanted = [scorer.phi.maps[0].weight]
+    elif phi == "last_layer":
+        wanted = [linear.weight for linear in projections(last_decoder_layer(model)[1]).values()]
+    else:
+        wanted = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    model.requires_grad_(False).eval()
+    identities = {id(parameter.requires_grad_(True)) for parameter in wanted}
+    return model, {name: p for name, p in model.named_parameters() if id(p) in identities}
+
+
+def _padded(rows: list[list[int]], filler: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler).to(device())
+
+
+def _mean_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy (B,) of the response tokens; logits (B, T, V), targets (B, T)."""
+    targets = targets[:, 1:]
+    token_loss = functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED_LABEL
+    )
+    return token_loss.view(targets.shape).sum(1) / (targets != IGNORED_LABEL).sum(1)
+
+
+def _sample_norms(gradients) -> torch.Tensor:
+    """Norms (B,) over all of φ of per-sample gradients, one (B, …) for each parameter."""
+    return torch.stack([g.flatten(1).float().norm(dim=1) for g in gradients]).norm(dim=0)
+
+
+def _suite(model: nn.Module, phi: str) -> Score:
+    scorer = EffortScorer(model, phi, RANK, ALPHA, SEED)
+
+    def score(ids, labels):
+        scores = scorer.score(ids, labels)
+        return scores["effort"], scores["loss"]
+
+    return score
+
+
+def _bound(model: nn.Module, phi: str) -> Score:
+    """A forward pass without gradients that computes the response losses: the suite's own trunk and nothing more."""
+    return lambda ids, labels: (None, response_losses(model, ids, labels))
+
+
+def _forward_backward(model: nn.Module, phi: str) -> Score:
+    """A plain backward pass, no norms: gradients of activations down to the first layer."""
+    inner, (name, _) = unwrap(model), last_decoder_layer(model)
+    first_layer, leaf = inner.get_decoder().get_submodule(name.rpartition(".")[0])[0], []
+
+    def start_here(module, arguments):
+        leaf[:] = [arguments[0].detach().requires_grad_()]
+        return (*leaf, *arguments[1:])
+
+    first_layer.register_forward_pre_hook(start_here)
+
+    def score(ids, labels):
+        tokens, targets = _padded(ids, 0), _padded(labels, IGNORED_LABEL)
+        sample, position = (targets[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+        logits = inner.get_output_embeddings()(_last_hidden_state(inner, tokens)[sample, position]).float()
+        token_loss = functional.cross_entropy(logits, targets[sample, position + 1], reduction="none")
+        loss = token_loss.new_zeros(len(tokens)).index_add(0, sample, token_loss) / sample.bincount()
+        torch.autograd.grad(loss.sum(), leaf)
+        return None, loss.detach()
+
+    return score
+
+
+def _loop(model: nn.Module, phi: str, released: bool = False) -> Score:
+    """Plain autograd of one sample: the model's own loss, one backward pass, one norm.
+
+    `released`: as in the published code. A LoRA on every query and value projection and two backward passes, the
+    gradient adding up (halved here). Only the last value projection's B requires a gradient, which of the readings of
+    that code is the fastest.
+    """
+    model, parameters = with_phi(model, phi, lora_everywhere=released)
+
+    def score(ids, labels):
+        for parameter in parameters.values():
+            parameter.grad = None
+        loss = model(input_ids=_padded(ids, 0), labels=_padded(labels, IGNORED_LABEL), use_cache=False).loss
+        if released:
+            loss.backward(retain_graph=True)
+        loss.backward()
+        norm = torch.stack([p.grad.float().norm() for p in parameters.values()]).norm()
+        return norm[None] / (2 if released else 1), loss.detach()[None]
+
+    return score
+
+
+def _func(model: nn.Module, phi: str) -> Score:
+    """torch.func: the gradient of one sample's loss, vectorised over the batch."""
+    model, parameters = with_phi(model, phi)
+    parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+
+    def loss_of_one(phi_values, tokens, targets):
+        inputs = {"input_ids": tokens[None], "use_cache": False}
+        logits = torch.func.functional_call(model, phi_values, (), inputs).logits
+        return _mean_losses(logits, targets[None])[0]
+
+    per_sample = torch.func.vmap(torch.func.grad_and_value(loss_of_one), in_dims=(None, 0, 0))
+
+    def score(ids, labels):
+        with sdpa_kernel(SDPBackend.MATH):  # vmap would run the fused kernels a sample at a time
+            gradients, losses = per_sample(parameters, _padded(ids, 0), _padded(labels, IGNORED_LABEL))
+        return _sample_norms(gradients.values()), losses
+
+    return score
+
+
+def _opacus(model: nn.Module, phi: str, ghost: bool = False) -> Score:
+    """Opacus' hooks make per-sample gradients; its `ghost` hooks norms alone, from T × T products of tokens."""
+    from opacus import GradSampleModule
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    model, parameters = with_phi(model, phi)
+    for name in parameters:
+        model.get_submodule(name.removesuffix(".weight")).train()  # the hooks ask for it; a linear map does not change
+    hooked = (GradSampleModuleFastGradientClipping if ghost else GradSampleModule)(model, loss_reduction="sum")
+
+    def score(ids, labels):
+        losses = _mean_losses(hooked(input_ids=_padded(ids, 0), use_cache=False).logits, _padded(labels, IGNORED_LABEL))
+        losses.sum().backward()
+        norms = hooked.get_norm_sample() if ghost else _sample_norms(p.grad_sample for p in parameters.values())
+        hooked.zero_grad()
+        return norms, losses.detach()
+
+    return score
+
+
+def _bergson(model: nn.Module, phi: str) -> Score:
+    """Bergson's hooks and forward-backward pass, unprojected and unnormalised. The collector keeps norms and drops the
+    gradients, which is faster than Bergson's own: they copy gradients to the CPU."""
+    from bergson import IndexConfig
+    from bergson.collector.collector import HookCollectorBase, fwd_bwd_factory
+    from bergson.data import pad_and_tensor
+
+    class Norms(HookCollectorBase):
+        def setup(self):
+            self.of_modules = []
+
+        def backward_hook(self, module, g):
+            self.of_modules.append(self._compute_gradient(module, g).float().norm(dim=1))
+
+        def process_batch(self, indices, **kwargs):
+            pass
+
+        def teardown(self):
+            pass
+
+    model, parameters = with_phi(model, phi)
+    unwrap(model).config.use_cache = False
+    forward_backward = fwd_bwd_factory(IndexConfig(run_path="unused", loss_reduction="mean"))
+    collector = Norms(model=model, target_modules={name.removesuffix(".weight") for name in parameters})
+
+    def score(ids, labels):
+        tokens, targets, _, real = pad_and_tensor(ids, labels=labels, device=device())
+        collector.of_modules.clear()
+        with collector.with_batch(real):
+            losses = forward_backward(model, tokens, targets, {})
+        return torch.stack(collector.of_modules).norm(dim=0), losses.detach()
+
+    return score
+
+
+# Each gets the model and φ, and returns the function that scores a batch.
+CONTESTANTS: dict[str, Callable[[nn.Module, str], Score]] = {
+    "suite": _suite,
+    "bound": _bound,
+    "forward_backward": _forward_backward,
+    "loop": _loop,
+    "released": partial(_loop, released=True),
+    "func": _func,
+    "opacus": _opacus,
+    "opacus_ghost": partial(_opacus, ghost=True),
+    "bergson": _bergson,
+}
+ONE_AT_A_TIME = ("loop", "released")
