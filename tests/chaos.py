@@ -27,7 +27,6 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLI
 import numpy as np
 from torch.distributed import TCPStore
 
-import selection.run.processes
 from selection.rows.llama_factory import import_llama_factory
 from selection.run.cli import argument_parser, run_stage
 from selection.run.config import REPOSITORY
@@ -209,7 +208,6 @@ def fork(line: list[str], rank: int, count: int, store: TCPStore | None, log: Pa
             os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         processes.cache_clear()
-        selection.run.processes._PARENT = os.getppid()
         sys.argv = [str(REPOSITORY / line[0]), *line[1:]]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0

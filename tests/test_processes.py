@@ -25,28 +25,24 @@ def together(count: int, work, stopped: int | None = None) -> list:
     """What `work(processes)` returns, or the text of its UserError, in each of `count` forked processes; None of one
     that is `stopped`."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    fork, said = multiprocessing.get_context("fork"), []
+    fork = multiprocessing.get_context("fork")
 
     def run(rank: int, end) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0"}
         processes.cache_clear()
-        selection.run.processes._PARENT = os.getppid()
         try:
             end.send(work(processes()))
         except UserError as error:
             end.send(str(error))
 
-    ends_at, children = time.monotonic() + 60, []
-    for rank in range(count):
-        ours, theirs = fork.Pipe()
-        children.append((fork.Process(target=run, args=(rank, theirs)), ours))
-        children[-1][0].start()
-    for rank, (_, ours) in enumerate(children):
-        answers = rank != stopped and ours.poll(max(0.1, ends_at - time.monotonic()))
-        said.append(ours.recv() if answers else None)
-    for child, _ in children:
+    pipes = [fork.Pipe() for _ in range(count)]
+    children = [fork.Process(target=run, args=(rank, theirs)) for rank, (_, theirs) in enumerate(pipes)]
+    for child in children:
+        child.start()
+    said = [ours.recv() if rank != stopped and ours.poll(60) else None for rank, (ours, _) in enumerate(pipes)]
+    for child in children:
         child.kill()
         child.join()
     return said
@@ -130,11 +126,11 @@ def test_the_others_learn_why_one_stopped_and_one_line_is_said_once(monkeypatch)
     monkeypatch.setattr(selection.run.processes, "_BETWEEN_SIGNS", 0.1)
 
     def work(group):
+        if group.rank == 1:
+            monkeypatch.setattr(selection.run.processes.socket, "gethostname", lambda: "another host")
+        time.sleep(0.5)
         if group.rank > 1:
             return group.first_to_say("error: row 3 is odd")
-        time.sleep(0.5)
-        if group.rank == 1:
-            selection.run.processes.socket = type("Elsewhere", (), {"gethostname": lambda: "another host"})
         try:
             group.wait()
         except SystemExit as stop:

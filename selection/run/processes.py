@@ -1,7 +1,7 @@
 """The processes of one `torchrun` call, on one host or several: which one this is, and waiting for the others.
 
-They meet in torchrun's own key-value store, over TCP. Nothing here makes a process group, so LLaMA-Factory makes its
-own for training. They share the run folder, which several hosts need to see (a network file system), and no memory.
+They meet in torchrun's own key-value store. Nothing here makes a process group but `process_group`, so LLaMA-Factory
+makes its own for training. The processes share the run folder (several hosts need a network file system), no memory.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from typing import Any
 
 from selection.run.errors import UserError
 
-_PARENT = os.getppid()  # torchrun, where there is one
 _SILENCE = 60.0  # seconds without a sign of life after which a process counts as dead
 _BETWEEN_SIGNS = 2.0
 _GO_ON = "what is finished is kept; call the same command again, on all hosts, to go on"
@@ -28,7 +27,7 @@ _GO_ON = "what is finished is kept; call the same command again, on all hosts, t
 
 @functools.cache
 def processes() -> "Processes":
-    """Those of this call; alone where it was not made by torchrun."""
+    """Those of this call; alone where torchrun did not make it."""
     return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -36,33 +35,28 @@ class Processes:
     """`rank` 0 to `count` − 1. Rank 0 leads: it alone prints, plans, and writes what is one for all."""
 
     def __init__(self, rank: int, count: int):
-        self.rank, self.count = rank, count
+        self.rank, self.count, self.leads = rank, count, rank == 0
         self._store, self._waits, self._groups = None, 0, 0
+        self._stopped: BaseException | None = None  # how this process has to end because another one did
         if count > 1:
             self._join()
 
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
     def wait(self) -> None:
-        """Until every process has called this as often. Raises: UserError where another one stopped."""
+        """Wait until every process has called this as often. Raises: UserError where another one stopped."""
         self._waits += 1
         if self._store is None:
             return
-        arrived, pause, checked = f"wait-{self._waits}", 0.01, 0.0
+        arrived, pause = f"wait-{self._waits}", 0.01
         self._ask("add", arrived, 1)
-        self._heard = [time.monotonic()] * self.count
         while self._ask("add", arrived, 0) < self.count:
+            if self._stopped:
+                raise self._stopped
             time.sleep(pause)
             pause = min(1.5 * pause, 0.5)
-            if time.monotonic() - checked > _BETWEEN_SIGNS:
-                checked = time.monotonic()
-                self._check_others()
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
-        """The others enter when the leader is through: what it has made they find."""
+        """The leader runs first; the others then find its files."""
         if not self.leads:
             self.wait()
         yield
@@ -70,9 +64,8 @@ class Processes:
             self.wait()
 
     def from_leader(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives in the leader, a JSON value, in every process."""
-        value = make() if self.leads else None
-        return self.gather(value)[0]
+        """What `make` returns in the leader, a JSON value, in every process."""
+        return self.gather(make() if self.leads else None)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON values of all processes, by rank, in every process."""
@@ -84,10 +77,8 @@ class Processes:
         return [json.loads(self._ask("get", key)) for key in keys]
 
     def first_to_say(self, text: str) -> bool:
-        """Whether nobody on this host has said before why the run ends; the others learn that this one ended with it.
-
-        What comes later follows from it: torchrun stops all when one has failed, and their libraries complain.
-        """
+        """Tell the others that this process ends, and why. True for the first one of this host: what comes later only
+        follows from it."""
         if self._store is None:
             return True
         with contextlib.suppress(UserError):  # the store may be what failed
@@ -98,10 +89,8 @@ class Processes:
 
     @contextlib.contextmanager
     def process_group(self) -> Iterator[None]:
-        """A process group for what runs inside, torch's default one: LLaMA-Factory would make its own.
-
-        It makes one for each tuning in a call, and torch lets the second one find the first one's addresses.
-        """
+        """torch's default process group for what runs inside. LLaMA-Factory makes one for each tuning of a call, but
+        torch lets the second find the addresses of the first."""
         if self._store is None:
             yield
             return
@@ -112,12 +101,13 @@ class Processes:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        store = distributed.PrefixStore(f"group-{self._groups}", self._store)
-        # Long, as the leader alone computes the metrics and writes while the others wait.
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=store, rank=self.rank, world_size=self.count, timeout=datetime.timedelta(hours=6),
-        )  # fmt: skip
+            store=distributed.PrefixStore(f"group-{self._groups}", self._store),
+            rank=self.rank,
+            world_size=self.count,
+            timeout=datetime.timedelta(hours=6),  # the others wait while the leader computes metrics
+        )
         try:
             yield
         finally:
@@ -125,61 +115,54 @@ class Processes:
                 distributed.destroy_process_group()
 
     def _join(self) -> None:
+        end_with_parent()
         from torch.distributed import rendezvous
 
-        self._asked: float | None = None  # when the question was put that the store has not answered yet
-        threading.Thread(target=self._watch, daemon=True).start()
         try:
             self._store = next(rendezvous("env://"))[0]
         except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
             raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}: use torchrun") from None
         self._ask("set", f"host-{self.rank}", socket.gethostname())
-        self._signs, self._heard = [0] * self.count, [time.monotonic()] * self.count
-        threading.Thread(target=self._give_signs, daemon=True).start()
+        threading.Thread(target=self._exchange_signs, daemon=True).start()
         if not self.leads:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def _ask(self, question: str, *arguments: Any) -> Any:
         """Raises: UserError where the store, which lives with the first host's torchrun, is gone."""
-        self._asked = time.monotonic()
         try:
             return getattr(self._store, question)(*arguments)
         except (RuntimeError, OSError):
             raise UserError(f"lost the other processes: {_GO_ON}") from None
-        finally:
-            self._asked = None
 
-    def _give_signs(self) -> None:
-        with contextlib.suppress(Exception):  # without a store the main thread finds out by itself
-            while True:
-                self._store.add(f"sign-{self.rank}", 1)
-                time.sleep(_BETWEEN_SIGNS)
+    def _exchange_signs(self) -> None:
+        """Give signs of life and look for those of the others; note in `_stopped` why this process has to end."""
+        signs, heard = [-1] * self.count, [0.0] * self.count
+        while self._stopped is None:
+            network_is_gone = threading.Timer(_SILENCE, _end_without_answer)  # then the store answers nobody
+            network_is_gone.daemon = True
+            network_is_gone.start()
+            try:
+                self._ask("add", f"sign-{self.rank}", 1)
+                for rank in range(self.count):
+                    if (sign := self._ask("add", f"sign-{rank}", 0)) != signs[rank]:
+                        signs[rank], heard[rank] = sign, time.monotonic()
+                    elif time.monotonic() - heard[rank] > _SILENCE:
+                        host = self._ask("get", f"host-{rank}").decode() if sign else "its host"
+                        silent = f"process {rank} on {host} has given no sign of life for {_SILENCE:.0f} s"
+                        self._stopped = UserError(f"{silent}: {_GO_ON}")
+                if self._ask("check", ["failed"]):
+                    host, said = json.loads(self._ask("get", "failed"))
+                    here = host == socket.gethostname()  # where it has been said already
+                    self._stopped = SystemExit(2) if here else UserError(f"a process on {host} stopped: {said}")
+            except UserError as error:
+                self._stopped = error
+            network_is_gone.cancel()
+            time.sleep(_BETWEEN_SIGNS)
 
-    def _watch(self) -> None:
-        """End when torchrun, which made this process, is gone, or the network: then nobody would be told otherwise."""
-        while os.getppid() == _PARENT:
-            time.sleep(0.5)
-            asked = self._asked
-            if asked is not None and time.monotonic() - asked > _SILENCE:
-                print(f"error: no answer from the other processes for {_SILENCE:.0f} s: {_GO_ON}", file=sys.stderr)
-                sys.stderr.flush()
-                os._exit(2)
-        os._exit(1)
 
-    def _check_others(self) -> None:
-        if self._ask("check", ["failed"]):
-            host, said = json.loads(self._ask("get", "failed"))
-            if host == socket.gethostname():  # where it has been said already
-                sys.exit(2)
-            raise UserError(f"a process on {host} stopped: {said}")
-        for rank in range(self.count):
-            signs = self._ask("add", f"sign-{rank}", 0)
-            if signs != self._signs[rank]:
-                self._signs[rank], self._heard[rank] = signs, time.monotonic()
-            elif time.monotonic() - self._heard[rank] > _SILENCE:
-                known = self._ask("check", [f"host-{rank}"])
-                host = self._ask("get", f"host-{rank}").decode() if known else "its host"
-                raise UserError(f"process {rank} on {host} has given no sign of life for {_SILENCE:.0f} s: {_GO_ON}")
+def _end_without_answer() -> None:
+    print(f"error: no answer from the other processes for {_SILENCE:.0f} s: {_GO_ON}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def end_with_parent() -> None:
@@ -195,7 +178,7 @@ def end_with_parent() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them. Asked of the driver, without torch, which takes seconds to import."""
+    """As CUDA_VISIBLE_DEVICES names them. Asks the driver, as importing torch takes seconds."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:  # a negative one, or none, hides itself and what follows
         return list(itertools.takewhile(lambda name: name and name[0] != "-", map(str.strip, named.split(","))))
@@ -207,10 +190,7 @@ def visible_gpus() -> list[str]:
 
 
 def shards(weights: list[int], count: int) -> list[list[int]]:
-    """Numbers of the parts for each of `count` processes, of about equal weight: heaviest first, each to the lightest.
-
-    Args: `weights` tokens of each part.
-    """
+    """Numbers of the parts, of given tokens, for each process: heaviest first, each to the lightest load."""
     chosen: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for part in sorted(range(len(weights)), key=lambda part: -weights[part]):

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and hashing what they hold."""
+"""Files that a reader never sees half of, what they hold checked and hashed, and products made once or reused."""
 
 import contextlib
 import fcntl
@@ -23,42 +23,54 @@ from selection.run.errors import UserError
 from selection.run.log import warn
 from selection.run.processes import processes
 
+_T = TypeVar("_T")
+
+
+@contextlib.contextmanager
+def _one_error(verb: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from None
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; renamed to `path` at the end, removed if anything is raised.
-
-    What a killed process left behind goes with the next call for the same path.
-    """
+    """Give a path beside `path` to write to; rename it to `path` at the end, or remove it where anything is raised."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-            if not Path("/proc", left.suffixes[-2][1:]).exists():
-                left.unlink(missing_ok=True)
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())  # else a power failure may keep the name and lose the content
-        os.replace(draft, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        with _one_error("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # by a killed process
+                if not Path("/proc", left.suffixes[-2][1:]).exists():
+                    left.unlink(missing_ok=True)
+            yield draft
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())  # else a power failure may keep the name and lose the content
+            os.replace(draft, path)
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
 
 
+def _lock_file(path: Path) -> TextIO:
+    with _one_error("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+", encoding="utf-8", errors="replace")
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time: for files in `folder` that are read, changed and written again."""
+    """One process at a time, for files in `folder` that are read, changed and written again."""
     with _lock_file(folder / ".lock") as file:
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
         yield
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Alone at work on `path`, a file or folder in the making. Raises: UserError saying who else is."""
+    """Work alone on `path`, a file or folder in the making. Raises: UserError saying who else does."""
     with _lock_file(path.with_name(f".{path.name}.lock")) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,57 +86,33 @@ def held(path: Path) -> Iterator[None]:
         yield
 
 
-def _lock_file(path: Path) -> TextIO:
-    with _user_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+", encoding="utf-8", errors="replace")
-
-
-@contextlib.contextmanager
-def _user_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
 def write_json(path: Path, value: object) -> None:
-    """One JSON document, atomically. NaN and infinity are refused: they are not JSON."""
+    """One JSON document, atomically. Raises: ValueError for NaN and infinity."""
     with atomic_path(path) as draft:
         draft.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Raises: UserError naming the file where it is missing or no JSON."""
+    """Raises: UserError where the file is missing or no JSON."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        with _one_error("read", path):
+            return parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON: {error}") from None
 
 
 def parse_json(text: str) -> Any:
-    """What Python alone would take is refused: NaN, infinity, and half characters, which no file can be given.
-
-    Raises: ValueError, RecursionError.
-    """
-    value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    """Raises: ValueError, RecursionError; also for NaN, infinity and half characters, which Python would take."""
+    value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
 def _finite(number: str) -> float:
-    """1e999 would become infinity."""
-    return float(number) if math.isfinite(float(number)) else _refuse_constant(number)
-
-
-_T = TypeVar("_T")
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no number")
+    return float(number)
 
 
 def checked(kind: type[_T], value: object, source: Path) -> _T:
@@ -143,21 +131,16 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:
-    """A JSON record with a checksum of what it says, for `read_sealed`."""
+    """A JSON object with a checksum of itself, for `read_sealed`."""
     write_json(path, {**record, "sha256": _seal(record)})
 
 
 def read_sealed(path: Path, remove: Path | None = None) -> dict[str, Any]:
-    """Raises: UserError where it is missing, no JSON object, or does not say what was written.
-
-    `remove`: what has to go then, where it is more than the file.
-    """
+    """Raises: UserError where the file is missing, no JSON object, or not as it was written: `remove` it then."""
     record = read_record(path)
     if record.pop("sha256", None) != _seal(record):
-        raise UserError(
-            f"{path} is damaged (its checksum does not fit), or of an earlier version: remove {remove or 'it'} and "
-            "make it again"
-        )
+        why = "its checksum does not fit), or of an earlier version"
+        raise UserError(f"{path} is damaged ({why}: remove {remove or 'it'} and make it again")
     return record
 
 
@@ -174,20 +157,24 @@ def digest(*chunks: bytes) -> str:
     return sha.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, as 64 hex digits. Raises: UserError where it cannot be read."""
+    with _one_error("read", path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def code_version() -> str:
     """The suite's version, with the commit where this is a checkout."""
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return f"{__version__}+{commit}" if commit else __version__
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        if commit := subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip():
+            return f"{__version__}+{commit}"
+    return __version__
 
 
 def first_difference(stored: dict, wanted: dict) -> str | None:
-    """The first key in which two records differ, as "key: stored …, now …"; None if they agree. A key of a section has
-    the section's name in front, with a dot."""
-    for key in [*wanted, *(k for k in stored if k not in wanted)]:
+    """The first key in which two records differ, as "section.key: stored …, now …"; None if they agree."""
+    for key in dict.fromkeys([*wanted, *stored]):
         before, now = stored.get(key), wanted.get(key)
         if before != now:
             if isinstance(before, dict) and isinstance(now, dict) and (inside := first_difference(before, now)):
@@ -197,7 +184,7 @@ def first_difference(stored: dict, wanted: dict) -> str | None:
 
 
 def check_same_everywhere(identity: dict) -> None:
-    """Of several processes: see that all would make the same. Raises: UserError naming the host that would not."""
+    """Raises: UserError naming the host whose processes would make something else than the leader."""
     if difference := first_difference(processes().from_leader(lambda: identity), identity):
         raise UserError(
             f"host {socket.gethostname()} would compute otherwise than the first one ({difference}): give all hosts "
@@ -210,12 +197,9 @@ def reuse(folder: Path, identity: dict) -> bool:
 
     Raises: UserError where it was made from something else, or changed since: it is neither used nor overwritten.
     """
-    if not folder.exists():
-        return False
-    record = made_from(folder)
-    if difference := first_difference(record, identity):
+    if folder.exists() and (difference := first_difference(made_from(folder), identity)):
         raise UserError(f"{folder} was made otherwise ({difference}): remove it or give another output_dir")
-    return True
+    return folder.exists()
 
 
 def made_from(folder: Path) -> dict:
@@ -227,9 +211,13 @@ def made_from(folder: Path) -> dict:
     return record
 
 
+def _draft_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
 @contextlib.contextmanager
 def building(folder: Path, identity: dict) -> Iterator[Path]:
-    """Gives an empty folder to fill; it becomes `folder`, with its identity, once all is done, or vanishes.
+    """Give an empty folder to fill; at the end it becomes `folder`, with its identity, or is removed on an error.
 
     Raises: UserError where another run is making it.
     """
@@ -237,14 +225,13 @@ def building(folder: Path, identity: dict) -> Iterator[Path]:
     with held(folder):
         shutil.rmtree(draft, ignore_errors=True)
         try:
-            with _user_errors(folder):
+            with _one_error("write", folder):
                 draft.mkdir(parents=True)
             yield draft
             write_json(draft / "made_from.json", identity)
             files = sorted(path for path in draft.rglob("*") if path.is_file())
-            checksums = {str(path.relative_to(draft)): file_digest(path) for path in files}
-            write_sealed(draft / "checksums.json", checksums)
-            with _user_errors(folder):
+            write_sealed(draft / "checksums.json", {str(path.relative_to(draft)): file_digest(path) for path in files})
+            with _one_error("write", folder):
                 draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -252,28 +239,10 @@ def building(folder: Path, identity: dict) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def building_together(folder: Path, identity: dict) -> Iterator[Path]:
-    """`building` for all processes of this call: each is given the same folder, the leader makes and names it."""
+    """`building` by all processes: each is given the same folder, which the leader makes and names."""
     together = processes()
-    if together.leads:
-        with building(folder, identity) as draft:
-            together.wait()
-            yield draft
-            together.wait()
-    else:
+    with building(folder, identity) if together.leads else contextlib.nullcontext(_draft_of(folder)) as draft:
         together.wait()
-        yield _draft_of(folder)
+        yield draft
         together.wait()
     together.wait()
-
-
-def _draft_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, as 64 hex digits. Raises: UserError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
