@@ -4,21 +4,16 @@ import fcntl
 import importlib
 import json
 import os
-import runpy
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
+from forks import REPOSITORY, start
 
 # One thread, as in the scripts' processes: those are forked from this one, and OpenMP's threads do not survive that.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-REPOSITORY = Path(__file__).resolve().parents[1]
 _PATIENCE = 900  # seconds after which a script counts as hung, on a busy machine too
 
 # Files of more than 20 s, longest first: else one process may wait for the other at the end.
@@ -44,20 +39,21 @@ def run_script(
 ) -> subprocess.CompletedProcess:
     """Run a script as a user would; `cwd` defaults to the script's own folder.
 
-    A Python script runs in a fork of this process: torch, transformers and LLaMA-Factory are imported there already,
-    which takes 5 to 9 s of a fresh process; the suite's own modules the script imports itself. (As fresh processes:
-    test_demo.py, and the tests of full disks and torchrun in test_faults.py.)
+    A Python script runs in a fork of this process (tests/forks.py). Fresh processes are in test_demo.py, and in
+    test_faults.py for full disks and torchrun.
     """
-    path = REPOSITORY / script
+    path, said = REPOSITORY / script, []
     command = [str(path), *map(str, arguments)]
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         if path.suffix == ".sh":
-            code = subprocess.run(
-                ["bash", *command], cwd=cwd or path.parent, stdout=stdout, stderr=stderr, timeout=_PATIENCE
-            ).returncode
+            options = {"cwd": cwd or path.parent, "stdout": stdout, "stderr": stderr, "timeout": _PATIENCE}
+            code = subprocess.run(["bash", *command], **options).returncode
         else:
-            code = _forked(command, cwd or path.parent, stdout.fileno(), stderr.fileno())
-        said = []
+            process = start(command, stdout.fileno(), stderr.fileno(), cwd or path.parent)
+            process.join(_PATIENCE)
+            process.kill()
+            process.join()
+            code = process.exitcode
         for file in (stdout, stderr):
             file.seek(0)
             said.append(file.read().decode())
@@ -65,55 +61,6 @@ def run_script(
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-def _forked(command: list[str], cwd: Path, stdout: int, stderr: int) -> int:
-    if "torch" in sys.modules:
-        from selection.rows.llama_factory import import_llama_factory
-
-        import_llama_factory()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        _become(command, cwd, stdout, stderr)
-    ends = time.monotonic() + _PATIENCE
-    while True:
-        gone, status = os.waitpid(child, os.WNOHANG)
-        if gone:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > ends:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise subprocess.TimeoutExpired(command, _PATIENCE)
-        time.sleep(0.005)
-
-
-def _become(command: list[str], cwd: Path, stdout: int, stderr: int) -> NoReturn:
-    """The rest of this process's life is the script's."""
-    code = 1
-    try:
-        os.chdir(cwd)
-        os.dup2(stdout, 1)
-        os.dup2(stderr, 2)
-        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("selection", "finetune", "scripts")]:
-            del sys.modules[name]
-        ours = {"", str(REPOSITORY), str(REPOSITORY / "tests")}
-        sys.path[:] = [str(Path(command[0]).parent), *(path for path in sys.path if path not in ours)]
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *said: str) -> None:
