@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from selection.method.baselines import baseline, columns_of, moderate_order
 from selection.method.staff import Quotas, choose_staff, coreset_size, random_keys, shares, stratify
+from selection.rows.conversation import unusable_rows
 from selection.rows.llama_factory import import_llama_factory
-from selection.rows.read import unusable_rows
 from selection.rows.split import data_sets, row_id, rows_of, split_numbers, training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import COMMON_FORM, load_experiment
@@ -190,7 +190,7 @@ MESSAGES = {"formatting": "openai", "columns": {"messages": "messages"}, "tags":
         (CHAT, {"conversations": [{"from": "system", "value": "s"}]}, "it ends without a turn of 'gpt'"),
         (CHAT, {"conversations": []}, "it ends without a turn of 'gpt'"),
         (CHAT, {"conversations": turns("a", "b", tags=("role", "content"))},
-         r"turn 0 has no 'from' \(it has role, content\): say under dataset_format.tags"),
+         r"turn 0 has no 'from' \(it has role, content\): give its name under dataset_format.tags"),
         (CHAT, {"conversations": "a"}, "something else than text or turns"),
         (CHAT, {"conversations": turns("a", "  ")}, "its response is blank"),
         (CHAT | {"columns": {"messages": "conversations", "system": "system"}},

@@ -20,7 +20,7 @@ from test_rows import tokens_of_llama_factory
 
 from selection.report.annotated import annotated
 from selection.report.export import as_chat, coreset_paths, export
-from selection.rows.read import as_messages, tools_of
+from selection.rows.conversation import as_messages, tools_of
 from selection.rows.split import rows_of, split_numbers, training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.cli import run_stage

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from selection import choices
 from selection.choices import choose_models, strata_for
+from selection.rows.conversation import unusable_rows
 from selection.rows.form import detect_form
 from selection.rows.llama_factory import import_llama_factory
-from selection.rows.read import unusable_rows
 from selection.run import families
 from selection.run.config import DatasetFormat, Selection, load_experiment
 from selection.run.errors import UserError

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from selection.report.annotated import annotated
-from selection.rows.read import as_messages, raw_rows, reading_rows, tools_of, unusable_rows
+from selection.rows.conversation import as_messages, tools_of, unusable_rows
+from selection.rows.read import raw_rows, reading_rows
 from selection.rows.split import TrainingSplit, data_sets, finished_split, rows_of, split_numbers
 from selection.rows.tokens import as_text
 from selection.run.config import Experiment, from_repository

@@ -16,10 +16,10 @@ from selection.run.model_folder import model_path
 
 
 def import_llama_factory() -> None:
-    """Import llamafactory; where torchaudio is missing or broken, an empty one stands in for it.
+    """Import llamafactory, with an empty torchaudio where that is missing or broken.
 
-    The registry's torchaudio is a CUDA build that does not load beside a CPU torch, and LLaMA-Factory imports it
-    even for text. transformers goes first: it must not take the stand-in for the real one.
+    The registry's torchaudio is a CUDA build that does not load beside a CPU torch, and LLaMA-Factory imports it even
+    for text. transformers is imported first: it must not take the empty one for the real one.
     """
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
     import transformers
@@ -34,7 +34,7 @@ def import_llama_factory() -> None:
         importlib.import_module("torchaudio")
         sys.path.pop(0)
     importlib.import_module("llamafactory.train.tuner")
-    logging.getLogger("jieba").setLevel(logging.WARNING)  # which LLaMA-Factory's metrics import; it tells of its cache
+    logging.getLogger("jieba").setLevel(logging.WARNING)  # LLaMA-Factory's metrics import it
 
 
 def check_template(template: str) -> None:
@@ -44,10 +44,8 @@ def check_template(template: str) -> None:
 
     if template not in TEMPLATES:
         alike = difflib.get_close_matches(template, TEMPLATES, n=3, cutoff=0.3)
-        raise UserError(
-            f"--template {template}: LLaMA-Factory has none of that name"
-            + (f": {', '.join(alike)}?" if alike else "; it has, among others, chatml, llama3, gemma, mistral, qwen")
-        )
+        known = f"{', '.join(alike)}?" if alike else "try chatml, llama3, gemma, mistral or qwen"
+        raise UserError(f"--template {template}: LLaMA-Factory has none of that name: {known}")
 
 
 def common_arguments(experiment: Experiment, model: str, output_dir: Path, precision: str) -> dict[str, Any]:
@@ -80,11 +78,12 @@ def quiet():
 
 @contextlib.contextmanager
 def own_cache():
-    """`datasets` keeps a copy of everything it reads, for ever, in the user's home; here only as long as needed."""
+    """Keep what `datasets` copies only as long as needed, not for ever in the user's home."""
     from datasets import config
 
+    kept = config.HF_DATASETS_CACHE
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        kept, config.HF_DATASETS_CACHE = config.HF_DATASETS_CACHE, Path(folder)
+        config.HF_DATASETS_CACHE = Path(folder)
         try:
             yield
         finally:
@@ -93,7 +92,7 @@ def own_cache():
 
 @contextlib.contextmanager
 def alone():
-    """Without torchrun's variables: what the leader does before the others is not to wait for them."""
+    """Without torchrun's variables: the leader prepares without waiting for the others."""
     names = [name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith("LOCAL_")]
     kept = {name: os.environ.pop(name) for name in names}
     try:
@@ -104,10 +103,7 @@ def alone():
 
 @contextlib.contextmanager
 def user_errors(what: str):
-    """Turn what LLaMA-Factory and transformers say about arguments, templates and model folders into one line.
-
-    Files of strangers make them raise anything, so nothing is left out; an error of an unusual kind is named by it.
-    """
+    """Turn any error of LLaMA-Factory or transformers, which strangers' files may cause, into one line of UserError."""
     try:
         yield
     except UserError:

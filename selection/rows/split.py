@@ -1,8 +1,7 @@
 """One split for every stage: the pooled rows, cut once, written as LLaMA-Factory data sets in the run folder.
 
-The split is the one that LLaMA-Factory makes with `val_size` and `seed` (`datasets`' train_test_split on all rows),
-so row i of our training split is row i of its train part, and published index lists fit. After it no stage splits
-again: `train`, `eval` and every coreset are data sets of their own in `<run folder>/data/dataset_info.json`.
+It is the split that LLaMA-Factory makes with `val_size` and `seed` (`datasets`' train_test_split on all rows), so
+published index lists fit. `train`, `eval` and every coreset are data sets in `<run folder>/data/dataset_info.json`.
 """
 
 import contextlib
@@ -18,7 +17,8 @@ import pyarrow as pa
 from pydantic import NonNegativeInt
 from typing_extensions import TypedDict
 
-from selection.rows.read import as_json, in_common_form, reading_rows
+from selection.rows.conversation import in_common_form
+from selection.rows.read import as_json, reading_rows
 from selection.run.config import Experiment, from_repository
 from selection.run.errors import UserError
 from selection.run.log import say
@@ -36,6 +36,8 @@ from selection.run.products import (
     write_sealed,
 )
 
+_PARTS = ("train", "eval")
+
 
 @dataclass(frozen=True)
 class TrainingSplit:
@@ -46,19 +48,49 @@ class TrainingSplit:
     fingerprint: str
 
 
+class _SplitRecord(TypedDict):
+    """data/split.json."""
+
+    made_from: dict
+    fingerprint: str
+    files: list[str]
+    num_rows: NotRequired[list[NonNegativeInt]]  # pooled rows of each data set, where there are several
+
+
 def row_id(row: dict) -> str:
-    """Content hash of a raw row, 16 hex digits: the same wherever and in whatever order the row stands."""
+    """Content hash of a raw row, 16 hex digits, whatever the order of its columns."""
     return digest(as_json(row, sort_keys=True).encode())[:16]
 
 
 def training_split(experiment: Experiment) -> TrainingSplit:
     """Load the training split, making it on the first call; of several processes the leader makes it.
 
-    Raises: UserError for a data file that cannot be read, without usable rows, with rows without a response, and
-    where the run folder holds the split of other data.
+    Raises: UserError for a data file that cannot be read or has unusable rows, and where the run folder holds the
+    split of other data, or one that was changed.
     """
     with processes().leader_first():
-        return _training_split(experiment)
+        made_from, record_path = _made_from(experiment), _record_path(experiment)
+        with locked(experiment.folder):  # two stages may need the split at the same time
+            there = record_path.exists()
+            lost = not all(split_path(experiment, name).exists() for name in _PARTS)
+            if not there or (lost and read_sealed(record_path).get("made_from") == made_from):
+                _make_split(experiment, made_from)
+        split = _load_split(experiment, made_from)
+        list_datasets(experiment, _PARTS)
+        return split
+
+
+def existing_split(experiment: Experiment) -> TrainingSplit | None:
+    """The training split where it has been made, else None; writes nothing. Raises: as `training_split`."""
+    made_from = _made_from(experiment)
+    return _load_split(experiment, made_from) if _record_path(experiment).exists() else None
+
+
+def finished_split(experiment: Experiment) -> TrainingSplit:
+    """`existing_split`; raises UserError where there is none yet."""
+    if (split := existing_split(experiment)) is None:
+        raise UserError(f"{experiment.data_folder} has no split yet: run a stage with this run's configuration first")
+    return split
 
 
 def held_out_ids(experiment: Experiment) -> list[str]:
@@ -66,105 +98,43 @@ def held_out_ids(experiment: Experiment) -> list[str]:
     return [row_id(row) for row in rows_of(experiment, "eval")]
 
 
-def existing_split(experiment: Experiment) -> TrainingSplit | None:
-    """The training split where it has been made, else None; for a dry run, which writes nothing.
-
-    Raises: as `training_split`.
-    """
-    wanted, record_path = _made_from(experiment), experiment.data_folder / "split.json"
-    return _checked(experiment, read_sealed(record_path), wanted) if record_path.exists() else None
-
-
-def finished_split(experiment: Experiment) -> TrainingSplit:
-    """The training split of a run in which stages have run; nothing is written.
-
-    Raises: as `training_split`, and where there is none yet.
-    """
-    if (split := existing_split(experiment)) is None:
-        raise UserError(f"{experiment.data_folder} has no split yet: run a stage with this run's configuration first")
-    return split
-
-
-def _training_split(experiment: Experiment) -> TrainingSplit:
-    wanted = _made_from(experiment)
-    record_path = experiment.data_folder / "split.json"
-    files = [split_path(experiment, name) for name in ("train", "eval")]
-    with locked(experiment.folder):  # two stages may come to need it at a time
-        record = read_sealed(record_path) if record_path.exists() else {}
-        if not record or (record.get("made_from") == wanted and not all(path.exists() for path in files)):
-            _make_split(experiment, wanted)
-            record = read_sealed(record_path)
-    train = _checked(experiment, record, wanted)
-    list_datasets(experiment, ["train", "eval"])
-    return train
-
-
-def _checked(experiment: Experiment, record: dict, wanted: dict) -> TrainingSplit:
-    """The split that `record` vouches for. Raises: UserError where it is of other data, or not what was written."""
-    record_path = experiment.data_folder / "split.json"
-    files = [split_path(experiment, name) for name in ("train", "eval")]
-    record = _checked_record(experiment, record, wanted)
-    if list(map(file_digest, files)) != record.get("files"):
-        raise UserError(
-            f"the split in {experiment.data_folder} is damaged or was changed by hand: remove {experiment.data_folder}"
-        )
-    train = _identify(experiment, "train")
-    if train.fingerprint != record.get("fingerprint"):
-        raise UserError(f"{record_path} is of other rows than {files[0]}: remove {experiment.data_folder}")
-    return train
-
-
 def data_sets(experiment: Experiment) -> list[tuple[str, int, int]]:
     """Name, first pooled row and number of rows of each data set, in order; the pooled rows are what was split.
 
     Raises: UserError where the run folder has no split yet, or that of other data.
     """
-    path = experiment.data_folder / "split.json"
-    record = _checked_record(experiment, read_sealed(path), _made_from(experiment))
-    counts = record.get("num_rows") or [sum(len(rows_of(experiment, name)) for name in ("train", "eval"))]
+    counts = _read_record(experiment, _made_from(experiment)).get("num_rows") or [_num_rows(experiment)]
     names = [each.name for each in experiment.data_sets]
     return list(zip(names, np.cumsum([0, *counts[:-1]]).tolist(), counts, strict=True))
 
 
 def recorded_fingerprint(experiment: Experiment) -> str | None:
-    """The training split's fingerprint as its record says, without reading a row; None where there is no split yet.
+    """The training split's fingerprint by its record, without reading a row; None where there is no split yet.
 
-    Data that are not on this machine are taken for those that were split. Raises: UserError where the run folder has
+    Data that are not on this machine are taken to be those that were split. Raises: UserError where the run folder has
     the split of other data or settings.
     """
-    path = experiment.data_folder / "split.json"
-    if not path.exists():
+    if not _record_path(experiment).exists():
         return None
-    record = read_sealed(path)
     here = all(from_repository(each.path).is_file() for each in experiment.data_sets)
-    wanted = _made_from(experiment) if here else _settings_of_split(experiment)
-    return _checked_record(experiment, record, checked(dict, record.get("made_from"), path) | wanted)["fingerprint"]
+    return _read_record(experiment, _made_from(experiment) if here else _settings(experiment))["fingerprint"]
 
 
-def _made_from(experiment: Experiment) -> dict[str, Any]:
-    """What the split depends on."""
-    sets = experiment.data_sets
-    for each in sets:
-        if not (source := from_repository(each.path)).is_file():
-            raise UserError(f"dataset {each.path}: No such file (looked for {source})")
-    content = [_content(from_repository(each.path)) for each in sets]
-    return {"dataset_sha256": _one_or_each(content), **_settings_of_split(experiment)}
+def split_numbers(experiment: Experiment, num_rows: int | None = None) -> dict[str, np.ndarray]:
+    """Pooled row numbers of the rows of "train" and "eval", in their order.
 
+    `num_rows`: how many rows there are; left out, the split must be made.
+    """
+    from datasets import Dataset
 
-def _settings_of_split(experiment: Experiment) -> dict[str, Any]:
-    """`_made_from` but for the data themselves."""
-    sets = experiment.data_sets
-    return {
-        "dataset_format": _one_or_each([each.dataset_format.entry for each in sets]),
-        "max_samples": _one_or_each([each.max_samples for each in sets]),
-        "eval_size": experiment.eval_size,
-        "split_seed": experiment.split_seed,
-    }
-
-
-def _one_or_each(values: list) -> Any:
-    """Of several data sets a list of each one's value, of one the value itself."""
-    return values[0] if len(values) == 1 else values
+    num_rows = num_rows or _num_rows(experiment)
+    try:  # the permutation depends on the number of rows and the seed alone
+        parts = Dataset.from_dict({"row": range(num_rows)}).train_test_split(
+            test_size=experiment.eval_size, seed=experiment.split_seed
+        )
+    except ValueError:
+        raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
+    return {name: parts[part].with_format("numpy")["row"][:] for name, part in zip(_PARTS, ("train", "test"))}  # noqa: B905
 
 
 def split_path(experiment: Experiment, name: str) -> Path:
@@ -185,111 +155,6 @@ def rows_of(experiment: Experiment, name: str) -> "datasets.Dataset":  # noqa: F
         raise UserError(f"{path} is no data set of ours ({error}): remove {experiment.data_folder}") from None
 
 
-def _content(source: Path) -> str:
-    """`digest` of the file's bytes, without reading them all at once."""
-    sha = hashlib.sha256(source.stat().st_size.to_bytes(8, "little"))
-    try:
-        with source.open("rb") as file:
-            while block := file.read(2**20):
-                sha.update(block)
-    except OSError as error:
-        raise UserError(f"dataset {source}: {error.strerror or error}") from None
-    return sha.hexdigest()
-
-
-class _SplitRecord(TypedDict):
-    made_from: dict
-    fingerprint: str
-    files: list[str]
-    num_rows: NotRequired[list[NonNegativeInt]]  # pooled rows of each data set, where there are several
-
-
-def _checked_record(experiment: Experiment, record: dict, made_from: dict) -> _SplitRecord:
-    """Raises: UserError where the record of the split is damaged or of other data than `made_from`."""
-    record = checked(_SplitRecord, record, experiment.data_folder / "split.json")
-    if difference := first_difference(record["made_from"], made_from):
-        raise UserError(
-            f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
-        )
-    return record
-
-
-def _identify(experiment: Experiment, name: str) -> TrainingSplit:
-    rows = rows_of(experiment, name)
-    ids = [row_id(row) for row in rows]
-    form = as_json(experiment.row_format.entry, sort_keys=True)  # the same rows read otherwise are other data
-    return TrainingSplit(rows, ids, digest(form.encode(), *(i.encode() for i in ids)))
-
-
-def _make_split(experiment: Experiment, made_from: dict) -> None:
-    with _pooled_rows(experiment) as (rows, counts):
-        if len(rows) < 2:
-            raise UserError(
-                f"dataset {experiment.dataset_paths} has {len(rows)} usable rows: at least 2 are needed to split it"
-            )
-        for name, numbers in _split_numbers(experiment, len(rows)).items():
-            write_dataset(experiment, name, rows.select(numbers))
-    train, held_out = (_identify(experiment, name) for name in ("train", "eval"))
-    files = [file_digest(split_path(experiment, name)) for name in ("train", "eval")]
-    record = {"made_from": made_from, "fingerprint": train.fingerprint, "files": files}
-    if len(counts) > 1:
-        record["num_rows"] = counts
-    write_sealed(experiment.data_folder / "split.json", record)
-    named = ", ".join(Path(each.path).name for each in experiment.data_sets)
-    sizes = f"{len(train.rows)} training and {len(held_out.rows)} evaluation rows"
-    say(f"split {named}: {sizes} -> {experiment.data_folder}")
-
-
-@contextlib.contextmanager
-def _pooled_rows(experiment: Experiment) -> Iterator[tuple["datasets.Dataset", list[int]]]:  # noqa: F821
-    """The rows of all data sets in the order given, in `row_format`, and how many each has. They stay on disk.
-
-    Data sets of one form are put together as they are; a column that only some have is empty in the others.
-    """
-    from datasets import Value, concatenate_datasets
-
-    sets = experiment.data_sets
-    mixed = any(each.dataset_format != experiment.row_format for each in sets)
-    with contextlib.ExitStack() as stack:
-        parts, cache = [], Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for number, each in enumerate(sets):
-            source = from_repository(each.path)
-            rows = stack.enter_context(reading_rows(source, each.dataset_format))
-            if each.max_samples is not None and each.max_samples < len(rows):
-                say(f"dataset {source.name}: first {each.max_samples:,} of {len(rows):,} rows")
-                rows = rows.take(each.max_samples)
-            if mixed:
-                rows = in_common_form(rows, each.dataset_format, cache / f"{number}.arrow")
-            parts.append(rows)
-        kinds = {}
-        for part, each in zip(parts, sets, strict=True):
-            for name, feature in part.features.items():
-                kind, path = kinds.setdefault(name, (feature, each.path)) if feature != Value("null") else (feature, "")
-                if feature != kind:
-                    raise UserError(
-                        f"column {name} is {feature} in {each.path} and {kind} in {path}: make them the same, or "
-                        "remove the column from one"
-                    )
-        yield (parts[0] if len(parts) == 1 else concatenate_datasets(parts)), list(map(len, parts))
-
-
-def split_numbers(experiment: Experiment) -> dict[str, np.ndarray]:
-    """Row numbers in the user's data of the rows of "train" and "eval", in their order; the split must be made."""
-    return _split_numbers(experiment, sum(len(rows_of(experiment, name)) for name in ("train", "eval")))
-
-
-def _split_numbers(experiment: Experiment, num_rows: int) -> dict[str, np.ndarray]:
-    """The permutation depends on the number of rows and the seed alone, so splitting row numbers splits the rows."""
-    from datasets import Dataset
-
-    numbers = Dataset.from_dict({"row": range(num_rows)})
-    try:
-        parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
-    except ValueError:
-        raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
-    return {name: parts[part].with_format("numpy")["row"][:] for name, part in (("train", "train"), ("eval", "test"))}
-
-
 def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821
     """Write rows as a LLaMA-Factory data set with its `dataset_info.json` entry; returns the file."""
     path = split_path(experiment, name)
@@ -299,16 +164,13 @@ def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -
         pa.ipc.new_stream(file, rows.features.arrow_schema) as writer,
     ):
         for batch in rows.with_format("arrow").iter(batch_size=1000):
-            writer.write_table(batch.combine_chunks())  # a chosen row is a chunk of its own, with kilobytes about it
+            writer.write_table(batch.combine_chunks())  # else each chosen row is a chunk, which takes kilobytes
     list_datasets(experiment, [name])
     return path
 
 
-def list_datasets(experiment: Experiment, names: list[str]) -> None:
-    """See that `dataset_info.json` says of these data sets that they are our files, and nothing else of them.
-
-    Whatever it said before (a run folder may come from a stranger), LLaMA-Factory reads nothing else under these names.
-    """
+def list_datasets(experiment: Experiment, names: list[str] | tuple[str, ...]) -> None:
+    """Make `dataset_info.json` name our files for these data sets, whatever it said before."""
     path = experiment.data_folder / "dataset_info.json"
     with locked(experiment.data_folder):  # several coresets may be tuned at a time
         info = read_json(path) if path.exists() else {}
@@ -317,3 +179,116 @@ def list_datasets(experiment: Experiment, names: list[str]) -> None:
         ours = {name: {"file_name": split_path(experiment, name).name, **experiment.row_format.entry} for name in names}
         if info | ours != info:
             write_json(path, info | ours)
+
+
+def _record_path(experiment: Experiment) -> Path:
+    return experiment.data_folder / "split.json"
+
+
+def _num_rows(experiment: Experiment) -> int:
+    return sum(len(rows_of(experiment, name)) for name in _PARTS)
+
+
+def _made_from(experiment: Experiment) -> dict[str, Any]:
+    """All that the split depends on. Raises: UserError where a data file cannot be read."""
+    hashes = []
+    for each in experiment.data_sets:
+        source = from_repository(each.path)
+        try:
+            with source.open("rb") as file:  # as `digest`, in blocks
+                sha = hashlib.sha256(source.stat().st_size.to_bytes(8, "little"))
+                hashes.append(hashlib.file_digest(file, lambda sha=sha: sha).hexdigest())
+        except OSError as error:
+            raise UserError(f"dataset {each.path}: {error.strerror or error} (looked for {source})") from None
+    return {"dataset_sha256": _one_or_all(hashes), **_settings(experiment)}
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """`_made_from` without the data themselves."""
+    return {
+        "dataset_format": _one_or_all([each.dataset_format.entry for each in experiment.data_sets]),
+        "max_samples": _one_or_all([each.max_samples for each in experiment.data_sets]),
+        "eval_size": experiment.eval_size,
+        "split_seed": experiment.split_seed,
+    }
+
+
+def _one_or_all(values: list) -> Any:
+    """The value itself where there is one data set."""
+    return values[0] if len(values) == 1 else values
+
+
+def _read_record(experiment: Experiment, made_from: dict) -> _SplitRecord:
+    """Raises: UserError where the split's record is missing, damaged or of other data than `made_from`."""
+    record = checked(_SplitRecord, read_sealed(_record_path(experiment)), _record_path(experiment))
+    if difference := first_difference(record["made_from"], record["made_from"] | made_from):
+        raise UserError(
+            f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
+        )
+    return record
+
+
+def _load_split(experiment: Experiment, made_from: dict) -> TrainingSplit:
+    """Raises: UserError where the split is of other data, or not what was written."""
+    record, train = _read_record(experiment, made_from), None
+    if [file_digest(split_path(experiment, name)) for name in _PARTS] == record["files"]:
+        train = _identify(experiment)
+    if train is None or train.fingerprint != record["fingerprint"]:
+        raise UserError(
+            f"the split in {experiment.data_folder} is damaged or was changed by hand: remove {experiment.data_folder}"
+        )
+    return train
+
+
+def _identify(experiment: Experiment) -> TrainingSplit:
+    rows = rows_of(experiment, "train")
+    ids = [row_id(row) for row in rows]
+    form = as_json(experiment.row_format.entry, sort_keys=True)  # the same rows read otherwise are other data
+    return TrainingSplit(rows, ids, digest(form.encode(), *(i.encode() for i in ids)))
+
+
+def _make_split(experiment: Experiment, made_from: dict) -> None:
+    with _pooled_rows(experiment) as (rows, counts):
+        if len(rows) < 2:
+            raise UserError(f"dataset {experiment.dataset_paths} has {len(rows)} usable rows: a split needs at least 2")
+        numbers = split_numbers(experiment, len(rows))
+        for name in _PARTS:
+            write_dataset(experiment, name, rows.select(numbers[name]))
+    files = [file_digest(split_path(experiment, name)) for name in _PARTS]
+    record = {"made_from": made_from, "fingerprint": _identify(experiment).fingerprint, "files": files}
+    write_sealed(_record_path(experiment), record | ({"num_rows": counts} if len(counts) > 1 else {}))
+    named = ", ".join(Path(each.path).name for each in experiment.data_sets)
+    train, held_out = map(len, numbers.values())
+    say(f"split {named}: {train} training and {held_out} evaluation rows -> {experiment.data_folder}")
+
+
+@contextlib.contextmanager
+def _pooled_rows(experiment: Experiment) -> Iterator[tuple["datasets.Dataset", list[int]]]:  # noqa: F821
+    """The rows of all data sets in `row_format`, in the order given, and how many each has. They stay on disk.
+
+    A column that only some data sets have is empty in the others.
+    """
+    from datasets import Value, concatenate_datasets
+
+    sets = experiment.data_sets
+    mixed = any(each.dataset_format != experiment.row_format for each in sets)
+    parts, kinds = [], {}
+    with contextlib.ExitStack() as stack:
+        cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for number, each in enumerate(sets):
+            source = from_repository(each.path)
+            rows = stack.enter_context(reading_rows(source, each.dataset_format))
+            if each.max_samples is not None and each.max_samples < len(rows):
+                say(f"dataset {source.name}: first {each.max_samples:,} of {len(rows):,} rows")
+                rows = rows.take(each.max_samples)
+            if mixed:
+                rows = in_common_form(rows, each.dataset_format, cache / f"{number}.arrow")
+            for name, kind in rows.features.items():
+                before, path = kinds.setdefault(name, (kind, each.path)) if kind != Value("null") else (kind, "")
+                if kind != before:
+                    raise UserError(
+                        f"column {name} is {kind} in {each.path} and {before} in {path}: make them the same, or "
+                        "remove the column from one"
+                    )
+            parts.append(rows)
+        yield (parts[0] if len(parts) == 1 else concatenate_datasets(parts)), list(map(len, parts))

@@ -1,4 +1,4 @@
-"""The tokenised training split on disk (Arrow, memory-mapped), and what can be asked of it without loading its rows."""
+"""The tokenised training split on disk (Arrow, memory-mapped), and rows as a chat template writes them."""
 
 import json
 import unicodedata
@@ -8,8 +8,9 @@ from importlib.metadata import version
 import numpy as np
 import pyarrow.compute as pc
 
+from selection.rows.conversation import convert_row
 from selection.rows.llama_factory import alone, common_arguments, import_llama_factory, own_cache, quiet, user_errors
-from selection.rows.read import convert_row
+from selection.rows.read import as_json
 from selection.rows.split import TrainingSplit
 from selection.run.config import Experiment
 from selection.run.errors import UserError
@@ -19,7 +20,7 @@ from selection.run.products import building, digest, locked, reuse
 
 
 def tokenised_split(experiment: Experiment, model: str, split: TrainingSplit):
-    """The training split as LLaMA-Factory tokenises it for `model`: a `datasets.Dataset`, made on the first call.
+    """The training split tokenised for `model`: a `datasets.Dataset`, made on the first call.
 
     Raises: as `tokenised_rows`.
     """
@@ -33,7 +34,7 @@ def tokenised_split(experiment: Experiment, model: str, split: TrainingSplit):
         "llamafactory": version("llamafactory"),
     }
     folder = experiment.folder / "tokenised" / digest(json.dumps(identity).encode())[:16]
-    with locked(folder.parent):  # two stages may come to need it at a time
+    with locked(folder.parent):  # two stages may need it at the same time
         if not reuse(folder, identity):
             with building(folder, identity) as draft:
                 tokenised_rows(experiment, model, "train", split.rows).save_to_disk(draft)
@@ -47,23 +48,20 @@ def lengths(tokenised) -> np.ndarray:
 
 def check_embeddings(experiment: Experiment, model: str, loaded, tokenised) -> None:
     """Raises: UserError where rows have a token that `loaded`, the model, has no embedding for."""
-    if highest_token(tokenised) >= loaded.get_input_embeddings().num_embeddings:
+    highest = max(pc.max(chunk.flatten()).as_py() for chunk in tokenised.data.column("input_ids").chunks)
+    if highest >= loaded.get_input_embeddings().num_embeddings:
         raise UserError(
             f"template {experiment.template} makes a token that {model} has no embedding for: give the model's own "
             "template"
         )
 
 
-def highest_token(tokenised) -> int:
-    return max(pc.max(chunk.flatten()).as_py() for chunk in tokenised.data.column("input_ids").chunks)
-
-
 def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, str, bool]]:
     """A function from a raw row to its text as the experiment's template writes it for `model`, never cut off.
 
-    It returns (prompt, completion, same): all in front of the last response; that response with its end mark, without
-    blanks that some templates put behind it; and whether the model's own tokenizer makes of the two, joined, the very
-    tokens that tuning takes. A mark that this tokenizer itself puts in front is left out of the prompt.
+    It returns (prompt, completion, same): all before the last response; that response with its end mark, without the
+    blanks that some templates add; and whether the model's own tokenizer makes of the two, joined, the tokens that
+    tuning takes. A mark that this tokenizer itself puts in front is left out of the prompt.
     Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write.
     """
     import_llama_factory()
@@ -77,7 +75,8 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
         tokenizer = load_tokenizer(ModelArguments(model_name_or_path=path))["tokenizer"]
         template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template=experiment.template))
         users = AutoTokenizer.from_pretrained(path)
-    in_front = users("")["input_ids"][:1] if users.bos_token_id in users("")["input_ids"][:1] else []
+    front, end = users("")["input_ids"][:1], tokenizer.eos_token_id
+    front = front if front == [users.bos_token_id] else []
 
     def text_of(row: dict) -> tuple[str, str, bool]:
         sample = convert_row(row, experiment.row_format.entry)
@@ -85,12 +84,13 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
             pairs = template.encode_multiturn(
                 tokenizer, sample["_prompt"] + sample["_response"], sample["_system"], sample["_tools"]
             )
-        response = [*pairs[-1][1], *([tokenizer.eos_token_id] if template.efficient_eos else [])]
-        if tokenizer.eos_token_id in response:
-            end = len(response) - response[::-1].index(tokenizer.eos_token_id)
-            response = response[:end] if not tokenizer.decode(response[end:]).strip() else response
-        prompt = [token for source, target in pairs[:-1] for token in [*source, *target]] + pairs[-1][0]
-        shown = prompt[len(in_front) :] if prompt[: len(in_front)] == in_front else prompt
+        *before, (last, response) = pairs
+        prompt = [*(token for pair in before for part in pair for token in part), *last]
+        response = [*response, *([end] if template.efficient_eos else [])]
+        if end in response:
+            ended = len(response) - response[::-1].index(end)
+            response = response if tokenizer.decode(response[ended:]).strip() else response[:ended]
+        shown = prompt[len(front) :] if prompt[: len(front)] == front else prompt
         texts = [tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in (shown, response)]
         same = users(texts[0])["input_ids"] == prompt and users("".join(texts))["input_ids"] == prompt + response
         return *texts, same
@@ -101,13 +101,11 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
 def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821
     """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
 
-    In a conversation every turn of the assistant has labels, so loss and effort score are of all of them.
-    Columns input_ids, attention_mask, labels (−100 on the prompt). Raises: UserError for an unknown template, a
-    broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
+    Columns input_ids, attention_mask, labels (-100 but on every turn of the assistant). Raises: UserError for an
+    unknown template, a broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
     """
     import_llama_factory()
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-    from llamafactory.extras.constants import IGNORE_INDEX
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
@@ -117,19 +115,16 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
     with user_errors(f"model {model}, template {experiment.template}"), alone(), own_cache():
         model_args, data_args, training_args, _, _ = get_train_args(arguments)
         training_args.log_level, training_args.log_level_replica = "error", "error"
-        tokenizer_module = load_tokenizer(model_args)
-        template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
+        module = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
         with quiet():
-            data = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
+            data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)
     rows = data["train_dataset"]
     if len(rows) != len(raw_rows):
-        raise UserError(
-            f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of {dataset}.arrow: "
-            f"remove {experiment.data_folder}"
-        )
-    texts = [json.dumps(row, ensure_ascii=False, default=str) for row in raw_rows.take(min(32, len(raw_rows)))]
-    check_tokenizer(tokenizer_module["tokenizer"], texts, model)
-    if len(cut := np.flatnonzero(response_lengths(rows, IGNORE_INDEX) == 0)):
+        took = f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of {dataset}.arrow"
+        raise UserError(f"{took}: remove {experiment.data_folder}")
+    check_tokenizer(module["tokenizer"], [as_json(row) for row in raw_rows.take(min(32, len(raw_rows)))], model)
+    if len(cut := np.flatnonzero(_response_lengths(rows) == 0)):
         raise UserError(
             f"row {cut[0]} of {dataset}.arrow: cutoff_len {experiment.cutoff_len} leaves no response token: raise "
             "cutoff_len or remove the row"
@@ -137,16 +132,15 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
     return rows
 
 
-def response_lengths(tokenised, ignored: int) -> np.ndarray:
-    """Tokens of each row that the loss counts (N,): labels but the first that are not `ignored`."""
+def _response_lengths(tokenised) -> np.ndarray:
+    """Tokens of each row that the loss counts (N,): labels but the first, which nothing predicts."""
+    from llamafactory.extras.constants import IGNORE_INDEX
+
     counts = []
     for chunk in tokenised.data.column("labels").chunks:
-        ends = np.cumsum(pc.list_value_length(chunk).to_numpy())
-        starts = np.concatenate([[0], ends[:-1]])
-        counted = chunk.flatten().to_numpy() != ignored
-        counted[starts[starts < ends]] = False  # nothing predicts the first token
-        total = np.concatenate([[0], np.cumsum(counted)])
-        counts.append(total[ends] - total[starts])
+        row, labels = pc.list_parent_indices(chunk).to_numpy(), chunk.flatten().to_numpy()
+        counted = (labels != IGNORE_INDEX) & (np.diff(row, prepend=-1) == 0)
+        counts.append(np.bincount(row[counted], minlength=len(chunk)))
     return np.concatenate(counts)
 
 
@@ -159,10 +153,8 @@ def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
     def words(text: str) -> list[str]:
         return unicodedata.normalize("NFKC", text).split()
 
-    def comes_back(text: str) -> bool:
-        return words(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))) == words(text)
-
-    if sum(map(comes_back, texts)) * 2 <= len(texts):
+    back = [words(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))) == words(text) for text in texts]
+    if sum(back) * 2 <= len(texts):
         raise UserError(
             f"the tokenizer of {model} changes the text of most rows (decode(encode(text)) differs from text): "
             "check tokenizer_class in its tokenizer_config.json"
