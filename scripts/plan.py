@@ -36,7 +36,7 @@ from selection.rows.tokens import check_embeddings, tokenised_rows
 from selection.run.cli import add_experiment_arguments, argument_parser, run_stage
 from selection.run.config import Experiment, load_experiment
 from selection.run.device import choose_precision, device, out_of_memory
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.run.flops import scoring_flops, tuning_flops
 from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION
 from selection.run.log import say
@@ -101,7 +101,9 @@ def make_plan(
         }
     stages[VERIFICATION] = stage("target", drawn)
     stages[SELECTION] = total(list(stages.values()))
-    coresets = {rate: stage("target", coreset_size(rate, num_rows), tunes=True) for rate in settings.rates}
+    with refusals():
+        sizes = {rate: coreset_size(rate, num_rows) for rate in settings.rates}
+    coresets = {rate: stage("target", m, tunes=True) for rate, m in sizes.items()}
     stages |= {f"{TARGET_TUNING} at rate {rate:g}": each for rate, each in coresets.items()}
     stages[FULL] = stage("target", num_rows, tunes=True)
     stages[GRAND] = total([stages[FULL], stage("target", num_rows)])

@@ -28,7 +28,8 @@ end_on_signals()
 import numpy as np
 
 from selection.method.baselines import baseline, columns_of
-from selection.method.staff import Choice, Quotas, Strata, choose_staff
+from selection.method.quotas import Rule, choose_by_rule
+from selection.method.staff import Choice, Strata, choose_staff
 from selection.run.cli import (
     add_dry_run_argument,
     add_experiment_arguments,
@@ -37,7 +38,7 @@ from selection.run.cli import (
     run_stage,
 )
 from selection.run.config import Experiment, Method, Mode, Selection, validated
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, write_coreset
 from selection.scores.folder import Scores, check_features, read_scores
@@ -52,8 +53,8 @@ from selection.scores.verification import (
     verify,
 )
 
-# A method's coresets: their scores, and the choice at a rate with what is to be recorded of it.
-Coresets = tuple[Scores, Callable[[float], tuple[Choice, dict[str, Any]]]]
+# A method's scores, its rule, and what a coreset's file keeps of a choice.
+Rules = tuple[Scores, Rule, Callable[[Choice], dict[str, Any]]]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -165,16 +166,20 @@ def cut_coresets(
 ) -> list[tuple[str, float, Choice, Scores, dict[str, Any]]]:
     """One method's coresets at every asked rate, with what is to be known of the chosen rows alone."""
     source = arguments.scores or scores_of(experiment, method)
-    scores, choose = (cut_staff if method == "staff" else cut_baseline)(
-        arguments, experiment, method, source, selection
-    )
-    choices = [(rate, *choose(rate)) for rate in arguments.rate]
-    any_rate = np.zeros(scores.index[-1] + 1, dtype=bool)
-    for _, choice, _ in choices:
-        if len(scores.left_out):  # the rules count the rows that have scores, 0 to n − 1
-            choice.rows = scores.index[choice.rows]
-        any_rate[choice.rows] = True
-    del choose  # holds what all rates share
+    with refusals():
+        scores, rule, record_of = (cut_staff if method == "staff" else cut_baseline)(
+            arguments, experiment, method, source, selection
+        )
+        quotas, choices = quotas_of(experiment, scores), []
+        any_rate = np.zeros(scores.index[-1] + 1, dtype=bool)
+        for rate in arguments.rate:
+            choice = choose_by_rule(rule, rate, len(scores.index), quotas)
+            record = record_of(choice) | ({} if quotas is None else {"data_sets": quotas.record(choice.rows)})
+            if len(scores.left_out):  # the rules count the rows that have scores, 0 to n − 1
+                choice.rows = scores.index[choice.rows]
+            any_rate[choice.rows] = True
+            choices.append((rate, choice, record))
+    del rule, record_of  # they hold what all rates share
     chosen = scores.chosen(np.flatnonzero(any_rate))
     return [(method, rate, choice, chosen, record) for rate, choice, record in choices]
 
@@ -192,7 +197,7 @@ def scores_of(experiment: Experiment, method: str) -> Path:
     return experiment.tuned_target_scores
 
 
-def cut_staff(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:
+def cut_staff(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Rules:
     settings = Settings.of(selection)
     scores = read_scores(source, settings.columns, ids=False)
     speculative = stratified_score(scores.check_complete(), settings).effort
@@ -201,17 +206,17 @@ def cut_staff(arguments, experiment: Experiment | None, method: str, source: Pat
         verification = verification or experiment.verification
     strata = cut_strata(speculative, settings)
     records, of_target = verified_strata(arguments.target_scores, verification, scores, speculative, settings, strata)
-    quotas = quotas_of(experiment, scores)
     ratios = [record.verification_ratio for record in records]
 
-    def choose(rate: float) -> tuple[Choice, dict[str, Any]]:
-        choice = choose_staff(speculative, strata, ratios, rate, settings.rules, settings.seed, quotas)
+    def rule(m: int, within: np.ndarray | None) -> Choice:
+        return choose_staff(speculative, strata.within(within), ratios, m, settings.rules, settings.seed)
+
+    def record_of(choice: Choice) -> dict[str, Any]:
         budgets = zip(records, choice.budgets, choice.filled, strict=True)
         table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
-        record = {**settings.record, "target": of_target, "strata": table, "from_hardest": choice.from_hardest}
-        return choice, record | of_data_sets(quotas, choice)
+        return {**settings.record, "target": of_target, "strata": table, "from_hardest": choice.from_hardest}
 
-    return scores, choose
+    return scores, rule, record_of
 
 
 def verified_strata(
@@ -243,8 +248,9 @@ def verified_strata(
     return verify(speculative, target, settings, strata, scores.index), target.made_by
 
 
-def cut_baseline(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Coresets:
-    columns = columns_of(method, selection.baseline_variant)
+def cut_baseline(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Rules:
+    rules, variant = selection.rules, selection.baseline_variant
+    columns = columns_of(method, variant)
     elsewhere = arguments.features is not None and "hidden_state" in columns
     read = [name for name in columns if not (elsewhere and name == "hidden_state")]
     scores = read_scores(source, read, ids=False)
@@ -254,27 +260,18 @@ def cut_baseline(arguments, experiment: Experiment | None, method: str, source: 
         scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
     if method == "length" and len(empty := np.flatnonzero(scores.columns["n_response_tokens"] < 1)):
         raise UserError(f"{scores.source}: row {scores.index[empty[0]]} has no response token: remove the row")
-    quotas = quotas_of(experiment, scores)
-    rule = baseline(method, scores.columns, len(scores.index), selection, quotas)
+    settings = selection.num_strata, selection.hardest_cutoff, selection.seed
+    rule = baseline(method, scores.columns, len(scores.index), rules, variant, *settings)
     record: dict[str, Any] = {"seed": selection.seed}
     if method in ("el2n", "ccs", "d2"):
-        record["variant"] = selection.baseline_variant
+        record["variant"] = variant
     if method == "length":
         record["mode"] = selection.mode
     if method in ("length", "ccs"):
         record["num_strata"] = selection.num_strata
     if method in ("length", "ccs", "d2"):
         record["hardest_cutoff"] = selection.hardest_cutoff
-
-    def choose(rate: float) -> tuple[Choice, dict[str, Any]]:
-        choice = rule(rate)
-        return choice, record | of_data_sets(quotas, choice)
-
-    return scores, choose
-
-
-def of_data_sets(quotas: Quotas | None, choice: Choice) -> dict[str, Any]:
-    return {} if quotas is None else {"data_sets": quotas.record(choice.rows)}
+    return scores, rule, lambda choice: record
 
 
 def read_features(path: Path, num_rows: int) -> np.ndarray:

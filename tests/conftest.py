@@ -73,6 +73,22 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *said: str) -> None
         assert text in errors[0], errors[0]
 
 
+def by_rate(rule, num_rows: int, quotas=None):
+    """A rule's coreset as a function of the rate."""
+    from selection.method.quotas import choose_by_rule
+
+    return lambda rate: choose_by_rule(rule, rate, num_rows, quotas)
+
+
+def baseline_by_rate(method: str, columns: dict, num_rows: int, selection, quotas=None):
+    """A baseline's coreset, under the settings of `selection`, as a function of the rate."""
+    from selection.method.baselines import baseline
+
+    settings = selection.num_strata, selection.hardest_cutoff, selection.seed
+    rule = baseline(method, columns, num_rows, selection.rules, selection.baseline_variant, *settings)
+    return by_rate(rule, num_rows, quotas)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama of 4 layers with a small tokenizer."""

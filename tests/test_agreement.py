@@ -142,7 +142,7 @@ def test_strata_and_overlaps_are_the_literal_ones(tmp_path, seed):
         chosen = []
         for effort in (a_effort, b_effort):
             strata = stratify(effort, 5, 0.1)
-            chosen.append(set(choose_staff(effort, strata, [None] * len(strata.members), rate, "paper", seed).rows))
+            chosen.append(set(choose_staff(effort, strata, [None] * len(strata.members), m, "paper", seed).rows))
         assert (overlap.rate, overlap.m) == (rate, m)
         assert overlap.highest == len(top_a & top_b) / m
         assert overlap.staff == len(chosen[0] & chosen[1]) / m

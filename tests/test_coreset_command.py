@@ -85,7 +85,7 @@ def test_a_coreset_per_rate_is_written_with_its_strata(coreset, tmp_path, mode, 
     ratios = [record.verification_ratio for record in records]
     for rate, m in ((0.1, 20), (0.2, 41)):
         written = json.loads((tmp_path / "out" / f"staff-{rate}.json").read_text())
-        chosen = choose_staff(SPECULATIVE, stratify(SPECULATIVE, 8, 0.1), ratios, rate, mode, seed=3)
+        chosen = choose_staff(SPECULATIVE, stratify(SPECULATIVE, 8, 0.1), ratios, m, mode, seed=3)
         assert [written[key] for key in ("method", "mode", "rate", "seed")] == ["staff", mode, rate, 3]
         assert written["data_fingerprint"] == (None if ending else "fingerprint")
         assert written["indices"] == sorted(set(written["indices"])) == chosen.rows.tolist()

@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
+from conftest import baseline_by_rate, by_rate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selection.method.baselines import baseline, columns_of, moderate_order
-from selection.method.staff import Quotas, choose_staff, coreset_size, random_keys, shares, stratify
+from selection.method.baselines import columns_of, moderate_order
+from selection.method.quotas import Quotas, shares
+from selection.method.staff import RANDOM, choose_staff, coreset_size, random_ranks, stratify
 from selection.rows.conversation import unusable_rows
 from selection.rows.llama_factory import import_llama_factory
 from selection.rows.split import data_sets, row_id, rows_of, split_numbers, training_split
@@ -342,11 +344,11 @@ def test_shares_sum_to_m_and_are_the_floors_of_the_quotas(case):
     rest = m - sum(wanted.values())
     if over := [j for j, count in wanted.items() if count > sizes[j]]:
         with pytest.raises(
-            UserError, match=f"asks for {wanted[over[0]]} rows of data set set{over[0]}.* {sizes[over[0]]} to"
+            ValueError, match=f"asks for {wanted[over[0]]} rows of data set set{over[0]}.* {sizes[over[0]]} to"
         ):
             shares(quotas, m)
     elif free and rest > (room := sum(sizes[j] for j in free)):
-        with pytest.raises(UserError, match=f"leave {rest} rows of a coreset of {m} to .* with {room} to choose from"):
+        with pytest.raises(ValueError, match=f"leave {rest} rows of a coreset of {m} to .* with {room} to choose from"):
             shares(quotas, m)
     else:
         got = shares(quotas, m)
@@ -389,12 +391,15 @@ def rule_of(method: str, num_rows: int, seed: int, quotas: Quotas | None):
 
     if not method.startswith("staff"):
         selection = Selection(num_strata=4, seed=seed)
-        return baseline(method, columns_for(method, num_rows, seed), num_rows, selection, quotas), None
+        return baseline_by_rate(method, columns_for(method, num_rows, seed), num_rows, selection, quotas), None
     scores = np.random.default_rng(seed).integers(0, 30, num_rows) / 7
     strata = stratify(scores, 4, 0.1)
     ratios = [0.5 + i / 3 for i in range(len(strata.members))]
     mode = "released" if "released" in method else "paper"
-    return lambda rate: choose_staff(scores, strata, ratios, rate, mode, seed, quotas), (scores, strata, ratios, mode)
+    rule = by_rate(
+        lambda m, within: choose_staff(scores, strata.within(within), ratios, m, mode, seed), num_rows, quotas
+    )
+    return rule, (scores, strata, ratios, mode)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -406,8 +411,8 @@ def test_a_coreset_with_quotas_has_m_rows_and_of_each_data_set_its_share(method,
     choose, _ = rule_of(method, len(quotas.data_set), seed, quotas)
     try:
         wanted = shares(quotas, m) if any(quotas.quotas) else [(list(range(len(quotas.names))), m)]
-    except UserError as error:
-        with pytest.raises(UserError) as refusal:
+    except ValueError as error:
+        with pytest.raises(ValueError) as refusal:
             choose(rate)
         assert str(refusal.value) == str(error)
         return
@@ -431,14 +436,14 @@ def test_of_an_order_over_all_rows_each_data_set_gives_its_first(method, case, s
     quotas, rate = case
     num_rows = len(quotas.data_set)
     if method == "random":
-        order = np.argsort(random_keys(num_rows, seed))
+        order = np.argsort(random_ranks(num_rows, seed, RANDOM))
     elif method == "grand":
         order = np.argsort(-columns_for(method, num_rows, seed)["effort"], kind="stable")
     else:
         order = moderate_order(columns_for(method, num_rows, seed)["hidden_state"])
     try:
         wanted = shares(quotas, coreset_size(rate, num_rows)) if any(quotas.quotas) else None
-    except UserError:
+    except ValueError:
         return
     if wanted is None:
         wanted = [(list(range(len(quotas.names))), coreset_size(rate, num_rows))]

@@ -163,7 +163,7 @@ def test_length_control_in_the_stages(make_experiment, rows, tmp_path, monkeypat
     strata = cut_strata(speculative, Settings.of(experiment.selection))
     assert [tuple(s["score_range"]) for s in record["strata"]] == strata.score_ranges
     ratios = [s["verification_ratio"] for s in record["strata"]]
-    assert record["indices"] == choose_staff(speculative, strata, ratios, 0.5, "paper", 42).rows.tolist()
+    assert record["indices"] == choose_staff(speculative, strata, ratios, 12, "paper", 42).rows.tolist()
     with pytest.raises(UserError, match=r"give selection\.mode extended with it"):
         call(coreset, [*options, "--mode", "paper"], monkeypatch)
 

@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import REPOSITORY, assert_one_line_error, run_script
+from conftest import REPOSITORY, assert_one_line_error, baseline_by_rate, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selection.method import staff
-from selection.method.baselines import baseline, columns_of
+from selection.method.baselines import columns_of
 from selection.method.staff import (
     Choice,
     Strata,
@@ -181,13 +180,10 @@ def assert_same(fast: Choice, plain: Choice) -> None:
     json.dumps([fast.budgets, fast.filled, fast.from_hardest])  # Python's numbers, as they go into the record
 
 
-@pytest.mark.parametrize("chunk", [7, 2**20])
 @by_property
 @given(score_arrays(), st.sampled_from([1, 2, 3, 50, 255, 256, 300]), cutoffs)
-def test_strata_are_those_of_the_plain_sort(chunk, scores, num_strata, cutoff):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staff, "_CHUNK", chunk)
-        fast = stratify(scores, num_strata, cutoff)
+def test_strata_are_those_of_the_plain_sort(scores, num_strata, cutoff):
+    fast = stratify(scores, num_strata, cutoff)
     plain = plain_stratify(scores, num_strata, cutoff)
     assert [rows.tolist() for rows in fast.members] == [rows.tolist() for rows in plain.members]
     assert fast.hardest.tolist() == plain.hardest.tolist()
@@ -226,7 +222,7 @@ def test_the_choice_is_that_of_the_plain_sort(scores, num_strata, cutoff, rate, 
     ratios = [ratio * rng.choice([0.0, 0.5, 2.0]) if rng.random() < 0.9 else None for _ in strata.members]
     budgets = allocate_budgets(strata.sizes, ratios, m, mode)
     plain = plain_choice(scores, strata, budgets, m, mode, seed)
-    assert_same(choose_staff(scores, strata, ratios, rate, mode, seed), plain)
+    assert_same(choose_staff(scores, strata, ratios, m, mode, seed), plain)
     none = [0] * len(budgets)
     assert_same(
         choose_within_strata(scores, strata, none, m, mode, seed), plain_choice(scores, strata, none, m, mode, seed)
@@ -245,7 +241,7 @@ def test_large_arrays_are_cut_as_by_the_plain_sort(mode, values):
     for ratio, rate in ((1.0, 0.1), (0.2, 0.5), (1.0, 0.95)):
         m, ratios = coreset_size(rate, 30_000), [ratio] * len(strata.members)
         budgets = allocate_budgets(strata.sizes, ratios, m, mode)
-        fast = choose_staff(scores, strata, ratios, rate, mode, 3)
+        fast = choose_staff(scores, strata, ratios, m, mode, 3)
         assert_same(fast, plain_choice(scores, plain, budgets, m, mode, 3))
 
 
@@ -257,7 +253,8 @@ def test_the_baselines_are_those_of_the_plain_sort(method, scores, rate, seed):
         return
     selection = Selection(seed=seed, num_strata=7)
     values = np.round(np.minimum(scores, 1e9)) + 1 if method == "length" else scores
-    rows = baseline(method, dict.fromkeys(columns_of(method, "published"), values), len(values), selection)(rate).rows
+    columns = dict.fromkeys(columns_of(method, "published"), values)
+    rows = baseline_by_rate(method, columns, len(values), selection)(rate).rows
     if method == "random":
         expected = plain_first(np.argsort(np.random.default_rng([seed, 3]).random(len(values))), rate)
     elif method in ("ccs", "length"):

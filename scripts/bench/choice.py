@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from selection.method.baselines import baseline, columns_of
-from selection.method.staff import choose_staff
+from selection.method.staff import choose_staff, coreset_size
 from selection.run.cli import argument_parser, run_stage
 from selection.run.config import Method, Selection
 from selection.run.errors import UserError
@@ -115,7 +115,9 @@ def measure(folder: str, method: str, mode: str, rate: float) -> dict[str, float
         if method == "staff":
             choice = choose_by_staff(scores, target, selection, rate)
         else:
-            choice = baseline(method, scores.columns, len(scores.index), selection)(rate)
+            settings = selection.num_strata, selection.hardest_cutoff, selection.seed
+            given = scores.columns, len(scores.index), mode, selection.baseline_variant
+            choice = baseline(method, *given, *settings)(coreset_size(rate, len(scores.index)), None)
         choices.append(time.perf_counter() - started)
         cpu.append(time.process_time() - cpu_before)
     started = time.perf_counter()
@@ -137,7 +139,8 @@ def choose_by_staff(scores, target, selection: Selection, rate: float):
     if target is None:
         target = scores.only(np.sort(np.concatenate(draw(strata, settings))))
     ratios = [record.verification_ratio for record in verify(scores.effort, target, settings, strata)]
-    return choose_staff(scores.effort, strata, ratios, rate, settings.mode, settings.seed)
+    m = coreset_size(rate, len(scores.effort))
+    return choose_staff(scores.effort, strata, ratios, m, settings.mode, settings.seed)
 
 
 def make_score_folder(path: Path, rows: int, width: int | None) -> None:

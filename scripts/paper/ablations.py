@@ -218,7 +218,7 @@ def departure_table(
             "6 another seed": staff_coreset(small, target, replace(paper, seed=seed + 1000), rate),
             "1 to 5, mode released": staff_coreset(reset, target, released, rate, everything=True),
             "V by the verified samples' extremes alone": choose_staff(
-                small, strata, own_extremes, rate, "paper", seed
+                small, strata, own_extremes, m, "paper", seed
             ).rows,
         }
         published = staff_coreset(small, target, paper, rate)
@@ -229,10 +229,12 @@ def departure_table(
     for name, method, read in (("7 EL2N", "el2n", columns), ("8 CCS", "ccs", one_el2n), ("9 D2", "d2", one_el2n)):
         for seed in (seeds if method == "ccs" else seeds[:1]) if tuned_target else []:
             published, released = (
-                baseline(method, read, len(small), selection.model_copy(update={"variant": by, "seed": seed}))
+                baseline(method, read, len(small), "paper", by, selection.num_strata, selection.hardest_cutoff, seed)
                 for by in ("published", "released")
             )
-            rows += [(name, rate, overlap(released(rate).rows, published(rate).rows)) for rate in selection.rates]
+            for rate in selection.rates:
+                m = coreset_size(rate, len(small))
+                rows.append((name, rate, overlap(released(m, None).rows, published(m, None).rows)))
     shared = pd.DataFrame(rows, columns=["departure", "rate", "shared"])
     means = shared.pivot_table("shared", "departure", "rate", sort=False).round(4)[selection.rates]
     return means.rename(columns="rate_{:g}".format).reset_index()
@@ -253,7 +255,8 @@ def staff_coreset(
 ) -> np.ndarray:
     """STAFF's rows; V_i from the drawn samples, normalised over all the target has scored where `everything`."""
     v = ratios(small, target if everything else sampled(target, small, settings), settings)
-    return choose_staff(small, cut_strata(small, settings), v, rate, settings.mode, settings.seed).rows
+    m = coreset_size(rate, len(small))
+    return choose_staff(small, cut_strata(small, settings), v, m, settings.mode, settings.seed).rows
 
 
 def sampled(target: Scores, small: np.ndarray, settings: Settings) -> Scores:

@@ -1,28 +1,15 @@
 """What STAFF is compared with: coresets by other rules, from stored scores.
 
-But for Random and Length, which need no model, all of them read the scores of the target TUNED on the whole training
-split. In `variant` "published" and "released" part: EL2N's formula (and with it all that is made of EL2N), and whether
-CCS and D2 drop the hardest ⌊hardest_cutoff · N⌋ rows, by EL2N, before anything else (as published).
+All but Random and Length read the scores of the target TUNED on the whole training split. `variant` "published" or
+"released" decides EL2N's formula (and so CCS and D2), and whether CCS and D2 first drop the hardest
+⌊hardest_cutoff · N⌋ rows by EL2N (published).
 """
-
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
-from selection.method.staff import (
-    Choice,
-    Quotas,
-    choose_by_rule,
-    choose_first,
-    choose_lowest,
-    choose_staff,
-    random_keys,
-    stratify,
-)
-from selection.run.config import Selection
-
-Columns = dict[str, np.ndarray]
+from selection.method.d2 import d2_order
+from selection.method.quotas import Rule
+from selection.method.staff import RANDOM, Choice, choose_staff, lowest, random_ranks, stratify
 
 
 def columns_of(method: str, variant: str) -> tuple[str, ...]:
@@ -41,39 +28,46 @@ def columns_of(method: str, variant: str) -> tuple[str, ...]:
 
 
 def baseline(
-    method: str, columns: Columns, num_rows: int, selection: Selection, quotas: Quotas | None = None
-) -> Callable[[float], Choice]:
-    """The rule of `method` as a function from rate to coreset: what all rates share (D2's graph) is computed once.
+    method: str,
+    columns: dict[str, np.ndarray],
+    num_rows: int,
+    mode: str,
+    variant: str,
+    num_strata: int,
+    hardest_cutoff: float,
+    seed: int,
+) -> Rule:
+    """The rule of `method`, with what all rates share (D2's graph) computed once.
 
-    Args: `columns` those of `columns_of`, each (N,), hidden_state (N, d); N = `num_rows`.
+    Args: `columns` those of `columns_of`, each (N,), hidden_state (N, d); N = `num_rows`; `mode` of Length.
+    Raises: ValueError, as `stratify` and `d2_order`.
     """
-    values = [columns[name] for name in columns_of(method, selection.baseline_variant)]
-    if method == "length":
-        return _by_strata(1 / values[0], selection.hardest_cutoff, selection.rules, selection, quotas)
-    published = selection.baseline_variant == "published"
-    cutoff = selection.hardest_cutoff if published else 0.0
-    if method == "ccs":
-        # CCS (Zheng et al. 2023): equal-width strata of EL2N, equal budgets, smallest stratum first, random inside.
-        return _by_strata(values[0], cutoff, "paper", selection, quotas)
+    values = [columns[name] for name in columns_of(method, variant)]
+    cutoff = hardest_cutoff if variant == "published" else 0.0
+    if method == "length":  # STAFF's rule without verification: every stratum has the same claim
+        return _by_strata(1 / values[0], num_strata, hardest_cutoff, mode, seed)
+    if method == "ccs":  # Zheng et al. 2023: EL2N strata of equal width, equal budgets, random inside
+        return _by_strata(values[0], num_strata, cutoff, "paper", seed)
     if method in ("moderate", "d2"):
-        order = (
-            moderate_order(values[0])
-            if method == "moderate"
-            else d2_after_cut(*values, selection.baseline_variant, cutoff)
-        )
-        return lambda rate: choose_by_rule(partial(choose_first, order), rate, num_rows, quotas)
+        order = moderate_order(values[0]) if method == "moderate" else d2_after_cut(*values, variant, cutoff)
+        return lambda m, within: Choice(np.sort((order if within is None else order[within[order]])[:m]))
     # GraNd (Paul et al. 2021): highest ‖∇_φ L‖₂. EL2N (same): highest error norm. Entropy: highest mean entropy.
-    keys = random_keys(num_rows, selection.seed) if method == "random" else -values[0]
-    return lambda rate: choose_by_rule(partial(choose_lowest, keys), rate, num_rows, quotas)
+    keys = random_ranks(num_rows, seed, RANDOM) if method == "random" else -values[0]
+    return lambda m, within: choose_lowest(keys, m, within)
 
 
-def _by_strata(
-    scores: np.ndarray, cutoff: float, mode: str, selection: Selection, quotas: Quotas | None
-) -> Callable[[float], Choice]:
-    """STAFF's own rule without verification: every stratum has the same claim."""
-    strata = stratify(scores, selection.num_strata, cutoff)
+def _by_strata(scores: np.ndarray, num_strata: int, cutoff: float, mode: str, seed: int) -> Rule:
+    strata = stratify(scores, num_strata, cutoff)
     unverified = [None] * len(strata.members)
-    return lambda rate: choose_staff(scores, strata, unverified, rate, mode, selection.seed, quotas)
+    return lambda m, within: choose_staff(scores, strata.within(within), unverified, m, mode, seed)
+
+
+def choose_lowest(keys: np.ndarray, m: int, within: np.ndarray | None = None) -> Choice:
+    """The m rows with the lowest `keys` (N,), of equal ones the earlier; `within`: of a mask (N,) alone."""
+    if within is None:
+        return Choice(np.flatnonzero(lowest(keys, m)))
+    rows = np.flatnonzero(within)
+    return Choice(rows[lowest(keys[rows], m)])
 
 
 def moderate_order(features: np.ndarray) -> np.ndarray:
@@ -87,8 +81,6 @@ def moderate_order(features: np.ndarray) -> np.ndarray:
 
 def d2_after_cut(scores: np.ndarray, features: np.ndarray, variant: str, hardest_cutoff: float) -> np.ndarray:
     """D2's order (N,); the hardest, dropped before the graph, come last, the easiest of them first."""
-    from selection.method.d2 import d2_order
-
     strata = stratify(scores, 1, hardest_cutoff)
     kept = strata.members[0]
     return np.concatenate([kept[d2_order(scores[kept], features[kept], variant)], strata.hardest])

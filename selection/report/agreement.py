@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score, rand_score
 
 from selection.method.staff import Strata, choose_staff, coreset_size, stratify
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
 
 
@@ -111,13 +111,14 @@ def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest
     known = [scores.columns["n_response_tokens"] for scores in (a, b) if "n_response_tokens" in scores.columns]
     rng = np.random.default_rng(seed)
     efforts = [a.effort, b.effort, *(rng.permutation(b.effort) for _ in range(_SHUFFLES))]
-    strata = [stratify(effort, num_strata, hardest_cutoff) for effort in efforts]
+    with refusals():
+        strata = [stratify(effort, num_strata, hardest_cutoff) for effort in efforts]
+        sizes = [coreset_size(rate, len(a.index)) for rate in rates]
     overlaps = []
-    for rate in rates:
-        m = coreset_size(rate, len(a.index))
+    for rate, m in zip(rates, sizes, strict=True):
         highest = [np.argsort(-effort, kind="stable")[:m] for effort in (a.effort, b.effort)]
         of_a, of_b, *of_shuffled = (
-            choose_staff(effort, each, [None] * len(each.members), rate, "paper", seed).rows
+            choose_staff(effort, each, [None] * len(each.members), m, "paper", seed).rows
             for effort, each in zip(efforts, strata, strict=True)
         )
         by_chance = float(np.mean([overlap(of_a, rows) for rows in of_shuffled]))

@@ -9,10 +9,11 @@ import pyarrow as pa
 from pydantic import ConfigDict, Field, NonNegativeInt
 from typing_extensions import TypedDict
 
+from selection.method.quotas import choose_by_rule
 from selection.method.staff import choose_staff
 from selection.rows.split import TrainingSplit, data_sets, finished_split, split_numbers
 from selection.run.config import Experiment
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.run.products import checked, read_record
 from selection.scores.coresets import check_fits, read_coreset
 from selection.scores.folder import Scores, has_column, read_scores
@@ -104,7 +105,15 @@ def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: 
     if quotas is not None and len(own := about.get("data_sets", [])) == len(quotas.names):
         quotas = replace(quotas, quotas=[each["quota"] for each in own])  # as they were when it was cut
     if len(ratios) == len(strata.members):
-        choice = choose_staff(scores.effort, strata, ratios, about["rate"], settings.rules, settings.seed, quotas)
+        with refusals():
+            choice = choose_by_rule(
+                lambda m, within: choose_staff(
+                    scores.effort, strata.within(within), ratios, m, settings.rules, settings.seed
+                ),
+                about["rate"],
+                len(scores.effort),
+                quotas,
+            )
     if len(ratios) != len(strata.members) or about["indices"] != scores.index[choice.rows].tolist():
         raise UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
     is_chosen, reason = columns["chosen"], columns["reason"]

@@ -15,7 +15,7 @@ from selection.method.effort import EffortScorer
 from selection.method.phi import decoder_of
 from selection.method.staff import coreset_size, floor_share
 from selection.run.config import Experiment
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.run.log import say, warn
 from selection.run.model_folder import model_path
 from selection.run.processes import processes
@@ -75,8 +75,9 @@ def check_machine(experiment: Experiment) -> None:
 def check_rows(experiment: Experiment, num_rows: int) -> None:
     """Raises: UserError where a training split of `num_rows` is too small for a rate or for the verification."""
     settings = experiment.selection
-    for rate in settings.rates:
-        coreset_size(rate, num_rows)
+    with refusals():
+        for rate in settings.rates:
+            coreset_size(rate, num_rows)
     in_strata = num_rows - floor_share(settings.hardest_cutoff, num_rows)
     draws = "staff" in settings.methods and settings.rules == "released" and not settings.verify_all
     if draws and in_strata <= settings.verify_per_stratum:

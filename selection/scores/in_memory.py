@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory, tokens_per_batch
-from selection.method.staff import choose_staff
+from selection.method.staff import choose_staff, coreset_size
 from selection.run.config import Selection, validated
 from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
@@ -58,7 +58,8 @@ def select_coreset(
         verified = every if rules.verify == "all" else np.sort(np.concatenate(draw(strata, rules)))
         records = verify(speculative.effort, _scores(target, tokens, verified, chosen, "the target"), rules, strata)
         ratios = [record.verification_ratio for record in records]
-        choice = choose_staff(speculative.effort, strata, ratios, rate, rules.rules, rules.seed)
+        m = coreset_size(rate, len(dataset))
+        choice = choose_staff(speculative.effort, strata, ratios, m, rules.rules, rules.seed)
     numbers = np.full(len(dataset), -1)
     for record, members in zip(records, strata.members, strict=True):
         numbers[members] = record.stratum

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from selection.method.staff import Quotas, coreset_size, shares
+from selection.method.quotas import Quotas, shares
+from selection.method.staff import coreset_size
 from selection.rows.split import data_sets, split_numbers
 from selection.run.config import Experiment
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
 
 
@@ -28,8 +29,9 @@ def check_quotas(experiment: Experiment) -> None:
     """Raises: UserError where the training split cannot fill the quotas at some rate, before anything costs."""
     if any(each.quota for each in experiment.data_sets):
         data_set = _data_set_of_each_row(experiment)
-        for rate in experiment.selection.rates:
-            shares(_quotas(experiment, data_set, data_set), coreset_size(rate, len(data_set)))
+        with refusals():
+            for rate in experiment.selection.rates:
+                shares(_quotas(experiment, data_set, data_set), coreset_size(rate, len(data_set)))
 
 
 def _data_set_of_each_row(experiment: Experiment) -> np.ndarray:
