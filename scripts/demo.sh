@@ -33,6 +33,6 @@ fi
 REPORT=later run bash "$repository/selection/selection.sh" "${at[@]:1}"
 stage finetune/finetune-select.py "${at[@]}" --select_path "$run"/coresets/*-0.2.json
 stage finetune/eval.py "${at[@]}"
-run python "$scripts/demo_report.py" "${at[@]}"
+run python "$scripts/costs.py" "${at[@]}" --tuned
 [ "${quiet[*]}" ] || echo "demo: $((SECONDS - started)) s after the install" >&2
 run python "$scripts/report.py" "${at[@]}"

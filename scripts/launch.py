@@ -32,33 +32,28 @@ def main() -> None:
     asked = os.environ.get("NPROC", "")
     if asked and not (asked.isdigit() and int(asked)):
         raise UserError(f"NPROC={asked}: give the number of processes")
-    count = int(asked) if asked else max(1, len(visible_gpus()))
-    if count == 1:
-        sys.argv = sys.argv[1:]
-        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    else:
-        _run_many(count, sys.argv[1:])
+    if (count := int(asked or len(visible_gpus()))) > 1:
+        return _run_many(count, sys.argv[1:])
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _run_many(count: int, command: list[str]) -> None:
     import logging
 
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing import api, errors
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the stage has said what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
         run.run(run.parse_args(["--standalone", "--nproc_per_node", str(count), *command]))
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        # The first to fail speaks for all: torchrun ends the others by a signal.
-        stopped = [code for code in codes if code not in (-15, 143)]
-        code = stopped[0] if stopped else 143
+    except errors.ChildFailedError as error:  # the first to fail speaks for all: torchrun ends the others by SIGTERM
+        codes = (failure.exitcode for failure in error.failures.values())
+        code = next((code for code in codes if code not in (-15, 143)), 143)
         sys.exit(code if code > 0 else 128 - code)
-    except SignalException as stop:
+    except api.SignalException as stop:
         raise Interrupted(int(stop.sigval)) from None
 
 

@@ -37,8 +37,14 @@ from selection.run.cli import add_experiment_arguments, argument_parser, run_sta
 from selection.run.config import Experiment, load_experiment
 from selection.run.device import choose_precision, device, out_of_memory
 from selection.run.errors import UserError, refusals
-from selection.run.flops import scoring_flops, tuning_flops
-from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_TUNING, VERIFICATION
+from selection.run.ledger import (
+    SPECULATIVE_SCORES,
+    SPECULATIVE_TUNING,
+    TARGET_TUNING,
+    VERIFICATION,
+    scoring_flops,
+    tuning_flops,
+)
 from selection.run.log import say
 from selection.run.model_folder import model_path
 from selection.run.processes import visible_gpus

@@ -18,7 +18,7 @@ from selection.rows.split import training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
-from selection.run.flops import forward_flops, scoring_flops, tuning_flops
+from selection.run.ledger import forward_flops, scoring_flops, tuning_flops
 from selection.scores.identity import tuning_lora
 from selection.scores.models import count_parameters, parameters_of
 

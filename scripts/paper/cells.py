@@ -25,8 +25,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from selection.run.config import REPOSITORY, Experiment, Grid, Method, load_experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
-from selection.run.flops import forward_flops, scoring_flops, tuning_flops
-from selection.run.ledger import CUTTING, SPECULATIVE_TUNING, TARGET_TUNING, Cost, read_ledger, selection_costs
+from selection.run.ledger import (
+    CUTTING,
+    SPECULATIVE_TUNING,
+    TARGET_TUNING,
+    Cost,
+    forward_flops,
+    read_ledger,
+    scoring_flops,
+    selection_costs,
+    tuning_flops,
+)
 from selection.run.metrics import read_metrics
 from selection.run.processes import end_with_parent, visible_gpus
 from selection.run.products import atomic_path, digest

@@ -1,4 +1,9 @@
-"""The cost ledger of a run folder: what each stage took, and what selection costs against tuning on everything."""
+"""The cost ledger of a run folder: what each stage took, and what selection costs against tuning on everything.
+
+FLOPs count 2 for a multiply-add: 2·P·T for a forward pass of T tokens through P parameters, as much again for the
+gradients of activations, and again for those of trained weights. Left out: attention's T² part, norms, softmax, the
+optimiser. P holds an untied input embedding, and of a mixture of experts those active for a token.
+"""
 
 import contextlib
 import json
@@ -27,6 +32,21 @@ SELECTION_STAGES = (*SPECULATIVE_STAGES, VERIFICATION, CORESETS)
 _SCORING_STAGES = (SPECULATIVE_SCORES, VERIFICATION, TARGET_SCORES)
 
 
+def forward_flops(parameters: int, tokens: int) -> float:
+    """2·P·T."""
+    return 2.0 * parameters * tokens
+
+
+def tuning_flops(parameters: int, tokens: int, lora: bool, checkpointing: bool) -> float:
+    """LoRA 4·P·T (adapters left out), full 6·P·T; checkpointing 2·P·T more. `tokens` over all epochs."""
+    return ((2 if lora else 3) + checkpointing) * forward_flops(parameters, tokens)
+
+
+def scoring_flops(parameters: int, tokens: int, phi: str) -> float:
+    """all_lora 4·P·T; other φ 2·P·T, without their backward pass through the head and the last layer."""
+    return (2 if phi == "all_lora" else 1) * forward_flops(parameters, tokens)
+
+
 @dataclass
 class Cost:
     """One stage's entry. `tokens` without padding; `peak_memory_gb` of the process so far, on a GPU of the stage."""
@@ -42,7 +62,7 @@ class Cost:
     precision: str = ""
     finished: str = ""
     processes: int = 1
-    folder: str = ""  # scores: in which score folder they are, by its id
+    folder: str = ""  # scores: the id of their folder
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -53,11 +73,13 @@ def ledger_path(run_folder: Path) -> Path:
 
 @contextlib.contextmanager
 def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
-    """Fill in wall time and peak memory of what runs inside, and append the entry; if it fails, for what was scored.
+    """Append what runs inside to the ledger, with wall time and peak memory; if it fails, what was scored.
 
-    Of several processes the leader enters the stage. If it fails, each enters what it has scored, the leader the time.
+    The leader records the stage. If it fails, every process records what it has scored, the leader the time.
     """
-    if gpu := _gpu():
+    torch = sys.modules.get("torch")  # a stage that never loaded torch used no GPU
+    gpu = torch.cuda if torch is not None and torch.cuda.is_available() else None
+    if gpu:
         gpu.reset_peak_memory_stats()
     started = time.perf_counter()
     try:
@@ -65,29 +87,20 @@ def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
     finally:
         leads, failed = processes().leads, sys.exc_info()[0] is not None
         if (cost.stage in _SCORING_STAGES and cost.samples) if failed else leads:
-            _append(run_folder, cost, time.perf_counter() - started if leads else 0.0)
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+            cost.peak_memory_gb = round((gpu.max_memory_allocated() if gpu else resident) / 1e9, 2)
+            cost.seconds = round(time.perf_counter() - started if leads else 0.0, 2)
+            _append(run_folder, cost)
 
 
-def _gpu():
-    """torch.cuda where a GPU is in use; a stage that never loaded torch used none."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_available() else None
-
-
-def _append(run_folder: Path, cost: Cost, seconds: float) -> None:
-    cost.seconds = round(seconds, 2)
-    gpu, resident = _gpu(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    peak = gpu.max_memory_allocated() if gpu else resident
-    cost.peak_memory_gb = round(peak / 1e9, 2)
+def _append(run_folder: Path, cost: Cost) -> None:
     cost.finished = time.strftime("%Y-%m-%dT%H:%M:%S")
     with locked(run_folder), ledger_path(run_folder).open("a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut off
         file.write(json.dumps(asdict(cost)).encode() + b"\n")
-    say(
-        f"{cost.stage} of {cost.what}: {cost.samples} samples, {cost.tokens} tokens, {cost.seconds:.1f} s, "
-        f"peak memory {cost.peak_memory_gb:.2f} GB"
-    )
+    took = f"{cost.tokens} tokens, {cost.seconds:.1f} s, peak memory {cost.peak_memory_gb:.2f} GB"
+    say(f"{cost.stage} of {cost.what}: {cost.samples} samples, {took}")
 
 
 def read_ledger(run_folder: Path) -> list[Cost]:
@@ -106,8 +119,8 @@ def read_ledger(run_folder: Path) -> list[Cost]:
 class CostSummary:
     selection_seconds: dict[str, float]  # by stage, this run's share
     full_tuning_seconds: float | None  # of the target on the whole training split
-    full_tuning_basis: str  # how that figure was come by
-    sharing_runs: int = 1  # that share the speculative stages, this one included
+    full_tuning_basis: str  # "measured", or what that figure was scaled from
+    sharing_runs: int = 1  # runs that share the speculative stages, this one included
     coresets: int = 1  # of STAFF, one a rate, cut from this selection
 
     @property
@@ -116,11 +129,7 @@ class CostSummary:
 
 
 def summarise(experiment: Experiment) -> CostSummary:
-    """Selection cost by stage, and the cost of tuning the target on everything.
-
-    The latter is measured where it was run; else scaled by tokens from the target's tuning on coresets; else by
-    tokens and parameters from the tuning of the small model.
-    """
+    """Selection cost by stage, and the cost of tuning the target on everything."""
     selection = dict.fromkeys(SELECTION_STAGES, 0.0)
     for cost in selection_costs(experiment, "staff"):
         selection[cost.stage] += cost.seconds
@@ -129,61 +138,53 @@ def summarise(experiment: Experiment) -> CostSummary:
 
 
 def _full_tuning(experiment: Experiment) -> tuple[float | None, str]:
-    """Seconds of tuning the target on everything, and their basis."""
-    target, verified = (
-        [c for c in read_ledger(experiment.folder) if c.stage == stage] for stage in (TARGET_TUNING, VERIFICATION)
-    )
-    speculative = read_ledger(experiment.speculative_folder)
-    small, scored = [c for c in speculative if c.stage == SPECULATIVE_TUNING], _scoring(speculative, SPECULATIVE_SCORES)
+    """Seconds of tuning the target on everything, as measured; else scaled by tokens from its tuning on coresets; else
+    by tokens and parameters from the small model's tuning."""
+    ours, theirs = read_ledger(experiment.folder), read_ledger(experiment.speculative_folder)
+    target = [c for c in ours if c.stage == TARGET_TUNING]
+    verified = [c for c in ours if c.stage == VERIFICATION]
+    small, scored = [c for c in theirs if c.stage == SPECULATIVE_TUNING], _scoring(theirs, SPECULATIVE_SCORES)
     if full := [c for c in target if c.what == "full"]:
         return full[-1].seconds, "measured"
     passes, target_passes = (
         (experiment.training | keys).get("num_train_epochs", 3)
         for keys in (experiment.small_training, experiment.target_training)
     )
-    if small and passes:
-        full_tokens = small[-1].tokens / passes * target_passes
-    elif scored:
-        full_tokens = sum(c.tokens for c in scored) * target_passes
-    else:
+    one_pass = small[-1].tokens / passes if small and passes else sum(c.tokens for c in scored)
+    if not one_pass:
         return None, "unknown before something was tuned or scored"
     if target:
         per_token = sum(c.seconds for c in target) / sum(c.tokens for c in target)
-        return per_token * full_tokens, "scaled by tokens from its tuning on coresets"
+        return per_token * one_pass * target_passes, "scaled by tokens from its tuning on coresets"
     if not (small and scored and verified):
         return None, "unknown before something was tuned and all was scored"
     ratio = verified[-1].parameters / scored[-1].parameters
     per_token = small[-1].seconds / small[-1].tokens * ratio
-    return per_token * full_tokens, f"scaled from the small model's by tokens and size, {ratio:.1f} ×"
+    return per_token * one_pass * target_passes, f"scaled from the small model's by tokens and size, {ratio:.1f} ×"
 
 
 def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
-    """What a method's coresets were paid with; all rates share it.
+    """The entries of a method's selection; all rates share them.
 
-    STAFF: cutting the speculator, if it is one that was cut (its draft.json says what that took), tuning it, its
-    scores, verification. Where several runs share the speculator's scores, each pays an equal part of the first three,
-    in fractions of tokens and samples too. A baseline that reads the tuned target's scores: tuning that on everything,
-    and the scores. What was made again counts once, the last: a tuning, or the scores of a folder that was removed;
-    parts of an interrupted scoring run add up.
+    STAFF: cutting the speculator (from its draft.json), tuning it, its scores, each an equal part where runs share
+    them; verification. A baseline that reads the tuned target's scores: tuning on everything, and these scores. Of what
+    was made again the last counts; the parts of an interrupted scoring run add up.
     """
-    costs = read_ledger(experiment.folder)
-    if method == "staff" and experiment.borrows:
-        theirs = read_ledger(experiment.speculative_folder)
-        costs = [c for c in costs if c.stage not in SPECULATIVE_STAGES]
-        costs += [c for c in theirs if c.stage in SPECULATIVE_STAGES]
-
-    def last(stage: str, what: str | None = None) -> list[Cost]:
-        return [c for c in costs if c.stage == stage and what in (None, c.what)][-1:]
-
+    ours, paid = read_ledger(experiment.folder), []
     if method == "staff":
-        whole = _cutting(experiment) + (last(SPECULATIVE_TUNING) if experiment.tuned_small else [])
-        whole += _scoring(costs, SPECULATIVE_SCORES)
-        paid = [_part(cost, sharing_runs(experiment)) for cost in whole] + _scoring(costs, VERIFICATION)
-    elif method in ("random", "length"):
-        paid = []
-    else:
-        paid = last(TARGET_TUNING, "full") + _scoring(costs, TARGET_SCORES)
-    return paid + last(CORESETS, method)
+        theirs, n = read_ledger(experiment.speculative_folder), sharing_runs(experiment)
+        paid = _cutting(experiment) + (_last(theirs, SPECULATIVE_TUNING) if experiment.tuned_small else [])
+        paid += _scoring(theirs, SPECULATIVE_SCORES)
+        if n > 1:
+            paid = [replace(c, samples=c.samples / n, tokens=c.tokens / n, seconds=c.seconds / n) for c in paid]
+        paid += _scoring(ours, VERIFICATION)
+    elif method not in ("random", "length"):
+        paid = _last(ours, TARGET_TUNING, "full") + _scoring(ours, TARGET_SCORES)
+    return paid + _last(ours, CORESETS, method)
+
+
+def _last(costs: list[Cost], stage: str, what: str | None = None) -> list[Cost]:
+    return [c for c in costs if c.stage == stage and what in (None, c.what)][-1:]
 
 
 def _scoring(costs: list[Cost], stage: str) -> list[Cost]:
@@ -192,33 +193,16 @@ def _scoring(costs: list[Cost], stage: str) -> list[Cost]:
     return [c for c in entries if c.folder == entries[-1].folder]
 
 
-def _part(cost: Cost, runs: int) -> Cost:
-    """What one of `runs` pays of it."""
-    if runs == 1:
-        return cost
-    return replace(cost, samples=cost.samples / runs, tokens=cost.tokens / runs, seconds=cost.seconds / runs)
+class _CuttingCost(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    tokens: NonNegativeInt
+    parameters: NonNegativeInt
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def share_costs(experiment: Experiment) -> None:
-    """Enter this run, once, in the run folder whose speculative scores it uses (`speculative_run`)."""
-    folder = experiment.speculative_folder
-    with locked(folder):
-        runs = _shared_by(folder)
-        if str(experiment.folder) not in runs:
-            write_sealed(folder / "shared_by.json", {"runs": [*runs, str(experiment.folder)]})
-
-
-def sharing_runs(experiment: Experiment) -> int:
-    """How many runs use the same speculative scores: the one that made them, this one, and all that have entered and
-    are still there."""
-    folder = experiment.speculative_folder
-    others = {run for run in _shared_by(folder) if Path(run).is_dir()}
-    return len({str(folder), str(experiment.folder), *others})
-
-
-def _shared_by(folder: Path) -> list[str]:
-    path = folder / "shared_by.json"
-    return checked(_SharedBy, read_sealed(path), path)["runs"] if path.exists() else []
+class _Draft(TypedDict, total=False):
+    cost: _CuttingCost
 
 
 class _SharedBy(TypedDict):
@@ -231,16 +215,25 @@ def _cutting(experiment: Experiment) -> list[Cost]:
     return [Cost(CUTTING, experiment.small_model, **paid)] if paid else []
 
 
-class _Draft(TypedDict, total=False):
-    cost: "_CuttingCost"
+def _shared_by(folder: Path) -> list[str]:
+    path = folder / "shared_by.json"
+    return checked(_SharedBy, read_sealed(path), path)["runs"] if path.exists() else []
 
 
-class _CuttingCost(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="forbid")
+def share_costs(experiment: Experiment) -> None:
+    """Record this run, once, in the run folder whose speculative scores it uses (`speculative_run`)."""
+    folder = experiment.speculative_folder
+    with locked(folder):
+        runs = _shared_by(folder)
+        if str(experiment.folder) not in runs:
+            write_sealed(folder / "shared_by.json", {"runs": [*runs, str(experiment.folder)]})
 
-    tokens: NonNegativeInt
-    parameters: NonNegativeInt
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def sharing_runs(experiment: Experiment) -> int:
+    """How many runs use the same speculative scores: the one that made them, this one, and all recorded that exist."""
+    folder = experiment.speculative_folder
+    others = {run for run in _shared_by(folder) if Path(run).is_dir()}
+    return len({str(folder), str(experiment.folder), *others})
 
 
 def format_summary(summary: CostSummary) -> str:
@@ -248,14 +241,12 @@ def format_summary(summary: CostSummary) -> str:
     for stage, seconds in summary.selection_seconds.items():
         whole = f" ({seconds * runs:.1f} s, shared by {runs} runs)" if runs > 1 and stage in SPECULATIVE_STAGES else ""
         lines += [f"  {stage:<22} {seconds:>9.1f} s{whole}"] if seconds else []
-    lines.append(f"  {'selection in all':<22} {summary.selection_total:>9.1f} s")
+    total = summary.selection_total
+    lines.append(f"  {'selection in all':<22} {total:>9.1f} s")
     if summary.coresets > 1:
-        each = summary.selection_total / summary.coresets
+        each = total / summary.coresets
         lines.append(f"  shared by the coresets of {summary.coresets} rates: {each:.1f} s each")
-    if summary.full_tuning_seconds:
-        share = summary.selection_total / summary.full_tuning_seconds
-        lines.append(
-            f"  tuning the target on everything: {summary.full_tuning_seconds:.1f} s ({summary.full_tuning_basis}); "
-            f"selection costs {share:.0%} of it"
-        )
+    if full := summary.full_tuning_seconds:
+        lines.append(f"  tuning the target on everything: {full:.1f} s ({summary.full_tuning_basis}); ")
+        lines[-1] += f"selection costs {total / full:.0%} of it"
     return "\n".join(lines)
