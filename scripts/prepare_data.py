@@ -7,7 +7,7 @@
 
 Needs apt-get, the hub or --source. go_biology and kazakh_english come out of the Debian packages r-bioc-go.db and
 libreoffice-l10n-kk and go to data/NAME.jsonl, as a seeded sample of all rows that pass the selection. bioinstruct,
-dialogsum and wmt19_kk_en are the paper's data: all official splits, pooled in the order train, validation, test, go to
+dialogsum and wmt19_kk_en are the paper's data: all splits, pooled in the order train, validation, test, written to
 data/prepared/NAME.jsonl. Every line is a JSON object with the keys id, instruction, input, output. The prompts are ours
 except for BioInstruct, whose rows carry their own. Licences: data/README.md.
 """
