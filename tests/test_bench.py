@@ -39,10 +39,11 @@ def test_results_name_no_path_and_what_is_skipped_and_are_drawn(tiny_model, tmp_
     monkeypatch.setattr(sys, "argv", ["scoring.py", *map(str, arguments), *against])
     apart = scoring.measure_apart  # the suite in a fresh process, the loop in a fork, which has imported everything
 
-    def forked(job: dict) -> dict:
-        return json.loads(run_script("scripts/bench/scoring.py", "--worker", json.dumps(job)).stdout.splitlines()[-1])
+    def forked(script: str, job: dict) -> dict:
+        return json.loads(run_script(script, "--worker", json.dumps(job)).stdout.splitlines()[-1])
 
-    monkeypatch.setattr(scoring, "measure_apart", lambda job: (apart if job["contestant"] == "suite" else forked)(job))
+    measure = lambda script, job: (apart if job["contestant"] == "suite" else forked)(script, job)  # noqa: E731
+    monkeypatch.setattr(scoring, "measure_apart", measure)
     scoring.main()
     assert "skipped: opacus for v_lora_b in fp32: opacus is not installed" in capsys.readouterr().out
     record = read_json(results)

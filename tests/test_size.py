@@ -427,7 +427,7 @@ def test_the_benchmark_measures_every_method_and_leaves_nothing(tmp_path, monkey
     spec = importlib.util.spec_from_file_location("bench_selection", REPOSITORY / "scripts" / "bench" / "choice.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    monkeypatch.setattr(bench, "measure_apart", lambda job: bench.measure(**json.loads(json.dumps(job))))
+    monkeypatch.setattr(bench, "measure_apart", lambda script, job: bench.measure(**json.loads(json.dumps(job))))
     arguments = ["--rows", 300, 600, "--features", 4, "--folder", tmp_path, "--method", "staff", "moderate", "random"]
     monkeypatch.setattr(sys, "argv", ["bench_selection.py", *map(str, arguments)])
     bench.main()

@@ -5,6 +5,7 @@ Other packages run as their users would write it: all logits, transformers' own 
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from selection.method.effort import IGNORED_LABEL, EffortScorer, _last_hidden_state, response_losses
-from selection.method.phi import last_decoder_layer, projections, unwrap
+from selection.method.phi import unwrap
 from selection.run.device import device
 from selection.run.errors import UserError
 from selection.scores.models import load_for_scoring
@@ -44,27 +45,19 @@ def with_phi(model: nn.Module, phi: str, lora_everywhere: bool = False) -> tuple
     v_lora_b: a LoRA of PEFT's on the last value projection alone, or `lora_everywhere`, on every query and value
     projection. A of the last one is the suite's, so that norms can be compared.
     """
-    if phi.startswith("v_"):
+    last = ""
+    if phi == "v_lora_b":
         scorer = EffortScorer(model, phi, RANK, ALPHA, SEED)
         if scorer.phi.maps[0].columns is not None:
             raise UserError("a fused projection: its values alone are the suite's φ, which peers cannot single out")
-    if phi == "v_lora_b":
-        name = next(name for name, module in model.named_modules() if module is scorer.phi.maps[0].module)
-        targets = None if lora_everywhere else [name]  # None: PEFT's own choice, query and value projections
+        last = next(name for name, module in model.named_modules() if module is scorer.phi.maps[0].module)
+        targets = None if lora_everywhere else [last]  # None: PEFT's own choice, query and value projections
         fresh = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
         model = get_peft_model(model, fresh, autocast_adapter_dtype=False)
-        lora = model.get_base_model().get_submodule(name)
-        lora.lora_A["default"].weight.data.copy_(scorer.lora_a)
-        wanted = [lora.lora_B["default"].weight]
-    elif phi == "v_weight":
-        wanted = [scorer.phi.maps[0].weight]
-    elif phi == "last_layer":
-        wanted = [linear.weight for linear in projections(last_decoder_layer(model)[1]).values()]
-    else:
-        wanted = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        model.get_base_model().get_submodule(last).lora_A["default"].weight.data.copy_(scorer.lora_a)
+    wanted = f"{last}.lora_B" if last else "lora_"
     model.requires_grad_(False).eval()
-    identities = {id(parameter.requires_grad_(True)) for parameter in wanted}
-    return model, {name: p for name, p in model.named_parameters() if id(p) in identities}
+    return model, {name: p.requires_grad_(True) for name, p in model.named_parameters() if wanted in name}
 
 
 def _padded(rows: list[list[int]], filler: int) -> torch.Tensor:
@@ -74,10 +67,8 @@ def _padded(rows: list[list[int]], filler: int) -> torch.Tensor:
 def _mean_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy (B,) of the response tokens; logits (B, T, V), targets (B, T)."""
     targets = targets[:, 1:]
-    token_loss = functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED_LABEL
-    )
-    return token_loss.view(targets.shape).sum(1) / (targets != IGNORED_LABEL).sum(1)
+    token_loss = functional.cross_entropy(logits[:, :-1].float().mT, targets, reduction="none")  # −100: 0
+    return token_loss.sum(1) / (targets != IGNORED_LABEL).sum(1)
 
 
 def _sample_norms(gradients) -> torch.Tensor:
@@ -87,12 +78,7 @@ def _sample_norms(gradients) -> torch.Tensor:
 
 def _suite(model: nn.Module, phi: str) -> Score:
     scorer = EffortScorer(model, phi, RANK, ALPHA, SEED)
-
-    def score(ids, labels):
-        scores = scorer.score(ids, labels)
-        return scores["effort"], scores["loss"]
-
-    return score
+    return lambda ids, labels: itemgetter("effort", "loss")(scorer.score(ids, labels))
 
 
 def _bound(model: nn.Module, phi: str) -> Score:
@@ -101,15 +87,14 @@ def _bound(model: nn.Module, phi: str) -> Score:
 
 
 def _forward_backward(model: nn.Module, phi: str) -> Score:
-    """A plain backward pass, no norms: gradients of activations down to the first layer."""
-    inner, (name, _) = unwrap(model), last_decoder_layer(model)
-    first_layer, leaf = inner.get_decoder().get_submodule(name.rpartition(".")[0])[0], []
+    """A plain backward pass, no norms: gradients of activations down to the embeddings."""
+    inner, leaf = unwrap(model), []
 
-    def start_here(module, arguments):
-        leaf[:] = [arguments[0].detach().requires_grad_()]
-        return (*leaf, *arguments[1:])
+    def start_here(module, inputs, output):
+        leaf[:] = [output.detach().requires_grad_()]
+        return leaf[0]
 
-    first_layer.register_forward_pre_hook(start_here)
+    inner.get_input_embeddings().register_forward_hook(start_here)
 
     def score(ids, labels):
         tokens, targets = _padded(ids, 0), _padded(labels, IGNORED_LABEL)
@@ -167,8 +152,7 @@ def _func(model: nn.Module, phi: str) -> Score:
 
 def _opacus(model: nn.Module, phi: str, ghost: bool = False) -> Score:
     """Opacus' hooks make per-sample gradients; its `ghost` hooks norms alone, from T × T products of tokens."""
-    from opacus import GradSampleModule
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
     model, parameters = with_phi(model, phi)
     for name in parameters:
@@ -220,7 +204,7 @@ def _bergson(model: nn.Module, phi: str) -> Score:
     return score
 
 
-# Each gets the model and φ, and returns the function that scores a batch.
+# Each gets the model, and φ, and returns the function that scores a batch.
 CONTESTANTS: dict[str, Callable[[nn.Module, str], Score]] = {
     "suite": _suite,
     "bound": _bound,

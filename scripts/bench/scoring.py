@@ -14,10 +14,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import os
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -27,8 +24,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
+import pandas as pd
 import torch
 
+from scripts.bench.apart import measure_apart, process_peak_gib
 from scripts.bench.contestants import CONTESTANTS, ONE_AT_A_TIME, load
 from selection.method.effort import IGNORED_LABEL, plan_batches, tokens_per_batch
 from selection.run.cli import argument_parser, run_stage
@@ -39,13 +38,12 @@ from selection.run.log import say
 from selection.run.products import atomic_path, code_version, read_json, write_json
 from selection.scores.models import DTYPES
 
-PHIS = ("v_lora_b", "v_weight", "last_layer", "all_lora")
+PHIS = ("v_lora_b", "all_lora")
+# By contestant: `forward_backward` is otherwise nearly the bound.
+ONLY_FOR = {"released": "v_lora_b", "forward_backward": "all_lora"}
 YARDSTICKS = ("bound", "forward_backward", "loop", "released")  # every speed is put in relation to theirs
 CUTOFF = 1024
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"  # where the tokenizer has none
 
 
 def main() -> None:
@@ -86,42 +84,34 @@ def compare(arguments) -> dict:
             if reason := skipped.get(key) or reason_to_skip(name, phi):
                 skipped[key] = reason
                 continue
-            outcome = measure_apart(job | {"phi": phi, "dtype": dtype, "contestant": name})
-            if isinstance(outcome, str):
+            try:
+                outcome = measure_apart(__file__, job | {"phi": phi, "dtype": dtype, "contestant": name})
+            except UserError as error:
                 if name == "suite":
-                    raise UserError(f"the suite itself failed on {phi} in {dtype}: {outcome}")
-                skipped[key] = outcome
+                    raise UserError(f"the suite itself failed on {phi} in {dtype}: {error}") from None
+                skipped[key] = str(error)
             else:
                 rounds[key].append(outcome)
                 say(f"round {turn + 1}: {name} for {phi} in {dtype}: {outcome['seconds']:.2f} s")
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(errors="replace"))
-    packages = [p for p in ("torch", "transformers", "peft", "opacus", "bergson") if importlib.util.find_spec(p)]
-    settings = {"model": Path(job["model"]).name, "data": Path(job["data"]).name, "rows": arguments.rows}
-    settings |= {"mean_tokens_per_sample": sum(map(len, ids)) / len(ids), "device": device_name()}
-    settings |= {"processor": processor[1] if processor else "unknown"}
     order = sorted(rounds, key=lambda key: (key[:2], list(CONTESTANTS).index(key[2])))
     results = [summarise(key, rounds) for key in order]
     for (phi, dtype, name), reason in skipped.items():
         print(f"skipped: {name} for {phi} in {dtype}: {reason}")
-    print(
-        "\ntimes as fast as …: median of the ratios within rounds; difference: largest relative one from loop's norms"
-    )
-    columns = [*(f"× {name}" for name in YARDSTICKS), "difference"]
-    print(f"{'φ':<12}{'dtype':<7}{'contestant':<18}{'samples/s':>11}{'GiB':>8}" + "".join(f"{c:>20}" for c in columns))
-    for r in results:
-        figures = [*(r["times_as_fast_as"].get(name) for name in YARDSTICKS), r["largest_relative_difference"]]
-        speed = f"{r['samples_per_second']:>11.2f}{r['peak_memory_gib']:>8.2f}"
-        shown = "".join(f"{'-' if x is None else format(x, '.3g'):>20}" for x in figures)
-        print(f"{r['phi']:<12}{r['dtype']:<7}{r['contestant']:<18}{speed}{shown}")
+    print(pd.json_normalize(results).drop(columns="seconds_of_rounds").to_string(index=False, na_rep="-"))
+    packages = [p for p in ("torch", "transformers", "peft", "opacus", "bergson") if importlib.util.find_spec(p)]
     return {
-        "settings": settings,
+        "settings": {
+            "model": Path(job["model"]).name,
+            "data": Path(job["data"]).name,
+            "rows": arguments.rows,
+            "mean_tokens_per_sample": sum(map(len, ids)) / len(ids),
+            "device": device_name(),
+        },
         "date": datetime.now(UTC).date().isoformat(),
         "code_version": code_version(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "results": results,
-        "skipped": [
-            dict(zip(("phi", "dtype", "contestant"), key, strict=True), reason=r) for key, r in skipped.items()
-        ],
+        "skipped": [{"phi": p, "dtype": d, "contestant": c, "reason": r} for (p, d, c), r in skipped.items()],
     }
 
 
@@ -129,22 +119,16 @@ def reason_to_skip(contestant: str, phi: str) -> str | None:
     package = contestant.partition("_")[0]
     if package in ("opacus", "bergson") and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
-    if contestant == "released" and phi != "v_lora_b":
-        return "the released code scores v_lora_b"
-    if contestant == "forward_backward" and phi != "all_lora":
-        return "φ is in the last layer: `bound` is its yardstick"
+    if contestant in ONLY_FOR and phi != ONLY_FOR[contestant]:
+        return f"of interest for {ONLY_FOR[contestant]} alone"
     return None
 
 
 def summarise(key: tuple[str, str, str], rounds: dict[tuple, list[dict]]) -> dict:
+    """Speed against the yardsticks, as the median of the ratios within rounds: machines drift."""
     phi, dtype, contestant = key
-    own, exact = rounds[key], rounds.get((phi, "fp32", "loop"))
-    seconds = [measured["seconds"] for measured in own]
-    ratios = {}
-    for name in YARDSTICKS:
-        if reference := rounds.get((phi, dtype, name)):  # machines drift: compared within rounds
-            ratios[name] = statistics.median(r["seconds"] / s for r, s in zip(reference, seconds, strict=False))
-    difference = None
+    own, exact, difference = rounds[key], rounds.get((phi, "fp32", "loop")), None
+    seconds, references = [m["seconds"] for m in own], {name: rounds.get((phi, dtype, name)) for name in YARDSTICKS}
     if exact and own[0]["norms"]:
         norms, exact_norms = np.array(own[0]["norms"]), np.array(exact[0]["norms"])
         difference = float(np.max(np.abs(norms - exact_norms) / exact_norms))
@@ -155,21 +139,13 @@ def summarise(key: tuple[str, str, str], rounds: dict[tuple, list[dict]]) -> dic
         "seconds_of_rounds": seconds,
         "samples_per_second": len(own[0]["losses"]) / statistics.median(seconds),
         "peak_memory_gib": max(measured["peak_memory_gib"] for measured in own),
-        "times_as_fast_as": ratios,
-        "largest_relative_difference": difference,
+        "largest_relative_difference": difference,  # of the norms, to those of the loop in fp32
+        "times_as_fast_as": {
+            name: statistics.median(r["seconds"] / s for r, s in zip(reference, seconds, strict=False))
+            for name, reference in references.items()
+            if reference
+        },
     }
-
-
-def measure_apart(job: dict) -> dict | str:
-    """`measure` in a fresh process; the reason where it ends with an error."""
-    command = [sys.executable, __file__, "--worker", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode < 0:
-        return f"ended by signal {-done.returncode} (9: most likely out of memory)"
-    reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-    return re.sub(r"/\S*/", "", reason.removeprefix("error: "))  # no paths of this machine in the results
 
 
 def measure(model: str, data: str, rows: int, phi: str, dtype: str, contestant: str) -> dict:
@@ -201,23 +177,17 @@ def measure(model: str, data: str, rows: int, phi: str, dtype: str, contestant: 
     }
 
 
-def process_peak_gib() -> float:
-    """Of this process; getrusage's ru_maxrss would count the parent's memory too, which it was forked from."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-
-
 def tokenised_rows(model: str, data: str, rows: int) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids and labels (−100 on the prompt) of the file's first rows, cut to 1,024 tokens.
 
-    By transformers alone, as LLaMA-Factory is not on every machine that is measured: the tokenizer's own chat template,
-    ChatML where it has none.
+    By transformers alone, as LLaMA-Factory is not on every machine that is measured: the tokenizer's chat template.
     """
     from transformers import AutoTokenizer
 
     ids, labels = [], []
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        tokenizer.chat_template = tokenizer.chat_template or CHATML
+        tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
         for record in map(json.loads, Path(data).read_text(encoding="utf-8").splitlines()[:rows]):
             question = f"{record['instruction']}\n{record.get('input', '')}".strip()
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]

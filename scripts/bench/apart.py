@@ -1,0 +1,27 @@
+"""Measuring in a fresh process, so that its peak memory is its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from selection.run.errors import UserError
+
+
+def measure_apart(script: str, job: dict) -> dict:
+    """What `script --worker JOB` prints in its last line. Raises: UserError saying why it failed, without paths."""
+    command = [sys.executable, script, "--worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode < 0:
+        raise UserError(f"ended by signal {-done.returncode} (9: most likely out of memory)")
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        raise UserError(re.sub(r"/\S*/", "", reason.removeprefix("error: ")))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def process_peak_gib() -> float:
+    """Not getrusage's ru_maxrss: it counts the memory of the parent, which this process was forked from, too."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
