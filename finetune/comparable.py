@@ -11,9 +11,8 @@ from sacrebleu.metrics import BLEU
 class UnicodeWords(Tokenizer):
     """Words of any script: lower-cased runs of letters, their marks and digits.
 
-    rouge_score's own tokenizer takes a to z and 0 to 9 alone: a Cyrillic answer has no word there, and scores 0. On
-    ASCII text the two are the same. Where a script puts no blanks between words (Chinese, Thai), all up to the next
-    punctuation mark is one.
+    rouge_score's own tokenizer knows a to z and 0 to 9 alone; on ASCII text the two are the same. Where a script puts
+    no blanks between words (Chinese, Thai), all up to the next punctuation mark is one.
     """
 
     def tokenize(self, text: str) -> list[str]:
@@ -22,25 +21,20 @@ class UnicodeWords(Tokenizer):
 
 
 def comparable_scores(answers: list[str], references: list[str]) -> tuple[dict, dict[str, list[float]]]:
-    """Of all answers, and of each, in percent; each answer has one reference.
+    """Scores of all answers, and of each, in percent; each answer has one reference.
 
-    Of all: `rouge_score-1`, `-2` and `-l`, means of the F-measures (over `UnicodeWords`, without stemmer);
-    `sacrebleu`, its corpus BLEU, and `sacrebleu_signature`. Of each: the same three, and `sacrebleu-sentence`, whose
-    mean is not the corpus BLEU.
+    Of all: `rouge_score-1`, `-2` and `-l`, means of the F-measures (over `UnicodeWords`, without stemmer); `sacrebleu`,
+    the corpus BLEU, and `sacrebleu_signature`. Of each: the same three, and `sacrebleu-sentence`, whose mean is not the
+    corpus BLEU.
     """
     kinds = {"rouge_score-1": "rouge1", "rouge_score-2": "rouge2", "rouge_score-l": "rougeL"}
-    scorer, corpus, sentence = (
-        RougeScorer([*kinds.values()], tokenizer=UnicodeWords()),
-        BLEU(),
-        BLEU(effective_order=True),
-    )
+    scorer = RougeScorer([*kinds.values()], tokenizer=UnicodeWords())
+    corpus, sentence = BLEU(), BLEU(effective_order=True)
     pairs = list(zip(answers, references, strict=True))
     rouge = [scorer.score(target=reference, prediction=answer) for answer, reference in pairs]
     by_sample = {key: [100 * each[kind].fmeasure for each in rouge] for key, kind in kinds.items()}
     overall = {key: float(np.mean(values)) for key, values in by_sample.items()}
     overall["sacrebleu"] = corpus.corpus_score(answers, [references]).score
     overall["sacrebleu_signature"] = str(corpus.get_signature())
-    by_sample["sacrebleu-sentence"] = [
-        sentence.sentence_score(answer, [reference]).score for answer, reference in pairs
-    ]
+    by_sample["sacrebleu-sentence"] = [sentence.sentence_score(answer, [label]).score for answer, label in pairs]
     return overall, by_sample

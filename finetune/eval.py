@@ -20,7 +20,8 @@ end_on_signals()
 
 from finetune import trainer
 from finetune.comparable import comparable_scores
-from selection.rows.split import existing_split, held_out_ids, rows_of, training_split
+from finetune.tuning import split_for
+from selection.rows.split import held_out_ids, rows_of
 from selection.rows.tokens import lengths, tokenised_rows
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser, run_stage
 from selection.run.config import Experiment, load_experiment
@@ -42,19 +43,18 @@ def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
     add_dry_run_argument(parser)
-    parser.add_argument(
-        "--tuned", nargs="+", metavar="NAME", help="e.g. staff-0.2 full untuned; default: all there are"
-    )
+    about = "e.g. staff-0.2 full untuned; default: all there are"
+    parser.add_argument("--tuned", nargs="+", metavar="NAME", help=about)
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
-    there = processes().from_leader(lambda: sorted(p.name for p in experiment.tuned_target("").glob("[!.]*")))
-    names = arguments.tuned or there
+    tuned = processes().from_leader(lambda: sorted(p.name for p in experiment.tuned_target("").glob("[!.]*")))
+    names = arguments.tuned or tuned
     if not names:
         raise UserError(f"no tuned target in {experiment.tuned_target('')}: run finetune-select.py first")
     for name in names:
         if name != "untuned" and not experiment.tuned_target(name).exists():
             raise UserError(f"--tuned {name}: no {experiment.tuned_target(name)}: run finetune-select.py first")
-    split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
+    split = split_for(experiment, arguments.dry_run)
     if split is None:
         print(f"evaluation: would split {experiment.dataset_paths} and evaluate {', '.join(names)}")
         return
@@ -63,20 +63,17 @@ def main() -> None:
         identities = {name: identity_of(experiment, name) for name in names}
     there = {name: is_there(experiment, name, identity) for name, identity in identities.items()}
     if arguments.dry_run:
+        would = f"would answer {len(rows_of(experiment, 'eval'))} held-out rows ->"
         for name in names:
-            folder, rows = eval_folder(experiment, name), len(rows_of(experiment, "eval"))
-            print(
-                f"evaluation: reusing {folder}"
-                if there[name]
-                else f"evaluation of {name}: would answer {rows} held-out rows -> {folder}"
-            )
+            what = "evaluation: reusing" if there[name] else f"evaluation of {name}: {would}"
+            print(what, eval_folder(experiment, name))
         return
     write_experiment(experiment)
     results = {name: evaluate(experiment, name, identities[name], there[name]) for name in names}
-    columns = (*METRICS, *COMPARABLE)
-    print(f"\n{'':<16}" + "".join(f"{metric:>{len(metric) + 3}}" for metric in columns))
+    widths = {metric: len(metric) + 3 for metric in (*METRICS, *COMPARABLE)}
+    print(f"\n{'':<16}" + "".join(f"{metric:>{width}}" for metric, width in widths.items()))
     for name, metrics in results.items():
-        print(f"{name:<16}" + "".join(f"{two_decimals(metrics, metric):>{len(metric) + 3}}" for metric in columns))
+        print(f"{name:<16}" + "".join(f"{two_decimals(metrics, key):>{width}}" for key, width in widths.items()))
     print(f"({ABOUT})")
 
 
@@ -110,38 +107,36 @@ def is_there(experiment: Experiment, name: str, identity: dict[str, Any]) -> boo
 
 def evaluate(experiment: Experiment, name: str, identity: dict[str, Any], there: bool) -> dict:
     """Metrics of one tuned target, from its folder if it is `there`."""
-    tuned = None if name == "untuned" else experiment.tuned_target(name)
-    held_out, folder, precision = rows_of(experiment, "eval"), eval_folder(experiment, name), identity["precision"]
-    together = processes()
+    held_out, folder, together = rows_of(experiment, "eval"), eval_folder(experiment, name), processes()
     if there:
         say(f"evaluation: reusing {folder}")
         return read_metrics(folder)
+    model, tuned, precision = experiment.target_model, experiment.tuned_target(name), identity["precision"]
     cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision, processes=together.count)
     if together.leads:
-        tokenised = tokenised_rows(experiment, experiment.target_model, "eval", held_out)
-        cost.tokens = int(lengths(tokenised).sum())  # prompts and references
+        cost.tokens = int(lengths(tokenised_rows(experiment, model, "eval", held_out)).sum())  # with the references
     with building_together(folder, identity) as draft, measured(experiment.folder, cost):
-        computed = trainer.predict(experiment, experiment.target_model, tuned, draft, precision)
+        computed = trainer.predict(experiment, model, None if name == "untuned" else tuned, draft, precision)
         if together.leads:
-            write_metrics(experiment, name, draft, computed, len(held_out))
+            write_metrics(experiment, name, draft, computed)
     metrics = read_metrics(folder)
     print(f"evaluation of {name}: ROUGE-L {metrics['rouge-l']:.2f}, BLEU-4 {metrics['bleu-4']:.2f} -> {folder}")
     return metrics
 
 
-def write_metrics(experiment: Experiment, name: str, folder: Path, computed: dict[str, float], samples: int) -> None:
-    """metrics.json in `folder`, where predictions.jsonl is."""
-    metrics = {metric: round(computed[f"predict_{metric}"], 4) for metric in METRICS}
-    metrics |= {"samples": samples, "target": experiment.target_model, "tuned": name}
-    metrics |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "code_version": code_version()}
+def write_metrics(experiment: Experiment, name: str, folder: Path, computed: dict[str, float]) -> None:
+    """Write metrics.json into `folder`, from its predictions.jsonl and what `trainer.predict` returned."""
     with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
         answers = [json.loads(line) for line in file]
-    texts = [a["predict"] for a in answers], [a["label"] for a in answers]
-    by_sample, (overall, comparable) = trainer.scores_by_sample(*texts), comparable_scores(*texts)
+    texts = [answer["predict"] for answer in answers], [answer["label"] for answer in answers]
+    of_paper, (overall, comparable) = trainer.scores_by_sample(*texts), comparable_scores(*texts)
+    metrics = {metric: round(computed[f"predict_{metric}"], 4) for metric in METRICS}
+    metrics |= {"samples": len(answers), "target": experiment.target_model, "tuned": name}
+    metrics |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "code_version": code_version()}
     metrics |= {key: round(value, 4) if key in COMPARABLE else value for key, value in overall.items()}
-    metrics["by_sample"] = {metric: by_sample[metric] for metric in METRICS}
-    metrics["by_sample"] |= {key: [round(value, 4) for value in values] for key, values in comparable.items()}
-    write_json(folder / "metrics.json", metrics)
+    by_sample = {metric: of_paper[metric] for metric in METRICS}
+    by_sample |= {key: [round(value, 4) for value in values] for key, values in comparable.items()}
+    write_json(folder / "metrics.json", metrics | {"by_sample": by_sample})
 
 
 if __name__ == "__main__":

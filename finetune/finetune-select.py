@@ -16,10 +16,8 @@ from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from finetune.tuning import add_report_arguments, report_keys, tune_once
-from selection.rows.split import existing_split, training_split
-from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser, run_stage
-from selection.run.config import load_experiment
+from finetune.tuning import parse_arguments, split_for, tune_once
+from selection.run.cli import argument_parser, run_stage
 from selection.run.ledger import TARGET_TUNING
 from selection.run.log import say
 from selection.scores.coresets import check_fits, read_coreset
@@ -28,20 +26,10 @@ from selection.scores.identity import check_coreset, check_run
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    add_experiment_arguments(parser)
-    add_dry_run_argument(parser)
-    add_report_arguments(parser)
-    parser.add_argument(
-        "--select_path",
-        type=Path,
-        required=True,
-        nargs="+",
-        help="coresets: .json, or published .pt index lists; required",
-    )
-    arguments = parser.parse_args()
-    report = report_keys(arguments)
-    experiment = load_experiment(arguments.config_path, arguments.set)
-    split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
+    about = "coresets: .json, or published .pt index lists; required"
+    parser.add_argument("--select_path", type=Path, required=True, nargs="+", help=about)
+    arguments, experiment, report = parse_arguments(parser)
+    split = split_for(experiment, arguments.dry_run)
     coresets = [read_coreset(path) for path in arguments.select_path]
     if split is None:
         for coreset in coresets:
@@ -51,11 +39,11 @@ def main() -> None:
     for coreset, path in zip(coresets, arguments.select_path, strict=True):
         check_fits(coreset, split.ids, split.fingerprint, str(path))
         check_coreset(experiment, path, coreset, split.fingerprint)
+    model, keys = experiment.target_model, experiment.target_training
     for coreset in coresets:
         say(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
         rows, folder = split.rows.select(coreset.indices), experiment.tuned_target(coreset.name)
-        model, keys, stage = experiment.target_model, experiment.target_training, TARGET_TUNING
-        tune_once(experiment, model, coreset.name, rows, folder, keys, stage, report, arguments.dry_run)
+        tune_once(experiment, model, coreset.name, rows, folder, keys, TARGET_TUNING, report, arguments.dry_run)
 
 
 if __name__ == "__main__":

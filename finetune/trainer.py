@@ -1,4 +1,4 @@
-"""The only place that calls LLaMA-Factory: its rows, its training, its generation, all through public functions."""
+"""LLaMA-Factory's training, generation and metrics, all through public functions."""
 
 import dataclasses
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy as np
 from selection.rows.llama_factory import common_arguments, import_llama_factory, own_cache, quiet, user_errors
 from selection.run.config import Experiment
 from selection.run.log import progress_bar
+from selection.run.model_folder import incomplete_adapters_refused
 from selection.run.processes import processes
 from selection.run.products import read_json
 
@@ -30,7 +31,7 @@ def _progress(stage: str):
                 self.bar.update(self.step)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if self.bar is not None and logs and "loss" in logs:
+            if self.bar is not None and "loss" in (logs or {}):
                 self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
         def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
@@ -53,8 +54,6 @@ def _run(arguments: dict[str, Any], what: str, bar: str) -> None:
     import_llama_factory()
     from llamafactory.train.tuner import run_exp
 
-    from selection.scores.models import incomplete_adapters_refused
-
     together = processes()
     with user_errors(what), quiet(), own_cache(), together.process_group(), incomplete_adapters_refused():
         run_exp(arguments, callbacks=[_progress(bar)])
@@ -68,12 +67,11 @@ def tune(
     arguments = common_arguments(experiment, model, output_dir, precision) | {"dataset": dataset, "do_train": True}
     arguments |= {"save_strategy": "no", "include_num_input_tokens_seen": "non_padding"} | experiment.training | keys
     _run(arguments, f"tuning {model}", "tuning")
-    return read_json(output_dir / "train_results.json") | {
-        "tokens": read_json(output_dir / "trainer_state.json")["num_input_tokens_seen"]
-    }
+    tokens = read_json(output_dir / "trainer_state.json")["num_input_tokens_seen"]
+    return read_json(output_dir / "train_results.json") | {"tokens": tokens}
 
 
-# Of LLaMA-Factory's ModelArguments, what it reads in training alone, and what says nothing of the model.
+# Keys of LLaMA-Factory's ModelArguments that it reads in training alone, or that say nothing about the model.
 _NOT_FOR_ANSWERS = {
     "disable_gradient_checkpointing", "use_reentrant_gc", "use_unsloth_gc", "enable_liger_kernel", "use_v1_kernels",
     "moe_aux_loss_coef", "shift_attn", "upcast_layernorm", "upcast_lmhead_output", "low_cpu_mem_usage",
@@ -82,11 +80,7 @@ _NOT_FOR_ANSWERS = {
 
 
 def model_keys(experiment: Experiment) -> dict[str, Any]:
-    """What the target's training keys say of the model itself, such as quantization_bit or flash_attn.
-
-    It has to answer as it was tuned: an adapter belongs to the quantised base that it was tuned on. LLaMA-Factory's
-    own ModelArguments say which keys these are.
-    """
+    """The target's training keys about the model itself, e.g. quantization_bit: it has to answer as it was tuned."""
     import_llama_factory()
     from llamafactory.hparams import ModelArguments
 
@@ -97,11 +91,10 @@ def model_keys(experiment: Experiment) -> dict[str, Any]:
 def predict(
     experiment: Experiment, model: str, tuned: Path | None, output_dir: Path, precision: str
 ) -> dict[str, float]:
-    """Greedy answers of `model`, with what its tuning left in `tuned`, to the held-out split.
+    """Greedy answers to the held-out split, of `model` with what its tuning left in `tuned`.
 
-    The model is loaded as tuning loads it (`model_keys`), without an adapter too.
-    Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics, in
-    percent: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters (`ABOUT` in run/metrics.py).
+    Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics in
+    percent, {} but in the leader: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters.
     """
     arguments = common_arguments(experiment, model, output_dir, precision) | model_keys(experiment)
     arguments |= {
@@ -117,16 +110,14 @@ def predict(
     elif tuned is not None:  # finetuning_type: full leaves a whole model
         arguments["model_name_or_path"] = str(tuned)
     _run(arguments, f"evaluating {model}", "answers")
-    if processes().leads:
-        (output_dir / "generated_predictions.jsonl").rename(output_dir / "predictions.jsonl")
-    return read_json(output_dir / "predict_results.json") if processes().leads else {}
+    if not processes().leads:
+        return {}
+    (output_dir / "generated_predictions.jsonl").rename(output_dir / "predictions.jsonl")
+    return read_json(output_dir / "predict_results.json")
 
 
 def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, list[float]]:
-    """LLaMA-Factory's own metrics of each answer, in percent; `predict` returns their means.
-
-    Keys rouge-1, rouge-2, rouge-l, bleu-4, each with one figure an answer.
-    """
+    """LLaMA-Factory's metrics of each answer, in percent: rouge-1, rouge-2, rouge-l, bleu-4."""
     import_llama_factory()
     from llamafactory.train.sft.metric import ComputeSimilarity
     from transformers import EvalPrediction
@@ -142,7 +133,6 @@ def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, lis
         def batch_decode(numbers, skip_special_tokens: bool) -> list[str]:
             return [texts[number] for number in numbers]
 
-    numbers = np.arange(2 * len(answers))
     metric = ComputeSimilarity(tokenizer=Texts)
-    metric(EvalPrediction(numbers[: len(answers)], numbers[len(answers) :]), compute_result=False)
+    metric(EvalPrediction(*np.split(np.arange(2 * len(answers)), 2)), compute_result=False)
     return metric.score_dict

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune import trainer
-from selection.rows.split import rows_of, write_dataset
+from selection.rows.split import TrainingSplit, existing_split, rows_of, training_split, write_dataset
 from selection.rows.tokens import tokenised_rows
-from selection.run.config import Experiment
+from selection.run.cli import add_dry_run_argument, add_experiment_arguments
+from selection.run.config import Experiment, load_experiment
 from selection.run.device import choose_precision, device_name
 from selection.run.errors import UserError
 from selection.run.ledger import TARGET_TUNING, Cost, measured
@@ -19,6 +20,30 @@ from selection.run.log import say
 from selection.run.processes import processes
 from selection.run.products import building_together, check_same_everywhere, reuse
 from selection.scores.identity import tuning_identity, write_experiment
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Experiment, dict[str, Any]]:
+    """Parse a tuning script's command line: its arguments, the experiment, and `report` for `tune_once`.
+
+    Raises: UserError for a wrong command line or configuration, and where wandb is asked for and not installed.
+    """
+    add_experiment_arguments(parser)
+    add_dry_run_argument(parser)
+    parser.add_argument("--project", help="log to this Weights & Biases project (needs wandb); default: no logging")
+    parser.add_argument("--name", help="name of the Weights & Biases run; default: one that wandb makes up")
+    arguments, report = parser.parse_args(), {}
+    if arguments.project is not None or arguments.name is not None:
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError("--project and --name log to Weights & Biases, which is not installed: pip install wandb")
+        report = {"report_to": "wandb"} | ({"run_name": arguments.name} if arguments.name else {})
+        if arguments.project:
+            os.environ["WANDB_PROJECT"] = arguments.project
+    return arguments, load_experiment(arguments.config_path, arguments.set), report
+
+
+def split_for(experiment: Experiment, dry_run: bool) -> TrainingSplit | None:
+    """The training split; a dry run makes none, and gets None where there is none. Raises: as `training_split`."""
+    return existing_split(experiment) if dry_run else training_split(experiment)
 
 
 def tune_once(
@@ -32,12 +57,11 @@ def tune_once(
     report: dict[str, Any],
     dry_run: bool = False,
 ) -> None:
-    """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`.
+    """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`, which appears when all is done.
 
-    `keys` are LLaMA-Factory's, `report` those that only add logging. The folder appears when training is done, never
-    before: nothing can be taken for finished, or resumed, that is not. Under torchrun the processes share each
-    optimiser step's samples. (The last step of a pass, where it is not full, accelerate fills up with samples from the
-    pass' start, so that every process has some.) With `dry_run` it is only said what would be done.
+    `keys` are LLaMA-Factory's, `report` those that only add logging. Under torchrun the processes share each optimiser
+    step's samples. (accelerate fills the last step of a pass with samples from its start.) `dry_run`: only say what
+    would be done. Raises: UserError where `folder` was made otherwise, or tuning cannot be done.
     """
     together, precision = processes(), choose_precision(experiment.precision)
     with together.leader_first():
@@ -54,16 +78,16 @@ def tune_once(
         print(f"{stage}: would tune {model} on {dataset} ({len(rows)} rows) -> {folder}")
         return
     what = folder.name if stage == TARGET_TUNING else model
+    cost = Cost(stage, what, len(rows), device=device_name(), precision=precision, processes=together.count)
     with _logs_in(experiment.folder, folder), building_together(folder, identity) as draft:
         if together.leads:
-            if dataset != "train":  # which stands there, for all stages
+            if dataset != "train":  # every stage has that
                 say(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
-            # What can be wrong with the rows is found before anything costs, with the held-out ones too.
+            # Find what is wrong with the rows, the held-out ones too, before anything costs.
             tokenised_rows(experiment, model, dataset, rows)
             tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
             write_experiment(experiment)
         together.wait()
-        cost = Cost(stage, what, len(rows), device=device_name(), precision=precision, processes=together.count)
         with measured(experiment.folder, cost):
             metrics = trainer.tune(experiment, model, dataset, draft, precision, keys | shares | report)
             cost.tokens = metrics["tokens"]
@@ -71,10 +95,7 @@ def tune_once(
 
 
 def _logs_to(keys: dict[str, Any], report: dict[str, Any]) -> list[str]:
-    """Where tuning is logged, as LLaMA-Factory's `report_to`: what the YAML says and what the command line adds.
-
-    Raises: UserError where that is not installed, before anything costs.
-    """
+    """`report_to` of the YAML and of the command line together. Raises: UserError where one is not installed."""
     said = [keys.get("report_to") or "none", report.get("report_to", "none")]
     names = [name for each in said for name in ([each] if isinstance(each, str) else each) if name != "none"]
     for name in names:
@@ -85,15 +106,10 @@ def _logs_to(keys: dict[str, Any], report: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def _logs_in(run_folder: Path, tuned: Path) -> Iterator[None]:
-    """Loggers write into the run folder, beside what is tuned (whose files carry checksums), or where the user says.
-
-    TensorBoard: <run folder>/tensorboard/<small, or target/ and the coreset's name>, each call a file of its own.
-    """
-    folders = {
-        "WANDB_DIR": run_folder,
-        "TENSORBOARD_LOGGING_DIR": run_folder / "tensorboard" / tuned.relative_to(run_folder),
-    }
-    ours = {name: str(folder) for name, folder in folders.items() if name not in os.environ}
+    """Let loggers write into the run folder, outside what is tuned (its files carry checksums), or as the user says."""
+    logs = run_folder / "tensorboard" / tuned.relative_to(run_folder)
+    folders = {"WANDB_DIR": str(run_folder), "TENSORBOARD_LOGGING_DIR": str(logs)}
+    ours = {name: folder for name, folder in folders.items() if name not in os.environ}
     os.environ.update(ours)
     try:
         yield
@@ -105,9 +121,8 @@ def _logs_in(run_folder: Path, tuned: Path) -> Iterator[None]:
 def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:
     """What each of several processes takes of an optimiser step, as LLaMA-Factory's keys; none for one process.
 
-    A step has per_device_train_batch_size x gradient_accumulation_steps samples, as for one process. (LLaMA-Factory
-    alone would give each process as many: fewer and larger steps on more GPUs.) Raises: UserError where they cannot
-    be shared out evenly.
+    A step keeps per_device_train_batch_size x gradient_accumulation_steps samples; LLaMA-Factory alone would give each
+    process as many. Raises: UserError where they cannot be shared out evenly.
     """
     if processes == 1:
         return {}
@@ -121,19 +136,3 @@ def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:
     share = samples // processes
     at_once = max(n for n in range(1, min(size, share) + 1) if share % n == 0)
     return {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": share // at_once}
-
-
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--project", help="log to this Weights & Biases project (needs wandb); default: no logging")
-    parser.add_argument("--name", help="name of the Weights & Biases run; default: one that wandb makes up")
-
-
-def report_keys(arguments: argparse.Namespace) -> dict[str, Any]:
-    """LLaMA-Factory's keys for `--project` and `--name`. Raises: UserError where wandb is not installed."""
-    if arguments.project is None and arguments.name is None:
-        return {}
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError("--project and --name log to Weights & Biases, which is not installed: pip install wandb")
-    if arguments.project:
-        os.environ["WANDB_PROJECT"] = arguments.project
-    return {"report_to": "wandb"} | ({"run_name": arguments.name} if arguments.name else {})

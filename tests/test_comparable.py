@@ -69,7 +69,7 @@ def test_metrics_hold_both_kinds_and_those_without_are_read(make_experiment, row
     lines = [json.dumps({"predict": answer, "label": reference}) for answer, reference in pairs]
     (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
     computed = {f"predict_{metric}": 1.0 for metric in evaluation.METRICS}
-    evaluation.write_metrics(experiment, "untuned", tmp_path, computed, len(pairs))
+    evaluation.write_metrics(experiment, "untuned", tmp_path, computed)
     metrics = read_metrics(tmp_path)
     overall, by_sample = comparable_scores(*(list(each) for each in zip(*pairs, strict=True)))
     assert {key: metrics[key] for key in overall} == pytest.approx(overall, abs=1e-4)

@@ -3,6 +3,8 @@
 import contextlib
 import re
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -147,3 +149,11 @@ def check_base(tuned: Path, model: str, run_folder: Path | None = None) -> None:
         raise UserError(f"{tuned} was tuned from another model than {model}: remove it or give another output_dir")
     adapter = (tuned / "adapter_config.json").exists()
     check_weights(tuned, "adapter_model" if adapter else "model")
+
+
+@contextlib.contextmanager
+def incomplete_adapters_refused() -> Iterator[None]:
+    """Make an error of PEFT's warning that an adapter's file lacks weights, which would stay as drawn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        yield

@@ -1,7 +1,6 @@
 """Load a model for scoring: plain transformers and PEFT, all weights in the asked number format, adapters unmerged."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 from selection.method.phi import is_linear_map, unwrap
 from selection.run.device import device
 from selection.run.errors import UserError
+from selection.run.model_folder import incomplete_adapters_refused
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal whether to run a model's code
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,14 +33,6 @@ def model_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{what}: {error}") from error
-
-
-@contextlib.contextmanager
-def incomplete_adapters_refused() -> Iterator[None]:
-    """PEFT only warns where an adapter's file lacks weights, and leaves them as they are drawn: here it is an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        yield
 
 
 def straight_to_device() -> dict[str, Any]:
