@@ -31,7 +31,7 @@ _SECONDS = 300  # for any one run
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--rows", type=int, default=2000, help="rows of data/go_biology.jsonl ; default: 2000")
+    parser.add_argument("--rows", type=int, default=2000, help="rows of data/go_biology.jsonl; default: 2000")
     arguments = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("ip") is None:
         raise UserError("network namespaces need root and the command ip (Debian: iproute2)")
@@ -44,17 +44,16 @@ def main() -> None:
 @contextlib.contextmanager
 def two_hosts() -> Iterator[list[str]]:
     """Names of two network namespaces, joined by a cable; everything in them is killed and removed at the end."""
-    names = [f"staff-{os.getpid()}-{which}" for which in "ab"]
-    ends = [f"st{os.getpid() % 100000}{which}" for which in "ab"]
+    names, ends = [f"staff-{os.getpid()}-{host}" for host in "ab"], [f"st{os.getpid() % 100000}{host}" for host in "ab"]
     try:
         for name in names:
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
+            ip(f"netns add {name}")
+            ip(f"-n {name} link set lo up")
+        ip(f"link add {ends[0]} netns {names[0]} type veth peer name {ends[1]} netns {names[1]}")
         for name, end, address in zip(names, ends, _ADDRESSES, strict=True):
-            ip("-n", name, "link", "set", end, "name", "cable")
-            ip("-n", name, "address", "add", f"{address}/30", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
+            ip(f"-n {name} link set {end} name cable")
+            ip(f"-n {name} address add {address}/30 dev cable")
+            ip(f"-n {name} link set cable up")
         yield names
     finally:
         for name in names:
@@ -62,97 +61,81 @@ def two_hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def ip(*arguments: str) -> str:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+def ip(command: str) -> str:
+    done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+        raise UserError(f"ip {command}: {done.stderr.strip()}")
     return done.stdout
 
 
 def kill_all(host: str) -> None:
-    done = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True)
-    for process in done.stdout.split():
+    for process in subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout.split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(process), signal.SIGKILL)
 
 
 def compare(folder: Path, hosts: list[str], rows: int) -> int:
     """The number of scenarios that failed, after a line for each."""
-    model, failed = folder / "model", 0
+    model, failed, one = folder / "model", 0, folder / "one"
     subprocess.run([sys.executable, "scripts/make_tiny_model.py", "--out", model], cwd=REPOSITORY, check=True)
-    one = folder / "one"
     begin(None, one, model, rows).communicate(timeout=_SECONDS)
-    expected = read_scores(one / "scores" / "small").of_all_rows()
+    expected = read_scores(one / "scores" / "small").of_all_rows().tobytes()
     for scenario in ("unbroken", "killed", "cut off"):
-        run = folder / scenario.replace(" ", "-")
-        began, said = time.monotonic(), []
+        run, kept, wrong = folder / scenario.replace(" ", "-"), {}, []
         runs = [begin(host, run, model, rows) for host in hosts]
         if scenario != "unbroken":
-            wait_for_parts(run, runs, 0.2 * len(list((one / "scores" / "small").glob("part-*"))))
+            ends = time.monotonic() + _SECONDS
+            while len(parts(run)) < 0.2 * len(parts(one)):
+                if time.monotonic() > ends or any(each.poll() is not None for each in runs):
+                    raise UserError("two hosts did not begin to score")
+                time.sleep(0.05)
             if scenario == "killed":
                 kill_all(hosts[1])
             else:
-                ip("-n", hosts[1], "link", "set", "cable", "down")
+                ip(f"-n {hosts[1]} link set cable down")
             lost = time.monotonic()
-            codes, said = finish(runs)
-            ended = time.monotonic() - lost
-            kept = {path.name: path.stat().st_mtime_ns for path in (run / "scores" / "small").glob("part-*")}
+            (code, _), (said, _) = finish(runs)
+            kept = parts(run)
             if scenario == "cut off":
-                ip("-n", hosts[1], "link", "set", "cable", "up")
-            if codes[0] == 0:
-                failed += 1
-                print(f"{scenario}: the first host took the run for finished")
-            print(f"{scenario}: the first host ended {ended:.0f} s later, {len(kept)} parts kept. It said: {said[0]}")
+                ip(f"-n {hosts[1]} link set cable up")
+            seconds = time.monotonic() - lost
+            print(f"{scenario}: the first host ended {seconds:.0f} s later, {len(kept)} parts kept. It said: {said}")
+            wrong += [] if code else ["the first host took the run for finished"]
             runs = [begin(host, run, model, rows) for host in hosts]
         codes, said = finish(runs)
         if any(codes):
-            failed += 1
-            print(f"{scenario}: exit codes {codes}: {said}")
-            continue
-        scores = read_scores(run / "scores" / "small").of_all_rows()
-        parts = {path.name: path.stat().st_mtime_ns for path in (run / "scores" / "small").glob("part-*")}
-        again = scenario != "unbroken" and any(parts.get(name) != when for name, when in kept.items())
-        same = scores.tobytes() == expected.tobytes()
-        failed += not same or again
-        print(
-            f"{scenario}: {len(parts)} parts of {len(scores)} rows, "
-            f"{'the same as by one process, bit for bit' if same else 'NOT the same as by one process'}"
-            f"{', finished parts were scored AGAIN' if again else ''} ({time.monotonic() - began:.0f} s)",
-            flush=True,
-        )
+            wrong.append(f"exit codes {codes}: {said}")
+        elif read_scores(run / "scores" / "small").of_all_rows().tobytes() != expected:
+            wrong.append("NOT the scores of one process")
+        if kept.items() - parts(run).items():
+            wrong.append("finished parts were scored AGAIN")
+        failed += bool(wrong)
+        print(f"{scenario}: {'; '.join(wrong) or 'the scores of one process, bit for bit'}", flush=True)
     return failed
+
+
+def parts(run: Path) -> dict[str, int]:
+    """The parts of the scores, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (run / "scores" / "small").glob("part-*")}
 
 
 def begin(host: str | None, run: Path, model: Path, rows: int) -> subprocess.Popen:
     """One scoring run of an untuned speculator; on a host under its own torchrun, else as one process."""
     changes = {
-        "output_dir": run,
-        "small_model": model,
-        "target_model": model,
-        "dataset": REPOSITORY / "data" / "go_biology.jsonl",
-        "max_samples": rows,
-        "small_training.num_train_epochs": 0,
-        "selection.precision": "fp32",
-        "selection.tokens_per_batch": 500,
-    }
+        "output_dir": run, "small_model": model, "target_model": model, "max_samples": rows,
+        "dataset": REPOSITORY / "data" / "go_biology.jsonl", "small_training.num_train_epochs": 0,
+        "selection.precision": "fp32", "selection.tokens_per_batch": 500,
+    }  # fmt: skip
     stage = ["selection/effort_score.py", "--config_path", "configs/tiny.yaml"]
     stage += [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     command = [sys.executable, *stage]
     if host is not None:
-        launch = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", "0" if host.endswith("a") else "1"]
-        launch += ["--master_addr", _ADDRESSES[0], "--master_port", "29400"]
-        command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", *launch, *stage]
+        launch = f"ip netns exec {host} {sys.executable} -m torch.distributed.run --nnodes 2 --nproc_per_node 1"
+        launch += f" --node_rank {int(host.endswith('b'))} --master_addr {_ADDRESSES[0]} --master_port 29400"
+        command = [*launch.split(), *stage]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
-
-
-def wait_for_parts(run: Path, runs: list[subprocess.Popen], count: float) -> None:
-    ends = time.monotonic() + _SECONDS
-    while len(list((run / "scores" / "small").glob("part-*"))) < count:
-        if time.monotonic() > ends or any(each.poll() is not None for each in runs):
-            raise UserError("two hosts did not begin to score")
-        time.sleep(0.05)
 
 
 def finish(runs: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
