@@ -17,7 +17,6 @@ from selection.method.staff import (
     coreset_size,
     draw_verification_samples,
     min_max_normalise,
-    smallest_first,
     stratify,
     verification_ratio,
 )
@@ -118,7 +117,6 @@ def test_strata_by_hand():
     assert [rows.tolist() for rows in strata.members] == [[1, 4], [2, 6], [0, 3]]
     assert strata.score_ranges == [(0.0, 2.0), (2.0, 4.0), (6.0, 8.0)]
     assert strata.hardest.tolist() == [5, 7]
-    assert smallest_first(strata.sizes) == [0, 1, 2]
 
 
 # Draws for verification

@@ -1,8 +1,7 @@
 """What STAFF is compared with: coresets by other rules, from stored scores.
 
-All but Random and Length read the scores of the target TUNED on the whole training split. `variant` "published" or
-"released" decides EL2N's formula (and so CCS and D2), and whether CCS and D2 first drop the hardest
-⌊hardest_cutoff · N⌋ rows by EL2N (published).
+All but Random and Length read the scores of the target TUNED on the whole training split. `variant` decides EL2N's
+formula (and so CCS and D2); "published" CCS and D2 first drop the hardest ⌊hardest_cutoff · N⌋ rows by EL2N.
 """
 
 import numpy as np
@@ -28,46 +27,35 @@ def columns_of(method: str, variant: str) -> tuple[str, ...]:
 
 
 def baseline(
-    method: str,
-    columns: dict[str, np.ndarray],
-    num_rows: int,
-    mode: str,
-    variant: str,
-    num_strata: int,
-    hardest_cutoff: float,
-    seed: int,
+    method: str, columns: dict, num_rows: int, mode: str, variant: str, num_strata: int, cutoff: float, seed: int
 ) -> Rule:
     """The rule of `method`, with what all rates share (D2's graph) computed once.
 
-    Args: `columns` those of `columns_of`, each (N,), hidden_state (N, d); N = `num_rows`; `mode` of Length.
-    Raises: ValueError, as `stratify` and `d2_order`.
+    Args: `columns` those of `columns_of`, each (N,), hidden_state (N, d); N = `num_rows`; `mode` is Length's; `cutoff`
+    the hardest_cutoff. Raises: ValueError, as `stratify` and `d2_order`.
     """
     values = [columns[name] for name in columns_of(method, variant)]
-    cutoff = hardest_cutoff if variant == "published" else 0.0
-    if method == "length":  # STAFF's rule without verification: every stratum has the same claim
-        return _by_strata(1 / values[0], num_strata, hardest_cutoff, mode, seed)
-    if method == "ccs":  # Zheng et al. 2023: EL2N strata of equal width, equal budgets, random inside
-        return _by_strata(values[0], num_strata, cutoff, "paper", seed)
+    if method != "length" and variant == "released":
+        cutoff = 0.0
+    if method in ("length", "ccs"):
+        # CCS (Zheng et al. 2023): STAFF's rule on EL2N without verification, random inside. Length: of 1 / tokens.
+        scores, mode = (values[0], "paper") if method == "ccs" else (1 / values[0], mode)
+        strata = stratify(scores, num_strata, cutoff)
+        unverified = [None] * len(strata.members)
+        return lambda m, within: choose_staff(scores, strata.within(within), unverified, m, mode, seed)
     if method in ("moderate", "d2"):
-        order = moderate_order(values[0]) if method == "moderate" else d2_after_cut(*values, variant, cutoff)
+        order = moderate_order(values[0]) if method == "moderate" else _d2_after_cut(*values, variant, cutoff)
         return lambda m, within: Choice(np.sort((order if within is None else order[within[order]])[:m]))
     # GraNd (Paul et al. 2021): highest ‖∇_φ L‖₂. EL2N (same): highest error norm. Entropy: highest mean entropy.
     keys = random_ranks(num_rows, seed, RANDOM) if method == "random" else -values[0]
-    return lambda m, within: choose_lowest(keys, m, within)
 
+    def choose_lowest(m: int, within: np.ndarray | None) -> Choice:
+        if within is None:
+            return Choice(np.flatnonzero(lowest(keys, m)))
+        rows = np.flatnonzero(within)
+        return Choice(rows[lowest(keys[rows], m)])
 
-def _by_strata(scores: np.ndarray, num_strata: int, cutoff: float, mode: str, seed: int) -> Rule:
-    strata = stratify(scores, num_strata, cutoff)
-    unverified = [None] * len(strata.members)
-    return lambda m, within: choose_staff(scores, strata.within(within), unverified, m, mode, seed)
-
-
-def choose_lowest(keys: np.ndarray, m: int, within: np.ndarray | None = None) -> Choice:
-    """The m rows with the lowest `keys` (N,), of equal ones the earlier; `within`: of a mask (N,) alone."""
-    if within is None:
-        return Choice(np.flatnonzero(lowest(keys, m)))
-    rows = np.flatnonzero(within)
-    return Choice(rows[lowest(keys[rows], m)])
+    return choose_lowest
 
 
 def moderate_order(features: np.ndarray) -> np.ndarray:
@@ -79,8 +67,8 @@ def moderate_order(features: np.ndarray) -> np.ndarray:
     return np.argsort(np.abs(distances - np.median(distances)), kind="stable")
 
 
-def d2_after_cut(scores: np.ndarray, features: np.ndarray, variant: str, hardest_cutoff: float) -> np.ndarray:
+def _d2_after_cut(scores: np.ndarray, features: np.ndarray, variant: str, cutoff: float) -> np.ndarray:
     """D2's order (N,); the hardest, dropped before the graph, come last, the easiest of them first."""
-    strata = stratify(scores, 1, hardest_cutoff)
+    strata = stratify(scores, 1, cutoff)
     kept = strata.members[0]
     return np.concatenate([kept[d2_order(scores[kept], features[kept], variant)], strata.hardest])

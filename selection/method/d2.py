@@ -14,8 +14,8 @@ def d2_order(scores: np.ndarray, features: np.ndarray, variant: str, k: int = 5,
     Args: scores (N,), the EL2N score; features (N, d), the mean last hidden state of the response tokens.
     Forward: s_i + Σ_j e^(−d_ij) · s_j over the neighbours of i, d the Euclidean distance. Then the highest is taken
     (of equal ones the earlier row) and e^(−γ d) times its value is subtracted from its neighbours, again and again.
-    `variant` "published": a row's neighbours are its own k nearest; "released": also those rows whose k nearest it is
-    among, and an edge of the forward pass carries a score of at least 1e-7.
+    "published": a row's neighbours are its own k nearest; "released": also those rows whose k nearest it is among, and
+    an edge of the forward pass carries a score of at least 1e-7.
     Raises: ValueError for sizes that do not fit, and numbers that are not finite or beyond 1e140.
     """
     scores = np.asarray(scores, dtype=np.float64)
@@ -57,11 +57,9 @@ def _greedy(values: np.ndarray, rows: np.ndarray, neighbours: np.ndarray, weight
 
 
 def nearest_neighbours(features: np.ndarray, k: int, block_rows: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest other rows of each row: numbers (N, k) and Euclidean distances (N, k) in float64.
+    """The k nearest other rows of each row: numbers (N, k) and exact Euclidean distances (N, k), float64; k ≤ N − 1.
 
-    Args: features (N, d); k is cut to N − 1. Among rows that are equal, or differ by less than about 1e-8 of their
-    norm, which are nearest is left to scikit-learn; the distances are exact.
-    """
+    Which are nearest of rows that differ by less than about 1e-8 of their norm is left to scikit-learn."""
     from sklearn.neighbors import NearestNeighbors  # heavy, and only D2 needs it
 
     num_rows, k = len(features), max(min(k, len(features) - 1), 0)

@@ -37,9 +37,7 @@ def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
     """Groups of data sets that are chosen from together, and how many of m rows come from each.
 
     A data set with a quota gives ⌊quota · m⌋ rows; those without give the rest together. Where every data set has one,
-    the rows that ⌊ ⌋ leaves over go to the largest fractions cut off.
-    Raises: ValueError where a data set has fewer rows than it is to give.
-    """
+    the rows left over go to the largest fractions cut off. Raises: ValueError where a data set has too few rows."""
     sizes = np.bincount(quotas.data_set, minlength=len(quotas.names)).tolist()
     exact = {j: Fraction(str(quota)) * m for j, quota in enumerate(quotas.quotas) if quota is not None}
     given = {j: math.floor(share) for j, share in exact.items()}
@@ -56,7 +54,7 @@ def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
             f"with {room} to choose from: raise the quotas or lower the rate"
         )
     if free:
-        return [*(([j], count) for j, count in given.items()), (free, left)]
+        return [([j], count) for j, count in given.items()] + [(free, left)]
     for j in itertools.cycle(sorted(given, key=lambda j: given[j] - exact[j])):
         if not left:
             return [([j], count) for j, count in given.items()]
@@ -65,10 +63,7 @@ def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
 
 
 def choose_by_rule(rule: Rule, rate: float, num_rows: int, quotas: Quotas | None = None) -> Choice:
-    """A rule's coreset of m = ⌊rate · N⌋ rows: of all rows or, with quotas, data set by data set.
-
-    Scores, strata and V_i stay those of all rows. Raises: ValueError, as `coreset_size` and `shares`.
-    """
+    """A rule's coreset of ⌊rate · N⌋ rows: of all rows or, with quotas, data set by data set. Raises: ValueError."""
     m = coreset_size(rate, num_rows)
     if quotas is None or not any(quotas.quotas):
         return rule(m, None)

@@ -15,10 +15,9 @@ VERIFICATION, WITHIN_STRATUM, FILL, RANDOM = range(4)
 
 
 def random_ranks(num_rows: int, seed: int, purpose: int) -> np.ndarray:
-    """A random number in [0, 1) for each row: rows are drawn lowest number first, whatever their stratum.
+    """A random number in [0, 1) for each row; rows are drawn lowest number first, whatever their stratum.
 
-    So a row that moves to another stratum leaves all other draws as they were.
-    """
+    So a row that moves to another stratum leaves all other draws as they were."""
     return np.random.default_rng([seed, purpose]).random(num_rows)
 
 
@@ -40,10 +39,7 @@ def floor_share(share: float, count: int) -> int:
 
 
 def coreset_size(rate: float, num_rows: int) -> int:
-    """m = ⌊rate · N⌋; `rate` is the fraction kept, 1 − the paper's pruning rate.
-
-    Raises: ValueError for a rate outside (0, 1], or one that keeps no row.
-    """
+    """m = ⌊rate · N⌋; `rate` is the fraction kept, 1 − the paper's pruning rate. Raises: ValueError."""
     if not 0 < rate <= 1:
         raise ValueError(f"rate {rate:g} is outside (0, 1]: give the fraction of the training split to keep")
     m = floor_share(rate, num_rows)
@@ -112,8 +108,7 @@ def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Stra
 def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str, seed: int) -> list[np.ndarray]:
     """Draw the rows B*_i of each stratum that the target scores: b_v = `verify_per_stratum` at random, or all.
 
-    Released: a stratum of at most b_v rows is not verified (an empty array).
-    """
+    Released: a stratum of at most b_v rows is not verified (an empty array)."""
     draws, ranks = [], random_ranks(strata.num_rows, seed, VERIFICATION)
     for rows in strata.members:
         skip = mode == "released" and len(rows) <= verify_per_stratum
@@ -124,25 +119,19 @@ def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str
 def verification_ratio(target_scores: np.ndarray, speculative_scores: np.ndarray) -> float:
     """V_i = Σ S^t_d / Σ S^s_d over the verified samples of stratum i, both min–max normalised.
 
-    A sum of 0 (nothing but the easiest row) says nothing about how the models compare: the ratio is then 1.
-    """
+    A sum Σ S^s of 0 (nothing but the easiest row) says nothing about the models: the ratio is then 1."""
     target, speculative = float(np.sum(target_scores)), float(np.sum(speculative_scores))
     return target / speculative if speculative > np.finfo(np.float32).tiny else 1.0
 
 
-def smallest_first(sizes: list[int]) -> list[int]:
-    """The order of Algorithm 1: strata by size, of equal ones the lower-scored first."""
-    return sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
-
-
 def allocate_budgets(sizes: list[int], ratios: list[float | None], m: int, mode: str) -> list[int]:
-    """The budget m_i of each stratum, smallest stratum first; what one cannot use flows to the later ones.
+    """The budget m_i of each stratum, smallest first (of equal ones the lower-scored); the later ones get what is left.
 
     published: m_i = min(|B_i|, ⌊(m − |D'|) · V_i / (strata left)⌋)
     released:  m_i = min(|B_i|, ⌊(m − |D'|) · V_i / Σ_{strata left} V⌋); unverified (None): ⌊(m − |D'|) / (strata left)⌋
     D' are the rows given so far. The sum is at most m (an overshoot is cut); `choose_staff` fills what is left.
     """
-    budgets, remaining, order = [0] * len(sizes), m, smallest_first(sizes)
+    budgets, remaining, order = [0] * len(sizes), m, sorted(range(len(sizes)), key=lambda i: sizes[i])
     for position, i in enumerate(order):
         left = order[position:]
         if ratios[i] is None or mode == "paper":
@@ -172,8 +161,7 @@ def choose_staff(
 ) -> Choice:
     """Algorithm 1 once the strata are verified: budgets by V_i, the rows of each stratum, the random fill up to m.
 
-    Args: speculative scores (N,); V_i of each stratum, None where it is not verified.
-    """
+    Args: speculative scores (N,); V_i of each stratum, None where it is not verified."""
     budgets = allocate_budgets(strata.sizes, ratios, m, mode)
     return choose_within_strata(scores, strata, budgets, m, mode, seed)
 

@@ -8,19 +8,14 @@ import numpy as np
 from pydantic import ConfigDict
 
 from selection.method.length_control import length_residual
-from selection.method.staff import (
-    Strata,
-    draw_verification_samples,
-    min_max_normalise,
-    stratify,
-    verification_ratio,
-)
+from selection.method.staff import Strata, draw_verification_samples, min_max_normalise, stratify, verification_ratio
 from selection.run.config import Selection, rules_of, validated
 from selection.run.errors import UserError, refusals
 from selection.run.products import checked, digest, first_difference, read_sealed, write_sealed
 from selection.scores.folder import Scores
 
 RULES_VERSION = 2  # of draws, V_i and choice: counted up where the same scores give another coreset
+_REQUIRED = ("mode", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed")  # of a record, in any mode
 
 
 @dataclass(frozen=True)
@@ -42,19 +37,18 @@ class Settings:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], source: Path) -> "Settings":
-        """Read what `record` gave out of the file `source`. Raises: UserError naming the field that is wrong."""
+        """Read a `record` out of the file `source`. Raises: UserError naming the field that is wrong."""
         known = {field.name: record[field.name] for field in fields(cls) if record.get(field.name) is not None}
-        if absent := {"mode", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed"} - set(known):
+        if absent := set(_REQUIRED) - set(known):
             raise UserError(f"{source} is damaged: it has no {min(absent)}: make it again")
         return cls.of(validated(Selection(), known, str(source)))
 
     @property
     def record(self) -> dict[str, Any]:
         """What a verification and a coreset keep. `verify` and `length_control` are kept under mode extended alone."""
-        kept = asdict(self)
-        if self.mode != "extended":
-            return {name: kept[name] for name in kept if name not in ("verify", "length_control")}
-        return kept | {"stratified_by": "effort" if self.length_control == "none" else "length residual of effort"}
+        stratified_by = "effort" if self.length_control == "none" else "length residual of effort"
+        kept = asdict(self) | {"stratified_by": stratified_by}
+        return kept if self.mode == "extended" else {name: kept[name] for name in _REQUIRED}
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -62,19 +56,17 @@ class Settings:
         return {**self.record, "verify": self.verify, "rules": RULES_VERSION}
 
     @property
-    def rules(self) -> str:
-        """ "paper" or "released"."""
+    def rules(self) -> str:  # "paper" or "released"
         return rules_of(self.mode)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of the score files that strata and V_i are made of."""
+    def columns(self) -> tuple[str, ...]:  # of the score files
         return ("effort",) if self.length_control == "none" else ("effort", "n_response_tokens")
 
 
 @dataclass(frozen=True)
 class StratumRecord:
-    """One stratum; the sums are over its verified samples, after normalisation. Not verified: no sums, no ratio."""
+    """One stratum. The sums are of the normalised scores of its verified samples, None where there are none."""
 
     stratum: int
     score_range: tuple[float, float]  # of the score that is stratified by: raw effort, or its length residual
@@ -93,9 +85,9 @@ def cut_strata(speculative: np.ndarray, settings: Settings) -> Strata:
 
 
 def stratified_score(scores: Scores, settings: Settings) -> Scores:
-    """Scores with `effort` replaced by the quantity that is stratified; `scores` has `settings.columns`.
+    """Replace `effort` by the quantity that is stratified; `scores` has `settings.columns`.
 
-    Raises: UserError, under length control, for a row without a response token and for too few scores above 0.
+    Raises: UserError, under length control, for a row without a response token, or too few scores above 0.
     """
     if settings.length_control == "none":
         return scores
@@ -107,27 +99,20 @@ def stratified_score(scores: Scores, settings: Settings) -> Scores:
 
 
 def draw(strata: Strata, settings: Settings) -> list[np.ndarray]:
-    """The b_v rows of each stratum."""
     return draw_verification_samples(strata, settings.verify_per_stratum, settings.rules, settings.seed)
 
 
 def verify(
-    speculative: np.ndarray,
-    target: Scores,
-    settings: Settings,
-    strata: Strata | None = None,
-    index: np.ndarray | None = None,
+    speculative: np.ndarray, target: Scores, settings: Settings, strata: Strata | None = None, index=None
 ) -> list[StratumRecord]:
     """V_i of every stratum; None where it is not verified.
 
     Args: `speculative` (N,), as `stratified_score` gives it; `target`, raw with `settings.columns`, at least of the
-    drawn rows; `strata`, of `cut_strata`, if cut already; `index` (N,), the row numbers where rows were left out in
-    scoring, else 0 to N − 1. A drawn row that the target left out counts for neither model.
-
-    Scores are min–max normalised first, each model's over D. Where the target has scored only the verified samples, its
-    extremes over D are unknown: its least and greatest verified score then get the places that the small model's
-    normalised scores of the same samples have, as if the models agreed. (The extremes of the verified samples
-    themselves give too high a V, as the hardest samples are never among them.)
+    drawn rows; `index` (N,), the row numbers where rows were left out in scoring, else 0 to N − 1. A drawn row that the
+    target left out counts for neither model.
+    Scores are min–max normalised over D. Where the target has scored only the verified samples, its least and greatest
+    score get the places of the small model's least and greatest normalised scores of the same samples. (To normalise
+    by the verified samples alone gives too high a V, as the hardest samples are never among them.)
     """
     strata = cut_strata(speculative, settings) if strata is None else strata
     records = []
@@ -140,44 +125,42 @@ def verify(
 def verified_pairs(
     speculative: np.ndarray, target: Scores, settings: Settings, strata: Strata, index: np.ndarray | None = None
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each stratum its verified rows' numbers, and both models' normalised scores of them, the small model's first:
-    (k,) each, empty where it is not verified. Args: as `verify`."""
-    target = stratified_score(target, settings)
-    draws = draw(strata, settings)
-    numbers = draws if index is None else [index[rows] for rows in draws]
-    known = [~np.isin(rows, target.left_out) for rows in numbers]
-    draws, numbers = ([rows[k] for rows, k in zip(each, known, strict=True)] for each in (draws, numbers))
+    """Of each stratum the k verified rows' numbers and normalised scores by the small model and the target, (k,) each.
+
+    Args: as `verify`."""
+    target, draws = stratified_score(target, settings), draw(strata, settings)
+    index = np.arange(len(speculative)) if index is None else index
+    draws = [rows[~np.isin(index[rows], target.left_out)] for rows in draws]
     drawn = np.concatenate(draws)
     speculatives = targets = np.empty(0)  # normalised scores of the drawn rows
     if len(drawn):
-        complete = len(target.index) + len(target.left_out) >= len(speculative)
-        of_drawn = target.at(np.concatenate(numbers))
         speculatives = min_max_normalise(speculative[drawn], reference=speculative)
-        low, high = (0.0, 1.0) if complete else (speculatives.min(), speculatives.max())
-        targets = low + (high - low) * min_max_normalise(of_drawn, reference=target.effort if complete else of_drawn)
+        targets = target.at(index[drawn])
+        if len(target.index) + len(target.left_out) >= len(speculative):
+            targets = min_max_normalise(targets, reference=target.effort)
+        else:
+            low, high = speculatives.min(), speculatives.max()
+            targets = low + (high - low) * min_max_normalise(targets, reference=targets)
     ends = np.cumsum([len(rows) for rows in draws])[:-1]
-    return list(zip(numbers, np.split(speculatives, ends), np.split(targets, ends), strict=True))
+    return list(zip(np.split(index[drawn], ends), np.split(speculatives, ends), np.split(targets, ends), strict=True))
 
 
 def write_verification(
     path: Path, settings: Settings, speculative: Scores, records: list[StratumRecord], target: Scores | None = None
 ) -> None:
     """Write V_i with what made both models' scores."""
-    value = {
-        **_made_from(settings, speculative),
+    about = {
         "scores": speculative.made_by,
         "target": target and target.made_by,
         "data_fingerprint": speculative.fingerprint,
         "verified_samples": sum(len(record.verified) for record in records),
         "strata": [asdict(record) for record in records],
     }
-    write_sealed(path, value)
+    write_sealed(path, _made_from(settings, speculative) | about)
 
 
 def read_verification(path: Path, settings: Settings, speculative: Scores) -> tuple[list[StratumRecord], dict | None]:
-    """Read the strata, and what made the target's scores (`Scores.made_by`), if known.
-
-    Raises: UserError where it was made under other settings or from other scores, or was changed since."""
+    """Read the strata and the target's `Scores.made_by`. Raises: UserError for other settings or scores, and damage."""
     value, wanted = read_sealed(path), _made_from(settings, speculative)
     if difference := first_difference({key: value.get(key) for key in wanted}, wanted):
         raise UserError(f"{path} was made otherwise ({difference}): run verify.py again under the settings of now")
