@@ -9,8 +9,6 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selection import choices
-from selection.choices import choose_models, strata_for
 from selection.rows.conversation import unusable_rows
 from selection.rows.form import detect_form
 from selection.rows.llama_factory import import_llama_factory
@@ -18,6 +16,7 @@ from selection.run import families
 from selection.run.config import DatasetFormat, Selection, load_experiment
 from selection.run.errors import UserError
 from selection.run.families import Family, find_pair, read_families
+from selection.start import choose_models, half_the_layers, start, strata_for
 
 FAMILIES = read_families()
 MODELS = [(name, model) for name, family in FAMILIES.items() for model in family.models]
@@ -297,7 +296,7 @@ def begin(tiny_model, data, tmp_path):
 
     def begin(**changes):
         arguments = {"target": str(tiny_model), "data": [data], "template": "chatml", "run": tmp_path / "run"}
-        return choices.start(**arguments | changes)
+        return start(**arguments | changes)
 
     return begin
 
@@ -410,8 +409,8 @@ def test_a_target_of_one_layer_cannot_be_cut(model_folder, tiny_model):
     config = json.loads((tiny_model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(UserError, match=r"1 layer.*--small"):
-        choices.half_the_layers(str(folder))
-    assert choices.half_the_layers(str(tiny_model)) == 2
+        half_the_layers(str(folder))
+    assert half_the_layers(str(tiny_model)) == 2
 
 
 def test_selection_sh_starts_cuts_and_goes_on_to_tune(tiny_model, data, tmp_path):

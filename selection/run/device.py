@@ -1,4 +1,4 @@
-"""Where and in which number format to compute: decided here, printed with the reason. (Not run on a GPU.)"""
+"""Where and in which number format to compute, said with the reason. (Not run on a GPU.)"""
 
 import os
 from functools import cache
@@ -9,15 +9,14 @@ import torch
 from selection.run.errors import UserError
 from selection.run.log import say
 
-# How errors begin or end that are no torch.OutOfMemoryError but mean the same: of CUDA itself, of cuBLAS, cuSOLVER and
-# cuDNN, which allocate past torch, and of torch on a CPU.
+# In errors that mean torch.OutOfMemoryError: of CUDA itself, of cuBLAS, cuSOLVER and cuDNN, and of torch on a CPU.
 _NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "can't allocate memory")
 
 
 def device() -> torch.device:
     """The first visible GPU, of several processes on a host each its own, else the CPU.
 
-    The GPU becomes torch's current one: libraries that are told "cuda" would all take the first.
+    The GPU becomes torch's current one, as libraries that are told "cuda" would all take the first.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -28,23 +27,22 @@ def device() -> torch.device:
     return torch.device("cuda", number)
 
 
+def device_name() -> str:
+    return torch.cuda.get_device_name() if device().type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether smaller batches may help."""
-    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _NO_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def choose_precision(asked: str) -> str:
-    """fp32, bf16 or fp16: what was asked, or under `auto` bf16 where the device computes in it, else fp32.
-
-    Says it once.
-    """
-    if asked != "auto":
-        _say_once(f"precision {asked} on {device_name()}: as configured")
-        return asked
-    on_gpu = device().type == "cuda"
-    native = torch.cuda.get_device_capability()[0] >= 8 if on_gpu else _cpu_has_bf16()
-    precision = "bf16" if native else "fp32"
-    why = f"the device {'computes' if native else 'does not compute'} in bf16"
+    """fp32, bf16 or fp16: what was asked, or under `auto` bf16 where the device computes in it, else fp32."""
+    precision, why = asked, "as configured"
+    if asked == "auto":
+        native = torch.cuda.get_device_capability()[0] >= 8 if device().type == "cuda" else _cpu_has_bf16()
+        precision = "bf16" if native else "fp32"
+        why = f"the device {'computes' if native else 'does not compute'} in bf16"
     _say_once(f"precision {precision} on {device_name()}: {why}")
     return precision
 
@@ -59,7 +57,3 @@ def _cpu_has_bf16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if device().type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"

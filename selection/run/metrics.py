@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from selection.run.products import checked, read_json
 
-# What the figures are; said wherever they are shown.
+# Said wherever the figures are shown.
 LLAMA_FACTORYS = (
     "ROUGE-1/2/L and BLEU-4 are LLaMA-Factory's, as in the paper: words as jieba cuts them (Cyrillic and Arabic into "
     "letters, Latin words at accented ones), BLEU over characters."
@@ -16,23 +16,14 @@ LLAMA_FACTORYS = (
 ABOUT = f"{LLAMA_FACTORYS} Only those of rouge_score and sacreBLEU compare with other work."
 
 _Percent = Annotated[float, Field(ge=0, le=100.001, allow_inf_nan=False)]
+_OURS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+_OF_OTHER_WORK = ("rouge_score-1", "rouge_score-2", "rouge_score-l", "sacrebleu")  # earlier evaluations have none
 Metrics = TypedDict(
     "Metrics",
-    {
-        "rouge-1": _Percent,
-        "rouge-2": _Percent,
-        "rouge-l": _Percent,
-        "bleu-4": _Percent,
-        # As other work has them (finetune/comparable.py); earlier evaluations have none.
-        "rouge_score-1": NotRequired[_Percent],
-        "rouge_score-2": NotRequired[_Percent],
-        "rouge_score-l": NotRequired[_Percent],
-        "sacrebleu": NotRequired[_Percent],
-        "sacrebleu_signature": NotRequired[str],
-        "samples": PositiveInt,
-        "code_version": str,
-        "by_sample": NotRequired[dict[str, list[_Percent]]],  # of each answer
-    },
+    dict.fromkeys(_OURS, _Percent)
+    | dict.fromkeys(_OF_OTHER_WORK, NotRequired[_Percent])
+    | {"sacrebleu_signature": NotRequired[str], "samples": PositiveInt, "code_version": str}
+    | {"by_sample": NotRequired[dict[str, list[_Percent]]]},  # of each answer
 )
 
 
