@@ -48,10 +48,8 @@ def check_weights(folder: Path, name: str) -> None:
         if index.exists():
             files = set(checked(_Index, read_json(index), index)["weight_map"].values())
         elif any(folder.glob("*.bin")):
-            raise UserError(
-                f"{folder} has pickled weights (*.bin), which are not read here: where you trust them, load them with "
-                "transformers and save_pretrained"
-            )
+            mend = "convert them to safetensors (where you trust them: load them with transformers, save_pretrained)"
+            raise UserError(f"{folder} has pickled weights (*.bin), which are not read here: {mend}")
         else:
             raise UserError(f"{folder} has no weights ({name}.safetensors): finish the download")
     if strange := sorted(file for file in files if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file)):
