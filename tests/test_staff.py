@@ -44,10 +44,6 @@ def score_arrays(draw, max_size=150) -> np.ndarray:
     return scores
 
 
-def in_stratum(rows: np.ndarray, strata: Strata, i: int) -> list[int]:
-    return np.intersect1d(rows, strata.members[i]).tolist()
-
-
 # Coreset size and strata
 
 
@@ -68,46 +64,26 @@ def test_a_rate_outside_0_to_1_and_one_that_keeps_no_row_are_refused(rate):
 
 
 @by_property
-@given(score_arrays(), st.integers(1, 60), cutoffs)
-def test_strata_and_hardest_part_the_rows_by_equal_widths(scores, num_strata, cutoff):
-    strata = stratify(scores, num_strata, cutoff)
-    assert sorted(np.concatenate([*strata.members, strata.hardest])) == list(range(len(scores)))
-    assert len(strata.hardest) == math.floor(Fraction(str(cutoff)) * len(scores))
-    kept = scores[np.concatenate(strata.members)]
-    assert np.all(scores[strata.hardest] >= kept.max())
-    assert 1 <= len(strata.members) <= num_strata and 0 not in strata.sizes
-    span, rounding = kept.max() - kept.min(), 1e-9 * kept.max()
-    for rows, (low, high) in zip(strata.members, strata.score_ranges, strict=True):
-        assert np.all(np.diff(rows) > 0)
-        assert low - rounding <= scores[rows].min() and scores[rows].max() <= high + rounding
-        assert abs((high - low) - span / num_strata) <= rounding
-    neighbours = zip(strata.members[:-1], strata.members[1:], strict=True)
-    assert all(scores[easier].max() <= scores[harder].min() for easier, harder in neighbours)
-
-
-def reference_strata(scores: list[int], num_strata: int, cutoff: Fraction) -> list[list[int]]:
-    """Word by word, in fractions."""
-    easiest_first = sorted(range(len(scores)), key=lambda row: (scores[row], row))
-    kept = sorted(easiest_first[: len(scores) - math.floor(cutoff * len(scores))])
-    low, high = min(scores[row] for row in kept), max(scores[row] for row in kept)
-    if low == high:
-        return [kept]
-    width = Fraction(high - low, num_strata)
-    strata = [[] for _ in range(num_strata)]
-    for row in kept:
-        strata[min(math.floor((scores[row] - low) / width), num_strata - 1)].append(row)
-    return [rows for rows in strata if rows]
-
-
-@by_property
 @given(
     st.lists(st.integers(0, 200), min_size=1, max_size=80),
     st.sampled_from([1, 2, 4, 8, 16, 64]),  # powers of two: floats put a score on an edge where fractions do
-    st.sampled_from(["0", "0.1", "0.29", "0.5"]),
+    st.sampled_from(["0", "0.1", "0.29", "0.5", "0.9"]),
 )
-def test_strata_are_those_of_the_reference(scores, num_strata, cutoff):
+def test_strata_are_those_of_the_literal_rule_in_fractions(scores, num_strata, cutoff):
     strata = stratify(np.array(scores, dtype=np.float64), num_strata, float(cutoff))
-    assert [rows.tolist() for rows in strata.members] == reference_strata(scores, num_strata, Fraction(cutoff))
+    easiest_first = sorted(range(len(scores)), key=lambda row: (scores[row], row))
+    num_kept = len(scores) - math.floor(Fraction(cutoff) * len(scores))
+    assert strata.hardest.tolist() == easiest_first[num_kept:]
+    kept = sorted(easiest_first[:num_kept])
+    low, high = min(scores[row] for row in kept), max(scores[row] for row in kept)
+    width = Fraction(high - low, num_strata) or 1
+    members = [[] for _ in range(num_strata)]
+    for row in kept:
+        members[min(math.floor((scores[row] - low) / width), num_strata - 1)].append(row)
+    assert [rows.tolist() for rows in strata.members] == [rows for rows in members if rows]
+    if high > low:
+        edges = [(low + i * width, low + (i + 1) * width) for i, rows in enumerate(members) if rows]
+        assert strata.score_ranges == [(float(a), float(b)) for a, b in edges]
 
 
 def test_strata_by_hand():
@@ -134,13 +110,6 @@ def test_at_most_b_v_rows_of_each_stratum_are_drawn(scores, num_strata, verify_p
         assert len(drawn) == (0 if small_and_released else min(verify_per_stratum, len(rows)))
 
 
-def test_every_row_of_a_stratum_is_drawn_about_equally_often():
-    strata = Strata([np.arange(20)], [(0.0, 1.0)], np.arange(0))
-    draws = [draw_verification_samples(strata, 5, "paper", seed)[0] for seed in range(400)]
-    counts = np.bincount(np.concatenate(draws), minlength=20)  # 100 expected, standard deviation below 9
-    assert counts.min() > 60 and counts.max() < 140
-
-
 def test_a_row_that_changes_its_stratum_leaves_all_other_draws_as_they_were():
     one = Strata([np.arange(40), np.arange(40, 80)], [(0.0, 1.0)] * 2, np.arange(0))
     other = Strata([np.delete(np.arange(40), 7), np.append(7, np.arange(40, 80))], [(0.0, 1.0)] * 2, np.arange(0))
@@ -159,10 +128,9 @@ extreme_ratios = st.sampled_from([None, 0.0, 5e-324, 1e-300, 1e-9, 0.5, 1.0, 3.0
 @by_property
 @given(st.lists(st.tuples(st.integers(1, 60), extreme_ratios), min_size=1, max_size=12), st.integers(0, 800), modes)
 def test_budgets_exceed_neither_m_nor_their_stratum(strata, m, mode):
-    sizes, ratios = map(list, zip(*strata, strict=True))
-    budgets = allocate_budgets(sizes, ratios, m, mode)
+    budgets = allocate_budgets(*map(list, zip(*strata, strict=True)), m, mode)
     assert sum(budgets) <= m
-    assert all(0 <= budget <= size for budget, size in zip(budgets, sizes, strict=True))
+    assert all(0 <= budget <= size for budget, (size, _) in zip(budgets, strata, strict=True))
 
 
 def reference_budgets(sizes: list[int], ratios: list[Fraction | None], m: int, mode: str) -> list[int]:
@@ -200,27 +168,14 @@ def test_budgets_are_those_of_the_reference(strata, m, mode):
         assert allocate_budgets(sizes, [v and v * 2.0**-20 for v in floats], m, mode) == budgets
 
 
-@pytest.mark.parametrize(
-    ("mode", "sizes", "ratios", "m", "budgets"),
-    [
-        # Smallest first: ⌊30 · 1/3⌋ = 10, but the stratum holds 2. Left: 28. ⌊28 · 1/2⌋ = 14, then ⌊14 · 1/1⌋ = 14.
-        ("paper", [50, 2, 50], [1.0, 1.0, 1.0], 30, [14, 2, 14]),
-        # ⌊12 · 2/3⌋ = 8, the stratum holds 5. Left: 7. ⌊7 · 3/2⌋ = 10 is more than 7: cut to 7. Nothing is left.
-        ("paper", [5, 20, 30], [2.0, 3.0, 1.0], 12, [5, 7, 0]),
-        # The scale of V matters: ⌊20 · 0.5/2⌋ = 5, then ⌊15 · 0.5/1⌋ = 7; 8 of 20 are left to the random fill.
-        ("paper", [40, 40], [0.5, 0.5], 20, [5, 7]),
-        # Of equally large strata the easier first: ⌊10 · 1/2⌋ = 5, then ⌊5 · 2/1⌋ = 10, cut to 5; else 1 and 9.
-        ("paper", [9, 9], [1.0, 2.0], 10, [5, 5]),
-        # The unverified stratum of 10 first: ⌊30/3⌋ = 10. Left: 20. ⌊20 · 1/(1 + 3)⌋ = 5, then ⌊15 · 3/3⌋ = 15.
-        ("released", [50, 10, 40], [3.0, None, 1.0], 30, [15, 10, 5]),
-        # ⌊30 · 4/(4 + 1 + 1)⌋ = 20, the stratum holds 12. Left: 18. ⌊18 · 1/2⌋ = 9, then ⌊9 · 1/1⌋ = 9.
-        ("released", [12, 20, 30], [4.0, 1.0, 1.0], 30, [12, 9, 9]),
-        # A whole share stays whole: 10 · 0.7/Σ is below 2 in floats.
-        ("released", [9] * 5, [0.7] * 5, 10, [2] * 5),
-    ],
-)
-def test_budgets_by_hand(mode, sizes, ratios, m, budgets):
-    assert allocate_budgets(sizes, ratios, m, mode) == budgets
+def test_budgets_by_hand():
+    # Smallest first: ⌊30 · 1/3⌋ = 10, but the stratum holds 2. Left: 28. ⌊28 · 1/2⌋ = 14, then ⌊14 · 1/1⌋ = 14.
+    assert allocate_budgets([50, 2, 50], [1.0, 1.0, 1.0], 30, "paper") == [14, 2, 14]
+    # ⌊12 · 2/3⌋ = 8, the stratum holds 5. Left: 7. ⌊7 · 3/2⌋ = 10 is more than 7: cut to 7. Nothing is left.
+    assert allocate_budgets([5, 20, 30], [2.0, 3.0, 1.0], 12, "paper") == [5, 7, 0]
+    # The unverified stratum of 10 first: ⌊30/3⌋ = 10. Left: 20. ⌊20 · 1/(1 + 3)⌋ = 5, then ⌊15 · 3/3⌋ = 15.
+    assert allocate_budgets([50, 10, 40], [3.0, None, 1.0], 30, "released") == [15, 10, 5]
+    assert allocate_budgets([9] * 5, [0.7] * 5, 10, "released") == [2] * 5  # 10 · 0.7/Σ is below 2 in floats
 
 
 # The choice of rows
@@ -237,7 +192,7 @@ def test_a_choice_has_m_rows_by_its_budgets_and_repeats(scores, num_strata, cuto
     assert choice.rows.tobytes() == again.rows.tobytes()
     assert len(choice.rows) == m and np.all(np.diff(choice.rows) > 0)
     assert choice.rows[0] >= 0 and choice.rows[-1] < len(scores)
-    assert choice.budgets == [len(in_stratum(choice.rows, strata, i)) for i in range(len(strata.sizes))]
+    assert choice.budgets == [np.isin(rows, choice.rows).sum() for rows in strata.members]
     budgets = allocate_budgets(strata.sizes, ratios, m, mode)
     assert [all_ - filled for all_, filled in zip(choice.budgets, choice.filled, strict=True)] == budgets
     assert len(choice.fill) == sum(choice.filled) and np.isin(choice.fill, choice.rows).all()
@@ -250,14 +205,18 @@ def test_a_choice_has_m_rows_by_its_budgets_and_repeats(scores, num_strata, cuto
         assert np.isin(highest, choice.rows).all()
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.0], ids=["within strata", "all of it fill"])
-def test_published_choice_takes_every_row_of_a_stratum_about_equally_often(ratio):
+def test_draws_choice_and_fill_take_every_row_about_equally_often():
     scores = np.repeat([0.0, 1.0, 9.0], [20, 20, 10])
     strata = stratify(scores, 2, 0.2)
-    chosen = [choose_staff(scores, strata, [ratio] * 2, 10, "paper", seed).rows for seed in range(400)]
-    counts = np.bincount(np.concatenate(chosen), minlength=50)  # 100 expected in the strata, deviation below 9
-    assert counts[:40].min() > 60 and counts[:40].max() < 140
-    assert counts[40:].sum() == 0
+    drawn = {
+        "draws": [np.concatenate(draw_verification_samples(strata, 5, "paper", seed)) for seed in range(400)],
+        "choice": [choose_staff(scores, strata, [1.0] * 2, 10, "paper", seed).rows for seed in range(400)],
+        "fill": [choose_staff(scores, strata, [0.0] * 2, 10, "paper", seed).rows for seed in range(400)],
+    }
+    for name, rows in drawn.items():
+        counts = np.bincount(np.concatenate(rows), minlength=50)  # 100 expected in the strata, deviation below 9
+        assert counts[:40].min() > 60 and counts[:40].max() < 140, name
+        assert counts[40:].sum() == 0
 
 
 @by_property
@@ -289,20 +248,15 @@ SPECULATIVE = np.array([0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 20.0])
 SETTINGS = Settings("paper", num_strata=2, verify_per_stratum=3, hardest_cutoff=0.2, seed=0)
 
 
-@pytest.mark.parametrize(
-    "effort",
-    [
-        (20, 10, 60, 30, 50, 40, 110),  # all rows; over D (10 to 110): 0.1, 0, 0.5 and 0.2, 0.4, 0.3
-        (30, 20, 70, 40, 60, 50),  # the drawn rows; the others' small scores are 0 to 0.5: 20 to 70 is brought there
-    ],
-    ids=["all", "drawn"],
-)
-def test_ratios_by_hand(effort):
-    records = verify(SPECULATIVE, target_scores(*effort), SETTINGS)
-    assert [record.verified for record in records] == [[0, 1, 2], [3, 4, 5]]
-    assert [record.speculative_sum for record in records] == pytest.approx([0.3, 1.2])
-    assert [record.target_sum for record in records] == pytest.approx([0.6, 0.9])
-    assert [record.verification_ratio for record in records] == pytest.approx([0.6 / 0.3, 0.9 / 1.2])
+def test_ratios_by_hand():
+    # All rows; over D (10 to 110): 0.1, 0, 0.5 and 0.2, 0.4, 0.3. Of the drawn rows alone: the others' small scores are
+    # 0 to 0.5, and 20 to 70 is brought there.
+    for effort in ((20, 10, 60, 30, 50, 40, 110), (30, 20, 70, 40, 60, 50)):
+        records = verify(SPECULATIVE, target_scores(*effort), SETTINGS)
+        assert [record.verified for record in records] == [[0, 1, 2], [3, 4, 5]]
+        assert [record.speculative_sum for record in records] == pytest.approx([0.3, 1.2])
+        assert [record.target_sum for record in records] == pytest.approx([0.6, 0.9])
+        assert [record.verification_ratio for record in records] == pytest.approx([0.6 / 0.3, 0.9 / 1.2])
 
 
 def test_a_small_stratum_of_the_released_mode_has_no_ratio_and_a_missing_target_score_is_named():
@@ -326,11 +280,10 @@ def test_two_models_that_agree_have_ratio_1_everywhere(scores, num_strata, verif
     assert mode == "released" or all(record.verified for record in records)
 
 
-@pytest.mark.parametrize("smallest", [0.0, 1e-30, 1e-320])
-def test_ratio_and_normalisation_where_nothing_differs(smallest):
-    assert math.isfinite(verification_ratio(np.array([1.0]), np.array([smallest])))
-    assert verification_ratio(np.array([0.0]), np.array([smallest])) in (0.0, 1.0)
-    assert min_max_normalise(np.array([1.0, 3.0]), reference=np.array([1.0, 2.0, 5.0])).tolist() == [0.0, 0.5]
+def test_ratio_and_normalisation_where_nothing_differs():
+    for smallest in (0.0, 1e-30, 1e-320):
+        assert verification_ratio(np.array([1.0]), np.array([smallest])) < math.inf
+        assert verification_ratio(np.array([0.0]), np.array([smallest])) in (0.0, 1.0)
     assert min_max_normalise(np.array([4.0, 4.0]), reference=np.array([4.0, 4.0])).tolist() == [1.0, 1.0]
 
 
@@ -353,7 +306,7 @@ def test_a_verification_is_read_as_it_was_written_and_refused_by_what_differs(tm
             read_verification(path, replace(SETTINGS, **{key: value}), speculative_scores())
     with pytest.raises(UserError, match="speculative_scores_sha256"):
         read_verification(path, SETTINGS, speculative_scores(SPECULATIVE[::-1]))
-    for text in ("{}", "[]", "7", '{"settings": {}, "data_fingerprint": null, "strata": [{}]}'):
+    for text in ("{}", "[]", "7", '{"data_fingerprint": null, "strata": [{}]}'):
         path.write_text(text)
         with pytest.raises(UserError, match=r"verification\.json is damaged"):
             read_verification(path, SETTINGS, speculative_scores())
