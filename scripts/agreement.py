@@ -15,45 +15,48 @@ from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from selection.report.agreement import agreement, format_agreement
+from selection.report.agreement import agreement
 from selection.run.cli import argument_parser, run_stage
 from selection.run.config import Selection, validated
 from selection.scores.folder import has_column, read_scores
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    published = Selection()
+    parser, default = argument_parser(__doc__), Selection()
     parser.add_argument("scores", type=Path, nargs=2, metavar="SCORES", help="two score folders or files; required")
-    parser.add_argument(
-        "--rate",
-        type=float,
-        nargs="+",
-        default=published.rates,
-        help="fractions of the rows to keep; default: %(default)s",
-    )
-    parser.add_argument("--num_strata", type=int, default=published.num_strata, help="K; default: %(default)s")
-    parser.add_argument(
-        "--hardest_cutoff",
-        type=float,
-        default=published.hardest_cutoff,
-        help="fraction with the highest scores that is dropped first; default: %(default)s",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=published.seed, help="of the rows drawn in each stratum; default: %(default)s"
-    )
-    arguments = parser.parse_args()
-    given = {name: getattr(arguments, name) for name in ("num_strata", "hardest_cutoff", "seed")}
-    settings = validated(published, given | {"rates": arguments.rate})
+    options = {
+        "--rate": {"dest": "rates", "type": float, "nargs": "+", "help": "fractions of the rows to keep"},
+        "--num_strata": {"type": int, "help": "K"},
+        "--hardest_cutoff": {"type": float, "help": "fraction with the highest scores that is dropped first"},
+        "--seed": {"type": int, "help": "of the rows drawn in each stratum"},
+    }
+    for flag, about in options.items():
+        about |= {
+            "default": getattr(default, about.get("dest", flag[2:])),
+            "help": f"{about['help']}; default: %(default)s",
+        }
+        parser.add_argument(flag, **about)
+    arguments = vars(parser.parse_args())
+    paths = arguments.pop("scores")
+    settings = validated(default, {name: arguments[name] for name in arguments.keys() & Selection.model_fields.keys()})
     scores = []
-    for path in arguments.scores:
-        columns = ["effort"]
-        # A path that is not there is read_scores' to name.
-        if path.exists() and has_column(path, "n_response_tokens"):
-            columns.append("n_response_tokens")
-        scores.append(read_scores(path, columns))
+    for path in paths:  # one that is not there, read_scores names
+        known = path.exists() and has_column(path, "n_response_tokens")
+        scores.append(read_scores(path, ["effort", "n_response_tokens"] if known else ["effort"]))
     result = agreement(*scores, settings.rates, settings.num_strata, settings.hardest_cutoff, settings.seed)
-    print(format_agreement(result))
+    partial = "unknown" if result.partial_spearman is None else f"{result.partial_spearman:.4f}"
+    for said, value in (
+        ("rows with both scores", result.num_rows),
+        ("Spearman", f"{result.spearman:.4f}"),
+        ("Spearman, number of response tokens held fixed", partial),
+        ("Rand index of the strata", f"{result.rand_index:.4f}"),
+        ("adjusted Rand index", f"{result.adjusted_rand_index:.4f}\n"),
+    ):
+        print(f"{said:<48}{value}")
+    print("overlap of the coresets, |A ∩ B| / m, and by chance (STAFF without verification: B's scores shuffled)")
+    print(f"{'rate':>6}{'m':>9}{'highest scores':>17}{'by chance':>12}{'STAFF':>12}{'by chance':>12}")
+    for o in result.overlaps:
+        print(f"{o.rate:>6g}{o.m:>9}{o.highest:>17.3f}{o.rate:>12.3f}{o.staff:>12.3f}{o.staff_by_chance:>12.3f}")
 
 
 if __name__ == "__main__":

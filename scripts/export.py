@@ -25,16 +25,14 @@ from selection.run.config import load_run
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run folder; required")
-    parser.add_argument(
-        "--coreset", nargs="+", default=[], help="names, or files (.json, published .pt); default: all of the run"
-    )
+    names_help = "names, or files (.json, published .pt); default: all of the run"
+    parser.add_argument("--coreset", nargs="+", default=[], help=names_help)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the exports go; default: RUN_DIR/export")
     arguments = parser.parse_args()
     experiment = load_run(arguments.run)
-    for path in list(coreset_paths(experiment, arguments.coreset)):
+    for path in coreset_paths(experiment, arguments.coreset):
         folder = (arguments.out or experiment.folder / "export").resolve() / path.stem
-        said = export(experiment, path, folder)
-        print("\n  ".join([f"{path.stem} -> {folder}", *said]))
+        print("\n  ".join([f"{path.stem} -> {folder}", *export(experiment, path, folder)]))
 
 
 if __name__ == "__main__":

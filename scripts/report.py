@@ -3,8 +3,7 @@
     python scripts/report.py runs/demo
     python scripts/report.py --config_path configs/demo.yaml
 
-Needs a run folder with a coreset. Writes <run folder>/report.html, one file that needs neither server nor network nor,
-to be read, JavaScript. Prints its path.
+Needs a run folder with a coreset. Writes <run folder>/report.html and prints its path.
 """
 
 import sys
@@ -24,20 +23,16 @@ from selection.run.errors import UserError
 def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
-    run_help = "run folder, whose own experiment.yaml is read; default: that of --config_path"
-    parser.add_argument("run", nargs="?", type=Path, help=run_help)
+    parser.add_argument("run", nargs="?", type=Path, help="run folder, instead of --config_path")
     arguments = parser.parse_args()
     if (arguments.run is None) == (arguments.config_path is None):
         raise UserError("give either a run folder or --config_path")
-    experiment = (
-        load_experiment(arguments.config_path, arguments.set) if arguments.run is None else load_run(arguments.run)
-    )
+    experiment = load_run(arguments.run) if arguments.run else load_experiment(arguments.config_path, arguments.set)
 
     from selection.report.page import write_report
     from selection.scores.identity import check_run
 
     check_run(experiment, verified=True)
-
     print(write_report(experiment))
 
 

@@ -4,6 +4,7 @@ import fcntl
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -164,6 +165,120 @@ def stage(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+def run_main(script: str, *arguments: object) -> None:
+    """Call a script's main, e.g. of "selection.coreset", in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", sys.path.copy())  # the scripts change it
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        importlib.import_module(script).main()
+
+
+HOSTILE = {
+    "instruction": "</script><img src=x onerror=\"document.title='hit'\"><!--<script>",
+    "input": "{{ 7 * 7 }} ${document.title='hit'} \u2028 &lt;b&gt;",
+    "output": "<svg onload=\"document.title='hit'\">'\"`</td></table>",
+}
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_model, tmp_path_factory):
+    """The experiment of a run as the stages leave it, with coresets of STAFF and at random; to be read alone.
+
+    150 rows of biology with a column `about` that is not trained on, and HOSTILE as row 40; the target is another
+    random model than the small one.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from selection.run.config import load_experiment
+
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(tiny_model, folder / "target")
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model)).save_pretrained(folder / "target")
+    lines = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").splitlines()[:150]
+    rows = [json.loads(line) | {"about": {"number": number}} for number, line in enumerate(lines)]
+    rows[40] |= HOSTILE
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    selection = {"rates": [0.2, 0.5], "num_strata": 8, "verify_per_stratum": 5, "columns": ["hidden_state"]}
+    keys = {
+        "output_dir": str(folder / "run"),
+        "small_model": str(tiny_model),
+        "target_model": str(folder / "target"),
+        "template": "chatml",
+        "dataset": str(folder / "data.jsonl"),
+        "eval_size": 0.2,
+        "precision": "fp32",
+        "selection": selection | {"precision": "fp32", "self_test": 0},
+        "small_training": {"num_train_epochs": 0},
+    }
+    path = folder / "given.yaml"
+    path.write_text(json.dumps(keys), encoding="utf-8")
+    for stage in ("effort_score", "verify", "coreset"):
+        run_main(f"selection.{stage}", "--config_path", path)
+    return load_experiment(path)
+
+
+def copy_of(experiment, folder: Path):
+    """The run once more in `folder`, to be changed."""
+    shutil.copytree(experiment.folder, folder)
+    return experiment.model_copy(update={"output_dir": str(folder)})
+
+
+def scored_run(folder: Path, rows: list[dict], effort, target=None, lengths=None, features=None, keys=(), **selection):
+    """The experiment of a run with given scores, all arrays (N, …) by row of the training split, and its coresets.
+
+    Defaults: the target's scores 3 times `effort`, row i with i + 1 response tokens, no features.
+    """
+    import numpy as np
+
+    from selection.rows.split import training_split
+    from selection.run.config import load_experiment
+    from selection.scores.folder import ScoreFolder, read_scores
+    from selection.scores.identity import score_identity
+    from selection.scores.verification import (
+        Settings,
+        cut_strata,
+        draw,
+        stratified_score,
+        verify,
+        write_verification,
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data, path = folder / "rows.jsonl", folder / "experiment.yaml"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = {"output_dir": str(folder / "run"), "small_model": "small/one", "target_model": "large/one"}
+    given |= {"template": "chatml", "dataset": str(data), "eval_size": 0.2, "selection": selection}
+    path.write_text(json.dumps(given | dict(keys)), encoding="utf-8")
+    experiment = load_experiment(path)
+    split, settings = training_split(experiment), Settings.of(experiment.selection)
+    every = np.arange(len(split.rows))
+    target, lengths = 3 * effort if target is None else target, every + 1 if lengths is None else lengths
+
+    def write_scores(folder: Path, model: str, wanted, values) -> None:
+        order = np.random.default_rng(1).permutation(wanted)  # a scoring stage sorts by length
+        identity = score_identity(experiment, split, model, None)
+        scores = ScoreFolder(folder, identity, len(every), [] if features is None else ["hidden_state"])
+        scores.plan(order, lambda missing: [[missing.tolist()]])
+        columns = {"index": order, "id": np.array(split.ids)[order], "effort": values[order], "loss": values[order] / 2}
+        columns |= {"n_prompt_tokens": lengths[order], "n_response_tokens": lengths[order]}
+        columns |= {} if features is None else {"hidden_state": features[order].astype(np.float32)}
+        scores.write_part([order.tolist()], columns)
+        scores.finish(np.sort(wanted))
+
+    write_scores(experiment.small_scores, experiment.small_model, every, effort)
+    raw = read_scores(experiment.small_scores, settings.columns, ids=False)
+    scores = stratified_score(raw, settings)
+    drawn = scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))]
+    write_scores(experiment.target_scores, experiment.target_model, np.sort(drawn), target)
+    verified = read_scores(experiment.target_scores, settings.columns, ids=False)
+    records = verify(scores.effort, verified, settings, index=scores.index)
+    write_verification(experiment.verification, settings, raw, records)
+    run_main("selection.coreset", "--config_path", path)
+    return experiment
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:

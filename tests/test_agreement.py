@@ -5,39 +5,40 @@ import math
 import warnings
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
+import pandas as pd
 import pytest
 from conftest import assert_one_line_error, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selection.method.staff import choose_staff, stratify
-from selection.report.agreement import agreement, format_agreement, partial_spearman, spearman
+from selection.report.agreement import agreement, partial_spearman, spearman
 from selection.run.errors import UserError
 from selection.scores.folder import ScoreFolder, read_scores
 
 RATES = [0.8, 0.25, 0.05]
 
 
-def write(path, columns: dict):
-    table = pa.table({name: pa.array(values) for name, values in columns.items()})
-    write_table = pa.csv.write_csv if path.suffix == ".csv" else pa.parquet.write_table
-    write_table(table, path)
-    return path
+@pytest.fixture
+def scores(tmp_path):
+    """A function that writes scores to a new file and reads them."""
+    numbers = itertools.count()
+
+    def scores(effort, index=None, ending="csv", **columns):
+        path = tmp_path / f"{next(numbers)}.{ending}"
+        index = np.arange(len(effort)) if index is None else index
+        table = pd.DataFrame({"index": index, "effort": np.asarray(effort, dtype=float)} | columns)
+        table.to_parquet(path) if ending == "parquet" else table.to_csv(path, index=False)
+        return read_scores(path, ["effort", *(name for name in columns if name != "id")])
+
+    return scores
 
 
-def scores(path, index, effort, more=("n_response_tokens",), **columns):
-    path = write(path, {"index": index, "effort": np.asarray(effort, dtype=np.float64)} | columns)
-    return read_scores(path, ["effort", *(name for name in more if name in columns)])
-
-
-def folder(path, efforts, fingerprint: str, tokens: int = 5):
+def folder(path, efforts, fingerprint: str):
     rows = np.arange(len(efforts))
     store = ScoreFolder(path, {"data_fingerprint": fingerprint}, len(rows))
     (part,) = store.plan(rows, lambda missing: [[missing.tolist()]])
-    columns = {"id": [f"id{row}" for row in rows], "n_prompt_tokens": rows, "n_response_tokens": rows % 3 + tokens}
+    columns = {"id": [f"id{row}" for row in rows], "n_prompt_tokens": rows, "n_response_tokens": rows % 3 + 5}
     store.write_part(part, columns | {"index": rows, "loss": rows / 2, "effort": np.asarray(efforts)})
     store.finish(rows)
     return path
@@ -84,95 +85,64 @@ def test_rank_correlations_are_the_literal_ones(arrays):
         assert partial_spearman(b, a, held) == pytest.approx(partial, abs=1e-12)
 
 
-def test_what_only_length_ties_together_is_independent_at_fixed_length():
-    rng = np.random.default_rng(0)
-    length = rng.permutation(5000)
-    a, b = (length + rng.normal(scale=1000, size=5000) for _ in range(2))
-    assert spearman(a, b) > 0.6
-    assert abs(partial_spearman(a, b, length)) < 0.1
-    assert partial_spearman(a, a + rng.normal(scale=10, size=5000), length) > 0.9
-
-
 @pytest.mark.parametrize("n", [1, 6])
 def test_constant_arrays_have_no_correlation(n):
     flat, steps = np.full(n, 0.1), np.arange(n)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert math.isnan(spearman(flat, steps))
-        assert math.isnan(spearman(steps, flat))
-        for arrays in itertools.product([flat, steps], repeat=3):
-            if any(x is flat for x in arrays):
-                assert math.isnan(partial_spearman(*arrays))
+        for pair in ((flat, steps), (steps, flat)):
+            assert math.isnan(spearman(*pair)) and math.isnan(partial_spearman(*pair, steps))
+        assert math.isnan(partial_spearman(steps, steps, flat))
         assert math.isnan(partial_spearman(steps, steps[::-1] ** 2, steps))  # all explained
 
 
 # Strata and coresets
 
 
-def literal_groups(effort, num_strata, hardest_cutoff) -> list:
-    strata = stratify(effort, num_strata, hardest_cutoff)
-    names = {row: i for i, rows in enumerate(strata.members) for row in rows.tolist()}
-    return [names.get(row, "hardest") for row in range(len(effort))]
-
-
 @pytest.mark.parametrize("seed", range(3))
-def test_strata_and_overlaps_are_the_literal_ones(tmp_path, seed):
+def test_strata_and_overlaps_are_the_literal_ones(scores, seed):
     rng = np.random.default_rng(seed)
     n = 60
-    a_effort = rng.integers(0, 9, n).astype(float)  # ties
-    b_effort = a_effort + rng.lognormal(size=n)
-    a, b = scores(tmp_path / "a.csv", np.arange(n), a_effort), scores(tmp_path / "b.parquet", np.arange(n), b_effort)
-    result = agree(a, b, seed=seed)
-
-    groups = [literal_groups(effort, 5, 0.1) for effort in (a_effort, b_effort)]
-    same = [[g[i] == g[j] for i, j in itertools.combinations(range(n), 2)] for g in groups]
-    pairs = len(same[0])
-    both = sum(x and y for x, y in zip(*same, strict=True))
-    in_a, in_b = map(sum, same)
-    rand = sum(x == y for x, y in zip(*same, strict=True)) / pairs
+    efforts = [rng.integers(0, 9, n).astype(float)]  # ties
+    efforts.append(efforts[0] + rng.lognormal(size=n))
+    result = agree(scores(efforts[0]), scores(efforts[1], ending="parquet"), seed=seed)
+    strata = [stratify(effort, 5, 0.1) for effort in efforts]
+    groups = [{row: i for i, rows in enumerate(each.members) for row in rows} for each in strata]
+    same = [[g.get(i) == g.get(j) for i, j in itertools.combinations(range(n), 2)] for g in groups]
+    pairs, both, in_a, in_b = len(same[0]), sum(map(min, *same)), *map(sum, same)
     expected = in_a * in_b / pairs
-    assert result.rand_index == pytest.approx(rand, abs=1e-12)
+    assert result.rand_index == pytest.approx(sum(x == y for x, y in zip(*same, strict=True)) / pairs, abs=1e-12)
     assert result.adjusted_rand_index == pytest.approx((both - expected) / ((in_a + in_b) / 2 - expected), abs=1e-12)
-    assert result.spearman == spearman(a_effort, b_effort)
-    assert result.partial_spearman is None and "unknown" in format_agreement(result)
-
+    assert result.spearman == spearman(*efforts) and result.partial_spearman is None
     for overlap, rate in zip(result.overlaps, RATES, strict=True):
         m = math.floor(rate * n)
-        top_a, top_b = (set(sorted(range(n), key=lambda i: (-effort[i], i))[:m]) for effort in (a_effort, b_effort))
-        chosen = []
-        for effort in (a_effort, b_effort):
-            strata = stratify(effort, 5, 0.1)
-            chosen.append(set(choose_staff(effort, strata, [None] * len(strata.members), m, "paper", seed).rows))
-        assert (overlap.rate, overlap.m) == (rate, m)
-        assert overlap.highest == len(top_a & top_b) / m
-        assert overlap.staff == len(chosen[0] & chosen[1]) / m
+        top = [set(sorted(range(n), key=lambda i: (-effort[i], i))[:m]) for effort in efforts]
+        chosen = [
+            set(choose_staff(effort, each, [None] * len(each.members), m, "paper", seed).rows)
+            for effort, each in zip(efforts, strata, strict=True)
+        ]
+        shared = [len(set.intersection(*each)) / m for each in (top, chosen)]
+        assert [overlap.rate, overlap.m, overlap.highest, overlap.staff] == [rate, m, *shared]
 
 
-def test_scores_agree_wholly_with_themselves_on_another_scale(tmp_path):
+def test_scores_agree_wholly_with_themselves_on_another_scale(scores):
     effort = np.random.default_rng(0).lognormal(size=200)
-    a = scores(tmp_path / "a.csv", np.arange(200), effort, n_response_tokens=np.arange(200) % 7)
-    b = scores(tmp_path / "b.csv", np.arange(200), 4 * effort)
-    result = agree(a, b)
+    result = agree(scores(effort, n_response_tokens=np.arange(200) % 7), scores(4 * effort))
     assert (result.num_rows, result.rand_index, result.adjusted_rand_index) == (200, 1, 1)
     assert result.spearman == pytest.approx(1) and result.partial_spearman == pytest.approx(1)
     assert [(o.highest, o.staff) for o in result.overlaps] == [(1, 1)] * len(RATES)
     assert all(o.staff_by_chance < 0.95 for o in result.overlaps)
 
 
-def test_unrelated_scores_share_what_chance_gives(tmp_path):
-    rng = np.random.default_rng(1)
-    a, b = (scores(tmp_path / f"{i}.csv", np.arange(4000), rng.uniform(size=4000)) for i in range(2))
+def test_unrelated_scores_share_what_chance_gives(scores):
+    a, b = (scores(each) for each in np.random.default_rng(1).uniform(size=(2, 4000)))
     result = agree(a, b, num_strata=20)
     assert abs(result.spearman) < 0.06 and abs(result.adjusted_rand_index) < 0.02
     for overlap in result.overlaps:
         tolerance = 4 / math.sqrt(overlap.m)
         assert overlap.highest == pytest.approx(overlap.rate, abs=tolerance)
         assert overlap.staff == pytest.approx(overlap.staff_by_chance, abs=tolerance)
-
-
-def test_one_stratum_shows_that_one_seed_is_all_that_is_shared(tmp_path):
-    rng = np.random.default_rng(1)
-    a, b = (scores(tmp_path / f"{i}.csv", np.arange(300), rng.uniform(size=300)) for i in range(2))
+    # One seed is all that coresets of one stratum share.
     result = agree(a, b, num_strata=1, hardest_cutoff=0.0)
     assert all(o.staff == o.staff_by_chance == 1 for o in result.overlaps)
 
@@ -180,59 +150,56 @@ def test_one_stratum_shows_that_one_seed_is_all_that_is_shared(tmp_path):
 # Which rows are compared
 
 
-def test_only_common_rows_count_in_their_own_order(tmp_path):
+def test_only_common_rows_count_in_their_own_order(scores):
     rng = np.random.default_rng(2)
-    efforts = rng.lognormal(size=(2, 50))
-    tokens = rng.integers(1, 30, 50)
+    efforts, tokens = rng.lognormal(size=(2, 50)), rng.integers(1, 30, 50)
     in_a, in_b = rng.permutation(50)[:40], rng.permutation(50)[:45]
     common = np.intersect1d(in_a, in_b)
-    cut = agree(
-        scores(tmp_path / "a.csv", in_a, efforts[0][in_a], n_response_tokens=tokens[in_a]),
-        scores(tmp_path / "b.csv", in_b, efforts[1][in_b], n_response_tokens=tokens[in_b]),
-        rates=[0.5],
+    a, b = (
+        scores(e[rows], rows, n_response_tokens=tokens[rows]) for e, rows in zip(efforts, (in_a, in_b), strict=True)
     )
-    alone = agree(
-        scores(tmp_path / "c.csv", common, efforts[0][common]),
-        scores(tmp_path / "d.csv", common, efforts[1][common], n_response_tokens=tokens[common]),
-        rates=[0.5],
-    )
-    assert cut == alone
-    other_way = agree(*(read_scores(tmp_path / f"{name}.csv", ["effort", "n_response_tokens"]) for name in "ba"), [0.5])
-    assert other_way.spearman == cut.spearman and other_way.partial_spearman == cut.partial_spearman
-    assert cut.num_rows == len(common)
-    assert cut.spearman == spearman(efforts[0][common], efforts[1][common])
-    assert cut.partial_spearman == partial_spearman(efforts[0][common], efforts[1][common], tokens[common])
+    cut = agree(a, b)
+    alone = scores(efforts[0][common], common), scores(efforts[1][common], common, n_response_tokens=tokens[common])
+    assert cut == agree(*alone) and cut.num_rows == len(common)
+    other_way = agree(b, a)
+    assert (other_way.spearman, other_way.partial_spearman) == (cut.spearman, cut.partial_spearman)
+    assert cut.partial_spearman == partial_spearman(*efforts[:, common], tokens[common])
 
 
-def test_a_disagreement_about_tokens_ids_or_rows_is_refused(tmp_path):
-    index, effort = np.arange(4), np.arange(4.0)
-    a = scores(tmp_path / "a.csv", index, effort, n_response_tokens=[5, 6, 7, 8], id=["a", "b", "c", "d"])
-    tokens = scores(tmp_path / "b.csv", index, effort, n_response_tokens=[5, 6, 9, 8])
-    with pytest.raises(UserError, match=r"row 2 has n_response_tokens 7 in .*a\.csv and 9 in .*b\.csv"):
-        agree(a, tokens, rates=[0.5])
-    with pytest.raises(UserError, match=r"row 1 has id b in .*a\.csv and x in"):
-        agree(a, scores(tmp_path / "c.csv", index, effort, id=["a", "x", "c", "d"]), rates=[0.5])
-    with pytest.raises(UserError, match="no row in common"):
-        agree(a, scores(tmp_path / "d.csv", index + 4, effort), rates=[0.5])
-    with pytest.raises(UserError, match=r"rate 0\.1 of 4 rows keeps none"):
-        agree(a, a, rates=[0.1])
+def test_a_disagreement_about_tokens_ids_or_rows_is_refused(scores):
+    effort = np.arange(4.0)
+    a = scores(effort, n_response_tokens=[5, 6, 7, 8], id=["a", "b", "c", "d"])
+    for other, said in (
+        (
+            scores(effort, n_response_tokens=[5, 6, 9, 8]),
+            r"row 2 has n_response_tokens 7 in .*0\.csv and 9 in .*1\.csv",
+        ),
+        (scores(effort, id=["a", "x", "c", "d"]), r"row 1 has id b in .*0\.csv and x in"),
+        (scores(effort, np.arange(4, 8)), "no row in common"),
+        (a, r"rate 0\.05 of 4 rows keeps none"),
+    ):
+        with pytest.raises(UserError, match=said):
+            agree(a, other)
 
 
 # The script
 
 
-def test_the_script_reads_folders_and_files(tmp_path):
-    rng = np.random.default_rng(3)
-    a_effort, b_effort = rng.lognormal(size=(2, 40))
-    a = folder(tmp_path / "a", a_effort, "same")
-    b = write(tmp_path / "b.csv", {"index": np.arange(30), "effort": b_effort[:30]})
-    done = run_script("scripts/agreement.py", a, b, "--rate", 0.5, 0.1, "--num_strata", 4, "--hardest_cutoff", 0.2)
-    lines = done.stdout.splitlines()
-    expected = agreement(read_scores(a, ["effort", "n_response_tokens"]), read_scores(b), [0.5, 0.1], 4, 0.2, 42)
-    assert lines == format_agreement(expected).splitlines()
-    assert lines[0].split() == ["rows", "with", "both", "scores", "30"]
-    assert f"{partial_spearman(a_effort[:30], b_effort[:30], np.arange(30) % 3):.4f}" in lines[2]
-    assert [line.split()[:2] for line in lines[-2:]] == [["0.5", "15"], ["0.1", "3"]]
+def test_the_script_reads_folders_and_files(tmp_path, scores):
+    a_effort, b_effort = np.random.default_rng(3).lognormal(size=(2, 40))
+    a, b = folder(tmp_path / "a", a_effort, "same"), scores(b_effort[:30])
+    done = run_script(
+        "scripts/agreement.py", a, b.source, "--rate", 0.5, 0.1, "--num_strata", 4, "--hardest_cutoff", 0.2
+    )
+    expected = agreement(read_scores(a, ["effort", "n_response_tokens"]), b, [0.5, 0.1], 4, 0.2, 42)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[-1] for line in lines[:5]] == ["30"] + [
+        f"{value:.4f}"
+        for value in (expected.spearman, expected.partial_spearman, expected.rand_index, expected.adjusted_rand_index)
+    ]
+    assert f"{partial_spearman(a_effort[:30], b_effort[:30], np.arange(30) % 3):.4f}" == lines[2][-1]
+    for line, o in zip(lines[-2:], expected.overlaps, strict=True):
+        assert line == [f"{o.rate:g}", f"{o.m}", *(f"{x:.3f}" for x in (o.highest, o.rate, o.staff, o.staff_by_chance))]
     assert done.stderr == ""
 
 

@@ -6,14 +6,17 @@ import numpy as np
 from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score, rand_score
 
-from selection.method.staff import Strata, choose_staff, coreset_size, stratify
+from selection.method.staff import choose_staff, coreset_size, stratify
 from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
+
+_SHUFFLES = 10  # of B's scores, to measure what two of STAFF's coresets share because one seed draws both
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation of two (n,) arrays, ties at their mean rank; nan where one of them is constant."""
-    if len(a) < 2 or _is_constant(a) or _is_constant(b):
+    a, b = np.asarray(a), np.asarray(b)
+    if len(a) < 2 or (a == a[0]).all() or (b == b[0]).all():
         return float("nan")
     return float(spearmanr(a, b).statistic)
 
@@ -25,19 +28,9 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float:
     nan where an array is constant, or where `given` explains one of the other two wholly.
     """
     r_ab, r_ac, r_bc = spearman(a, b), spearman(a, given), spearman(b, given)
-    unexplained = (1 - r_ac**2) * (1 - r_bc**2)
     if not min(1 - r_ac**2, 1 - r_bc**2) > 1e-12:  # rounding alone would make a correlation of it
         return float("nan")
-    return float(np.clip((r_ab - r_ac * r_bc) / np.sqrt(unexplained), -1, 1))
-
-
-def _is_constant(values: np.ndarray) -> bool:
-    return bool((values == values[0]).all())
-
-
-# STAFF draws inside a stratum; how much two coresets share because both are drawn with one seed is no rate, so it is
-# measured.
-_SHUFFLES = 10
+    return float(np.clip((r_ab - r_ac * r_bc) / np.sqrt((1 - r_ac**2) * (1 - r_bc**2)), -1, 1))
 
 
 @dataclass(frozen=True)
@@ -66,54 +59,40 @@ class Agreement:
 def common_rows(a: Scores, b: Scores) -> tuple[Scores, Scores]:
     """Both, cut to the rows that both have.
 
-    Raises: UserError where they are of different data (by fingerprint or row id), share no row, or differ in
-    n_response_tokens where both have it.
+    Raises: UserError where they share no row or are of different data: by fingerprint, row id or n_response_tokens.
     """
     if a.fingerprint != b.fingerprint and None not in (a.fingerprint, b.fingerprint):
         raise UserError(f"{a.source} and {b.source} are scores of different data (fingerprints differ)")
-    rows, in_a, in_b = np.intersect1d(a.index, b.index, assume_unique=True, return_indices=True)
+    rows, *places = np.intersect1d(a.index, b.index, assume_unique=True, return_indices=True)
     if not len(rows):
         raise UserError(f"{a.source} and {b.source} have no row in common: give two scores of the same data")
-    a, b = _only(a, in_a), _only(b, in_b)
-    if a.ids is not None and b.ids is not None:
-        _refuse_difference(a, b, np.array(a.ids), np.array(b.ids), "id")
-    if "n_response_tokens" in a.columns and "n_response_tokens" in b.columns:
-        name = "n_response_tokens"
-        _refuse_difference(a, b, a.columns[name].astype(int), b.columns[name].astype(int), name)
-    return a, b
-
-
-def _only(scores: Scores, positions: np.ndarray) -> Scores:
-    return replace(
-        scores,
-        index=scores.index[positions],
-        columns={name: values[positions] for name, values in scores.columns.items()},
-        ids=None if scores.ids is None else [scores.ids[i] for i in positions],
-    )
-
-
-def _refuse_difference(a: Scores, b: Scores, of_a: np.ndarray, of_b: np.ndarray, name: str) -> None:
-    if len(different := np.flatnonzero(of_a != of_b)):
-        i = different[0]
-        raise UserError(
-            f"row {a.index[i]} has {name} {of_a[i]} in {a.source} and {of_b[i]} in {b.source} "
-            f"({len(different)} such rows in all): they are scores of different data"
-        )
+    cut = []
+    for scores, at in zip((a, b), places, strict=True):
+        columns = scores.columns if scores.ids is None else scores.columns | {"id": np.array(scores.ids)}
+        cut.append(replace(scores, index=rows, ids=None, columns={name: v[at] for name, v in columns.items()}))
+    for name in {"id", "n_response_tokens"} & cut[0].columns.keys() & cut[1].columns.keys():
+        of_a, of_b = (scores.columns[name] for scores in cut)
+        if len(different := np.flatnonzero(of_a != of_b)):
+            i = different[0]
+            in_a, in_b = (str(values[i]).removesuffix(".0") for values in (of_a, of_b))
+            raise UserError(
+                f"row {rows[i]} has {name} {in_a} in {a.source} and {in_b} in {b.source} "
+                f"({len(different)} such rows in all): they are scores of different data"
+            )
+    return cut[0], cut[1]
 
 
 def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest_cutoff: float, seed: int) -> Agreement:
-    """Args: two sets of scores, with the column n_response_tokens where it is known; the rest as in the configuration.
+    """Cut strata and coresets from the common rows, STAFF's by the published rule without V_i and with one seed.
 
-    Strata and coresets are cut from the common rows alone. STAFF's coresets are the published ones with every V_i
-    left out, so that nothing but the scores tells them apart; both are drawn with the same seed.
+    Args: two sets of scores, with the column n_response_tokens where it is known; the rest as in the configuration.
     """
     a, b = common_rows(a, b)
-    known = [scores.columns["n_response_tokens"] for scores in (a, b) if "n_response_tokens" in scores.columns]
-    rng = np.random.default_rng(seed)
+    num_rows, rng = len(a.index), np.random.default_rng(seed)
     efforts = [a.effort, b.effort, *(rng.permutation(b.effort) for _ in range(_SHUFFLES))]
     with refusals():
         strata = [stratify(effort, num_strata, hardest_cutoff) for effort in efforts]
-        sizes = [coreset_size(rate, len(a.index)) for rate in rates]
+        sizes = [coreset_size(rate, num_rows) for rate in rates]
     overlaps = []
     for rate, m in zip(rates, sizes, strict=True):
         highest = [np.argsort(-effort, kind="stable")[:m] for effort in (a.effort, b.effort)]
@@ -123,9 +102,13 @@ def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest
         )
         by_chance = float(np.mean([overlap(of_a, rows) for rows in of_shuffled]))
         overlaps.append(Overlap(rate, m, overlap(*highest), overlap(of_a, of_b), by_chance))
-    groups = [_stratum_of_each_row(each, len(a.index)) for each in strata[:2]]
+    groups = np.full((2, num_rows), -1)  # number of each row's stratum; −1 for the hardest
+    for group, each in zip(groups, strata[:2], strict=True):
+        for number, rows in enumerate(each.members):
+            group[rows] = number
+    known = [scores.columns["n_response_tokens"] for scores in (a, b) if "n_response_tokens" in scores.columns]
     return Agreement(
-        num_rows=len(a.index),
+        num_rows=num_rows,
         spearman=spearman(a.effort, b.effort),
         partial_spearman=partial_spearman(a.effort, b.effort, known[0]) if known else None,
         rand_index=float(rand_score(*groups)),
@@ -137,28 +120,3 @@ def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest
 def overlap(rows: np.ndarray, others: np.ndarray) -> float:
     """|A ∩ B| / m of two coresets of m rows."""
     return len(np.intersect1d(rows, others, assume_unique=True)) / len(rows)
-
-
-def _stratum_of_each_row(strata: Strata, num_rows: int) -> np.ndarray:
-    """(N,) the number of the stratum; −1 for the hardest rows, which are in none."""
-    stratum = np.full(num_rows, -1)
-    for i, rows in enumerate(strata.members):
-        stratum[rows] = i
-    return stratum
-
-
-def format_agreement(result: Agreement) -> str:
-    partial = "unknown" if result.partial_spearman is None else f"{result.partial_spearman:.4f}"
-    lines = [
-        f"{'rows with both scores':<48}{result.num_rows}",
-        f"{'Spearman':<48}{result.spearman:.4f}",
-        f"{'Spearman, number of response tokens held fixed':<48}{partial}",
-        f"{'Rand index of the strata':<48}{result.rand_index:.4f}",
-        f"{'adjusted Rand index':<48}{result.adjusted_rand_index:.4f}",
-        "",
-        "overlap of the coresets, |A ∩ B| / m, and by chance (STAFF without verification: B's scores shuffled)",
-        f"{'rate':>6}{'m':>9}{'highest scores':>17}{'by chance':>12}{'STAFF':>12}{'by chance':>12}",
-    ]
-    for o in result.overlaps:
-        lines.append(f"{o.rate:>6g}{o.m:>9}{o.highest:>17.3f}{o.rate:>12.3f}{o.staff:>12.3f}{o.staff_by_chance:>12.3f}")
-    return "\n".join(lines)

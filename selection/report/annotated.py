@@ -1,6 +1,6 @@
 """Every row of the user's data beside what selection found: score, stratum, V_i, chosen or not, and why."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -16,7 +16,7 @@ from selection.run.config import Experiment
 from selection.run.errors import UserError, refusals
 from selection.run.products import checked, read_record
 from selection.scores.coresets import check_fits, read_coreset
-from selection.scores.folder import Scores, has_column, read_scores
+from selection.scores.folder import has_column, read_scores
 from selection.scores.quotas import quotas_of
 from selection.scores.verification import Settings, StratumRecord, cut_strata, stratified_score
 
@@ -29,14 +29,12 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
     Columns: row (in the user's data), dataset (its name, where there are several; rows then count in each), split
     ("train", "eval"), index (row of the training split), id, effort and loss of the speculative model,
     n_prompt_tokens, n_response_tokens, target_effort (where the target scored the row), stratum, verification_ratio
-    (V_i of the stratum), verified, chosen, reason (a sentence). What is not known is null. For a coreset of another
-    method, effort and loss are still the speculative model's, and there are no strata.
-    `split`: that of `finished_split`, from whoever has it already.
+    (V_i of the stratum), verified, chosen, reason (a sentence). What is not known is null: for a coreset of another
+    method all that has to do with strata. `split`: that of `finished_split`, where it is known already.
 
     Raises: UserError where the coreset is of other data, or was cut from other scores than those of now.
     """
-    split = split or finished_split(experiment)
-    chosen = read_coreset(coreset)
+    split, chosen = split or finished_split(experiment), read_coreset(coreset)
     check_fits(chosen, split.ids, split.fingerprint, str(coreset))
     num_rows = len(split.rows)
     is_chosen = np.zeros(num_rows, dtype=bool)
@@ -46,7 +44,7 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
     columns = {
         "index": np.arange(num_rows),
         "id": np.array(split.ids),
-        **_figures(experiment, num_rows),
+        **_scores_of_all_rows(experiment, num_rows),
         "stratum": np.full(num_rows, np.nan),
         "verification_ratio": np.full(num_rows, np.nan),
         "verified": np.zeros(num_rows, dtype=bool),
@@ -55,27 +53,22 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
     }
     if method == "staff" and experiment.small_scores.exists():
         _explain_staff(experiment, coreset, about, columns)
-    return _in_order_of_the_data(experiment, split, columns)
+    return _in_order_of_the_data(experiment, columns)
 
 
-def _figures(experiment: Experiment, num_rows: int) -> dict[str, np.ndarray]:
-    """Effort, loss and lengths by the speculative model, and the target's effort: (N,) each, nan where not known."""
-    figures = dict.fromkeys(("effort", "loss", *_LENGTHS, "target_effort"), np.full(num_rows, np.nan))
-    if experiment.small_scores.exists():
-        there = [name for name in ("effort", "loss", *_LENGTHS) if has_column(experiment.small_scores, name)]
-        scores = read_scores(experiment.small_scores, there, ids=False)
-        figures |= {name: _of_all(scores, name, num_rows) for name in there}
-    if experiment.target_scores.exists():
-        figures["target_effort"] = _of_all(read_scores(experiment.target_scores, ids=False), "effort", num_rows)
-    return figures
-
-
-def _of_all(scores: Scores, name: str, num_rows: int) -> np.ndarray:
-    if scores.index[-1] >= num_rows:
-        raise UserError(f"{scores.source} scores row {scores.index[-1]} of {num_rows}: they are scores of other data")
-    values = np.full(num_rows, np.nan)
-    values[scores.index] = scores.columns[name]
-    return values
+def _scores_of_all_rows(experiment: Experiment, num_rows: int) -> dict[str, np.ndarray]:
+    """Columns (N,), nan where not known."""
+    small, target = ({name: name for name in ("effort", "loss", *_LENGTHS)}, {"effort": "target_effort"})
+    found = {name: np.full(num_rows, np.nan) for name in [*small.values(), *target.values()]}
+    for folder, names in ((experiment.small_scores, small), (experiment.target_scores, target)):
+        if not folder.exists():
+            continue
+        scores = read_scores(folder, [name for name in names if has_column(folder, name)], ids=False)
+        if scores.index[-1] >= num_rows:
+            raise UserError(f"{folder} scores row {scores.index[-1]} of {num_rows}: they are scores of other data")
+        for name, values in scores.columns.items():
+            found[names[name]][scores.index] = values
+    return found
 
 
 class _DataSet(TypedDict):
@@ -83,7 +76,7 @@ class _DataSet(TypedDict):
 
 
 class _StaffRecord(TypedDict):
-    """Of a coreset's file, what its explanation needs beside `Settings`."""
+    """What the explanation needs of a coreset's file beside `Settings`."""
 
     __pydantic_config__ = ConfigDict(extra="allow")
 
@@ -96,7 +89,8 @@ class _StaffRecord(TypedDict):
 def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: dict[str, np.ndarray]) -> None:
     """Strata, V_i and reasons, by cutting the coreset again from its own record."""
     about, settings = checked(_StaffRecord, about, coreset), Settings.from_record(about, coreset)
-    records = checked(list[StratumRecord], [_stratum(s) for s in about["strata"]], coreset)
+    kept = [{field.name: entry.get(field.name) for field in fields(StratumRecord)} for entry in about["strata"]]
+    records = checked(list[StratumRecord], kept, coreset)
     scores = read_scores(experiment.small_scores, settings.columns, ids=False).check_complete()
     scores = stratified_score(scores, settings)
     strata = cut_strata(scores.effort, settings)
@@ -118,24 +112,22 @@ def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: 
         raise UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
     is_chosen, reason = columns["chosen"], columns["reason"]
     reason[:] = "left out: its loss or score is not finite"
-    drawn, passed_over = (
-        ("chosen: drawn at random in its stratum", "not drawn in its stratum")
-        if settings.rules != "released"
-        else ("chosen: among the highest of its stratum", "below the chosen of its stratum")
-    )
+    texts = {
+        "paper": ("chosen: drawn at random in its stratum", "not drawn in its stratum"),
+        "released": ("chosen: among the highest of its stratum", "below the chosen of its stratum"),
+    }
     for record, members in zip(records, strata.members, strict=True):
         rows = scores.index[members]
         columns["stratum"][rows] = record.stratum
         if record.verification_ratio is not None:
             columns["verification_ratio"][rows] = record.verification_ratio
         columns["verified"][record.verified] = True
-        reason[rows] = _either(is_chosen[rows], drawn, passed_over)
+        reason[rows] = _either(is_chosen[rows], *texts[settings.rules])
     reason[scores.index[choice.fill]] = "chosen: random fill of what the budgets left"
     hardest = scores.index[strata.hardest]
+    taken_back = "chosen: taken back from the hardest, as the strata do not hold enough"
     reason[hardest] = _either(
-        is_chosen[hardest],
-        "chosen: taken back from the hardest, as the strata do not hold enough",
-        f"dropped: among the hardest {settings.hardest_cutoff:.0%}",
+        is_chosen[hardest], taken_back, f"dropped: among the hardest {settings.hardest_cutoff:.0%}"
     )
 
 
@@ -144,31 +136,17 @@ def _either(mask: np.ndarray, yes: str, no: str) -> np.ndarray:
     return np.array([no, yes], dtype=object)[mask.astype(np.intp)]
 
 
-def _stratum(entry: dict) -> dict:
-    return {name: entry.get(name) for name in StratumRecord.__dataclass_fields__}
-
-
-def _in_order_of_the_data(experiment: Experiment, split: TrainingSplit, columns: dict[str, np.ndarray]) -> pa.Table:
-    whole = ("index", *_LENGTHS, "stratum")
-    arrays = {
-        name: pa.array(values, from_pandas=True).cast(pa.int64())
-        if name in whole
-        else pa.array(values, from_pandas=True)
-        for name, values in columns.items()
-    }
+def _in_order_of_the_data(experiment: Experiment, columns: dict[str, np.ndarray]) -> pa.Table:
     numbers = split_numbers(experiment)
-    held_out = len(numbers["eval"])
-    train = pa.table({"row": numbers["train"], "split": pa.array(["train"] * len(split.rows)), **arrays})
-    rest = pa.table(
-        {
-            "row": numbers["eval"],
-            "split": pa.array(["eval"] * held_out),
-            "chosen": pa.array([False] * held_out),
-            "verified": pa.array([False] * held_out),
-            "reason": pa.array(["held out for evaluation"] * held_out),
-        }
+    held_out = {"split": "eval", "verified": False, "chosen": False, "reason": "held out for evaluation"}
+    train = pa.table({"row": numbers["train"], "split": ["train"] * len(numbers["train"])})
+    for name, values in columns.items():
+        array = pa.array(values, from_pandas=True)
+        train = train.append_column(name, array.cast(pa.int64()) if name in ("stratum", *_LENGTHS) else array)
+    rest = {name: pa.array([value] * len(numbers["eval"])) for name, value in held_out.items()}
+    table = pa.concat_tables([train, pa.table({"row": numbers["eval"], **rest})], promote_options="default").sort_by(
+        "row"
     )
-    table = pa.concat_tables([train, rest], promote_options="default").sort_by("row")
     if len(sets := data_sets(experiment)) == 1:
         return table
     names, first_rows, counts = zip(*sets, strict=True)

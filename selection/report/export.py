@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,16 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
         "template": experiment.template,
         "code_version": code_version(),
     }
-    if folder.exists() and _exported(folder) != (coreset.name, experiment.folder.name):
+    record = folder / "made_from.json"
+    before = read_record(record) if record.exists() else {}
+    if folder.exists() and any(before.get(key) != identity[key] for key in ("export_of", "run")):
         raise UserError(
             f"{folder} is no export of {coreset.name} of run {experiment.folder.name}: remove it or give another --out"
         )
     earlier = folder.with_name(f".{folder.name}.earlier")
     try:
         with building(folder, identity) as draft:
-            said = [
-                *_write_annotated(experiment, split, path, draft),
-                *_write_chosen(experiment, split, coreset, draft),
-            ]
+            said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
             if folder.exists():
                 shutil.rmtree(earlier, ignore_errors=True)
                 folder.rename(earlier)  # at last, when the new one is whole
@@ -65,18 +63,10 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     return said
 
 
-def _exported(folder: Path) -> tuple[str | None, str | None]:
-    """Coreset and run that a folder is an export of."""
-    path = folder / "made_from.json"
-    record = read_record(path) if path.exists() else {}
-    return record.get("export_of"), record.get("run")
-
-
 def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, draft: Path) -> list[str]:
     """annotated.parquet and annotated.jsonl: every row of the run, as it was, with `annotated`'s columns behind.
 
-    Rows of several data sets are pooled in the order given, and say in `dataset` from which they are; where these come
-    in different forms, all are in the common one.
+    Rows of several data sets are pooled in the order given; where these come in different forms, in the common one.
     """
     from datasets import concatenate_datasets
 
@@ -84,27 +74,26 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
     figures = figures.rename_columns([PREFIX + name for name in figures.column_names])
     if taken := sorted(set(figures.column_names) & set(split.rows.column_names)):
         raise UserError(f"the data have a column {taken[0]} already, which the export writes: rename it in the data")
-    numbers = split_numbers(experiment)
     pooled = concatenate_datasets([split.rows, rows_of(experiment, "eval")])
-    rows = pooled.select(np.argsort(np.concatenate([numbers["train"], numbers["eval"]]))).with_format("arrow")
+    rows = pooled.select(np.argsort(np.concatenate(list(split_numbers(experiment).values())))).with_format("arrow")
     schema = pa.unify_schemas([rows.features.arrow_schema, figures.schema])
     with (
         pa.parquet.ParquetWriter(draft / "annotated.parquet", schema) as writer,
         (draft / "annotated.jsonl").open("w", encoding="utf-8") as file,
     ):
-        for start, batch in enumerate(rows.iter(batch_size=_BATCH)):
-            beside = figures.slice(start * _BATCH, len(batch))
+        for number, batch in enumerate(rows.iter(batch_size=_BATCH)):
+            beside = figures.slice(number * _BATCH, len(batch))
             table = pa.table([*batch.combine_chunks().columns, *beside.columns], schema=schema)
             writer.write_table(table)
             file.writelines(map(_as_line, table.to_pylist()))
     said = [f"annotated.parquet, annotated.jsonl: {len(rows)} rows, all of the run"]
     for each, (name, _, count) in zip(experiment.data_sets, data_sets(experiment), strict=True):
-        if each.max_samples is None:
-            continue
-        with reading_rows(from_repository(each.path), each.dataset_format) as everything:
-            if left_out := len(everything) - count:
-                after = "after these" if count == len(rows) else f"of {name} after its first {count}"
-                said.append(f"not in the run, as max_samples left them out: the {left_out} rows {after}")
+        if each.max_samples is not None:
+            with reading_rows(from_repository(each.path), each.dataset_format) as everything:
+                left_out = len(everything) - count
+            if left_out:
+                kept = f"of {name} after its first {count}"
+                said.append(f"not in the run, as max_samples left them out: the {left_out} rows {kept}")
     return said
 
 
@@ -120,17 +109,16 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
     and with assistant_only_loss on every response, as LLaMA-Factory does; that needs a template with
     {% generation %} around the responses.
     """
-    rows = split.rows.select(coreset.indices)
+    rows, name = split.rows.select(coreset.indices), coreset.name
     set_library_bars(long_work=len(rows) >= 10_000)
     entry = experiment.row_format.entry
     text_of = as_text(experiment, experiment.target_model)
-    (draft / "llamafactory").mkdir()
+    folder = draft / "llamafactory"
+    folder.mkdir()
     otherwise = earlier = 0
     with contextlib.ExitStack() as stack:
-        own, pairs, chats = (
-            stack.enter_context((draft / name).open("w", encoding="utf-8"))
-            for name in (f"llamafactory/{coreset.name}.jsonl", "prompt_completion.jsonl", "chat.jsonl")
-        )
+        paths = (folder / f"{name}.jsonl", draft / "prompt_completion.jsonl", draft / "chat.jsonl")
+        own, pairs, chats = (stack.enter_context(path.open("w", encoding="utf-8")) for path in paths)
         for row in rows:
             messages = as_messages(row, entry)
             prompt, completion, same = text_of(row)
@@ -140,16 +128,25 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
             pairs.write(_as_line({"prompt": prompt, "completion": completion}))
             chats.write(_as_line(as_chat(messages, tools_of(row, entry))))
     rows.save_to_disk(draft / "dataset")
-    file_name = _llama_factory_file(experiment, rows, draft / "llamafactory" / f"{coreset.name}.jsonl")
-    write_json(draft / "llamafactory" / "dataset_info.json", {coreset.name: {"file_name": file_name, **entry}})
+    file = paths[0]
+    try:
+        with raw_rows(file) as found:
+            usable = not unusable_rows(found, entry)
+    except UserError:
+        usable = False
+    if not usable:  # readers of JSON take text for dates where every row holds one, for example
+        file.unlink()
+        file = file.with_suffix(".parquet")
+        rows.to_parquet(file)
+    write_json(folder / "dataset_info.json", {name: {"file_name": file.name, **entry}})
     numbers, sets = split_numbers(experiment)["train"][coreset.indices], data_sets(experiment)
-    for name, first, count in sets:
-        own = numbers[(numbers >= first) & (numbers < first + count)] - first
-        listed = "indices.txt" if len(sets) == 1 else f"indices-{name}.txt"
-        (draft / listed).write_text("".join(f"{number}\n" for number in own), encoding="utf-8")
+    for set_name, first, count in sets:
+        in_set = numbers[(numbers >= first) & (numbers < first + count)] - first
+        listed = "indices.txt" if len(sets) == 1 else f"indices-{set_name}.txt"
+        (draft / listed).write_text("".join(f"{number}\n" for number in in_set), encoding="utf-8")
     size = f"{len(rows)} rows"
     return [
-        f"llamafactory/: {size}, --dataset {coreset.name}",
+        f"llamafactory/: {size}, --dataset {name}",
         f"prompt_completion.jsonl: {size} as text of template {experiment.template}"
         + (f"; {otherwise} of them the tokenizer cuts otherwise than tuning does" if otherwise else "")
         + (f"; {earlier} of them with earlier responses, which are prompt here" if earlier else ""),
@@ -157,19 +154,6 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
         f"dataset/: {size} for datasets.load_from_disk",
         f"{'indices.txt' if len(sets) == 1 else 'indices-*.txt'}: {size}, their numbers in their file, from 0",
     ]
-
-
-def _llama_factory_file(experiment: Experiment, rows: "datasets.Dataset", path: Path) -> str:  # noqa: F821
-    """The name of the file that LLaMA-Factory is to read: `path`, or Parquet instead where JSON is read as other rows.
-
-    Text that holds dates alone in all rows of a file is read as dates.
-    """
-    with contextlib.suppress(UserError), raw_rows(path) as found:
-        if not unusable_rows(found, experiment.row_format.entry):
-            return path.name
-    path.unlink()
-    rows.to_parquet(path.with_suffix(".parquet"))
-    return path.with_suffix(".parquet").name
 
 
 def as_chat(messages: list[dict[str, str]], tools: str) -> dict[str, Any]:
@@ -189,39 +173,28 @@ def as_chat(messages: list[dict[str, str]], tools: str) -> dict[str, Any]:
 
 
 def _as_line(row: dict) -> str:
-    """A line of JSON. Dates are written as ISO 8601, and what is no number, which JSON does not know, as null."""
-    options = {"ensure_ascii": False, "allow_nan": False, "default": _as_plain_text}
-    try:
-        return json.dumps(row, **options) + "\n"
-    except ValueError:
-        return json.dumps(_with_nulls(row), **options) + "\n"
+    """A line of JSON; dates as ISO 8601, null for the floats that JSON does not know."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        return value.isoformat() if hasattr(value, "isoformat") else value
+
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
-def _as_plain_text(value: object) -> str:
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
-def _with_nulls(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _with_nulls(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_nulls(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def coreset_paths(experiment: Experiment, names: list[str]) -> Iterator[Path]:
+def coreset_paths(experiment: Experiment, names: list[str]) -> list[Path]:
     """The files of coresets of the run folder by name, or by path; all of the run folder where none is named."""
-    if not names:
-        found = sorted(experiment.coresets.glob("*.json"))
-        if not found:
-            raise UserError(f"{experiment.coresets} holds no coreset: run coreset.py first")
-        yield from found
-    for name in names:
-        own = experiment.coresets / f"{name}.json"
-        if own.exists():
-            yield own
-        elif name.endswith((".json", ".pt")):
-            yield Path(name)
-        else:
-            there = ", ".join(sorted(path.stem for path in experiment.coresets.glob("*.json"))) or "none"
-            raise UserError(f"{experiment.folder} has no coreset {name}; there: {there}")
+    own = {path.stem: path for path in sorted(experiment.coresets.glob("*.json"))}
+    if not names and not own:
+        raise UserError(f"{experiment.coresets} holds no coreset: run coreset.py first")
+    paths = []
+    for name in names or own:
+        if name not in own and not name.endswith((".json", ".pt")):
+            raise UserError(f"{experiment.folder} has no coreset {name}; there: {', '.join(own) or 'none'}")
+        paths.append(own.get(name, Path(name)))
+    return paths

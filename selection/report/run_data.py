@@ -1,0 +1,213 @@
+"""What the report shows of a run: scores by row, coresets with their strata, correlations, a map, evaluations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+from pydantic import ConfigDict, Field, NonNegativeInt
+from typing_extensions import TypedDict
+
+from selection.method.interval import ratio_interval
+from selection.report.agreement import partial_spearman, spearman
+from selection.report.annotated import annotated
+from selection.rows.split import finished_split
+from selection.run.config import Experiment
+from selection.run.errors import UserError
+from selection.run.metrics import Metrics, read_metrics
+from selection.run.products import checked, read_json
+from selection.scores.folder import Scores, has_column, read_scores
+from selection.scores.verification import Settings, cut_strata, stratified_score, verified_pairs
+
+CHOSEN, NOT_CHOSEN, HARDEST = "chosen", "not chosen", "hardest, dropped"
+STATUSES = [CHOSEN, NOT_CHOSEN, HARDEST]
+
+
+@dataclass
+class Shown:
+    """A coreset as the page shows it. Arrays are (N,), by row of the training split."""
+
+    name: str
+    about: dict[str, Any]  # the coreset's own record
+    chosen: np.ndarray  # bool
+    reason: np.ndarray  # text
+    score: np.ndarray  # what strata are cut by, nan where not known: effort, or its length residual
+    stratum: np.ndarray  # −1 where there is none
+    strata: list[dict[str, Any]]  # stratum, low, high, size, verified, ratio, ratio_low, ratio_high, budget, fill
+    strata_of: str | None  # the coreset that they were cut for
+
+    @property
+    def m(self) -> int:
+        return int(self.chosen.sum())
+
+    def status(self, rows: np.ndarray) -> np.ndarray:
+        """One of STATUSES for each of `rows`, which have scores."""
+        dropped = (self.stratum[rows] < 0) & bool(self.strata)
+        return np.select([self.chosen[rows], dropped], [CHOSEN, HARDEST], NOT_CHOSEN)
+
+
+class _Budget(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
+
+    budget: NonNegativeInt
+    of_which_random_fill: NonNegativeInt
+
+
+class _Record(TypedDict, total=False):
+    """What the page reads of a coreset's file and nobody else checks."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
+
+    method: str
+    rate: float
+    mode: str
+    from_hardest: int
+    stratified_by: str
+    code_version: str
+    data_fingerprint: str | None
+    strata: Annotated[list[_Budget], Field(min_length=1)]
+
+
+def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[str]]:
+    """Read the scores, the coresets (STAFF's first), and a line for each coreset that cannot be shown.
+
+    Scores are (N, 4), by row of the training split, nan where not known: row (number in the user's data, from 0),
+    effort, target (effort score of the target), length (response tokens).
+    Raises: UserError where there is no coreset, or none that can be shown.
+    """
+    if not (paths := sorted(experiment.coresets.glob("*.json"))):
+        raise UserError(f"{experiment.folder} has no coreset yet: run coreset.py, then this again")
+    records, shown, refused = [], [], []
+    for path in paths:
+        try:
+            records.append((path, checked(_Record, read_json(path), path)))
+        except UserError as error:
+            refused.append(f"{path.stem} is not shown: {error}")
+    records.sort(key=lambda each: (each[1].get("method") != "staff", each[1].get("method", ""), each[1].get("rate", 0)))
+    figures, split = None, finished_split(experiment)
+    for path, about in records:
+        try:
+            table = annotated(experiment, path, split)
+            train = table.filter(pc.equal(table["split"], "train")).sort_by("index")
+            shown.append(_shown(experiment, path, about, train, shown[0] if shown else None))
+        except UserError as error:
+            refused.append(f"{path.stem} is not shown: {error}")
+            continue
+        if figures is None:
+            named = {"row": "row", "effort": "effort", "target": "target_effort", "length": "n_response_tokens"}
+            figures = pd.DataFrame({name: train[column].to_numpy() for name, column in named.items()})
+    if figures is None:
+        raise UserError(refused[0])
+    return figures, shown, refused
+
+
+def _shown(experiment: Experiment, path: Path, about: dict, train: pa.Table, first: Shown | None) -> Shown:
+    name, chosen, reason = path.stem, train["chosen"].to_numpy(), train["reason"].to_numpy()
+    score = train["effort"].to_numpy().copy()
+    if "strata" in about:
+        settings = Settings.from_record(about, path)
+        scores = stratified_score(read_scores(experiment.small_scores, settings.columns, ids=False), settings)
+        score[scores.index] = scores.effort
+        intervals = _intervals(experiment, about, scores, settings)
+        strata = [
+            {
+                "stratum": entry["stratum"],
+                "low": entry["score_range"][0],
+                "high": entry["score_range"][1],
+                "size": entry["size"],
+                "verified": len(entry["verified"]),
+                "ratio": entry["verification_ratio"],
+                "ratio_low": low,
+                "ratio_high": high,
+                "budget": entry["budget"],
+                "fill": entry["of_which_random_fill"],
+            }
+            for entry, (low, high) in zip(about["strata"], intervals, strict=True)
+        ]
+        stratum = train["stratum"].fill_null(-1).to_numpy()
+        return Shown(name, about, chosen, reason, score, stratum, strata, name)
+    if first and first.strata:  # another method's coreset, by the strata of STAFF's first
+        taken = [int((chosen & (first.stratum == s["stratum"])).sum()) for s in first.strata]
+        strata = [{**s, "budget": n, "fill": 0} for s, n in zip(first.strata, taken, strict=True)]
+        return Shown(name, about, chosen, reason, first.score, first.stratum, strata, first.name)
+    return Shown(name, about, chosen, reason, score, np.full(len(chosen), -1), [], None)
+
+
+def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Settings) -> list[tuple[float, float]]:
+    """Of each stratum's V_i; nan where the target's scores are not in the run folder, or are not those of V_i."""
+    unknown = [(float("nan"), float("nan"))] * len(about["strata"])
+    if not experiment.target_scores.exists():
+        return unknown
+    target = read_scores(experiment.target_scores, settings.columns, ids=False)
+    try:
+        pairs = verified_pairs(scores.effort, target, settings, cut_strata(scores.effort, settings), scores.index)
+    except UserError:  # the target has scored other rows than this coreset's
+        return unknown
+    for (rows, _, theirs), entry in zip(pairs, about["strata"], strict=True):
+        if rows.tolist() != entry["verified"] or not np.isclose(theirs.sum(), entry["target_sum"] or 0):
+            return unknown
+    sizes = [entry["size"] for entry in about["strata"]]
+    return [ratio_interval(theirs, ours, size) for (_, ours, theirs), size in zip(pairs, sizes, strict=True)]
+
+
+def correlations(figures: pd.DataFrame) -> dict[str, float | None]:
+    """Spearman's, None where it has no meaning: of small and target scores (`target`), the same with response length
+    held fixed (`target_by_length`), of scores and response length (`length`)."""
+    scored = figures[figures["effort"].notna()]
+    both, known = scored[scored["target"].notna()], len(scored) and scored["length"].notna().all()
+    return {
+        "target": spearman(both["effort"], both["target"]) if len(both) > 1 else None,
+        "target_by_length": partial_spearman(both["effort"], both["target"], both["length"])
+        if known and len(both) > 2
+        else None,
+        "length": spearman(scored["effort"], scored["length"]) if known else None,
+    }
+
+
+def project(experiment: Experiment, rows: np.ndarray) -> tuple[np.ndarray | None, list[float], str]:
+    """The first two principal components (n, 2) of the speculative model's features of `rows`, ascending, and their
+    share of the variance; or None and why there is no map: "features" or "rows"."""
+    folder = experiment.small_scores
+    if not folder.exists() or not has_column(folder, "hidden_state"):
+        return None, [], "features"
+    if len(rows) < 3:
+        return None, [], "rows"
+    from sklearn.decomposition import PCA  # seconds to import, for runs with features alone
+
+    parts = pa.dataset.dataset([str(path) for path in sorted(folder.glob("part-*.parquet"))], format="parquet")
+    table = parts.to_table(["index", "hidden_state"], filter=pc.field("index").isin(rows.tolist())).sort_by("index")
+    features = np.stack(table["hidden_state"].to_numpy()).astype(np.float64)
+    if features.shape[1] < 2 or not np.ptp(features, axis=0).any():
+        return None, [], "rows"
+    pca = PCA(n_components=2, svd_solver="full")
+    return pca.fit_transform(features), pca.explained_variance_ratio_.tolist(), ""
+
+
+def evaluations(experiment: Experiment, first: list[str]) -> tuple[dict[str, Metrics], list[str]]:
+    """Metrics by the evaluated target's name, those of `first` first; and a line for each that cannot be read."""
+    folders = {path.name: path for path in (experiment.folder / "eval").glob("[!.]*") if path.is_dir()}
+    found, unread = {}, []
+    for name in [*(name for name in first if name in folders), *sorted(folders.keys() - set(first))]:
+        try:
+            found[name] = read_metrics(folders[name])
+        except UserError as error:
+            unread.append(f"The evaluation of {name} is not shown: {error}")
+    return found, unread
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Like 0.01234, 12,345; – where it is not known."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    if float(value).is_integer():
+        return f"{int(value):,}"
+    text = f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    return text.replace("-", "−", 1) if value < 0 else text
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
