@@ -32,7 +32,7 @@ from selection.rows.tokens import tokenised_rows
 from selection.run.cli import add_experiment_arguments, argument_parser, run_stage
 from selection.run.config import REPOSITORY, from_repository, load_experiment
 from selection.run.device import choose_precision, device_name
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.run.ledger import CUTTING, Cost, measured
 from selection.run.log import progress_bar, say
 from selection.run.model_folder import model_fingerprint, model_path
@@ -171,7 +171,8 @@ def main() -> None:
     started = time.perf_counter()
     with building(out, identity) as draft, measured(experiment.folder, cost):
         model = load_for_scoring(target, None, identity["precision"])
-        count, cost.parameters = len(getattr(*decoder_layers(model))), count_parameters(model)
+        with refusals():
+            count, cost.parameters = len(getattr(*decoder_layers(model))), count_parameters(model)
         if not 1 <= arguments.layers < count:
             raise UserError(f"--layers {arguments.layers}: the target has {count} layers: keep 1 to {count - 1}")
         passes = 1 + count + count - arguments.layers

@@ -220,7 +220,9 @@ def prepare_scoring(experiment: Experiment, name: str, model: str, rows: Dataset
     if settings.phi == "all_lora" or tuned:
         loaded = with_fresh_lora(loaded, **tuning_lora(keys), seed=settings.seed)
     check_embeddings(experiment, model, loaded, rows)
-    scorer = EffortScorer(loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, settings.columns)
+    phi = settings.phi, settings.phi_rank, settings.phi_alpha
+    with refusals():
+        scorer = EffortScorer(loaded, *phi, settings.seed, settings.columns)
     budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
     batches = plan_batches(range(len(rows)), [len(ids) for ids in rows["input_ids"]], budget)
     return lambda batch: scorer.score(batch["input_ids"], batch["labels"]), batches, 1

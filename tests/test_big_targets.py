@@ -9,18 +9,20 @@ import pytest
 import torch
 import transformers
 from conftest import REPOSITORY
-from test_effort import assert_close, autograd_norms, make_model, make_samples, with_tuned_adapter
+from test_effort import assert_close, autograd, make_model, make_samples, with_tuned_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from transformers.utils import is_bitsandbytes_available
 
-from selection.method.effort import EffortScorer, response_losses, score_within_memory
-from selection.method.reference import scores_one_by_one, self_test
+from selection.method.effort import EffortScorer, response_losses
+from selection.method.phi import NoPhi
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.scores import models
 from selection.scores.identity import placement
 from selection.scores.models import count_parameters, load_for_scoring, with_fresh_lora
+from selection.scores.self_test import plain_scores, self_test
+from selection.scores.within_memory import score_within_memory
 
 
 def hooked(model, tmp_path):
@@ -57,7 +59,7 @@ def test_a_placed_model_scores_as_without_and_stays_placed(name, place, phi, tmp
         for column in ("effort", "loss"):
             torch.testing.assert_close(scores[column], expected[column], rtol=1e-6, atol=0)
     torch.testing.assert_close(response_losses(model, ids, labels), losses, rtol=1e-6, atol=0)
-    assert_close(scores_one_by_one(scorer, ids, labels)[0], expected["effort"])
+    assert_close(plain_scores(scorer, ids, labels)[:, 0], expected["effort"])
     assert forwards == {key: module.__dict__.get("forward") for key, module in model.named_modules()}
     assert meta == {key for key, parameter in model.named_parameters() if parameter.is_meta}
 
@@ -71,7 +73,7 @@ def test_all_lora_scores_through_hooks_and_refuses_offloaded_layers(tmp_path):
         torch.testing.assert_close(scorer.score(ids, labels)["effort"], expected, rtol=1e-6, atol=0)
     assert all("forward" in module.__dict__ for module in model.modules() if hasattr(module, "_hf_hook"))
     model = accelerate.cpu_offload(with_tuned_adapter(make_model("llama")), execution_device=torch.device("cpu"))
-    with pytest.raises(UserError, match=r"phi all_lora: .*q_proj is offloaded .* use phi last_layer or v_lora_b"):
+    with pytest.raises(NoPhi, match=r"phi all_lora: .*q_proj is offloaded .* use phi last_layer or v_lora_b"):
         EffortScorer(model, "all_lora")
 
 
@@ -113,7 +115,7 @@ def test_no_step_mixes_tensors_of_two_devices(head, phi):
 
 
 def test_experts_as_one_tensor_are_refused_where_offloaded(tmp_path):
-    with pytest.raises(UserError, match=r"phi last_layer: .*layers\.2\..* is offloaded .* use phi v_lora_b"):
+    with pytest.raises(NoPhi, match=r"phi last_layer: .*layers\.2\..* is offloaded .* use phi v_lora_b"):
         EffortScorer(offloaded(make_model("mixtral"), tmp_path), "last_layer")
 
 
@@ -215,7 +217,7 @@ def test_out_of_memory_is_known_whoever_says_it(said, monkeypatch):
         return score(self, ids, labels)
 
     monkeypatch.setattr(EffortScorer, "score", full_once)
-    assert len(score_within_memory(scorer, ids, labels)["effort"]) == 4
+    assert len(score_within_memory(scorer, ids, labels, "abcdefg")["effort"]) == 4
     assert sizes[0] == 4 > max(sizes[1:])
 
 
@@ -225,7 +227,7 @@ def test_another_error_of_torch_is_none_of_memory(monkeypatch):
 
     monkeypatch.setattr(EffortScorer, "score", fails)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        score_within_memory(EffortScorer(make_model("llama")), *make_samples())
+        score_within_memory(EffortScorer(make_model("llama")), *make_samples(), "abcd")
 
 
 @pytest.mark.parametrize("holds", [20, 25, 40, 79, 10**6])
@@ -235,21 +237,21 @@ def test_out_of_memory_scores_smaller_batches_to_the_same_scores(holds):
     expected = EffortScorer(make_model("llama"), columns=columns).score(ids, labels)
     scorer = Small(make_model("llama"), columns=columns)
     scorer.holds = holds
-    scores = score_within_memory(scorer, ids, labels)
+    scores = score_within_memory(scorer, ids, labels, "abcdefg")
     assert scores.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(scores[name], values, rtol=1e-5, atol=1e-6, msg=name)
     failed = [size for size in scorer.tried if size > holds]
     assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(failed))
     scorer.tried = ()
-    score_within_memory(scorer, ids, labels)
+    score_within_memory(scorer, ids, labels, "abcdefg")
     assert all(size <= holds for size in scorer.tried)  # the budget found is kept
 
 
 def test_a_batch_that_fits_is_scored_as_it_is():
     ids, labels = make_samples()
     scorer = EffortScorer(make_model("llama"))
-    together, expected = score_within_memory(scorer, ids, labels), scorer.score(ids, labels)
+    together, expected = score_within_memory(scorer, ids, labels, "abcdefg"), scorer.score(ids, labels)
     assert all(torch.equal(together[name], expected[name]) for name in expected)
 
 
@@ -271,7 +273,7 @@ def test_the_self_test_fits_in_memory_too(monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("selection.method.reference.scores_one_by_one", full)
+    monkeypatch.setattr("selection.scores.self_test.plain_scores", full)
     with pytest.raises(UserError, match=r"self-test: out of memory .* --self_test 0"):
         self_test(scorer, ids, labels, "abcd", "fp32", 10**6)
 
@@ -289,7 +291,7 @@ def test_what_the_failed_pass_held_is_let_go_before_the_next(monkeypatch):
         return right(self, ids, labels)
 
     monkeypatch.setattr(EffortScorer, "score", full_once)
-    assert len(score_within_memory(scorer, ids, labels)["effort"]) == 4
+    assert len(score_within_memory(scorer, ids, labels, "abcdefg")["effort"]) == 4
 
 
 # --- keys and quantised weights --------------------------------------------------------------------------------------
@@ -364,7 +366,7 @@ def test_quantised_scores_are_autograd_on_the_dequantised_weights(bits, phi, pla
     scores, expected = quantised.score(ids, labels), dequantised.score(ids, labels)
     tolerance = 1e-4 if bits == 4 else 0.05  # LLM.int8 rounds the inputs to 8 bits too
     torch.testing.assert_close(scores["effort"], expected["effort"], rtol=tolerance, atol=0)
-    torch.testing.assert_close(scores_one_by_one(quantised, ids, labels)[0], scores["effort"], rtol=tolerance, atol=0)
+    torch.testing.assert_close(plain_scores(quantised, ids, labels)[:, 0], scores["effort"], rtol=tolerance, atol=0)
     if phi == "v_weight":
-        norms, _ = autograd_norms(dequantised.model, [dequantised.phi.maps[0].weight], ids, labels)
+        norms, _ = autograd(dequantised.model, [dequantised.phi.maps[0].weight], ids, labels)
         torch.testing.assert_close(scores["effort"], norms, rtol=tolerance, atol=0)

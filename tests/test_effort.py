@@ -11,113 +11,91 @@ from torch.nn import functional
 
 from selection.method import effort
 from selection.method.effort import IN_FOURS, EffortScorer, plan_batches, response_losses
-from selection.method.phi import find_value_projection
-from selection.method.reference import scores_one_by_one, self_test
+from selection.method.phi import NoPhi
+from selection.method.reference import effort_score
 from selection.run.errors import UserError
-from selection.scores.models import _reset_query_value, with_fresh_lora
+from selection.scores.models import load_for_scoring, with_fresh_lora
+from selection.scores.self_test import plain_scores, self_test
 
+PHIS = ("v_lora_b", "v_weight", "last_layer", "all_lora")
 VOCABULARY = 97
 COMMON = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 GPT_LIKE = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+EXPERTS = COMMON | {"num_local_experts": 4}
+COMPRESSED = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
 # name: (config class, its arguments, width of the value part of the projection)
 ARCHITECTURES = {
-    "llama": (transformers.LlamaConfig, COMMON, 16),
-    "llama-tied-head": (transformers.LlamaConfig, COMMON | {"tie_word_embeddings": True}, 16),
-    "gemma": (transformers.GemmaConfig, COMMON | {"head_dim": 8}, 16),
-    "gemma2-soft-capping": (transformers.Gemma2Config, COMMON | {"head_dim": 8, "final_logit_softcapping": 3.0}, 16),
-    "gemma3": (transformers.Gemma3TextConfig, COMMON | {"head_dim": 8, "sliding_window": 8}, 16),
-    "mistral": (transformers.MistralConfig, COMMON | {"sliding_window": 6}, 16),
-    "mixtral": (transformers.MixtralConfig, COMMON | {"num_local_experts": 4}, 16),
-    "qwen2": (transformers.Qwen2Config, COMMON, 16),
+    "llama": ("Llama", COMMON, 16),
+    "llama-tied-head": ("Llama", COMMON | {"tie_word_embeddings": True}, 16),
+    "gemma": ("Gemma", COMMON | {"head_dim": 8}, 16),
+    "gemma2-soft-capping": ("Gemma2", COMMON | {"head_dim": 8, "final_logit_softcapping": 3.0}, 16),
+    "gemma3": ("Gemma3Text", COMMON | {"head_dim": 8, "sliding_window": 8}, 16),
+    "mistral": ("Mistral", COMMON | {"sliding_window": 6}, 16),
+    "mixtral": ("Mixtral", EXPERTS, 16),
+    "qwen2": ("Qwen2", COMMON, 16),
     "qwen2-moe-shared-expert": (
-        transformers.Qwen2MoeConfig,
+        "Qwen2Moe",
         COMMON
-        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        | {"shared_expert_intermediate_size": 24},
+        | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24),
         16,
     ),
-    "qwen3": (transformers.Qwen3Config, COMMON | {"head_dim": 8}, 16),
-    "phi3-fused": (transformers.Phi3Config, COMMON, 16),
-    "smollm3": (transformers.SmolLM3Config, COMMON, 16),
-    "granite-scaled-logits": (transformers.GraniteConfig, COMMON | {"logits_scaling": 4.0}, 16),
-    "gpt2-conv1d-fused": (
-        transformers.GPT2Config,
-        dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64),
-        32,
-    ),
+    "qwen3": ("Qwen3", COMMON | {"head_dim": 8}, 16),
+    "phi3-fused": ("Phi3", COMMON, 16),
+    "smollm3": ("SmolLM3", COMMON, 16),
+    "granite-scaled-logits": ("Granite", COMMON | {"logits_scaling": 4.0}, 16),
+    "gpt2-conv1d-fused": ("GPT2", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64), 32),
     "opt": (
-        transformers.OPTConfig,
-        GPT_LIKE | {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "pad_token_id": 0},
+        "OPT",
+        GPT_LIKE | dict(ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0),
         32,
     ),
-    "gpt-neox-fused": (transformers.GPTNeoXConfig, GPT_LIKE | {"intermediate_size": 48}, 32),
-    "falcon-fused": (transformers.FalconConfig, GPT_LIKE, 8),
-    "phi-parallel-mlp": (transformers.PhiConfig, COMMON, 16),
-    "phimoe-router-answers-a-tuple": (transformers.PhimoeConfig, COMMON | {"num_local_experts": 4}, 16),
-    "llama4-router-answers-a-tuple": (
-        transformers.Llama4TextConfig,
-        COMMON | {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48},
-        16,
+    "gpt-neox-fused": ("GPTNeoX", GPT_LIKE | {"intermediate_size": 48}, 32),
+    "falcon-fused": ("Falcon", GPT_LIKE, 8),
+    "phi-parallel-mlp": ("Phi", COMMON, 16),
+    "phimoe-router-answers-a-tuple": ("Phimoe", EXPERTS, 16),
+    "llama4-router-answers-a-tuple": ("Llama4Text", EXPERTS | {"head_dim": 8, "intermediate_size_mlp": 48}, 16),
+    "gpt-oss-attention-sinks": ("GptOss", EXPERTS | {"head_dim": 8}, 16),
+    "jetmoe-query-in-experts": ("JetMoe", EXPERTS | {"kv_channels": 8}, 16),
+}
+WEIGHT_WITHOUT_CALL = {  # whose layers multiply with the weight of an nn.Linear without calling it
+    "deepseek-v2-router": (
+        "DeepseekV2",
+        COMMON
+        | COMPRESSED
+        | dict(num_key_value_heads=4, first_k_dense_replace=1, moe_intermediate_size=16, n_shared_experts=1)
+        | dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1),
     ),
-    "gpt-oss-attention-sinks": (transformers.GptOssConfig, COMMON | {"head_dim": 8, "num_local_experts": 4}, 16),
-    "jetmoe-query-in-experts": (transformers.JetMoeConfig, COMMON | {"kv_channels": 8, "num_local_experts": 4}, 16),
+    "longcat-router": (
+        "LongcatFlash",
+        dict(vocab_size=VOCABULARY, hidden_size=32, ffn_hidden_size=48, num_layers=3, num_attention_heads=4)
+        | COMPRESSED
+        | dict(head_dim=8, n_routed_experts=4, zero_expert_num=2, moe_topk=2, expert_ffn_hidden_size=16),
+    ),
+    "bloom-by-slices": (
+        "Bloom",
+        dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pretraining_tp=2, slow_but_exact=True),
+    ),
 }
 
 
-def make_model(name: str, seed: int = 0):
-    config_class, arguments, _ = ARCHITECTURES[name]
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments)).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms off their neutral values
-            if parameter.dim() < 2:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+def make_model(name: str, **changes):
+    config, arguments, *_ = (ARCHITECTURES | WEIGHT_WITHOUT_CALL)[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{config}Config")(**arguments | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for parameter in model.parameters():  # biases and norms off their neutral values
+        if parameter.dim() < 2:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-def make_samples(lengths=(5, 12, 9, 20), prompts=(2, 5, 8, 3), seed=1):
-    generator = random.Random(seed)
+def make_samples(lengths=(5, 12, 9, 20), prompts=(2, 5, 8, 3)):
+    generator = random.Random(1)
     ids = [[generator.randrange(3, VOCABULARY) for _ in range(n)] for n in lengths]
     return ids, [[-100] * p + row[p:] for row, p in zip(ids, prompts, strict=True)]
-
-
-def autograd_norms(model, parameters, ids, labels, pick=lambda gradient: gradient):
-    """The plain way: one sample, one backward pass of the model's own loss, one norm over all parameters."""
-    norms, losses = [], []
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    for row, label in zip(ids, labels, strict=True):
-        loss = model(input_ids=torch.tensor([row]), labels=torch.tensor([label]), use_cache=False).loss
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # an expert may have had no token
-        norms.append(sum(pick(g).double().square().sum() for g in gradients if g is not None).sqrt().item())
-        losses.append(loss.item())
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    return torch.tensor(norms, dtype=torch.double), torch.tensor(losses, dtype=torch.double)
-
-
-def assert_close(ours, reference):
-    assert torch.all((ours - reference).abs() <= 1e-5 * reference), (ours, reference)
-
-
-def assert_scores_are_autograd(scorer, model, parameters, ids, labels):
-    """In a batch, and one by one as the self-test takes them."""
-    scores, (one_by_one, _) = scorer.score(ids, labels), scores_one_by_one(scorer, ids, labels)
-    norms, losses = autograd_norms(model, parameters, ids, labels)
-    assert_close(scores["effort"], norms)
-    assert_close(scores["loss"], losses)
-    assert_close(one_by_one, norms)
 
 
 def with_tuned_adapter(model):
@@ -125,111 +103,103 @@ def with_tuned_adapter(model):
     routers = [name for name, each in model.named_modules() if name.endswith("router") and hasattr(each, "in_features")]
     linear = peft.LoraConfig(r=4, target_modules="all-linear", exclude_modules=routers or None)
     model = peft.get_peft_model(model, linear)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "lora_B" in key:
-                parameter.normal_(std=0.1)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            parameter.data.normal_(std=0.1)
     return model.eval()
+
+
+def autograd(model, phi, ids, labels, mask=1):
+    """Efforts and losses (2, n) by the reference; of φ's gradients count those under `mask`."""
+    hooks = [parameter.requires_grad_(True).register_hook(lambda gradient: gradient * mask) for parameter in phi]
+    samples = zip(map(torch.tensor, ids), map(torch.tensor, labels), strict=True)
+    found = [effort_score(model, *sample, phi) for sample in samples]
+    for hook, parameter in zip(hooks, phi, strict=True):
+        hook.remove()
+        parameter.requires_grad_(False)
+    return torch.tensor(found, dtype=torch.double).T
+
+
+def assert_close(ours, reference):
+    assert torch.all((ours - reference).abs() <= 1e-5 * reference), (ours, reference)
+
+
+def assert_is_autograd(scorer, model, phi, ids, labels, mask=1):
+    """In a batch, and one by one as the self-test takes them."""
+    scores, one_by_one = scorer.score(ids, labels), plain_scores(scorer, ids, labels)
+    expected = autograd(model, phi, ids, labels, mask)
+    assert_close(torch.stack([scores["effort"], scores["loss"]]), expected)
+    assert_close(one_by_one.T, expected)
+
+
+def last_layer(model):
+    names = dict(model.named_parameters())
+    return [
+        p for key, p in names.items() if re.search(r"\b(layers|h)\.2\.", key) and p.dim() >= 2 and "lora_" not in key
+    ]
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "with-adapter"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_weight_gradient_of_a_batch_equals_autograd_of_one(name, adapter):
     model, (ids, labels) = make_model(name), make_samples()
-    model = with_tuned_adapter(model) if adapter else model
-    values = find_value_projection(model)
-
-    def value_part(gradient):
-        gradient = gradient.T if "conv1d" in name else gradient  # GPT-2 keeps its weights transposed
-        gradient = gradient if values.columns is None else gradient[values.columns]
-        assert gradient.shape == (ARCHITECTURES[name][2], 32)
-        return gradient
-
-    scorer = EffortScorer(model, "v_weight")
-    scores = scorer.score(ids, labels)
-    norms, losses = autograd_norms(model, [values.weight], ids, labels, value_part)
-    assert_close(scores["effort"], norms)
-    assert_close(scores["loss"], losses)
-    assert_close(response_losses(model, ids, labels).double(), losses)
-    assert_close(scores_one_by_one(scorer, ids, labels)[0], norms)
+    scorer = EffortScorer(with_tuned_adapter(model) if adapter else model, "v_weight")
+    weight, columns = scorer.phi.maps[0].weight, scorer.phi.maps[0].columns
+    mask = torch.zeros_like(weight)
+    by_output = mask.T if "conv1d" in name else mask  # GPT-2 keeps its weights transposed
+    by_output[slice(None) if columns is None else columns] = 1
+    assert mask.sum() == ARCHITECTURES[name][2] * 32
+    assert_is_autograd(scorer, model, [weight], ids, labels, mask)
+    assert_close(response_losses(model, ids, labels).double(), autograd(model, [weight], ids, labels)[1])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_lora_b_gradient_of_a_batch_equals_a_real_fresh_lora(name):
     model, (ids, labels) = make_model(name), make_samples()
     scorer = EffortScorer(model, "v_lora_b", rank=81, alpha=16, seed=3)
-    scores = scorer.score(ids, labels)
-    one_by_one, _ = scores_one_by_one(scorer, ids, labels)
+    ours = torch.stack([scorer.score(ids, labels)["effort"], plain_scores(scorer, ids, labels)[:, 0]])
     target = next(key for key, module in model.named_modules() if module is scorer.phi.maps[0].module)
-    fresh = peft.LoraConfig(
-        r=81, lora_alpha=16, lora_dropout=0.0, target_modules=[target], fan_in_fan_out="conv1d" in name
-    )
-    wrapped = peft.get_peft_model(model, fresh)
+    fresh = peft.LoraConfig(r=81, lora_alpha=16, target_modules=[target], fan_in_fan_out="conv1d" in name)
+    wrapped = peft.get_peft_model(model, fresh).eval()
     lora_a, lora_b = (parameter for key, parameter in wrapped.named_parameters() if "lora_" in key)
     assert lora_a.abs().max() <= 32**-0.5 * 1.0001  # PEFT's own draw has the bounds that ours has
     assert scorer.lora_a.abs().max() > 0.95 * 32**-0.5
-    with torch.no_grad():
-        lora_a.copy_(scorer.lora_a)
-    columns = slice(None) if scorer.phi.maps[0].columns is None else scorer.phi.maps[0].columns
-    norms, _ = autograd_norms(wrapped, [lora_b], ids, labels, lambda gradient: gradient[columns])
-    assert_close(scores["effort"], norms)
-    assert_close(one_by_one, norms)
+    lora_a.data.copy_(scorer.lora_a)
+    mask, columns = torch.zeros_like(lora_b), scorer.phi.maps[0].columns
+    mask[slice(None) if columns is None else columns] = 1
+    wrapped.requires_grad_(False)
+    assert_close(ours, autograd(wrapped, [lora_b], ids, labels, mask)[0])
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "with-adapter"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_last_layer_is_every_weight_matrix_of_the_last_layer(name, adapter):
-    model, (ids, labels) = make_model(name), make_samples()
-    model = with_tuned_adapter(model) if adapter else model
-    scorer = EffortScorer(model, "last_layer")
-    matrices = [
-        parameter
-        for key, parameter in model.named_parameters()
-        if re.search(r"\b(layers|h)\.2\.", key) and parameter.dim() >= 2 and "lora_" not in key
-    ]
-    assert len(matrices) >= 4
-    assert_scores_are_autograd(scorer, model, matrices, ids, labels)
+    model = make_model(name)
+    scorer = EffortScorer(with_tuned_adapter(model) if adapter else model, "last_layer")
+    assert len(last_layer(model)) >= 4
+    assert_is_autograd(scorer, model, last_layer(model), *make_samples())
 
 
-# Families whose layers multiply with the weight of an nn.Linear without calling it. name: (config class, arguments)
-COMPRESSED = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
-WEIGHT_WITHOUT_CALL = {
-    "deepseek-v2-router": (
-        transformers.DeepseekV2Config,
-        COMMON
-        | COMPRESSED
-        | {"num_key_value_heads": 4, "first_k_dense_replace": 1, "moe_intermediate_size": 16, "n_shared_experts": 1}
-        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    ),
-    "longcat-router": (
-        transformers.LongcatFlashConfig,
-        dict(vocab_size=VOCABULARY, hidden_size=32, ffn_hidden_size=48, num_layers=3, num_attention_heads=4)
-        | COMPRESSED
-        | {"head_dim": 8, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 16},
-    ),
-    "bloom-by-slices": (
-        transformers.BloomConfig,
-        dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pretraining_tp=2, slow_but_exact=True),
-    ),
-}
-
-
-def last_layer_matrices(model):
-    return [p for key, p in model.named_parameters() if re.search(r"\b(layers|h)\.2\.", key) and p.dim() >= 2]
+@pytest.mark.parametrize("tuned", [False, True], ids=["fresh", "tuned"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_lora_is_every_a_and_b(name, tuned):
+    model = make_model(name)
+    model = with_tuned_adapter(model) if tuned else with_fresh_lora(model, rank=4, alpha=8, target="all", seed=0)
+    scorer = EffortScorer(model, "all_lora")
+    matrices = [parameter for key, parameter in model.named_parameters() if "lora_" in key]
+    assert len(matrices) == 2 * len(scorer.phi.modules) >= 3 * 2 * 2
+    assert_is_autograd(scorer, model, matrices, *make_samples())
 
 
 @pytest.mark.parametrize("name", WEIGHT_WITHOUT_CALL)
 def test_a_weight_used_without_its_module_counts(name):
-    config_class, arguments = WEIGHT_WITHOUT_CALL[name]
-    torch.manual_seed(0)
-    model, (ids, labels) = transformers.AutoModelForCausalLM.from_config(config_class(**arguments)), make_samples()
-    with torch.no_grad():
-        for key, parameter in model.float().named_parameters():
-            if ".mlp." in key:  # the initial weights are so small that a router's gradient is none of the sum
-                parameter.mul_(10)
-    scorer = EffortScorer(model.eval(), "last_layer")
+    model = make_model(name)
+    for key, parameter in model.named_parameters():
+        if ".mlp." in key:  # the initial weights are so small that a router's gradient is none of the sum
+            parameter.data.mul_(10)
+    scorer = EffortScorer(model, "last_layer")
     for _ in range(2):
-        assert_scores_are_autograd(scorer, model, last_layer_matrices(model), ids, labels)
+        assert_is_autograd(scorer, model, last_layer(model), *make_samples())
 
 
 class Experts(torch.nn.Module):
@@ -252,9 +222,8 @@ def test_what_is_not_called_costs_nothing_until_its_weight_is_used():
     model = make_model("llama")
     model.model.layers[2].mlp = Experts()
     scorer, (ids, labels) = EffortScorer(model, "last_layer"), make_samples((5, 9, 20, 15), (2, 5, 8, 3))
-    for rows, aside in (((0, 1), []), ((2, 3), ["layers.2.mlp.router"]), ((0, 1), ["layers.2.mlp.router"])):
-        batch = [ids[i] for i in rows], [labels[i] for i in rows]
-        assert_scores_are_autograd(scorer, model, last_layer_matrices(model), *batch)
+    for rows, aside in ((slice(2), []), (slice(2, 4), ["layers.2.mlp.router"]), (slice(2), ["layers.2.mlp.router"])):
+        assert_is_autograd(scorer, model, last_layer(model), ids[rows], labels[rows])
         assert list(scorer.phi.others) == aside
 
 
@@ -269,24 +238,24 @@ def a_weight_in_two_layers(model):
 @pytest.mark.parametrize("phi", ["last_layer", "v_weight"])
 @pytest.mark.parametrize("share", [a_layer_twice, a_weight_in_two_layers])
 def test_a_weight_used_twice_has_the_gradient_of_both_uses(share, phi):
-    model, (ids, labels) = make_model("llama"), make_samples()
+    model = make_model("llama")
     share(model)
     layer = model.model.layers[2]
-    matrices = (
-        [p for p in layer.parameters() if p.dim() >= 2] if phi == "last_layer" else [layer.self_attn.v_proj.weight]
-    )
-    assert_scores_are_autograd(EffortScorer(model, phi), model, matrices, ids, labels)
+    matrices = [layer.self_attn.v_proj.weight]
+    if phi == "last_layer":
+        matrices = [parameter for parameter in layer.parameters() if parameter.dim() >= 2]
+    assert_is_autograd(EffortScorer(model, phi), model, matrices, *make_samples())
 
 
 def test_a_part_of_a_map_or_an_added_matrix_used_twice_is_refused():
     model = make_model("gpt2-conv1d-fused")
     model.transformer.h[1] = model.transformer.h[2]
     for phi in ("v_weight", "v_lora_b"):
-        with pytest.raises(UserError, match=r"h\.2\.attn\.c_attn is used twice .* take another phi"):
+        with pytest.raises(NoPhi, match=r"h\.2\.attn\.c_attn is used twice .* take another phi"):
             EffortScorer(model, phi).score(*make_samples())
 
 
-@pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer", "all_lora"])
+@pytest.mark.parametrize("phi", PHIS)
 def test_a_model_prepared_for_gradient_checkpointing_scores_the_same(phi):
     ids, labels = make_samples()
     expected = EffortScorer(with_tuned_adapter(make_model("llama")), phi).score(ids, labels)
@@ -298,39 +267,26 @@ def test_a_model_prepared_for_gradient_checkpointing_scores_the_same(phi):
     scores = scorer.score(ids, labels)
     assert all(torch.equal(scores[name], expected[name]) for name in expected)
     assert kept == [False]  # nothing is kept for a backward pass through all layers
-    assert_close(scores_one_by_one(scorer, ids, labels)[0], expected["effort"])
+    assert_close(plain_scores(scorer, ids, labels)[:, 0], expected["effort"])
     assert hooks == model.get_input_embeddings()._forward_hooks != {}
-
-
-@pytest.mark.parametrize("tuned", [False, True], ids=["fresh", "tuned"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_lora_is_every_a_and_b(name, tuned):
-    model, (ids, labels) = make_model(name), make_samples()
-    model = with_tuned_adapter(model) if tuned else with_fresh_lora(model, rank=4, alpha=8, target="all", seed=0)
-    scorer = EffortScorer(model, "all_lora")
-    matrices = [parameter for key, parameter in model.named_parameters() if "lora_" in key]
-    assert len(matrices) == 2 * len(scorer.phi.modules) >= 3 * 2 * 2
-    assert_scores_are_autograd(scorer, model, matrices, ids, labels)
 
 
 def test_more_columns_are_what_their_formulas_say():
     model, (ids, labels) = make_model("gemma2-soft-capping"), make_samples()
     labels[1] = [-100] * 3 + ids[1][3:6] + [-100] * 2 + ids[1][8:]  # two responses in one sample
-    columns = ("el2n", "el2n_released", "entropy", "hidden_state")
-    scores = EffortScorer(model, columns=columns).score(ids, labels)
+    scores = EffortScorer(model, columns=("el2n", "el2n_released", "entropy", "hidden_state")).score(ids, labels)
     plain = EffortScorer(model).score(ids, labels)
     assert all(torch.equal(scores[name], plain[name]) for name in ("loss", "effort"))
     for i, (row, label) in enumerate(zip(ids, labels, strict=True)):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([row])).logits[0]
-            hidden = model.get_decoder()(input_ids=torch.tensor([row])).last_hidden_state[0]
         tokens, of_response = torch.tensor(row), torch.tensor(label) != -100
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None]).logits[0]
+            hidden = model.get_decoder()(input_ids=tokens[None]).last_hidden_state[0]
+        onehot = functional.one_hot(tokens, VOCABULARY)
         probabilities = logits[:-1][of_response[1:]].softmax(-1)
-        onehot = torch.nn.functional.one_hot(tokens[1:][of_response[1:]], VOCABULARY)
-        unshifted = logits[of_response] - torch.nn.functional.one_hot(tokens[of_response], VOCABULARY)
         expected = {
-            "el2n": (probabilities - onehot).norm(dim=1).mean(),
-            "el2n_released": unshifted.square().mean().sqrt(),
+            "el2n": (probabilities - onehot[1:][of_response[1:]]).norm(dim=1).mean(),
+            "el2n_released": (logits - onehot)[of_response].square().mean().sqrt(),
             "entropy": -(probabilities * probabilities.log()).sum(1).mean(),
             "hidden_state": hidden[of_response].mean(0),
         }
@@ -338,55 +294,49 @@ def test_more_columns_are_what_their_formulas_say():
             torch.testing.assert_close(scores[name][i].to(value), value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer", "all_lora"])
-def test_score_does_not_depend_on_batch_padding_or_order(phi):
-    model, (ids, labels) = make_model("llama"), make_samples(lengths=(5, 60, 9, 20, 7), prompts=(2, 5, 8, 3, 1))
-    scorer = EffortScorer(with_tuned_adapter(model), phi)
-    alone = torch.stack([scorer.score([i], [label])["effort"][0] for i, label in zip(ids, labels, strict=True)])
-    together = scorer.score(ids, labels)["effort"]
-    backwards = scorer.score(ids[::-1], labels[::-1])["effort"].flip(0)
-    assert_close(together, alone)
-    assert_close(backwards, alone)
-    assert_close(together, scores_one_by_one(scorer, ids, labels)[0])
+@pytest.mark.parametrize("phi", PHIS)
+def test_score_does_not_depend_on_batch_padding_order_or_a_neighbours_loss(phi):
+    ids, labels = make_samples(lengths=(5, 60, 9, 20, 7), prompts=(2, 5, 8, 3, 1))
+    ids, labels = [*ids, [3] * 40], [*labels, [-100] + [96] * 39]  # the last one's loss is huge
+    scorer = EffortScorer(with_tuned_adapter(make_model("llama")), phi)
+    alone = torch.cat([scorer.score([i], [label])["effort"] for i, label in zip(ids, labels, strict=True)])
+    assert_close(scorer.score(ids, labels)["effort"], alone)
+    assert_close(scorer.score(ids[::-1], labels[::-1])["effort"].flip(0), alone)
 
 
-def test_long_samples_take_fused_attention_and_score_the_same(monkeypatch):
+@pytest.mark.parametrize(
+    ("constant", "value"),
+    [("_COMPOSED_ATTENTION_UP_TO", 0), ("_LOGITS_AT_ONCE", {"cpu": 3 * VOCABULARY})],
+    ids=["fused-attention", "chunks-of-the-head"],
+)
+def test_how_it_is_computed_does_not_change_the_score(constant, value, monkeypatch):
     model, (ids, labels) = make_model("llama"), make_samples()
-    composed = EffortScorer(model).score(ids, labels)["effort"]
-    monkeypatch.setattr("selection.method.effort._COMPOSED_ATTENTION_UP_TO", 0)
-    assert_close(EffortScorer(model).score(ids, labels)["effort"], composed)
-
-
-def test_chunks_of_the_head_do_not_change_the_score(monkeypatch):
-    model, (ids, labels) = make_model("llama"), make_samples()
-    whole = EffortScorer(model).score(ids, labels)
-    monkeypatch.setattr("selection.method.effort._LOGITS_AT_ONCE", {"cpu": 3 * VOCABULARY})
-    pieces = EffortScorer(model).score(ids, labels)
-    assert_close(pieces["effort"], whole["effort"])
-    assert_close(pieces["loss"], whole["loss"])
+    expected = EffortScorer(model).score(ids, labels)
+    monkeypatch.setattr(effort, constant, value)
+    scores = EffortScorer(model).score(ids, labels)
+    assert_close(scores["effort"], expected["effort"])
+    assert_close(scores["loss"], expected["loss"])
 
 
 @pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer"])
 def test_few_response_tokens_score_exactly_under_a_real_vocabulary(phi, monkeypatch):
     """One to three rows, or the last ones of a thread's share, are summed in sequence over the vocabulary on a CPU:
     digits are lost where what is summed is large beside the sum, as the mean embedding is."""
-    torch.manual_seed(0)
     vocabulary = 49_152  # of SmolLM2
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON | {"vocab_size": vocabulary})).eval()
-    with torch.no_grad():
-        model.lm_head.weight.add_(0.5)
+    model = make_model("llama", vocab_size=vocabulary)
+    model.lm_head.weight.data.add_(0.5)
     scorer = EffortScorer(model, phi)
     ids, labels = make_samples((2, 3, 9, 12), (1, 1, 7, 3))  # 1, 2, 2 and 9 rows of responses
-    efforts, losses = scores_one_by_one(EffortScorer(model.double(), phi), ids, labels)
+    expected = plain_scores(EffortScorer(model.double(), phi), ids, labels)
     model.float()
     rows = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[1]))
     monkeypatch.setattr(effort, "_LOGITS_AT_ONCE", {"cpu": 7 * vocabulary})  # 4, 4 and 1 of the last's
-    for i in range(4):
+    for i, (exact_effort, exact_loss) in enumerate(expected):
         sample = ids[i : i + 1], labels[i : i + 1]
-        scores, plain = scorer.score(*sample), scores_one_by_one(scorer, *sample)
-        assert_close(torch.cat([scores["effort"], plain[0]]), efforts[i])
-        assert_close(torch.cat([scores["loss"], plain[1], response_losses(model, *sample)]), losses[i])
+        scores, (plain,) = scorer.score(*sample), plain_scores(scorer, *sample)
+        assert_close(torch.cat([scores["effort"], plain[:1]]), exact_effort)
+        assert_close(torch.cat([scores["loss"], plain[1:], response_losses(model, *sample)]), exact_loss)
     assert rows and not any(count % IN_FOURS for count in rows)  # so it is for any number of threads
 
 
@@ -409,8 +359,7 @@ def test_scoring_leaves_the_model_as_it_was(phi):
 
 
 def test_bf16_ranks_like_fp32():
-    lengths = [6 + i % 25 for i in range(120)]
-    ids, labels = make_samples(lengths, [2 + i % 3 for i in range(120)])
+    ids, labels = make_samples([6 + i % 25 for i in range(120)], [2 + i % 3 for i in range(120)])
     model = make_model("llama")
     exact = EffortScorer(model).score(ids, labels)["effort"]
     rough = EffortScorer(model.to(torch.bfloat16)).score(ids, labels)["effort"]
@@ -418,41 +367,31 @@ def test_bf16_ranks_like_fp32():
     assert torch.corrcoef(rank)[0, 1] > 0.999
 
 
-def test_a_sample_with_a_huge_loss_weighs_nothing_in_its_neighbours_score():
-    model, (ids, labels) = make_model("llama"), make_samples()
-    scorer = EffortScorer(model)
-    before = scorer.score(ids[:3], labels[:3])["effort"]
-    after = scorer.score([*ids[:3], [3] * 40], [*labels[:3], [-100] + [96] * 39])["effort"][:3]
-    assert_close(after, before)
-
-
-def test_no_value_projection_is_an_error_that_names_what_was_looked_at():
-    torch.manual_seed(0)
+def test_a_model_without_the_phi_is_an_error_that_names_what_was_looked_at():
     config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(UserError, match=r"no value projection in layers\.1 .* looked at mixer\.in_proj, mixer\.x_proj"):
-        EffortScorer(transformers.MambaForCausalLM(config))
-
-
-def test_all_lora_without_a_plain_lora_is_an_error_that_says_what_there_is():
-    with pytest.raises(UserError, match=r"found no LoRA in LlamaForCausalLM: its last layer has self_attn.q_proj, .*"):
-        EffortScorer(make_model("llama"), "all_lora")
     dora = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj has no plain A and B in a decoder layer"):
-        EffortScorer(dora, "all_lora")
+    for model, phi, said in (
+        (
+            transformers.MambaForCausalLM(config),
+            "v_lora_b",
+            r"no value projection in layers\.1 .* at mixer\.in_proj, mi",
+        ),
+        (make_model("llama"), "all_lora", "found no LoRA in LlamaForCausalLM: its last layer has self_attn.q_proj, "),
+        (dora, "all_lora", r"layers\.0\.self_attn\.q_proj has no plain A and B in a decoder layer"),
+    ):
+        with pytest.raises(NoPhi, match=said):
+            EffortScorer(model, phi)
 
 
 def test_adapters_in_fp32_on_a_bf16_model_score_like_the_loop():
     model = with_tuned_adapter(make_model("llama").to(torch.bfloat16))
     assert {p.dtype for key, p in model.named_parameters() if "lora_" in key} == {torch.float32}
-    scorer = EffortScorer(model, "all_lora")
-    assert self_test(scorer, *make_samples(), "abcd", "bf16", 512) < 0.05
+    assert self_test(EffortScorer(model, "all_lora"), *make_samples(), "abcd", "bf16", 512) < 0.05
 
 
 def test_the_self_test_stops_at_a_score_that_depends_on_its_batch(monkeypatch):
-    model, (ids, labels) = make_model("llama"), make_samples()
-    scorer = EffortScorer(model)
-    assert self_test(scorer, ids, labels, "abcd", "fp32", 24) <= 1e-5
-    right = EffortScorer.score
+    scorer, right = EffortScorer(make_model("llama")), EffortScorer.score
+    assert self_test(scorer, *make_samples(), "abcd", "fp32", 24) <= 1e-5
     for factor, said in ((1.001, r"self-test: c has effort .* a relative difference of 0\.00"), (torch.nan, "nan")):
 
         def wrong(self, ids, labels, factor=factor):
@@ -462,12 +401,13 @@ def test_the_self_test_stops_at_a_score_that_depends_on_its_batch(monkeypatch):
 
         monkeypatch.setattr(EffortScorer, "score", wrong)
         with pytest.raises(UserError, match=said):
-            self_test(scorer, ids, labels, "abcd", "fp32", 24)
+            self_test(scorer, *make_samples(), "abcd", "fp32", 24)
 
 
-def test_released_mode_resets_query_and_value_adapters_only():
-    model = with_tuned_adapter(make_model("llama"))
-    _reset_query_value(model)
+def test_released_mode_resets_query_and_value_adapters_only(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "model")
+    with_tuned_adapter(make_model("llama")).save_pretrained(tmp_path / "tuned")
+    model = load_for_scoring(str(tmp_path / "model"), tmp_path / "tuned", "fp32", reset_query_value=True)
     for key, parameter in model.named_parameters():
         if "lora_B" in key:
             assert (parameter == 0).all() == ("q_proj" in key or "v_proj" in key), key

@@ -1,8 +1,8 @@
-"""The effort score S_d = ‖∇_φ L(θ; d)‖₂, for a batch of samples at once and exact for each of them.
+"""The effort score S_d = ‖∇_φ L(θ; d)‖₂ (see reference.py), for a batch of samples at once and exact for each of them.
 
-L is the mean cross-entropy over a sample's response tokens. Every weight is frozen: the forward pass keeps nothing
-below φ, the backward pass goes from the head down to φ and no further, and each sample's gradient norm comes from the
-inputs and output gradients of φ's linear maps. No sample's gradient depends on the others in its batch.
+Every weight is frozen: the forward pass keeps nothing below φ, the backward pass goes from the head down to φ and no
+further, and each sample's gradient norm comes from the inputs and output gradients of φ's linear maps. No sample's
+gradient depends on the others in its batch.
 """
 
 import contextlib
@@ -15,20 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from selection.method.norms import (
-    listening_to_linear,
-    listening_to_lora,
+    Recorder,
+    listen_to_linear,
+    listen_to_lora,
     replaced_forward,
     sum_of_squares,
     weights_in_graph,
 )
-from selection.method.phi import decoder_of, device_of, find_phi, unwrap
-from selection.run.device import out_of_memory
-from selection.run.errors import UserError
-from selection.run.log import say
+from selection.method.phi import NoPhi, decoder_of, device_of, find_phi, unwrap
 
 IGNORED_LABEL = -100
 # Rows come to the head in fours: on a CPU one to three that are left over, of each thread's share, add up in sequence.
@@ -39,6 +35,7 @@ _LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 # On a CPU composed attention is faster than fused for samples up to this length (bf16, 90 tokens: 2 times forward, 4
 # times with the backward pass); its T × T matrices make it slower for long ones.
 _COMPOSED_ATTENTION_UP_TO = 256
+_Tokens = Sequence[Sequence[int]]
 
 
 class EffortScorer:
@@ -51,6 +48,7 @@ class EffortScorer:
         rank, alpha: r and α of the fresh LoRA (as released: 81 and 16).
         seed: of its A matrix, drawn as PEFT draws it (Kaiming-uniform with a = √5).
         columns: what else to return, of "el2n", "el2n_released", "entropy" and "hidden_state".
+    Raises: NoPhi, a ValueError, where the model has no such φ.
     """
 
     def __init__(
@@ -67,14 +65,14 @@ class EffortScorer:
         self.phi = find_phi(model, phi)
         self.lora_a, self.lora_scaling = None, alpha / rank
         self.device = device_of(self.model.get_input_embeddings())  # tokens start here
-        self.largest_batch = math.inf  # tokens, padding included; see score_within_memory
+        self.largest_batch = math.inf  # tokens, padding included: what selection/scores/within_memory.py found to fit
         self._table: torch.Tensor | None = None  # (n, V), of `_head`
         if phi == "v_lora_b":
-            width = self.phi.maps[0].input_width
+            width, _ = self.phi.maps[0].width
             uniform = torch.rand((rank, width), generator=torch.Generator().manual_seed(seed))
             self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(self.phi.maps[0].device)  # (r, d_in)
 
-    def score(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    def score(self, input_ids: _Tokens, labels: _Tokens) -> dict[str, torch.Tensor]:
         """Score a batch of tokenised samples (labels as LLaMA-Factory makes them, −100 where there is no loss).
 
         Returns, on the CPU, one row per sample:
@@ -84,13 +82,12 @@ class EffortScorer:
                 token against the one-hot of that token itself (unshifted, as released);
             entropy (B,) of the predicted distribution in nats, averaged over the response tokens;
             hidden_state (B, d) float32: last hidden state, averaged over the response tokens.
+        Raises: NoPhi where the norms of single samples cannot be told apart.
         """
         # Again where the first pass has found a weight that is used past its module.
         return self._pass(input_ids, labels) or self._pass(input_ids, labels)
 
-    def _pass(
-        self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
-    ) -> dict[str, torch.Tensor] | None:
+    def _pass(self, input_ids: _Tokens, labels: _Tokens) -> dict[str, torch.Tensor] | None:
         batch = _Batch.of(input_ids, labels, self.device, unshifted="el2n_released" in self.columns)
         squares = torch.zeros(len(input_ids), device=self.device)
         with self._listening(squares, batch.tokens.shape[1]) as ends:
@@ -113,15 +110,13 @@ class EffortScorer:
         own_counts = of_response.sum(1)
         if "el2n_released" in means:
             means["el2n_released"] = (means["el2n_released"] * batch.counts / own_counts).sqrt()
-        columns = [torch.stack(list(means.values()), 1)]
+        columns = [torch.stack(list(means.values()), 1)]  # (B, number of means)
         if "hidden_state" in self.columns:
             total = torch.einsum("bt,btd->bd", of_response, hidden.detach().float())
             columns.append(total / own_counts[:, None])
         on_cpu = torch.cat(columns, 1).cpu()  # the only transfer from the device
         scores = {name: on_cpu[:, i].double() for i, name in enumerate(means)}
-        if "hidden_state" in self.columns:
-            scores["hidden_state"] = on_cpu[:, len(means) :]
-        return scores
+        return scores | ({"hidden_state": on_cpu[:, len(means) :]} if "hidden_state" in self.columns else {})
 
     def free_memory(self) -> None:
         """Give back what is kept between batches."""
@@ -132,25 +127,21 @@ class EffortScorer:
 
     @contextlib.contextmanager
     def _listening(self, squares: torch.Tensor, length: int) -> Iterator[list[torch.Tensor]]:
-        """While the decoder runs on samples of `length` tokens: φ adds its squared norms to `squares` (B,) in the
-        backward pass.
-
-        Gives the tensors at which that pass ends.
-        """
+        """Let φ add its squared norms to `squares` (B,) in the backward pass; gives the tensors at which that ends."""
         ends: list[torch.Tensor] = []
         with contextlib.ExitStack() as stack:
             # Where `enable_input_require_grads` was called, the embeddings would be kept, and all that is made of them.
             embeddings = self.model.get_input_embeddings()
             stack.callback(embeddings.register_forward_hook(lambda module, inputs, output: output.detach()).remove)
-            for linear_map in self.phi.maps:
-                # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
-                fresh = None if self.lora_a is None else lambda x: self.lora_scaling * functional.linear(x, self.lora_a)
-                listening = listening_to_linear(linear_map, squares, length, ends, fresh, bool(self.phi.others))
-                stack.enter_context(listening)
+            # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
+            fresh = None if self.lora_a is None else lambda x: self.lora_scaling * functional.linear(x, self.lora_a)
+            for each in self.phi.maps:
+                record = Recorder(each.name, squares, length)
+                listen_to_linear(each, record, ends, stack, fresh, always_end=bool(self.phi.others))
+            if self.phi.loras:
+                ends.append(torch.zeros((), device=self.device, requires_grad=True))
             for pair in self.phi.loras:
-                if not ends:
-                    ends.append(torch.zeros((), device=self.device, requires_grad=True))
-                stack.enter_context(listening_to_lora(pair, squares, length, ends[0]))
+                listen_to_lora(pair, Recorder(pair.name, squares, length), ends[0], stack)
             for other in self.phi.others.values():
                 stack.callback(other.requires_grad_, False)
                 other.requires_grad_(True)
@@ -164,12 +155,12 @@ class EffortScorer:
         A map that took no part at all, such as an expert without a token, has no gradient and costs nothing.
         """
         in_graph = set() if self.lora_a is not None or not self.phi.maps else weights_in_graph(hidden)
-        aside = [each for each in self.phi.maps if id(each.weight) in in_graph]
-        for each in aside:
+        aside = {each.name: each for each in self.phi.maps if id(each.weight) in in_graph}
+        for each in aside.values():
             if each.columns is not None:
-                raise UserError(f"{each.name} is used twice in one pass, and only a part of it is φ: take another phi")
-        maps = [each for each in self.phi.maps if id(each.weight) not in in_graph]
-        others = self.phi.others | {each.name: each.weight for each in aside}
+                raise NoPhi(f"{each.name} is used twice in one pass, and only a part of it is φ: take another phi")
+        maps = [each for each in self.phi.maps if each.name not in aside]
+        others = self.phi.others | {name: each.weight for name, each in aside.items()}
         self.phi = replace(self.phi, maps=maps, others=others)
         return bool(aside)
 
@@ -229,9 +220,7 @@ class EffortScorer:
 
 
 @torch.no_grad()
-def response_losses(
-    model: nn.Module, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
-) -> torch.Tensor:
+def response_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch.Tensor:
     """Mean cross-entropy per response token of each sample (B,): a forward pass and nothing else."""
     model = unwrap(model)
     batch = _Batch.of(input_ids, labels, device_of(model.get_input_embeddings()))
@@ -259,13 +248,7 @@ class _Batch:
     counts: torch.Tensor  # (B,) float32, response tokens that the loss counts
 
     @classmethod
-    def of(
-        cls,
-        input_ids: Sequence[Sequence[int]],
-        labels: Sequence[Sequence[int]],
-        device: torch.device,
-        unshifted: bool = False,
-    ) -> "_Batch":
+    def of(cls, input_ids: _Tokens, labels: _Tokens, device: torch.device, unshifted: bool = False) -> "_Batch":
         """`unshifted`: give the head the response tokens' own rows too, not only those that predict one."""
         shape = len(input_ids), max(map(len, input_ids))
         tokens, own, targets = np.zeros(shape, int), np.full(shape, IGNORED_LABEL), np.full(shape, IGNORED_LABEL)
@@ -274,11 +257,11 @@ class _Batch:
             own[i, : len(label)] = label
         targets[:, :-1] = own[:, 1:]
         wanted = targets != IGNORED_LABEL
-        counts = wanted.sum(1)
+        counts = wanted.sum(1).astype(np.float32)
         if unshifted:
             wanted |= own != IGNORED_LABEL
-        arrays = tokens, own, wanted.ravel().nonzero()[0], targets[wanted], own[wanted]
-        return cls(*(torch.from_numpy(a).to(device) for a in arrays), torch.from_numpy(counts).float().to(device))
+        arrays = tokens, own, wanted.ravel().nonzero()[0], targets[wanted], own[wanted], counts
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
     def to(self, device: torch.device) -> "_Batch":
         return _Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
@@ -290,16 +273,13 @@ class _Batch:
         return table.sum(1)
 
 
-def _last_hidden_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+def _last_hidden_state(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """What the decoder makes of tokens (B, T): (B, T, d), with the attention that suits their length."""
     chosen = model.config._attn_implementation
-    composed = (
-        chosen == "sdpa"
-        and tokens.device.type == "cpu"
-        and tokens.shape[1] <= _COMPOSED_ATTENTION_UP_TO
-        # Fused attention leaves this out: such a model is another one composed.
-        and not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    )
+    # Fused attention leaves soft-capping out: such a model is another one composed.
+    soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    short = tokens.device.type == "cpu" and tokens.shape[1] <= _COMPOSED_ATTENTION_UP_TO
+    composed = chosen == "sdpa" and short and not soft_capped
     if composed:
         model.set_attn_implementation("eager")
     try:
@@ -309,7 +289,7 @@ def _last_hidden_state(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Te
             model.set_attn_implementation(chosen)
 
 
-def _chunks(model: PreTrainedModel, hidden: torch.Tensor, *labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _chunks(model: nn.Module, hidden: torch.Tensor, *labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Rows of hidden states (n, d) and of labels (n,) whose logits the head makes at once, the last chunk filled up
     with rows of zeros that have no label."""
     missing, vocabulary = -len(hidden) % IN_FOURS, model.config.get_text_config().vocab_size
@@ -319,19 +299,25 @@ def _chunks(model: PreTrainedModel, hidden: torch.Tensor, *labels: torch.Tensor)
     return zip(*(each.split(max(IN_FOURS, size)) for each in columns), strict=True)
 
 
-class _Hidden(BaseModelOutputWithPast):
+class _Answer:
     """A decoder's answer in which everything but the last hidden state is None, whatever the family asks for."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[index]
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
-def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+def _logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """The model's own way from last hidden states (n, d) to logits (n, V): head, scaling, soft-capping and all.
 
     The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
     """
-    with replaced_forward(decoder_of(model), lambda *args, **kwargs: _Hidden(last_hidden_state=hidden[None])):
+    with replaced_forward(decoder_of(model), lambda *args, **kwargs: _Answer(hidden[None])):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits
     return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
 
@@ -341,49 +327,6 @@ def tokens_per_batch(phi: str, device: torch.device) -> int:
     no speed by small batches."""
     small, large = (512, 2048) if device.type == "cpu" else (4096, 16384)
     return small if phi == "all_lora" else large
-
-
-def score_within_memory(
-    scorer: EffortScorer,
-    input_ids: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    names: Sequence[str] | None = None,
-) -> dict[str, torch.Tensor]:
-    """`scorer.score`, in smaller batches where its device's memory does not hold this one.
-
-    Out of memory, the batch's token budget is halved and what is left done again, until it fits; the scorer keeps that
-    budget for the batches to come. No sample's score depends on its neighbours, but kernels choose their order of
-    summation by the shape of a batch: the last bits of a score do. (Under quantization_bit 8 more than the last bits:
-    see TOLERANCE in selection/method/reference.py.)
-
-    `names` say what each sample is. Raises: UserError where one sample alone does not fit.
-    """
-    lengths, pieces, order = [len(ids) for ids in input_ids], [], []
-    pending = plan_batches(range(len(lengths)), lengths, scorer.largest_batch)
-    while pending:
-        batch = pending[0]
-        try:
-            piece = scorer.score([input_ids[i] for i in batch], [labels[i] for i in batch])
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            piece = None  # freed below: within this clause the error's traceback still holds the pass's tensors
-        if piece is not None:
-            pieces.append(piece)
-            order += pending.pop(0)
-            continue
-        scorer.free_memory()
-        if len(batch) == 1:
-            name = names[batch[0]] if names else f"sample {batch[0]} of a batch"
-            raise UserError(
-                f"out of memory on {name}, {lengths[batch[0]]} tokens, scored alone: lower cutoff_len, or, where it is "
-                "the target that scores, give selection.device_map auto or selection.quantization_bit"
-            )
-        scorer.largest_batch = min(scorer.largest_batch, len(batch) * lengths[batch[0]]) // 2
-        say(f"out of memory: batches of at most {scorer.largest_batch} tokens from here on")
-        pending = plan_batches([i for batch in pending for i in batch], lengths, scorer.largest_batch)
-    back = torch.tensor(order).argsort()
-    return {name: torch.cat([piece[name] for piece in pieces])[back] for name in pieces[0]}
 
 
 def plan_batches(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: float) -> list[list[int]]:

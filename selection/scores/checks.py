@@ -12,7 +12,7 @@ from transformers.integrations import hub_kernels
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from selection.method.effort import EffortScorer
-from selection.method.phi import decoder_of
+from selection.method.phi import NoPhi, decoder_of
 from selection.method.staff import coreset_size, floor_share
 from selection.run.config import Experiment
 from selection.run.errors import UserError, refusals
@@ -118,7 +118,7 @@ def _try_small(config: PretrainedConfig, model: str, experiment: Experiment, key
             ):
                 small = with_fresh_lora(small, **lora, seed=0)
             EffortScorer(small, settings.phi, settings.phi_rank).score(_TOKENS, _LABELS)
-    except UserError as error:
+    except (UserError, NoPhi) as error:
         raise UserError(f"model {model}: {error}") from None
     except Exception:  # it is the small one that does not work: says nothing of the model itself
         return

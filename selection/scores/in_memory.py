@@ -8,13 +8,14 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory, tokens_per_batch
+from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.method.staff import choose_staff, coreset_size
 from selection.run.config import Selection, validated
 from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
 from selection.scores.reasons import explain
 from selection.scores.verification import Settings, cut_strata, draw, verify
+from selection.scores.within_memory import score_within_memory
 
 
 @dataclass(frozen=True)

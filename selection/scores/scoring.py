@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 from peft import PeftModel
 
-from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, score_within_memory, tokens_per_batch
-from selection.method.reference import TOLERANCE, self_test
+from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.rows.split import TrainingSplit
 from selection.rows.tokens import check_embeddings, tokenised_split
 from selection.rows.tokens import lengths as lengths_of
 from selection.run.config import Experiment
 from selection.run.device import device_name
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.run.ledger import TARGET_SCORES, Cost, measured
 from selection.run.log import progress_bar, say, warn
 from selection.run.model_folder import model_path
@@ -22,6 +21,8 @@ from selection.run.products import check_same_everywhere, held
 from selection.scores.folder import ScoreFolder, check_left_out
 from selection.scores.identity import placement, score_identity, tuning_lora, write_experiment
 from selection.scores.models import count_parameters, load_for_scoring, with_fresh_lora
+from selection.scores.self_test import TOLERANCE, self_test
+from selection.scores.within_memory import score_within_memory
 
 # A part is what a killed run loses of each process, and what processes share out.
 _BATCHES_PER_PART, _ENOUGH_PARTS = 8, 64
@@ -145,7 +146,8 @@ def _load_scorer(
         lora = tuning_lora(experiment.training | experiment.target_training)
         loaded = with_fresh_lora(loaded, **lora, seed=settings.seed)
     columns = store.manifest["columns"]
-    return EffortScorer(loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, columns)
+    with refusals():
+        return EffortScorer(loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, columns)
 
 
 def _score_parts(
