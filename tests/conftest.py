@@ -90,6 +90,31 @@ def baseline_by_rate(method: str, columns: dict, num_rows: int, selection, quota
     return by_rate(rule, num_rows, quotas)
 
 
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def rows_of_llama_factory(experiment, folder: Path, dataset: str, **keys):
+    """The training rows that LLaMA-Factory itself makes of data sets that `folder` lists."""
+    from selection.rows.llama_factory import import_llama_factory
+
+    import_llama_factory()
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    keys |= {
+        "stage": "sft", "do_train": True, "model_name_or_path": experiment.target_model, "use_cpu": True,
+        "template": experiment.template, "cutoff_len": experiment.cutoff_len, "overwrite_cache": True,
+        "dataset_dir": str(folder), "dataset": dataset, "output_dir": str(experiment.folder / "elsewhere"),
+    }  # fmt: skip
+    model_args, data_args, training_args, _, _ = get_train_args(keys)
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    return get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama of 4 layers with a small tokenizer."""
@@ -117,14 +142,13 @@ def make_experiment(tiny_model, tmp_path):
     """A function that writes a configuration for the tiny model and given rows, and returns its path."""
 
     def make(rows: list[dict], name: str = "experiment", **changes) -> Path:
-        data = tmp_path / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         keys = {
             "output_dir": str(tmp_path / "run"),
             "small_model": str(tiny_model),
             "target_model": str(tiny_model),
             "template": "chatml",
-            "dataset": str(data),
+            "dataset": data,
             "eval_size": 0.2,
             "cutoff_len": 256,
             "precision": "fp32",
