@@ -3,11 +3,11 @@
 tests/fuzz.py looks for more at random; what it found stands here.
 """
 
-import csv
 import itertools
 import json
 import os
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -20,7 +20,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from scripts.paper.cells import read_cells
 from selection.coreset import read_features
 from selection.rows.read import reading_rows
 from selection.rows.split import training_split
@@ -30,7 +29,7 @@ from selection.run.config import DatasetFormat, load_experiment
 from selection.run.errors import UserError
 from selection.run.ledger import Cost, read_ledger, summarise
 from selection.run.metrics import read_metrics
-from selection.run.model_folder import check_base, check_weights, model_path
+from selection.run.model_folder import check_base, check_weights, model_fingerprint, model_path
 from selection.run.products import read_json
 from selection.scores.coresets import read_coreset
 from selection.scores.models import load_for_scoring, parameters_of
@@ -55,30 +54,27 @@ def canary(tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def edit(path: Path, **changes) -> Path:
+def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return path
 
 
 @pytest.fixture
 def model(tiny_model, tmp_path) -> Path:
     """A copy of the tiny model, to be spoilt."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for path in tiny_model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+    return shutil.copytree(tiny_model, tmp_path / "model")
 
 
 @pytest.fixture
 def adapter(model, tmp_path) -> Path:
     """A LoRA of `model`."""
-    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2, target_modules=["v_proj"]))
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.ones_(parameter)
-    lora.save_pretrained(tmp_path / "adapter")
+    lora = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+def assert_not_loaded(said: str, model: Path, adapter: Path | None = None) -> None:
+    with pytest.raises(UserError, match=said):
+        load_for_scoring(str(model), adapter, "fp32")
 
 
 # No code runs
@@ -90,18 +86,15 @@ def test_a_payload_is_one(tmp_path):
     assert (tmp_path / "made").exists()
 
 
-def test_a_pickled_index_list_runs_nothing(tmp_path, canary):
+def test_pickled_lists_and_features_run_nothing(tmp_path, canary):
     torch.save(Payload(canary), tmp_path / "zip.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(canary)))
+    np.save(tmp_path / "array.npy", np.array([Payload(canary)], dtype=object), allow_pickle=True)
+    for name in ("plain.pt", "plain.npy"):
+        (tmp_path / name).write_bytes(pickle.dumps(Payload(canary)))
     for name in ("zip.pt", "plain.pt"):
         with pytest.raises(UserError, match="no plain index list"):
             read_coreset(tmp_path / name)
-
-
-def test_features_are_never_unpickled(tmp_path, canary):
-    np.save(tmp_path / "f.npy", np.array([Payload(canary)], dtype=object), allow_pickle=True)
-    (tmp_path / "g.npy").write_bytes(pickle.dumps(Payload(canary)))
-    for name in ("f.npy", "g.npy"):
+    for name in ("array.npy", "plain.npy"):
         with pytest.raises(UserError, match="cannot read features"):
             read_features(tmp_path / name, 1)
 
@@ -109,35 +102,25 @@ def test_features_are_never_unpickled(tmp_path, canary):
 @pytest.mark.parametrize("key", ["dataset", "training"])
 def test_yaml_makes_no_objects(make_experiment, rows, canary, key):
     path = make_experiment(rows)
-    text = path.read_text()
-    path.write_text(f"{text[:-1]}, {key}: !!python/object/apply:os.system [\"touch '{canary}'\"]}}")
+    path.write_text(f"{path.read_text()[:-1]}, {key}: !!python/object/apply:os.system [\"touch '{canary}'\"]}}")
     with pytest.raises(UserError, match="no readable YAML"):
         load_experiment(path)
 
 
 def test_pickled_weights_are_refused(model, adapter, canary):
+    (adapter / "made_from.json").write_text(json.dumps({"model": model_fingerprint(model)}))
+    check_base(adapter, str(model))
     (adapter / "adapter_model.safetensors").unlink()
     torch.save({"x": Payload(canary)}, adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="pickled"):
-        check_weights(adapter, "adapter_model")
-    with pytest.raises(UserError, match="cannot load model"):  # and if that check is left out, nothing runs
-        load_for_scoring(str(model), adapter, "fp32")
+    for check in (lambda: check_weights(adapter, "adapter_model"), lambda: check_base(adapter, str(model))):
+        with pytest.raises(UserError, match="pickled"):
+            check()
+    assert_not_loaded("cannot load model", model, adapter)  # and if that check is left out, nothing runs
     (model / "model.safetensors").rename(model / "other.safetensors")  # transformers would take the .bin beside it
     torch.save({"x": Payload(canary)}, model / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pickled.*convert them to safetensors"):
         model_path(str(model))
-    with pytest.raises(UserError, match="cannot load model"):
-        load_for_scoring(str(model), None, "fp32")
-
-
-def test_a_tuned_folder_with_pickled_weights_is_refused(model, adapter, make_experiment, rows):
-    from selection.run.model_folder import model_fingerprint
-
-    (adapter / "made_from.json").write_text(json.dumps({"model": model_fingerprint(model)}))
-    check_base(adapter, str(model))
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="pickled"):
-        check_base(adapter, str(model))
+    assert_not_loaded("cannot load model", model)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -147,25 +130,21 @@ def test_code_in_a_model_folder_is_not_run(model, canary, known, make_experiment
         f"open({str(canary)!r}, 'w')\n"
         "from transformers import LlamaConfig as C, LlamaForCausalLM as M, PreTrainedTokenizerFast as T\n"
     )
-    names = {"AutoConfig": "C", "AutoModelForCausalLM": "M", "AutoTokenizer": ["T", "T"]}
-    names |= {} if known else {"AutoProcessor": "T"}
-    auto_map = {
-        k: [f"modeling_evil.{c}" for c in v] if isinstance(v, list) else f"modeling_evil.{v}" for k, v in names.items()
-    }
+    evil = "modeling_evil."
+    auto_map = {"AutoConfig": f"{evil}C", "AutoModelForCausalLM": f"{evil}M", "AutoTokenizer": [f"{evil}T"] * 2}
+    auto_map |= {} if known else {"AutoProcessor": f"{evil}T"}
     edit(model / "config.json", auto_map=auto_map, **({} if known else {"model_type": "evil"}))
-    edit(
-        model / "tokenizer_config.json", auto_map=auto_map, tokenizer_class="PreTrainedTokenizerFast" if known else "T"
-    )
+    tokenizer = "PreTrainedTokenizerFast" if known else "T"
+    edit(model / "tokenizer_config.json", auto_map=auto_map, tokenizer_class=tokenizer)
     if not known:
         (model / "processor_config.json").write_text(json.dumps({"auto_map": auto_map, "processor_class": "T"}))
     experiment = load_experiment(make_experiment(rows, target_model=str(model)))
     split = training_split(experiment)
-    calls = [
+    for call in (
         lambda: parameters_of(str(model)),
         lambda: load_for_scoring(str(model), None, "fp32"),
         lambda: tokenised_rows(experiment, str(model), "train", split.rows),
-    ]
-    for call in calls:
+    ):
         if known:
             call()
         else:
@@ -175,11 +154,10 @@ def test_code_in_a_model_folder_is_not_run(model, canary, known, make_experiment
 
 
 def test_a_script_beside_the_data_is_not_run(tmp_path, canary):
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"instruction": "a", "input": "", "output": "b"}\n' * 2)
+    (tmp_path / "data.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n' * 2)
     for name in ("data.py", "tmp.py", "__init__.py", f"{tmp_path.name}.py"):
         (tmp_path / name).write_text(f"open({str(canary)!r}, 'w')")
-    with reading_rows(data, DatasetFormat()) as found:
+    with reading_rows(tmp_path / "data.jsonl", DatasetFormat()) as found:
         assert len(found) == 2
 
 
@@ -192,23 +170,20 @@ def test_an_adapter_imports_nothing(adapter):
 # Nothing but the named folders
 
 
-def test_weights_lie_in_the_models_own_folder(model):
-    tensors = model / "model.safetensors"
-    tensors.rename(model.parent / "outside.safetensors")
-    for name in ("../outside.safetensors", "/outside.safetensors", "pytorch_model.bin"):
-        (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": name}}))
-        with pytest.raises(UserError, match="of the folder itself"):
+def test_a_model_folder_does_not_lead_to_another(model):
+    def assert_refused(said: str) -> None:
+        with pytest.raises(UserError, match=said):
             model_path(str(model))
 
-
-def test_a_model_folder_does_not_lead_to_another(model):
     edit(model / "config.json", transformers_weights="../outside.safetensors")
-    with pytest.raises(UserError, match="transformers_weights"):
-        model_path(str(model))
+    assert_refused("transformers_weights")
     edit(model / "config.json", transformers_weights=None)
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
-    with pytest.raises(UserError, match="base model"):
-        model_path(str(model))
+    assert_refused("base model")
+    (model / "model.safetensors").rename(model.parent / "outside.safetensors")
+    for name in ("../outside.safetensors", "/outside.safetensors", "pytorch_model.bin"):
+        (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": name}}))
+        assert_refused("of the folder itself")
 
 
 @pytest.mark.parametrize(
@@ -223,29 +198,19 @@ def test_a_coresets_name_stays_in_its_place(tmp_path, name):
 
 @pytest.mark.parametrize("link", ["data", "data/.lock", "costs.jsonl", "scores"])
 def test_a_run_folder_whose_links_lead_out_is_refused(make_experiment, rows, tmp_path, link):
-    (tmp_path / "outside").mkdir()
+    disk = tmp_path / "disk"
+    for name in ("run", "outside"):
+        (disk / name).mkdir(parents=True)
+    (tmp_path / "run").symlink_to(disk / "run")  # which may be a link itself
     path = tmp_path / "run" / link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to(tmp_path / "outside" if "." not in link else tmp_path / "outside" / "file")
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(disk / "outside" if "." not in link else disk / "outside" / "file")
     with pytest.raises(UserError, match="link that leads out"):
         load_experiment(make_experiment(rows))
     path.unlink()
     (tmp_path / "run" / "inside").write_text("x")
     path.symlink_to(tmp_path / "run" / "inside")
     load_experiment(make_experiment(rows))
-
-
-def test_a_run_folder_may_be_a_link_itself(make_experiment, rows, tmp_path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "run").symlink_to(tmp_path / "disk")
-    (tmp_path / "disk" / "latest").symlink_to("disk")
-    load_experiment(make_experiment(rows))
-
-
-@pytest.mark.parametrize("key", ["cache_dir", "push_to_hub", "adapter_folder", "logging_dir", "trust_remote_code"])
-def test_training_keys_that_reach_out_are_refused(make_experiment, rows, key):
-    with pytest.raises(UserError, match=f"{key} cannot be given"):
-        load_experiment(make_experiment(rows, training={key: "x"}))
 
 
 @pytest.mark.parametrize(
@@ -261,16 +226,16 @@ def test_training_keys_that_reach_out_are_refused(make_experiment, rows, key):
 )
 def test_dataset_info_of_a_stranger_changes_nothing(make_experiment, rows, tmp_path, tiny_model, entry, canary):
     experiment = load_experiment(make_experiment(rows))
-    split = training_split(experiment)
-    trained = tokenised_rows(experiment, str(tiny_model), "train", split.rows)[:]
-    others = [row | {"output": "poison"} for row in split.rows]
-    (tmp_path / "other.json").write_text(json.dumps(others))
+
+    def labels() -> list[list[int]]:
+        split = training_split(experiment)  # as every stage begins
+        return tokenised_rows(experiment, str(tiny_model), "train", split.rows)["labels"][:]
+
+    trained = labels()
+    (tmp_path / "other.json").write_text(json.dumps([row | {"output": "poison"} for row in rows[:24]]))
     (experiment.data_folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
-    info = experiment.data_folder / "dataset_info.json"
-    edit(info, train=entry)
-    split = training_split(experiment)  # as every stage begins
-    again = tokenised_rows(experiment, str(tiny_model), "train", split.rows)[:]
-    assert again["labels"] == trained["labels"]
+    edit(experiment.data_folder / "dataset_info.json", train=entry)
+    assert labels() == trained
 
 
 # One clear line
@@ -290,11 +255,9 @@ def test_a_message_is_one_line_that_a_terminal_does_not_obey(capsys):
 
 def test_yaml_aliases_are_refused_at_once(make_experiment, rows):
     """Nine lines would stand for 9^9 values, and the message would quote them."""
-    path = make_experiment(rows)
-    bomb = 'a: &a ["x"]\n' + "".join(
-        f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghij")
-    )
-    path.write_text(f"{bomb}selection: *j\n")
+    path, names = make_experiment(rows), itertools.pairwise("abcdefghij")
+    bomb = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in names)
+    path.write_text(f'a: &a ["x"]\n{bomb}selection: *j\n')
     with pytest.raises(UserError, match="line 2: write the value out"):
         load_experiment(path)
 
@@ -311,7 +274,6 @@ def test_values_that_would_fail_much_later_are_refused(make_experiment, rows, ke
 
 def test_a_name_too_long_for_the_file_system_is_refused(make_experiment, rows):
     for key in ("output_dir", "dataset", "target_model"):
-        experiment = None
         with pytest.raises(UserError, match="path"):
             experiment = load_experiment(make_experiment(rows, **{key: "x" * 300}))
             training_split(experiment)
@@ -321,46 +283,48 @@ def test_a_name_too_long_for_the_file_system_is_refused(make_experiment, rows):
 @pytest.mark.parametrize(
     "text", ["NaN", "[Infinity]", "[1e999]", "-1e400", '{"a": -Infinity}', '"\\ud800"', "[" * 100_000, "", "\xff"]
 )
-def test_json_that_is_none(tmp_path, text):
+def test_json_that_is_none_is_refused_and_whole_characters_are_kept(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="no readable JSON"):
         read_json(path)
+    path.write_text('["\\ud83d\\ude00", "é", "\\\\ud"]')
+    assert read_json(path) == ["😀", "é", "\\ud"]
 
 
-def test_json_keeps_whole_characters(tmp_path):
-    (tmp_path / "x.json").write_text('["\\ud83d\\ude00", "é", "\\\\ud"]')
-    assert read_json(tmp_path / "x.json") == ["😀", "é", "\\ud"]
-
-
-@pytest.mark.parametrize("record", ["[]", "3", "{}", '{"made_from": 1}', '{"made_from": {}, "fingerprint": 1}'])
-def test_a_damaged_split_is_named(make_experiment, rows, record):
-    experiment = load_experiment(make_experiment(rows))
+def test_damaged_records_of_a_run_are_named(make_experiment, rows, tmp_path, tiny_model):
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    experiment = load_experiment(make_experiment(rows, small_model=str(cut)))
     training_split(experiment)
-    (experiment.data_folder / "split.json").write_text(record)
-    with pytest.raises(UserError, match=r"split\.json is damaged"):
-        training_split(experiment)
-
-
-def test_a_damaged_made_from_is_named(tmp_path, tiny_model):
-    for text, said in (("[]", "is damaged"), ("{}", "from another model")):
-        (tmp_path / "made_from.json").write_text(text)
-        with pytest.raises(UserError, match=said):
-            check_base(tmp_path, str(tiny_model))
+    for path, texts, said, read in (
+        (
+            experiment.data_folder / "split.json",
+            ("[]", "3", "{}", '{"made_from": 1}', '{"made_from": {}, "fingerprint": 1}'),
+            "is damaged",
+            lambda: training_split(experiment),
+        ),
+        (tmp_path / "made_from.json", ["[]"], "is damaged", lambda: check_base(tmp_path, str(tiny_model))),
+        (tmp_path / "made_from.json", ["{}"], "another model", lambda: check_base(tmp_path, str(tiny_model))),
+        (experiment.folder / "costs.jsonl", ['{"stage": "a", "what": "b"}'], None, lambda: None),
+        (
+            cut / "draft.json",
+            ("[]", '{"cost": 3}', '{"cost": {"tokens": 1}}', '{"cost": {"seconds": "x"}}'),
+            r"draft\.json is damaged",
+            lambda: summarise(experiment),
+        ),
+    ):
+        for text in texts:
+            path.write_text(text)
+            if said:
+                with pytest.raises(UserError, match=said):
+                    read()
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        '{"stage": "x"}',
-        '{"stage": "x", "what": "y", "seconds": "a"}',
-        '{"stage": "x", "what": "y", "seconds": -1}',
-        '{"stage": "x", "what": "y", "seconds": NaN}',
-        '{"stage": "x", "what": "y", "seconds": 1e999}',
-        "3",
-        "[" * 100_000,
-    ],
-)
+    "line", ["3", "[" * 100_000, '{"stage": "x"}']
+    + [f'{{"stage": "x", "what": "y", "seconds": {seconds}}}' for seconds in ('"a"', "-1", "NaN", "1e999")],
+)  # fmt: skip
 def test_a_damaged_ledger_is_named(tmp_path, line):
     path = tmp_path / "costs.jsonl"
     path.write_text('{"stage": "a", "what": "b", "seconds": 2}\n')
@@ -369,17 +333,6 @@ def test_a_damaged_ledger_is_named(tmp_path, line):
         file.write(line)
     with pytest.raises(UserError, match=r"costs\.jsonl"):
         read_ledger(tmp_path)
-
-
-@pytest.mark.parametrize("draft", ["[]", '{"cost": 3}', '{"cost": {"tokens": 1}}', '{"cost": {"seconds": "x"}}'])
-def test_a_damaged_draft_is_named(make_experiment, rows, tmp_path, draft):
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "draft.json").write_text(draft)
-    experiment = load_experiment(make_experiment(rows, small_model=str(tmp_path / "cut")))
-    experiment.folder.mkdir(exist_ok=True)
-    (experiment.folder / "costs.jsonl").write_text('{"stage": "a", "what": "b"}\n')
-    with pytest.raises(UserError, match=r"draft\.json is damaged"):
-        summarise(experiment)
 
 
 def test_damaged_metrics_are_named(tmp_path):
@@ -392,16 +345,6 @@ def test_damaged_metrics_are_named(tmp_path):
             read_metrics(tmp_path)
 
 
-def test_cells_with_too_many_or_few_fields_are_refused(tmp_path):
-    source = REPOSITORY / "data" / "results" / "smollm2_cpu" / "cells.csv"
-    header, first, *_ = source.read_text().splitlines()
-    path = tmp_path / "cells.csv"
-    for row in (first + ",x", first.rsplit(",", 2)[0]):
-        path.write_text(f"{header}\n{row}\n")
-        with pytest.raises(UserError, match="more or fewer fields"):
-            read_cells(path)
-
-
 @pytest.mark.parametrize("shape", ["(1000000000000, 3)", "(" * 300, "(2, 3", "(-1, 3)"])
 def test_features_with_a_lying_header_are_refused(tmp_path, shape):
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(400) + "\n"
@@ -411,19 +354,16 @@ def test_features_with_a_lying_header_are_refused(tmp_path, shape):
         read_features(tmp_path / "f.npy", 2)
 
 
-def test_csv_words_that_mean_nothing_elsewhere_are_words_here(tmp_path):
-    with (tmp_path / "d.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["instruction", "input", "output"], ["null", "NA", "None"], ["a", "", "nan"]])
-    with reading_rows(tmp_path / "d.csv", DatasetFormat()) as found:
-        rows = list(found)
-    assert [list(row.values()) for row in rows] == [["null", "NA", "None"], ["a", "", "nan"]]
-
-
 # No wrong result
 
 
 def test_an_index_list_that_is_damaged_or_lies_is_refused(tmp_path):
     path = tmp_path / "rows.pt"
+
+    def assert_refused(said: str, path: Path = path) -> None:
+        with pytest.raises(UserError, match=said):
+            read_coreset(path)
+
     torch.save(torch.arange(1000), path)
     assert len(read_coreset(path).indices) == 1000
     data = bytearray(path.read_bytes())
@@ -431,31 +371,23 @@ def test_an_index_list_that_is_damaged_or_lies_is_refused(tmp_path):
         numbers = next(entry for entry in archive.infolist() if entry.filename.endswith("data/0"))
     data[numbers.header_offset + 1000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="is damaged"):
-        read_coreset(path)
+    assert_refused("is damaged")
     for lie in (torch.ones(1, dtype=torch.int64).expand(10**8), torch.empty(2**40, dtype=torch.int64, device="meta")):
         torch.save(lie, path)
-        with pytest.raises(UserError, match="no plain index list"):
-            read_coreset(path)
-
-
-def test_a_coreset_with_another_size_than_it_says_is_refused(tmp_path):
+        assert_refused("no plain index list")
     (tmp_path / "c.json").write_text('{"indices": [1, 2], "size": 3}')
-    with pytest.raises(UserError, match="says size 3"):
-        read_coreset(tmp_path / "c.json")
+    assert_refused("says size 3", tmp_path / "c.json")
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(model, adapter):
     edit(model / "config.json", num_hidden_layers=5)
-    with pytest.raises(UserError, match=r"no weights for model\.layers\.4"):
-        load_for_scoring(str(model), None, "fp32")
+    assert_not_loaded(r"no weights for model\.layers\.4", model)
     edit(model / "config.json", num_hidden_layers=4)
     load_for_scoring(str(model), adapter, "fp32")
     weights = load_file(adapter / "adapter_model.safetensors")
     weights.pop(sorted(weights)[0])
     save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="missing adapter keys"):
-        load_for_scoring(str(model), adapter, "fp32")
+    assert_not_loaded("missing adapter keys", model, adapter)
 
 
 @pytest.mark.parametrize(
@@ -463,8 +395,7 @@ def test_weights_that_are_missing_are_not_drawn_at_random(model, adapter):
 )
 def test_a_damaged_configuration_is_refused_in_one_line(model, key, value):
     edit(model / "config.json", **{key: value})
-    with pytest.raises(UserError, match="model"):
-        load_for_scoring(str(model), None, "fp32")
+    assert_not_loaded("model", model)
 
 
 # A few cases of each kind that needs no tuned model
