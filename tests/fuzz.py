@@ -770,14 +770,14 @@ def prepare(base: Path, kinds: list[Kind]) -> None:
 def _cells() -> str:
     """Two methods, a rate, two seeds, three evaluation rows."""
     out = io.StringIO(newline="")
-    from scripts.paper.cells import Row
+    from scripts.paper.cells import COLUMNS
 
     tables = SCRIPTS["scripts/paper/tables.py"]
-    writer = csv.DictWriter(out, Row.model_fields, lineterminator="\n")
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for method, rate, cost in (("full", 1.0, 0), ("random", 0.5, 0), ("staff", 0.5, 10)):
         for seed in (1, 2):
-            row = dict.fromkeys(Row.model_fields, "0") | {
+            row = dict.fromkeys(COLUMNS, "0") | {
                 "task": "t",
                 "target": "m",
                 "method": method,

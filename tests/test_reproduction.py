@@ -10,9 +10,9 @@ from conftest import REPOSITORY, assert_one_line_error, run_script
 
 from finetune.trainer import scores_by_sample
 from scripts.paper.cells import (
+    COLUMNS,
     Cell,
     Job,
-    Row,
     cells_of,
     experiment_arguments,
     jobs_of,
@@ -111,11 +111,10 @@ def test_the_settings_of_a_cell_change_with_what_its_figures_depend_on(grid, tmp
     assert (len(same), len(same | others)) == (1, 6)
 
 
-def row_of(cell: Cell, **changes) -> Row:
+def row_of(cell: Cell, **changes) -> dict:
     """A row with one answer that scores 0."""
-    values = {name: "" if field.annotation is str else 0 for name, field in Row.model_fields.items()}
-    by_sample = {name: [0.0] for name in values if name.endswith("_by_sample")}
-    return Row(**values | by_sample | {"eval_rows": 1, "settings": "x"} | vars(cell) | changes)
+    row = {name: "" if kind is str else [0.0] if name.endswith("_by_sample") else 0 for name, kind in COLUMNS.items()}
+    return row | {"eval_rows": 1, "settings": "x"} | vars(cell) | changes
 
 
 def test_cells_are_read_as_they_were_written_in_the_grids_order(tmp_path):
@@ -127,7 +126,7 @@ def test_cells_are_read_as_they_were_written_in_the_grids_order(tmp_path):
     read = read_cells(tmp_path / "cells.csv")
     assert list(read) == [*cells, other]
     # Selection has one cost for a method and seed, the first: a resumed run must not make two of it.
-    assert [read[cell].selection_seconds for cell in cells] == [7.5, 7.5, 0.1]
+    assert [read[cell]["selection_seconds"] for cell in cells] == [7.5, 7.5, 0.1]
     assert [read[cell] for cell in (cells[0], cells[2], other)] == [done[cell] for cell in (cells[0], cells[2], other)]
     assert read_cells(tmp_path / "none.csv") == {}
 

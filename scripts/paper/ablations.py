@@ -51,6 +51,7 @@ from selection.scores.verification import Settings, cut_strata, draw, verify
 
 MORE = ("effort", "n_response_tokens")
 RESET_SCORES = "speculative scores, adapters reset"  # a stage of its own in the ledger: no method pays for it
+EXTREMES = "V by the verified samples' extremes alone"
 BASELINE_COLUMNS = ("el2n", "el2n_released", "hidden_state")
 
 
@@ -139,52 +140,37 @@ def speculator_table(experiments: dict[tuple[int, int], Experiment], target: Sco
     top, the same for all passes)."""
     rows = []
     for (layers, passes), experiment in experiments.items():
-        by = experiment.selection
-        small = read_scores(experiment.small_scores, MORE)
+        by, small = experiment.selection, read_scores(experiment.small_scores, MORE)
         found = agreement(small, target, by.rates, by.num_strata, by.hardest_cutoff, by.seed)
+        row = {"layers": layers, "passes": passes, "spearman": found.spearman}
+        row |= {"spearman_length_fixed": found.partial_spearman, "adjusted_rand_index": found.adjusted_rand_index}
+        columns = {"highest": "overlap_highest", "staff": "overlap_staff", "staff_by_chance": "by_chance"}
+        for figure, column in columns.items():
+            row |= {f"{column}_{one.rate:g}": getattr(one, figure) for one in found.overlaps}
         costs = [c for c in selection_costs(experiment, "staff") if c.stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES)]
         sizes = tuple(parameters_of(model_path(model)) for model in (experiment.small_model, experiment.target_model))
-        figures = {
-            "spearman": found.spearman,
-            "spearman_length_fixed": found.partial_spearman,
-            "adjusted_rand_index": found.adjusted_rand_index,
-            **{f"overlap_highest_{o.rate:g}": o.highest for o in found.overlaps},
-            **{f"overlap_staff_{o.rate:g}": o.staff for o in found.overlaps},
-            **{f"by_chance_{o.rate:g}": o.staff_by_chance for o in found.overlaps},
-        }
-        paid = {
-            "seconds": round(sum(cost.seconds for cost in costs), 1),
-            "flops": f"{sum(stage_flops(cost, experiment, sizes) for cost in costs):.3g}",
-        }
-        rows.append({"layers": layers, "passes": passes, **{k: round(v, 4) for k, v in figures.items()}, **paid})
-    return pd.DataFrame(rows)
+        row["seconds"] = round(sum(cost.seconds for cost in costs), 1)
+        rows.append(row | {"flops": f"{sum(stage_flops(cost, experiment, sizes) for cost in costs):.3g}"})
+    return pd.DataFrame(rows).round(4)
 
 
 def verification_table(experiment: Experiment, target: Scores, arguments: argparse.Namespace) -> pd.DataFrame:
     """For each K and b_v: target gradients, and the overlap of the coreset with that of the same strata and draws whose
     V_i are of ALL samples of a stratum. Beside it the overlap of two seeds' coresets. Means over seeds."""
     small, rows = read_scores(experiment.small_scores).of_all_rows(), []
-    for num_strata, per_stratum, rate in product(
-        arguments.num_strata, arguments.verify_per_stratum, experiment.selection.rates
-    ):
+    asked, cutoff = (arguments.num_strata, arguments.verify_per_stratum), experiment.selection.hardest_cutoff
+    for num_strata, per_stratum, rate in product(*asked, experiment.selection.rates):
         shared, gradients, chosen = [], [], []
         for seed in arguments.seeds:
-            settings = Settings("paper", num_strata, per_stratum, experiment.selection.hardest_cutoff, seed)
+            settings = Settings("paper", num_strata, per_stratum, cutoff, seed)
             chosen.append(staff_coreset(small, target, settings, rate))
             every = replace(settings, verify_per_stratum=len(small))
             shared.append(overlap(chosen[-1], staff_coreset(small, target, every, rate, everything=True)))
             gradients.append(len(sampled(target, small, settings).index))
-        rows.append(
-            {
-                "num_strata": num_strata,
-                "verify_per_stratum": per_stratum,
-                "rate": rate,
-                "target_gradients": np.mean(gradients),
-                "overlap_with_all_verified": np.mean(shared),
-                "overlap_of_two_seeds": np.mean([overlap(*pair) for pair in combinations(chosen, 2)]),
-            }
-        )
-    return pd.DataFrame(rows).round(4)
+        of_seeds = [overlap(*pair) for pair in combinations(chosen, 2)]
+        rows.append((num_strata, per_stratum, rate, *map(np.mean, (gradients, shared, of_seeds))))
+    figures = ["target_gradients", "overlap_with_all_verified", "overlap_of_two_seeds"]
+    return pd.DataFrame(rows, columns=["num_strata", "verify_per_stratum", "rate", *figures]).round(4)
 
 
 def departure_table(
@@ -192,21 +178,18 @@ def departure_table(
 ) -> pd.DataFrame:
     """Overlap with the published rule's coreset when ONE departure of the released code is made (by its number in
     selection/README.md), on the same stored scores and draws. Means over seeds of draws."""
-    selection, rows = experiment.selection, []
+    selection, shared = experiment.selection, []
     small, reset = read_scores(experiment.small_scores).of_all_rows(), released_scores(experiment)
     for seed, rate in product(seeds, selection.rates):
         paper = Settings("paper", selection.num_strata, selection.verify_per_stratum, selection.hardest_cutoff, seed)
-        released, m, strata = replace(paper, mode="released"), coreset_size(rate, len(small)), cut_strata(small, paper)
+        released, strata, m = replace(paper, mode="released"), cut_strata(small, paper), coreset_size(rate, len(small))
         by_v, by_sum = (
-            allocate_budgets(strata.sizes, ratios(small, sampled(target, small, by), by), m, by.mode)
-            for by in (paper, released)
+            allocate_budgets(strata.sizes, ratios(small, target, by), m, by.mode) for by in (paper, released)
         )
         drawn = draw(strata, paper)
-        known = target.at(np.concatenate(drawn))  # the target's minimum and maximum are those of the verified samples
-        own_extremes = [
-            verification_ratio(
-                min_max_normalise(target.at(some), reference=known), min_max_normalise(small[some], reference=small)
-            )
+        known = target.at(np.concatenate(drawn))  # its minimum and maximum are those of the verified samples
+        v_by_extremes = [
+            verification_ratio(min_max_normalise(target.at(some), known), min_max_normalise(small[some], small))
             for some in drawn
         ]
         coresets = {
@@ -217,26 +200,22 @@ def departure_table(
             "5 scores doubled": staff_coreset(2 * small, target, paper, rate),
             "6 another seed": staff_coreset(small, target, replace(paper, seed=seed + 1000), rate),
             "1 to 5, mode released": staff_coreset(reset, target, released, rate, everything=True),
-            "V by the verified samples' extremes alone": choose_staff(
-                small, strata, own_extremes, m, "paper", seed
-            ).rows,
+            EXTREMES: choose_staff(small, strata, v_by_extremes, m, "paper", seed).rows,
         }
         published = staff_coreset(small, target, paper, rate)
-        rows += [(name, rate, overlap(coreset, published)) for name, coreset in coresets.items()]
+        shared += [(name, rate, overlap(coreset, published)) for name, coreset in coresets.items()]
     columns = tuned_target.columns if tuned_target else {}
     # CCS and D2 read one EL2N here, so that nothing but their own departure tells them apart.
     one_el2n = columns | {"el2n_released": columns.get("el2n")}
     for name, method, read in (("7 EL2N", "el2n", columns), ("8 CCS", "ccs", one_el2n), ("9 D2", "d2", one_el2n)):
         for seed in (seeds if method == "ccs" else seeds[:1]) if tuned_target else []:
-            published, released = (
-                baseline(method, read, len(small), "paper", by, selection.num_strata, selection.hardest_cutoff, seed)
-                for by in ("published", "released")
-            )
+            settings = selection.num_strata, selection.hardest_cutoff, seed
+            rules = [baseline(method, read, len(small), "paper", by, *settings) for by in ("published", "released")]
             for rate in selection.rates:
-                m = coreset_size(rate, len(small))
-                rows.append((name, rate, overlap(released(m, None).rows, published(m, None).rows)))
-    shared = pd.DataFrame(rows, columns=["departure", "rate", "shared"])
-    means = shared.pivot_table("shared", "departure", "rate", sort=False).round(4)[selection.rates]
+                rows = [rule(coreset_size(rate, len(small)), None).rows for rule in rules]
+                shared.append((name, rate, overlap(*rows)))
+    means = pd.DataFrame(shared, columns=["departure", "rate", "shared"])
+    means = means.pivot_table("shared", "departure", "rate", sort=False).round(4)[selection.rates]
     return means.rename(columns="rate_{:g}".format).reset_index()
 
 
@@ -254,8 +233,7 @@ def staff_coreset(
     small: np.ndarray, target: Scores, settings: Settings, rate: float, everything: bool = False
 ) -> np.ndarray:
     """STAFF's rows; V_i from the drawn samples, normalised over all the target has scored where `everything`."""
-    v = ratios(small, target if everything else sampled(target, small, settings), settings)
-    m = coreset_size(rate, len(small))
+    v, m = ratios(small, target, settings, everything), coreset_size(rate, len(small))
     return choose_staff(small, cut_strata(small, settings), v, m, settings.mode, settings.seed).rows
 
 
@@ -264,8 +242,9 @@ def sampled(target: Scores, small: np.ndarray, settings: Settings) -> Scores:
     return target.only(np.sort(np.concatenate(draw(cut_strata(small, settings), settings))))
 
 
-def ratios(small: np.ndarray, target: Scores, settings: Settings) -> list[float | None]:
-    return [record.verification_ratio for record in verify(small, target, settings)]
+def ratios(small: np.ndarray, target: Scores, settings: Settings, everything: bool = False) -> list[float | None]:
+    scored = target if everything else sampled(target, small, settings)
+    return [record.verification_ratio for record in verify(small, scored, settings)]
 
 
 if __name__ == "__main__":

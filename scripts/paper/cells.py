@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import runpy
-import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -20,22 +19,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 from unittest.mock import patch
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+import numpy as np
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
+from selection.run import ledger
 from selection.run.config import REPOSITORY, Experiment, Grid, Method, load_experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
-from selection.run.ledger import (
-    CUTTING,
-    SPECULATIVE_TUNING,
-    TARGET_TUNING,
-    Cost,
-    forward_flops,
-    read_ledger,
-    scoring_flops,
-    selection_costs,
-    tuning_flops,
-)
 from selection.run.metrics import read_metrics
 from selection.run.processes import end_with_parent, visible_gpus
 from selection.run.products import atomic_path, digest
@@ -73,118 +64,88 @@ class Cell:
         return f"{self.task}, seed {self.seed}, {f'{self.variant}, ' if self.variant else ''}{self.tuned}"
 
 
-_Percent = Annotated[float, Field(ge=0, le=100.001)]
-_Lacking = _Percent | Literal[""]  # earlier evaluations have none
-_Cost, _Tokens = Annotated[float, Field(ge=0)], Annotated[int, Field(ge=0)]
-_Flops = Annotated[_Cost, PlainSerializer(lambda value: f"{value:.4g}")]
-_BySample = Annotated[
-    list[_Percent],  # one for each evaluation row, with spaces between them in the file
-    BeforeValidator(lambda value: value.split() if isinstance(value, str) else value),
-    PlainSerializer(lambda values: " ".join(f"{value:g}" for value in values)),
-]
+_Percent, _Cost = Annotated[float, Field(ge=0, le=100.001)], Annotated[float, Field(ge=0)]
+UNITS = {"seconds": _Cost, "tokens": NonNegativeInt, "flops": _Cost}
+# A figure for each evaluation row; in the file with spaces between them.
+_BySample = Annotated[list[_Percent], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)]
+# Earlier evaluations lack these.
+_LATER = {
+    **dict.fromkeys(("rouge_score_l", "rouge_score_1", "rouge_score_2", "sacrebleu"), _Percent | Literal[""]),
+    **dict.fromkeys(("rouge_score_l_by_sample", "sacrebleu_sentence_by_sample"), _BySample),
+}
+COLUMNS = {
+    **dict.fromkeys(("task", "target"), str),
+    "method": Literal["full", "staff_length", Method],
+    "mode": str,
+    "rate": Annotated[float, Field(gt=0, le=1)],
+    **dict.fromkeys(("seed", "size", "num_rows", "eval_rows"), int),
+    **dict.fromkeys(("rouge_l", "bleu_4", "rouge_1", "rouge_2"), _Percent),
+    **dict.fromkeys(("rouge_l_by_sample", "bleu_4_by_sample"), _BySample),
+    **_LATER,
+    **{f"{kind}_{unit}": one for kind in ("selection", "tuning") for unit, one in UNITS.items()},
+    "peak_memory_gb": _Cost,
+    **dict.fromkeys(("device", "precision", "commit", "settings", "paper_target", "paper_task"), str),
+}
+_ROW = TypeAdapter(with_config(ConfigDict(allow_inf_nan=False))(TypedDict("_Row", COLUMNS)))
 
 
-class Row(BaseModel):
-    """A row of cells.csv. Raises: ValidationError."""
+def read_cells(path: Path) -> dict[Cell, dict]:
+    """The rows of a cells.csv by cell, with values of the types in COLUMNS; none where there is no file yet.
 
-    model_config = ConfigDict(allow_inf_nan=False)
-    task: str
-    target: str
-    method: Literal["full", "staff_length", Method]
-    mode: str
-    rate: Annotated[float, Field(gt=0, le=1)]
-    seed: int
-    size: int
-    num_rows: int
-    eval_rows: int
-    rouge_l: _Percent
-    bleu_4: _Percent
-    rouge_1: _Percent
-    rouge_2: _Percent
-    rouge_score_l: _Lacking = ""
-    rouge_score_1: _Lacking = ""
-    rouge_score_2: _Lacking = ""
-    sacrebleu: _Lacking = ""
-    rouge_l_by_sample: _BySample
-    bleu_4_by_sample: _BySample
-    rouge_score_l_by_sample: _BySample = []
-    sacrebleu_sentence_by_sample: _BySample = []
-    selection_seconds: _Cost
-    selection_tokens: _Tokens
-    selection_flops: _Flops
-    tuning_seconds: _Cost
-    tuning_tokens: _Tokens
-    tuning_flops: _Flops
-    peak_memory_gb: _Cost
-    device: str
-    precision: str
-    commit: str
-    settings: str
-    paper_target: str
-    paper_task: str
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Row":
-        if (self.rate == 1) != (self.method == "full"):
-            raise ValueError(f"column rate: {self.rate:g} for {self.method}: full has 1, coresets less")
-        for metric in ("rouge_l", "bleu_4"):
-            values, mean = getattr(self, f"{metric}_by_sample"), getattr(self, metric)
-            if not values or len(values) != self.eval_rows:
-                raise ValueError(f"column {metric}_by_sample: {len(values)} values for {self.eval_rows} eval_rows")
-            if abs(statistics.fmean(values) - mean) > 0.05:  # rounding
-                raise ValueError(f"column {metric}: {mean:g}, but the mean by sample is {statistics.fmean(values):.4g}")
-        return self
-
-    @property
-    def cell(self) -> Cell:
-        return Cell(self.task, self.method, self.rate, self.seed)
-
-
-def read_cells(path: Path) -> dict[Cell, Row]:
-    """The rows of a cells.csv by cell; none where there is no file yet. Rows are counted from the header, row 1.
-
-    Raises: UserError naming row and column.
+    Raises: UserError naming row, counted from the header as row 1, and column.
     """
     csv.field_size_limit(2**31 - 1)  # scores by sample are one long field
-    cells, line = {}, 1
+    cells, where = {}, str(path)
     try:
-        if not path.exists():
-            return {}
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             for record in reader:
-                line = reader.line_num
+                where = f"{path}, row {reader.line_num}"
                 if None in record or None in record.values():
-                    raise UserError(f"{path}, row {line}: more or fewer fields than the header")
-                row = Row.model_validate(record)
-                if row.cell in cells:
-                    raise UserError(f"{path}, row {line}: the cell {row.cell} is there twice: remove one of them")
-                cells[row.cell] = row
+                    raise UserError(f"{where}: more or fewer fields than the header")
+                row = _ROW.validate_python(dict.fromkeys(_LATER, "") | record)
+                cell = Cell(row["task"], row["method"], row["rate"], row["seed"])
+                if said := "is there twice" if cell in cells else _contradiction(row):
+                    raise UserError(f"{where}, {cell}: {said}")
+                cells[cell] = row
+    except FileNotFoundError:
+        return {}
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        column = f"column {first['loc'][0]}: {str(first['input'])[:40]!r}: " if first["loc"] else ""
-        raise UserError(f"{path}, row {line}, {column}{first['msg'].removeprefix('Value error, ')}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{where}, column {first['loc'][0]}: {str(first['input'])[:40]!r}: {first['msg']}") from None
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no readable CSV: {error}") from None
     return cells
 
 
-def write_cells(path: Path, done: dict[Cell, Row], order: list[Cell]) -> None:
+def _contradiction(row: dict) -> str | None:
+    if (row["rate"] == 1) != (row["method"] == "full"):
+        return f"column rate: {row['rate']:g} for {row['method']}: full has 1, coresets less"
+    for metric in ("rouge_l", "bleu_4"):
+        values, mean = row[f"{metric}_by_sample"], row[metric]
+        if not values or len(values) != row["eval_rows"]:
+            return f"column {metric}_by_sample: {len(values)} values for {row['eval_rows']} eval_rows"
+        if abs(np.mean(values) - mean) > 0.05:  # rounding
+            return f"column {metric}: {mean:g}, but the mean by sample is {np.mean(values):.4g}"
+    return None
+
+
+def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
     """All finished cells, in the grid's order; those of a larger grid stay, at the end.
 
     Selection has one cost for all rates of a method and seed, the first that was measured: a resumed run pays a little
     again.
     """
-    rows, costs = [done[cell] for cell in dict.fromkeys([*order, *done]) if cell in done], {}
+    costs = {}
     with atomic_path(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, Row.model_fields, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        for row in rows:
-            record = row.model_dump()
-            selection = {key: value for key, value in record.items() if key.startswith("selection_")}
-            writer.writerow(record | costs.setdefault((row.task, row.method, row.seed), selection))
+        for cell in dict.fromkeys([*order, *done]):
+            if row := done.get(cell):
+                selection = {key: value for key, value in row.items() if key.startswith("selection_")}
+                row |= costs.setdefault((cell.task, cell.method, cell.seed), selection)
+                texts = {k: " ".join(f"{x:g}" for x in v) for k, v in row.items() if isinstance(v, list)}
+                writer.writerow(row | texts)
 
 
 def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
@@ -344,49 +305,37 @@ def run_commands(commands: list[list[str]], log: Path) -> str | None:
 
 def finished_cell(
     cell: Cell, grid: Grid, experiment: Experiment, num_rows: int, settings: str, sizes: tuple[int, int]
-) -> Row:
+) -> dict:
     """A cell's row, from its run folder. `sizes`: parameters of the small model and of the target."""
-    evaluation = experiment.folder / "eval" / cell.tuned
-    metrics, ledger = read_metrics(evaluation), read_ledger(experiment.folder)
-    tuned = [cost for cost in ledger if (cost.stage, cost.what) == (TARGET_TUNING, cell.tuned)]
+    metrics, costs = read_metrics(experiment.folder / "eval" / cell.tuned), ledger.read_ledger(experiment.folder)
+    tuned = [cost for cost in costs if (cost.stage, cost.what) == (ledger.TARGET_TUNING, cell.tuned)]
     if "by_sample" not in metrics or not tuned:
         raise UserError(f"{experiment.folder} lacks the scores by sample or the tuning cost of {cell.tuned}: remove it")
-    selection = [] if cell.method == "full" else selection_costs(experiment, cell.rule)
-    tuning, task = tuned[-1], grid.tasks[cell.task]
-    figures = {metric.replace("-", "_"): value for metric, value in metrics.items()}
-    figures |= {f"{metric.replace('-', '_')}_by_sample": values for metric, values in metrics["by_sample"].items()}
-    return Row(
-        **figures,
-        **vars(cell),
-        target=Path(experiment.target_model).name,
-        mode=experiment.selection.mode,
-        size=tuning.samples,
-        num_rows=num_rows,
-        eval_rows=metrics["samples"],
-        selection_seconds=round(sum(cost.seconds for cost in selection), 2),
-        selection_tokens=round(sum(cost.tokens for cost in selection)),
-        selection_flops=sum(stage_flops(cost, experiment, sizes) for cost in selection),
-        tuning_seconds=tuning.seconds,
-        tuning_tokens=tuning.tokens,
-        tuning_flops=stage_flops(tuning, experiment, sizes),
-        peak_memory_gb=tuning.peak_memory_gb,
-        device=tuning.device,
-        precision=tuning.precision,
-        commit=metrics["code_version"],
-        settings=settings,
-        paper_target=task.paper_target or "",
-        paper_task=task.paper_task or "",
-    )
+    row = {metric.replace("-", "_"): value for metric, value in metrics.items()} | vars(cell)
+    row |= {f"{metric.replace('-', '_')}_by_sample": values for metric, values in metrics["by_sample"].items()}
+    for kind, costs in (
+        ("selection", [] if cell.method == "full" else ledger.selection_costs(experiment, cell.rule)),
+        ("tuning", tuned[-1:]),
+    ):
+        row[f"{kind}_seconds"] = round(sum(cost.seconds for cost in costs), 2)
+        row[f"{kind}_tokens"] = round(sum(cost.tokens for cost in costs))
+        row[f"{kind}_flops"] = f"{sum(stage_flops(cost, experiment, sizes) for cost in costs):.4g}"
+    row |= {name: getattr(tuned[-1], name) for name in ("peak_memory_gb", "device", "precision")}
+    row |= {"target": Path(experiment.target_model).name, "mode": experiment.selection.mode, "settings": settings}
+    row |= {"size": tuned[-1].samples, "num_rows": num_rows, "eval_rows": metrics["samples"]}
+    task = grid.tasks[cell.task]
+    row |= {"paper_target": task.paper_target or "", "paper_task": task.paper_task or ""}
+    return _ROW.validate_python(dict.fromkeys(_LATER, "") | row | {"commit": metrics["code_version"]})
 
 
-def stage_flops(cost: Cost, experiment: Experiment, sizes: tuple[int, int]) -> float:
+def stage_flops(cost: ledger.Cost, experiment: Experiment, sizes: tuple[int, int]) -> float:
     """Of one stage; `sizes` as above."""
-    if cost.stage == CUTTING:
-        return forward_flops(cost.parameters, cost.tokens)
-    if cost.stage not in (SPECULATIVE_TUNING, TARGET_TUNING):
-        return scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
-    small = cost.stage == SPECULATIVE_TUNING
+    if cost.stage == ledger.CUTTING:
+        return ledger.forward_flops(cost.parameters, cost.tokens)
+    if cost.stage not in (ledger.SPECULATIVE_TUNING, ledger.TARGET_TUNING):
+        return ledger.scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
+    small = cost.stage == ledger.SPECULATIVE_TUNING
     keys = experiment.training | (experiment.small_training if small else experiment.target_training)
     lora = keys.get("finetuning_type", "lora") == "lora"
     checkpointing = not keys.get("disable_gradient_checkpointing", False)
-    return tuning_flops(sizes[0] if small else sizes[1], cost.tokens, lora, checkpointing)
+    return ledger.tuning_flops(sizes[0] if small else sizes[1], cost.tokens, lora, checkpointing)

@@ -18,13 +18,11 @@ def bootstrap_means(values: np.ndarray, stream: int = 0, replicates: int = REPLI
     NaN throughout. The same `stream` and shape draw the same.
 
     Each replicate draws samples with replacement, the same for all quantities and seeds, as all were evaluated on the
-    same rows; then seeds with replacement, for each quantity from those that it has. Quantities with the same seeds
-    get the same draw of seeds, so that means over quantities can be taken inside a replicate. A quantity without a
-    seed is NaN.
+    same rows; then seeds, for each quantity from those that it has. Quantities with the same seeds get the same draw,
+    so that means over quantities can be taken inside a replicate. A quantity without a seed is NaN.
 
-    The spread between S seeds comes out (S − 1) / S of what it is, half of it at two seeds and none at one; noise of
-    single answers counts more than once. Intervals are thus too narrow where seeds differ much, and too wide where
-    only samples do.
+    The spread between S seeds comes out (S − 1) / S of what it is; noise of single answers counts more than once.
+    Intervals are thus too narrow where seeds differ much, and too wide where only samples do.
     """
     num_quantities, num_seeds, num_samples = values.shape
     rng = np.random.default_rng([stream, num_seeds, num_samples])
@@ -66,25 +64,10 @@ class Estimate:
 @dataclass(frozen=True)
 class Grid:
     cells: pd.DataFrame  # the rows of cells.csv; scores by sample are lists
-    methods: list[str]  # in the order of the tables
-
-    @property
-    def tasks(self) -> list[str]:
-        return sorted(set(self.cells.task))
-
-    @property
-    def rates(self) -> list[float]:
-        """Of coresets, by ascending pruning rate."""
-        return sorted(set(self.cells.rate) - {1.0}, reverse=True)
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted(set(self.cells.seed))
-
-    @property
-    def columns(self) -> list[float]:
-        """`rates`, after the whole training split where a model was tuned on it."""
-        return [1.0] * ("full" in self.methods) + self.rates
+    tasks: list[str]
+    methods: list[str]
+    rates: list[float]  # of coresets, by ascending pruning rate
+    seeds: list[int]
 
     def rates_of(self, method: str) -> list[float]:
         return [1.0] if method == "full" else self.rates

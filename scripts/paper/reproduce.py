@@ -48,7 +48,7 @@ def main() -> None:
         fingerprints = [model_fingerprint(path, experiment.folder) for path in paths]
         # A variant's settings are its task's: its name says what it changes.
         settings = grids.settings_digest(experiment, split.fingerprint, fingerprints)
-        if other := [cell for cell, row in done.items() if cell.task == task and row.settings != settings]:
+        if other := [cell for cell, row in done.items() if cell.task == task and row["settings"] != settings]:
             raise UserError(f"{results} was made otherwise ({other[0]}: other settings, data or models): move it away")
         for variant in dict.fromkeys(cell.variant for cell in of_seed):
             command_line = grids.experiment_arguments(grid, runs, task, seed, variant)
@@ -65,7 +65,7 @@ def main() -> None:
         row = done[job.cell] = grids.finished_cell(job.cell, grid, *known[job.cell])
         grids.write_cells(results, done, cells)
         count = sum(cell in done for cell in cells)
-        say(f"{job.cell}: ROUGE-L {row.rouge_l:.2f}, BLEU-4 {row.bleu_4:.2f} ({count} of {len(cells)} cells)")
+        say(f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)")
 
     with held(runs):
         grids.run_jobs(jobs, arguments.jobs, runs / "logs", finished)

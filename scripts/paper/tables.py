@@ -33,6 +33,7 @@ from selection.run.errors import UserError
 from selection.run.metrics import LLAMA_FACTORYS
 from selection.run.products import atomic_path
 
+TEMPLATE = Path(__file__).with_name("tables_template.md")
 _PAPER = pd.read_csv(REPOSITORY / "data" / "paper_table1.csv")
 _KEY = ["target", "task", "method", "pruning_rate_percent"]
 # The paper's ROUGE-L by target, task, method (the paper's names) and pruning rate in percent.
@@ -64,33 +65,6 @@ PRICES = {"seconds": "seconds", "flops": "FLOPs"}
 SELECTION = [f"selection_{unit}" for unit in UNITS]
 MISSING = "–"
 
-SCORE_CAPTION = (
-    "Mean over seeds and evaluation rows, in percent, by the share of the training split that was pruned; **best** and "
-    "<u>second best</u> coreset of each column, by the mean alone. {fewer}± is half of a 95 % percentile bootstrap "
-    "interval (10,000 replicates) over evaluation rows, the same for all seeds, and over seeds. {seeds} The intervals "
-    "are about this model, this training split and this held-out split, not about others; two that overlap can still "
-    "belong to methods that differ: compare methods in section 2. [In brackets] the paper's ROUGE-L, given there "
-    "without seeds or intervals. The held-out split is a part of all pooled rows, so figures cannot be compared with "
-    f"results on official test sets. {LLAMA_FACTORYS}"
-)
-DIFFERENCE_CAPTION = (
-    "Mean difference in percentage points over the seeds that both methods have, with its 95 % percentile bootstrap "
-    "interval (10,000 replicates) over evaluation rows and seeds. Both methods always have the same rows and the same "
-    "seed; rates of one task share a draw, tasks do not. **All**: every task and rate with equal weight. *Above 0*: at "
-    "how many tasks and rates STAFF's mean is higher, with the 95 % interval of that count in the same replicates; "
-    "these add noise to means that are noisy already, so it leans to the middle. *Interval above 0*, *below 0*: at how "
-    "many the interval excludes 0. {seeds} Nothing is corrected for the number of comparisons: of 20 true differences "
-    "of 0, one may be expected to have an interval without it. Nothing here is about other models or data."
-)
-COST_CAPTION = (
-    "Means over seeds, without intervals. *Selection* is every stage that a method needs for its coresets, tuning and "
-    "scoring models included (and cutting the speculator, where it was cut out of the target), whatever the number of "
-    "rates; a stage that several methods need counts for each. The one pass over the tuned target collects what all "
-    "methods read, a little more than any of them needs. The ratio is (selection + tuning on the coreset) / tuning on "
-    "everything: above 1 a method costs more than it saves, where one coreset is wanted. Seconds hold for the device "
-    "named on top and depend on what else ran there; tokens and FLOPs do not."
-)
-
 
 def main() -> None:
     parser = argument_parser(__doc__)
@@ -113,7 +87,7 @@ def read_grid(path: Path) -> Grid:
     rows = read_cells(path)
     if not rows:
         raise UserError(f"{path} holds no cells yet: let scripts/paper/reproduce.py finish one")
-    cells = pd.DataFrame([dict(row) for row in rows.values()])
+    cells = pd.DataFrame(rows.values())
     # The mode is among the settings; a row of STAFF with more than the published rules says extended.
     same = [(["task"], column) for column in ("target", "num_rows", "eval_rows", "precision", "settings")]
     for group, column in [*same, *((["task", "method", "seed"], column) for column in SELECTION)]:
@@ -127,7 +101,9 @@ def read_grid(path: Path) -> Grid:
     names = set(zip(cells.paper_target, cells.paper_task, strict=True)) - {("", ""), *(key[:2] for key in PAPER)}
     if names:
         raise UserError(f"{path}, columns paper_target, paper_task: {names.pop()} is not in data/paper_table1.csv")
-    return Grid(cells, [method for method in METHODS if method in set(cells.method)])
+    methods = [method for method in METHODS if method in set(cells.method)]
+    rates = sorted(set(cells.rate) - {1.0}, reverse=True)
+    return Grid(cells, sorted(set(cells.task)), methods, rates, sorted(set(cells.seed)))
 
 
 def pruning_rate(rate: float) -> float:
@@ -139,68 +115,65 @@ def pruning_rate(rate: float) -> float:
 
 
 def format_tables(grid: Grid, estimates: Estimates) -> str:
-    fewer = any(one.num_seeds < len(grid.seeds) for found in estimates.values() for one in found.values())
-    seeds, count = "With one seed the intervals know nothing of how seeds differ.", len(grid.seeds)
-    if count > 1:
-        part = f"their variance enters as {count - 1}/{count} of it on average"
-        seeds = f"With {count} seeds the seeds' part is understated: {part}."
-    blocks = [
-        "# Tables",
-        *describe(grid),
-        "## 1. Scores by pruning rate",
-        *(block for task in grid.tasks for block in score_table(grid, estimates, "rouge_l", task)),
-        "\n".join(f"- {verdict(grid, other, estimates)}" for other in AGAINST),
-        SCORE_CAPTION.format(fewer="† fewer seeds than the others. " * fewer, seeds=seeds),
-        *(block for task in grid.tasks for block in score_table(grid, estimates, "bleu_4", task)),
-        "Read as the tables of ROUGE-L; the paper gives no BLEU-4.",
-        "## 2. STAFF against Random, CCS and Length",
-        *(block for metric in METRICS for block in difference_table(grid, estimates, metric)),
-        DIFFERENCE_CAPTION.format(seeds=seeds),
-        *random_table(grid, estimates),
-        "## 3. What selection costs",
-        *(block for task in grid.tasks for block in cost_tables(grid, task)),
-        COST_CAPTION,
-    ]
-    return "\n\n".join(blocks) + "\n"
-
-
-def describe(grid: Grid) -> list[str]:
-    """What was run, and how much of it is missing."""
-    lines = []
-    for task, cells in grid.cells.groupby("task"):
-        first, modes = cells.iloc[0], " and ".join(cells["mode"].unique())
-        where = "; ".join(sorted(set(cells.precision + " on " + cells.device)))
-        lines.append(
-            f"- {task}: target {first.target}, {first.num_rows} training rows, {first.eval_rows} evaluation rows, "
-            f"mode {modes}, {where}, commit {', '.join(sorted(set(cells.commit)))}"
-        )
-    size = len(grid.tasks) * len(grid.seeds) * sum(len(grid.rates_of(method)) for method in grid.methods)
+    n, join = len(grid.seeds), "\n\n".join
+    of_seeds = f"With {n} seeds the seeds' part is understated: their variance enters as {n - 1}/{n} of it on average."
+    if n == 1:
+        of_seeds = "With one seed the intervals know nothing of how seeds differ."
+    fewer = any(one.num_seeds < n for found in estimates.values() for one in found.values())
+    size = len(grid.tasks) * n * sum(len(grid.rates_of(method)) for method in grid.methods)
     state = f"No cell of this grid is missing ({size})."
     if missing := size - len(grid.cells):
         state = f"{missing} of the {size} cells of this grid are missing (shown as {MISSING})."
-    return ["\n".join(lines), f"Seeds: {', '.join(map(str, grid.seeds))}. {state}"]
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        about="\n".join(describe(task, cells) for task, cells in grid.cells.groupby("task")),
+        seeds=", ".join(map(str, grid.seeds)),
+        state=state,
+        rouge_l=join(score_table(grid, estimates, "rouge_l", task) for task in grid.tasks),
+        verdicts="\n".join(f"- {verdict(grid, other, estimates)}" for other in AGAINST),
+        fewer="† fewer seeds than the others. " * fewer,
+        of_seeds=of_seeds,
+        about_metrics=LLAMA_FACTORYS,
+        bleu_4=join(score_table(grid, estimates, "bleu_4", task) for task in grid.tasks),
+        differences=join(difference_table(grid, estimates, metric) for metric in METRICS),
+        from_random=random_table(grid, estimates),
+        costs=join(cost_tables(grid, task) for task in grid.tasks),
+    )
 
 
-def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> list[str]:
+def titled(title: str, heading: list[str], rows: list[list[str]]) -> str:
+    return f"### {title}\n\n{markdown_table(heading, rows)}"
+
+
+def describe(task: str, cells: pd.DataFrame) -> str:
+    first, modes = cells.iloc[0], " and ".join(cells["mode"].unique())
+    where = "; ".join(sorted(set(cells.precision + " on " + cells.device)))
+    return (
+        f"- {task}: target {first.target}, {first.num_rows} training rows, {first.eval_rows} evaluation rows, "
+        f"mode {modes}, {where}, commit {', '.join(sorted(set(cells.commit)))}"
+    )
+
+
+def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str:
     """Means ± half an interval; the best two coresets of a column are marked, by the mean as printed."""
+    found = {(m, r): estimates[metric, m, ""].get((task, r)) for m in grid.methods for r in grid.rates_of(m)}
+    columns = [1.0] * ("full" in grid.methods) + grid.rates
     rows, first = [], grid.cells[grid.cells.task == task].iloc[0]
     for method in grid.methods:
         rows.append([METHODS[method][0]])
-        for rate in grid.columns:
-            one = estimates[metric, method, ""].get((task, rate))
+        for rate in columns:
+            one = found.get((method, rate))
             if one is None:
-                rows[-1].append(MISSING if rate in grid.rates_of(method) else "")
+                rows[-1].append(MISSING if (method, rate) in found else "")
                 continue
-            column = [estimates[metric, other, ""].get((task, rate)) for other in grid.methods]
-            places = sorted({round(other.mean, 2) for other in column if other}, reverse=True)
+            places = sorted({round(e.mean, 2) for (_, r), e in found.items() if e and r == rate < 1}, reverse=True)
             mark = dict(zip(places, ("**{}**", "<u>{}</u>"), strict=False)).get(round(one.mean, 2), "{}")
             low, high = one.interval
-            text = f"{(mark if rate < 1 else '{}').format(f'{one.mean:.2f}')} ± {(high - low) / 2:.2f}"
+            text = f"{mark.format(f'{one.mean:.2f}')} ± {(high - low) / 2:.2f}"
             text += "†" * (one.num_seeds < len(grid.seeds))
             paper = PAPER.get((first.paper_target, first.paper_task, METHODS[method][0], pruning_rate(rate)))
             rows[-1].append(text if paper is None or metric != "rouge_l" else f"{text} [{paper:.1f}]")
-    heading = ["pruned, %", *(f"{pruning_rate(rate):g}" for rate in grid.columns)]
-    return [f"### {METRICS[metric]}, {task}", markdown_table(heading, rows)]
+    heading = ["pruned, %", *(f"{pruning_rate(rate):g}" for rate in columns)]
+    return titled(f"{METRICS[metric]}, {task}", heading, rows)
 
 
 def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
@@ -221,7 +194,7 @@ def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
     )
 
 
-def difference_table(grid: Grid, estimates: Estimates, metric: str) -> list[str]:
+def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
     columns = [estimates[metric, "staff", other] for other in AGAINST]
     rows = [
         [task, f"{pruning_rate(rate):g}", *(with_interval(found.get((task, rate))) for found in columns)]
@@ -234,7 +207,7 @@ def difference_table(grid: Grid, estimates: Estimates, metric: str) -> list[str]
     for say, sign in (("interval above 0", 1), ("interval below 0", -1)):
         rows.append([say, "", *(f"{sum(e.sign == sign for e in c)} of {len(c)}" if c else MISSING for c in lists)])
     heading = ["task", "pruned, %", *(f"STAFF − {METHODS[other][0]}" for other in AGAINST)]
-    return [f"### {METRICS[metric]}", markdown_table(heading, rows)]
+    return titled(METRICS[metric], heading, rows)
 
 
 def count_above_zero(estimates: list[Estimate]) -> str:
@@ -245,7 +218,7 @@ def count_above_zero(estimates: list[Estimate]) -> str:
     return f"{count.mean:.0f} of {len(estimates)} ({low:.0f} to {high:.0f})"
 
 
-def random_table(grid: Grid, estimates: Estimates) -> list[str]:
+def random_table(grid: Grid, estimates: Estimates) -> str:
     """Every method against Random, which costs nothing."""
     rows = []
     for method in grid.methods:
@@ -254,11 +227,10 @@ def random_table(grid: Grid, estimates: Estimates) -> list[str]:
             found.append(pool([one for one in found if one]))
             rows.append([METHODS[method][0], task, *map(with_interval, found)])
     heading = ["method − Random", "task", *(f"{pruning_rate(rate):g} %" for rate in grid.rates), "mean"]
-    title = "### ROUGE-L of every method against Random, by pruning rate"
-    return [title, markdown_table(heading, rows), "Differences and intervals as above."]
+    return titled("ROUGE-L of every method against Random, by pruning rate", heading, rows)
 
 
-def cost_tables(grid: Grid, task: str) -> list[str]:
+def cost_tables(grid: Grid, task: str) -> str:
     """Selection costs, STAFF's saving against GraNd over the seeds that both have, and selection-to-tuning ratios: of
     means over the seeds that each has."""
     methods = [method for method in grid.methods if method != "full"]
@@ -282,14 +254,13 @@ def cost_tables(grid: Grid, task: str) -> list[str]:
     everything = f"not run yet ({MISSING})"
     if not math.isnan(whole["seconds"]):
         everything = f"{UNITS['seconds'](whole['seconds'])} s and {UNITS['flops'](whole['flops'])} FLOPs"
-    return [
-        f"### Cost, {task}",
-        markdown_table(["selection", "seconds", "tokens", "FLOPs"], rows),
-        f"STAFF saves {' and '.join(savings)} against GraNd (1 − cost of STAFF / cost of GraNd; the paper's best case: "
-        "70.5 %).",
-        f"Selection-to-tuning ratio, seconds / FLOPs, by pruning rate; tuning on everything: {everything}.",
-        markdown_table(["pruned, %", *(f"{pruning_rate(rate):g}" for rate in grid.rates)], ratio_rows),
-    ]
+    rates = ["pruned, %", *(f"{pruning_rate(rate):g}" for rate in grid.rates)]
+    costs_table = titled(f"Cost, {task}", ["selection", "seconds", "tokens", "FLOPs"], rows)
+    return (
+        f"{costs_table}\n\nSTAFF saves {' and '.join(savings)} against GraNd (1 − cost of STAFF / cost of GraNd; the "
+        "paper's best case: 70.5 %).\n\nSelection-to-tuning ratio, seconds / FLOPs, by pruning rate; tuning on "
+        f"everything: {everything}.\n\n{markdown_table(rates, ratio_rows)}"
+    )
 
 
 def with_interval(one: Estimate | None) -> str:
@@ -325,10 +296,9 @@ def draw_curves(grid: Grid, estimates: Estimates, pictures: dict[str, Path]) -> 
             axes.spines[["top", "right"]].set_visible(False)
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         panels[0, 0].set_ylabel("ROUGE-L (%)")
-        labels = [label for label, *_ in METHODS.values() if label in handles]
-        figure.legend(
-            [handles[label] for label in labels], labels, loc="outside right upper", frameon=False, title="bands: 95 %"
-        )
+        shown = {label: handles[label] for label, *_ in METHODS.values() if label in handles}
+        about = {"loc": "outside right upper", "frameon": False, "title": "bands: 95 %"}
+        figure.legend(shown.values(), shown.keys(), **about)
         for form, path in pictures.items():
             figure.savefig(path, dpi=110, format=form, metadata={"Date": None} if form == "svg" else None)
         plt.close(figure)
@@ -347,8 +317,8 @@ def _draw_method(axes: plt.Axes, grid: Grid, estimates: dict, task: str, method:
     pruned = [pruning_rate(rate) for rate in grid.rates]
     means = [one.mean if one else math.nan for one in found]
     lows, highs = zip(*(one.interval if one else (math.nan, math.nan) for one in found), strict=True)
-    ours = method == "staff"
-    style = {"linewidth": 2.2 if ours else 1.2, "markersize": 10 if ours else 5, "zorder": 3 if ours else 2}
+    width, size, layer = (2.2, 10, 3) if method == "staff" else (1.2, 5, 2)
+    style = {"linewidth": width, "markersize": size, "zorder": layer}
     axes.plot(pruned, means, color=colour, marker=marker, label=label, **style)
     axes.fill_between(pruned, lows, highs, color=colour, alpha=0.08, linewidth=0)
 
