@@ -79,19 +79,8 @@ def test_the_grid_becomes_a_table(results):
 
 def test_ablations_refuse_foreign_scores_first_and_end_in_three_tables(results):
     def ablations(*more, check=True):
-        command = [
-            "--config_path",
-            REPOSITORY / "configs" / "tiny.yaml",
-            "--layers",
-            2,
-            "--passes",
-            1,
-            0,
-            "--seeds",
-            1,
-            2,
-        ]
-        command += ["--num_strata", 3, "--verify_per_stratum", 2, "--runs", results / "ablations"]
+        command = ["--config_path", REPOSITORY / "configs" / "tiny.yaml", "--layers", 2, "--passes", 1, 0]
+        command += ["--seeds", 1, 2, "--num_strata", 3, "--verify_per_stratum", 2, "--runs", results / "ablations"]
         return run_script("scripts/paper/ablations.py", *command, "--out", results / "tables", *more, check=check)
 
     scores = ["--baseline_scores", results / "runs" / "go_biology-seed-1" / "scores" / "target-full"]

@@ -93,16 +93,6 @@ def test_intervals_cover_the_mean_they_are_for():
     assert 0.88 <= np.mean([low <= 40 <= high for low, high in intervals]) <= 0.99
 
 
-@pytest.mark.parametrize("varies", ["seeds", "samples"])
-def test_spread_of_the_replicates_is_that_of_resampled_seeds_and_samples(varies):
-    values = np.zeros((1, 4, 60)) + np.random.default_rng(1).normal(size=(4, 1) if varies == "seeds" else (1, 60))
-    units = values[0, :, 0] if varies == "seeds" else values[0, 0]
-    replicates, other = (bootstrap_means(values, stream)[:, 0] for stream in (0, 1))
-    assert replicates.mean() == pytest.approx(values.mean(), abs=0.03)
-    assert replicates.std() == pytest.approx(units.std() / np.sqrt(len(units)), rel=0.05)
-    assert abs(np.corrcoef(replicates, other)[0, 1]) < 0.05
-
-
 def test_replicates_are_those_of_a_literal_bootstrap():
     values = np.random.default_rng(2).normal(size=(3, 3, 8))
     values[1, 1], values[2] = np.nan, np.nan
@@ -115,6 +105,8 @@ def test_replicates_are_those_of_a_literal_bootstrap():
             literal = np.mean([values[quantity, seed, row] for seed in seeds for row in rows])
             assert replicates[replicate, quantity] == pytest.approx(literal)
     assert np.isnan(replicates[:, 2]).all()
+    other = bootstrap_means(values, stream=5, replicates=12)
+    assert not np.isclose(replicates[:, :2], other[:, :2]).all(axis=0).any()
 
 
 @pytest.mark.parametrize(("values", "expected"), [([1, 2], 1), ([0, 1], 0), ([-1, 0], 0), ([0, 0], 0), ([-2, -1], -1)])
@@ -153,20 +145,16 @@ def test_every_number_of_table_1_is_the_mean_of_its_rows(tmp_path):
 
 
 def test_best_and_second_best_are_marked_without_full_and_equal_prints_share_a_place(tmp_path):
-    text = text_of(tmp_path, fake_grid(full=20.0, staff=5.0, ccs=10.0))
-    for task in ("biology", "kazakh"):
-        table = table_after(text, f"### ROUGE-L, {task}\n")
-        for pruned in ("50", "90"):
-            assert re.match(r"\*\*\d\d\.\d\d\*\* ± ", table["CCS"][pruned])
-            assert re.match(r"<u>\d\d\.\d\d</u> ± ", table["STAFF"][pruned])
-            assert not any("*" in table[m][pruned] or "<u>" in table[m][pruned] for m in ("Random", "Length", "GraNd"))
-        assert re.match(r"\d\d\.\d\d ± ", table["Full data"]["0"])
-    means = {"random": 40.0011, "ccs": 39.9989, "length": 39.5, "staff": 39.0}
-    scores = {"rouge_l_by_sample": lambda m: " ".join([str(means[m])] * EVAL_ROWS), "rouge_l": means.get}
-    cells = [c | {column: of(c["method"]) for column, of in scores.items()} for c in fake_grid(means)]
+    means = {"full": 60, "random": 40.0011, "ccs": 39.9989, "length": 39.5, "staff": 39.0}
+    cells = fake_grid(means)
+    for cell in cells:
+        mean = means[cell["method"]]
+        cell |= {"rouge_l": mean, "rouge_l_by_sample": " ".join([str(mean)] * EVAL_ROWS)}
     table = table_after(text_of(tmp_path, cells), "### ROUGE-L, kazakh\n")
-    assert table["Random"]["50"].startswith("**40.00**") and table["CCS"]["50"].startswith("**40.00**")
-    assert table["Length"]["50"].startswith("<u>39.50</u>") and table["STAFF"]["50"].startswith("39.00")
+    for pruned in ("50", "90"):
+        assert table["Random"][pruned] == table["CCS"][pruned] == "**40.00** ± 0.00"
+        assert table["Length"][pruned] == "<u>39.50</u> ± 0.00" and table["STAFF"][pruned] == "39.00 ± 0.00"
+    assert table["Full data"]["0"] == "60.00 ± 0.00"
 
 
 def test_papers_values_stand_beside_the_cells_that_reproduce_them(tmp_path):
@@ -223,7 +211,7 @@ def test_paired_difference_is_the_difference_of_means_over_common_seeds(tmp_path
             low, high = one.interval
             assert low < one.mean < high
             assert high - low < 2  # rows differ by 10 points and cancel; unpaired it would be about 10
-    text, one = tables.random_table(grid, estimates)[1], estimates["rouge_l", "grand", "random"]["kazakh", 0.5]
+    text, one = tables.random_table(grid, estimates), estimates["rouge_l", "grand", "random"]["kazakh", 0.5]
     assert f"| GraNd | kazakh | {tables.with_interval(one)} | " in text and "| Random |" not in text
 
 
@@ -288,34 +276,27 @@ def test_costs_ratios_and_saving_over_the_seeds_that_both_have(tmp_path):
 # Files
 
 
-def test_two_calls_write_the_same_bytes(tmp_path, monkeypatch):
+def test_two_calls_write_the_same_bytes_and_nothing_where_the_curves_fail(tmp_path, monkeypatch):
     """Whatever the process and the order of the rows."""
     cells = fake_grid()
     done = run_script("scripts/paper/tables.py", write_cells(tmp_path / "one", cells))
     make(write_cells(tmp_path / "two", cells[::-1]), monkeypatch)
     for name in OUTPUTS:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted(["cells.csv", *OUTPUTS])
     assert (tmp_path / "one" / "tables.md").read_text(encoding="utf-8") in done.stdout
-
-
-def test_nothing_is_written_where_the_curves_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "draw_curves", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        make(write_cells(tmp_path, [fake_cell()]), monkeypatch)
-    assert [path.name for path in tmp_path.iterdir()] == ["cells.csv"]
+        make(write_cells(tmp_path / "three", cells), monkeypatch)
+    assert [path.name for path in (tmp_path / "three").iterdir()] == ["cells.csv"]
 
 
 def test_curves_show_every_method_and_leave_gaps(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(tables.plt, "close", figures.append)
     rates, gap = (0.8, 0.5, 0.1), [("biology", "staff", 0.5, seed) for seed in (0, 1)]
-    cells = fake_grid(rates=rates, without=gap)
-    grid, estimates = estimated(tmp_path, cells)
+    grid, estimates = estimated(tmp_path, fake_grid(rates=rates, without=gap))
     tables.draw_curves(grid, estimates, {"png": tmp_path / "curves.png"})
-    (figure,) = figures
-    assert [axes.get_title() for axes in figure.axes] == ["biology, tiny-135M", "kazakh, tiny-135M"]
-    for axes, task in zip(figure.axes, ("biology", "kazakh"), strict=True):
+    for axes, task in zip(figures[0].axes, ("biology", "kazakh"), strict=True):
         lines = {line.get_label(): line for line in axes.get_lines()}
         assert list(lines) == [tables.METHODS[method][0] for method in METHODS]
         for method in ("random", "staff"):
@@ -323,15 +304,12 @@ def test_curves_show_every_method_and_leave_gaps(tmp_path, monkeypatch):
             line = lines[tables.METHODS[method][0]]
             assert list(line.get_xdata()) == [20, 50, 90]
             np.testing.assert_allclose(line.get_ydata(), [one.mean if one else np.nan for one in found])
-    full, random = figure.axes[0].patches[0], figure.axes[0].collections[0]
-    low, high = estimates["rouge_l", "full", ""]["biology", 1.0].interval
-    assert (full.get_y(), full.get_height()) == pytest.approx((low, high - low))
-    (band,) = (path.vertices for path in random.get_paths())
+    (band,) = (path.vertices for path in figures[0].axes[0].collections[0].get_paths())
     for rate, pruned in zip(rates, (20, 50, 90), strict=True):
         at_rate = band[np.isclose(band[:, 0], pruned), 1]
         expected = estimates["rouge_l", "random", ""]["biology", rate].interval
         assert (at_rate.min(), at_rate.max()) == pytest.approx(expected)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(lines)
 
 
 @pytest.mark.parametrize(
@@ -373,8 +351,6 @@ def test_damaged_cells_are_one_line_with_row_and_column(tmp_path, monkeypatch, r
         (None, "no cells yet"),
         (lambda text: text.splitlines()[0] + "\n", "no cells yet"),
         (lambda text: text.replace(",seed,", ",sead,"), "row 2, column seed: .*required"),
-        (lambda text: text[: text.rindex(",fp32")], "row 3: more or fewer fields"),
-        (lambda text: text.replace("\n", ",0\n").replace(",0\n", "\n", 1), "row 2: more or fewer fields"),
         (lambda text: text.replace("\n", "\n\n", 1) + "1,", "row 5: more or fewer fields"),
         (lambda text: text.replace("abc1234", '"abc', 1), "no readable CSV"),
         (lambda text: text.replace("abc1234", "\udcff", 1), "no readable CSV"),
