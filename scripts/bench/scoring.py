@@ -200,6 +200,8 @@ def tokenised_rows(model: str, data: str, rows: int) -> tuple[list[list[int]], l
         raise UserError(f"cannot tokenise {data} by {model}: {error!r}: give --model and --data") from None
     if len(ids) < rows:
         raise UserError(f"--rows {rows}: {data} has {len(ids)}")
+    if empty := [number for number, row in enumerate(labels) if max(row[1:], default=IGNORED_LABEL) < 0]:
+        raise UserError(f"row {empty[0]} of {data}: {CUTOFF} tokens leave nothing of the response")
     return ids, labels
 
 
@@ -217,16 +219,15 @@ def draw(record: dict, out: Path) -> None:
     about = f"{settings['rows']} samples of {settings['mean_tokens_per_sample']:.0f} tokens, {settings['device']}"
     figure.suptitle(f"{settings['model']}, {about}", fontsize=10, weight="bold")
     for axes, ((phi, dtype), results) in zip(row[0], panels.items(), strict=True):
-        bars = sorted((r for r in results if "bound" not in r["contestant"]), key=lambda r: r["samples_per_second"])
-        names, speeds = [r["contestant"].replace("_", " ") for r in bars], [r["samples_per_second"] for r in bars]
         bound = [r["samples_per_second"] for r in results if r["contestant"] == "bound"]
-        axes.barh(names, speeds, color=["#4477aa" if name == "suite" else "#bbbbbb" for name in names])
+        results = sorted((r for r in results if "bound" not in r["contestant"]), key=lambda r: r["samples_per_second"])
+        names, speeds = [r["contestant"].replace("_", " ") for r in results], [r["samples_per_second"] for r in results]
+        bars = axes.barh(names, speeds, color=["#4477aa" if name == "suite" else "#bbbbbb" for name in names])
+        texts = [f"{r['samples_per_second']:.3g}, {r['peak_memory_gib']:.2f} GiB" for r in results]
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line
+        axes.bar_label(bars, texts, padding=4, fontsize=8, bbox=white)
         for speed in bound:
             axes.axvline(speed, color="#cc6677", linewidth=1.2)
-        for name, speed, result in zip(names, speeds, bars, strict=True):
-            text = f"{speed:.3g}, {result['peak_memory_gib']:.2f} GiB"
-            white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line
-            axes.annotate(text, (speed, name), (4, 0), textcoords="offset points", va="center", fontsize=8, bbox=white)
         axes.set_title(f"φ = {phi}, {dtype}", fontsize=10)
         axes.set_xlabel("samples per second" + (f" (line: the bound, {bound[0]:.3g})" if bound else ""), fontsize=9)
         axes.set_xlim(0, 1.5 * max(speeds + bound))
