@@ -34,8 +34,8 @@ def main() -> None:
     split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
     settings, folder = Settings.of(experiment.selection), experiment.target_scores
     if arguments.dry_run and (split is None or not _is_scored(experiment)):
-        drawn = f"at most {settings.num_strata} x {settings.verify_per_stratum} rows"
-        most = "every row" if settings.verify == "all" else drawn
+        most = f"at most {settings.num_strata} x {settings.verify_per_stratum} rows"
+        most = most if settings.verify == "sampled" else "every row"
         print(f"{VERIFICATION}: would score {most} on {experiment.target_model} -> {folder}")
         return
     check_run(experiment, split)

@@ -40,14 +40,13 @@ def call(stage, options, monkeypatch):
 
 
 def test_length_control_is_refused_in_the_two_published_modes_and_adaptive_verification_in_all():
-    for mode in ("paper", "released"):
-        with pytest.raises(UserError, match=r"length_control.*give selection\.mode extended"):
-            validated(Selection(), {"mode": mode, "length_control": "residual"})
     assert validated(Selection(), {"mode": "extended", "length_control": "residual"}).length_control == "residual"
     for mode in ("paper", "released", "extended"):
-        with pytest.raises(UserError, match=r"verify: .*adaptive verification was removed.*NOTES\.md") as error:
+        if mode != "extended":
+            with pytest.raises(UserError, match=r"length_control.*give selection\.mode extended"):
+                validated(Selection(), {"mode": mode, "length_control": "residual"})
+        with pytest.raises(UserError, match=r"^[^\n]*verify: [^\n]*verification was removed[^\n]*NOTES\.md[^\n]*$"):
             validated(Selection(), {"mode": mode, "verify": "adaptive"})
-        assert "\n" not in str(error.value)
 
 
 def test_extended_without_additions_is_the_published_method_bit_for_bit(tmp_path, monkeypatch):
@@ -69,14 +68,12 @@ def test_extended_without_additions_is_the_published_method_bit_for_bit(tmp_path
 
 def test_settings_come_back_from_their_record_and_published_records_have_no_new_keys():
     extended = Selection(mode="extended", length_control="residual")
-    for selection in (Selection(), Selection(mode="released"), extended):
+    for selection, rules in ((Selection(), "paper"), (Selection(mode="released"), "released"), (extended, "paper")):
         record = Settings.of(selection).record
         earlier = record | {"rates": None}  # a key that coresets of mode extended once had
         assert Settings.from_record(json.loads(json.dumps(earlier)), Path("record.json")).record == record
-    plain = {"mode", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed"}
-    assert set(Settings.of(Selection()).record) == plain
-    assert Settings.of(extended).rules == "paper" and Settings.of(Selection(mode="released")).rules == "released"
-    assert extended.baseline_variant == "published" and not extended.verify_all
+        assert Settings.of(selection).rules == rules
+    assert list(Settings.of(Selection()).record) == [*Settings.__dataclass_fields__][:5]
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,22 +95,17 @@ def test_logarithms_of_residuals_and_lengths_are_uncorrelated_whatever_the_unit(
     assert left[positive] == pytest.approx(scores[positive] / np.exp(np.polyval(fit, lengths)), rel=1e-6)
 
 
-def test_ranks_no_longer_follow_length_and_strata_stay_where_length_has_no_effect():
+def test_ranks_no_longer_follow_length_and_equal_lengths_change_nothing():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 300, 2000)
     scores = tokens**-0.8 * rng.lognormal(sigma=0.3, size=2000)
     assert spearmanr(scores, tokens).statistic < -0.8
     assert abs(spearmanr(length_residual(scores, tokens), tokens).statistic) < 0.05
-    scores, tokens = np.repeat(rng.lognormal(size=100), 2), np.tile([10, 40], 100)  # each score once at each length
-    before, after = (cut_strata(s, CONTROL) for s in (scores, length_residual(scores, tokens)))
-    assert [rows.tolist() for rows in before.members] == [rows.tolist() for rows in after.members]
-    one_length = length_residual(scores, np.full(200, 7))
-    assert one_length / scores == pytest.approx(np.full(200, one_length[0] / scores[0]))
+    ratio = length_residual(scores, np.full(2000, 7)) / scores
+    assert ratio == pytest.approx(np.full(2000, ratio[0]))
 
 
 def test_a_fit_of_too_few_scores_and_a_row_without_response_are_refused():
-    with pytest.raises(ValueError, match="9 scores above 0"):
-        length_residual(np.array([1.0] * 9 + [0.0] * 5), np.arange(1, 15))
     with pytest.raises(UserError, match="9 scores above 0"):
         stratified_score(scores_of([1.0] * 9 + [0.0] * 5, np.arange(1, 15)), CONTROL)
     with pytest.raises(UserError, match="row 2 has no response token"):
@@ -131,7 +123,6 @@ def test_each_model_is_controlled_by_its_own_fit_over_the_rows_it_has_scored():
 
     assert ratios(speculative, target) == pytest.approx(1, abs=1e-6)  # nothing but length tells the models apart
     raw = ratios(small.effort, target, replace(CONTROL, length_control="none"))
-    assert np.abs(raw - 1).max() > 0.1
     draws = draw_verification_samples(cut_strata(speculative, CONTROL), 8, "paper", 3)
     own_fit = ratios(speculative, target.only(np.sort(np.concatenate(draws))))
     assert np.abs(own_fit - 1).mean() < np.abs(raw - 1).mean() / 3
