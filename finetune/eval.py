@@ -20,8 +20,7 @@ end_on_signals()
 
 from finetune import trainer
 from finetune.comparable import comparable_scores
-from finetune.tuning import split_for
-from selection.rows.split import held_out_ids, rows_of
+from selection.rows.split import held_out_ids, rows_of, training_split
 from selection.rows.tokens import lengths, tokenised_rows
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser, run_stage
 from selection.run.config import Experiment, load_experiment
@@ -54,7 +53,7 @@ def main() -> None:
     for name in names:
         if name != "untuned" and not experiment.tuned_target(name).exists():
             raise UserError(f"--tuned {name}: no {experiment.tuned_target(name)}: run finetune-select.py first")
-    split = split_for(experiment, arguments.dry_run)
+    split = training_split(experiment, arguments.dry_run)
     if split is None:
         print(f"evaluation: would split {experiment.dataset_paths} and evaluate {', '.join(names)}")
         return

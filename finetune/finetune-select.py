@@ -16,7 +16,8 @@ from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from finetune.tuning import parse_arguments, split_for, tune_once
+from finetune.tuning import parse_arguments, tune_once
+from selection.rows.split import training_split
 from selection.run.cli import argument_parser, run_stage
 from selection.run.ledger import TARGET_TUNING
 from selection.run.log import say
@@ -29,7 +30,7 @@ def main() -> None:
     about = "coresets: .json, or published .pt index lists; required"
     parser.add_argument("--select_path", type=Path, required=True, nargs="+", help=about)
     arguments, experiment, report = parse_arguments(parser)
-    split = split_for(experiment, arguments.dry_run)
+    split = training_split(experiment, arguments.dry_run)
     coresets = [read_coreset(path) for path in arguments.select_path]
     if split is None:
         for coreset in coresets:

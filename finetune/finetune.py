@@ -15,7 +15,8 @@ from selection.run.ending import end_on_signals
 
 end_on_signals()
 
-from finetune.tuning import parse_arguments, split_for, tune_once
+from finetune.tuning import parse_arguments, tune_once
+from selection.rows.split import training_split
 from selection.run.cli import argument_parser, run_stage
 from selection.run.ledger import SPECULATIVE_TUNING, TARGET_TUNING
 from selection.run.log import say
@@ -45,7 +46,7 @@ def main() -> None:
     if not arguments.dry_run and not folder.exists():
         check_machine(experiment)
         check_models(experiment)
-    split = split_for(experiment, arguments.dry_run)
+    split = training_split(experiment, arguments.dry_run)
     if split is None:
         print(f"{stage}: would split {experiment.dataset_paths} and tune {model_path(model)} on it -> {folder}")
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from selection.rows.llama_factory import common_arguments, import_llama_factory, own_cache, quiet, user_errors
+from selection.rows.llama_factory import common_arguments, import_llama_factory, quiet, user_errors
 from selection.run.config import Experiment
 from selection.run.log import progress_bar
 from selection.run.model_folder import incomplete_adapters_refused
@@ -55,7 +55,7 @@ def _run(arguments: dict[str, Any], what: str, bar: str) -> None:
     from llamafactory.train.tuner import run_exp
 
     together = processes()
-    with user_errors(what), quiet(), own_cache(), together.process_group(), incomplete_adapters_refused():
+    with user_errors(what), quiet(), together.process_group(), incomplete_adapters_refused():
         run_exp(arguments, callbacks=[_progress(bar)])
     together.wait()  # the leader writes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import trainer
-from selection.rows.split import TrainingSplit, existing_split, rows_of, training_split, write_dataset
+from selection.rows.split import rows_of, write_dataset
 from selection.rows.tokens import tokenised_rows
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments
 from selection.run.config import Experiment, load_experiment
@@ -39,11 +39,6 @@ def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace
         if arguments.project:
             os.environ["WANDB_PROJECT"] = arguments.project
     return arguments, load_experiment(arguments.config_path, arguments.set), report
-
-
-def split_for(experiment: Experiment, dry_run: bool) -> TrainingSplit | None:
-    """The training split; a dry run makes none, and gets None where there is none. Raises: as `training_split`."""
-    return existing_split(experiment) if dry_run else training_split(experiment)
 
 
 def tune_once(

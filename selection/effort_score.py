@@ -17,7 +17,7 @@ end_on_signals()
 
 import numpy as np
 
-from selection.rows.split import existing_split, training_split
+from selection.rows.split import training_split
 from selection.run.cli import argument_parser, load_scoring_arguments, run_stage
 from selection.run.errors import UserError
 from selection.run.ledger import SPECULATIVE_SCORES, TARGET_SCORES
@@ -42,7 +42,7 @@ def main() -> None:
         model, tuned = experiment.target_model, experiment.tuned_target("full")
         folder, stage = experiment.tuned_target_scores, TARGET_SCORES
         experiment.selection.columns = list(MORE_COLUMNS)
-    split = existing_split(experiment) if arguments.dry_run else None
+    split = training_split(experiment, dry_run=True) if arguments.dry_run else None
     if arguments.dry_run and (split is None or (tuned is not None and not tuned.exists())):
         print(f"{stage}: would score every row on {model}, once that is tuned -> {folder}")
         return

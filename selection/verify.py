@@ -17,7 +17,7 @@ end_on_signals()
 
 import numpy as np
 
-from selection.rows.split import existing_split, training_split
+from selection.rows.split import training_split
 from selection.run.cli import argument_parser, load_scoring_arguments, run_stage
 from selection.run.config import Experiment
 from selection.run.errors import UserError
@@ -31,7 +31,7 @@ from selection.scores.verification import Settings, cut_strata, draw, stratified
 
 def main() -> None:
     experiment, arguments = load_scoring_arguments(argument_parser(__doc__))
-    split = existing_split(experiment) if arguments.dry_run else training_split(experiment)
+    split = training_split(experiment, arguments.dry_run)
     settings, folder = Settings.of(experiment.selection), experiment.target_scores
     if arguments.dry_run and (split is None or not _is_scored(experiment)):
         most = f"at most {settings.num_strata} x {settings.verify_per_stratum} rows"

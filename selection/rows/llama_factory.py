@@ -71,21 +71,15 @@ def common_arguments(experiment: Experiment, model: str, output_dir: Path, preci
 
 @contextlib.contextmanager
 def quiet():
-    """Drop what LLaMA-Factory prints: a sample as token numbers, every metric twice."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
-@contextlib.contextmanager
-def own_cache():
-    """Keep what `datasets` copies only as long as needed, not for ever in the user's home."""
+    """Drop what LLaMA-Factory prints (samples as token numbers), and what `datasets` would copy to the user's home."""
     from datasets import config
 
     kept = config.HF_DATASETS_CACHE
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(os.devnull, "w") as nowhere:
         config.HF_DATASETS_CACHE = Path(folder)
         try:
-            yield
+            with contextlib.redirect_stdout(nowhere):
+                yield
         finally:
             config.HF_DATASETS_CACHE = kept
 

@@ -7,7 +7,7 @@ published index lists fit. `train`, `eval` and every coreset are data sets in `<
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
@@ -49,8 +49,6 @@ class TrainingSplit:
 
 
 class _SplitRecord(TypedDict):
-    """data/split.json."""
-
     made_from: dict
     fingerprint: str
     files: list[str]
@@ -62,33 +60,28 @@ def row_id(row: dict) -> str:
     return digest(as_json(row, sort_keys=True).encode())[:16]
 
 
-def training_split(experiment: Experiment) -> TrainingSplit:
+def training_split(experiment: Experiment, dry_run: bool = False) -> TrainingSplit | None:
     """Load the training split, making it on the first call; of several processes the leader makes it.
 
-    Raises: UserError for a data file that cannot be read or has unusable rows, and where the run folder holds the
-    split of other data, or one that was changed.
+    A dry run writes nothing, and gives None where there is no split yet. Raises: UserError for a data file that cannot
+    be read or has unusable rows, and where the run folder holds the split of other data, or one that was changed.
     """
     with processes().leader_first():
         made_from, record_path = _made_from(experiment), _record_path(experiment)
+        if dry_run:
+            return _load_split(experiment, made_from) if record_path.exists() else None
         with locked(experiment.folder):  # two stages may need the split at the same time
-            there = record_path.exists()
             lost = not all(split_path(experiment, name).exists() for name in _PARTS)
-            if not there or (lost and read_sealed(record_path).get("made_from") == made_from):
+            if not record_path.exists() or (lost and read_sealed(record_path).get("made_from") == made_from):
                 _make_split(experiment, made_from)
         split = _load_split(experiment, made_from)
         list_datasets(experiment, _PARTS)
         return split
 
 
-def existing_split(experiment: Experiment) -> TrainingSplit | None:
-    """The training split where it has been made, else None; writes nothing. Raises: as `training_split`."""
-    made_from = _made_from(experiment)
-    return _load_split(experiment, made_from) if _record_path(experiment).exists() else None
-
-
 def finished_split(experiment: Experiment) -> TrainingSplit:
-    """`existing_split`; raises UserError where there is none yet."""
-    if (split := existing_split(experiment)) is None:
+    """The training split of a run in which stages have run; writes nothing. Raises: UserError where there is none."""
+    if (split := training_split(experiment, dry_run=True)) is None:
         raise UserError(f"{experiment.data_folder} has no split yet: run a stage with this run's configuration first")
     return split
 
@@ -111,30 +104,24 @@ def data_sets(experiment: Experiment) -> list[tuple[str, int, int]]:
 def recorded_fingerprint(experiment: Experiment) -> str | None:
     """The training split's fingerprint by its record, without reading a row; None where there is no split yet.
 
-    Data that are not on this machine are taken to be those that were split. Raises: UserError where the run folder has
-    the split of other data or settings.
+    Data that are not on this machine count as unchanged. Raises: UserError for the split of other data or settings.
     """
     if not _record_path(experiment).exists():
         return None
     here = all(from_repository(each.path).is_file() for each in experiment.data_sets)
-    return _read_record(experiment, _made_from(experiment) if here else _settings(experiment))["fingerprint"]
+    return _read_record(experiment, _made_from(experiment, data=here))["fingerprint"]
 
 
 def split_numbers(experiment: Experiment, num_rows: int | None = None) -> dict[str, np.ndarray]:
-    """Pooled row numbers of the rows of "train" and "eval", in their order.
-
-    `num_rows`: how many rows there are; left out, the split must be made.
-    """
+    """Pooled row numbers of "train" and "eval", in their order; without `num_rows` the split must be made."""
     from datasets import Dataset
 
-    num_rows = num_rows or _num_rows(experiment)
+    numbers = Dataset.from_dict({"row": range(num_rows or _num_rows(experiment))})
     try:  # the permutation depends on the number of rows and the seed alone
-        parts = Dataset.from_dict({"row": range(num_rows)}).train_test_split(
-            test_size=experiment.eval_size, seed=experiment.split_seed
-        )
+        parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
     except ValueError:
-        raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
-    return {name: parts[part].with_format("numpy")["row"][:] for name, part in zip(_PARTS, ("train", "test"))}  # noqa: B905
+        raise UserError(f"eval_size {experiment.eval_size:g} of {len(numbers)} rows leaves none to train on") from None
+    return {name: rows.with_format("numpy")["row"][:] for name, rows in zip(_PARTS, parts.values(), strict=True)}
 
 
 def split_path(experiment: Experiment, name: str) -> Path:
@@ -157,19 +144,15 @@ def rows_of(experiment: Experiment, name: str) -> "datasets.Dataset":  # noqa: F
 
 def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821
     """Write rows as a LLaMA-Factory data set with its `dataset_info.json` entry; returns the file."""
-    path = split_path(experiment, name)
-    with (
-        atomic_path(path) as draft,
-        pa.OSFile(str(draft), "wb") as file,
-        pa.ipc.new_stream(file, rows.features.arrow_schema) as writer,
-    ):
+    path, schema = split_path(experiment, name), rows.features.arrow_schema
+    with atomic_path(path) as draft, pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in rows.with_format("arrow").iter(batch_size=1000):
             writer.write_table(batch.combine_chunks())  # else each chosen row is a chunk, which takes kilobytes
     list_datasets(experiment, [name])
     return path
 
 
-def list_datasets(experiment: Experiment, names: list[str] | tuple[str, ...]) -> None:
+def list_datasets(experiment: Experiment, names: Iterable[str]) -> None:
     """Make `dataset_info.json` name our files for these data sets, whatever it said before."""
     path = experiment.data_folder / "dataset_info.json"
     with locked(experiment.data_folder):  # several coresets may be tuned at a time
@@ -189,33 +172,25 @@ def _num_rows(experiment: Experiment) -> int:
     return sum(len(rows_of(experiment, name)) for name in _PARTS)
 
 
-def _made_from(experiment: Experiment) -> dict[str, Any]:
-    """All that the split depends on. Raises: UserError where a data file cannot be read."""
-    hashes = []
-    for each in experiment.data_sets:
-        source = from_repository(each.path)
-        try:
-            with source.open("rb") as file:  # as `digest`, in blocks
-                sha = hashlib.sha256(source.stat().st_size.to_bytes(8, "little"))
-                hashes.append(hashlib.file_digest(file, lambda sha=sha: sha).hexdigest())
-        except OSError as error:
-            raise UserError(f"dataset {each.path}: {error.strerror or error} (looked for {source})") from None
-    return {"dataset_sha256": _one_or_all(hashes), **_settings(experiment)}
+def _made_from(experiment: Experiment, data: bool = True) -> dict[str, Any]:
+    """All that the split depends on, or all but the `data`. Raises: UserError where a data file cannot be read."""
+    sets = experiment.data_sets
+    of_each = {"dataset_sha256": [_content(each.path) for each in sets]} if data else {}
+    of_each["dataset_format"] = [each.dataset_format.entry for each in sets]
+    of_each["max_samples"] = [each.max_samples for each in sets]
+    made_from = {key: values[0] if len(sets) == 1 else values for key, values in of_each.items()}
+    return made_from | {"eval_size": experiment.eval_size, "split_seed": experiment.split_seed}
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    """`_made_from` without the data themselves."""
-    return {
-        "dataset_format": _one_or_all([each.dataset_format.entry for each in experiment.data_sets]),
-        "max_samples": _one_or_all([each.max_samples for each in experiment.data_sets]),
-        "eval_size": experiment.eval_size,
-        "split_seed": experiment.split_seed,
-    }
-
-
-def _one_or_all(values: list) -> Any:
-    """The value itself where there is one data set."""
-    return values[0] if len(values) == 1 else values
+def _content(path: str) -> str:
+    """`digest` of a data file, read in blocks."""
+    source = from_repository(path)
+    try:
+        with source.open("rb") as file:
+            sha = hashlib.sha256(source.stat().st_size.to_bytes(8, "little"))
+            return hashlib.file_digest(file, lambda: sha).hexdigest()
+    except OSError as error:
+        raise UserError(f"dataset {path}: {error.strerror or error} (looked for {source})") from None
 
 
 def _read_record(experiment: Experiment, made_from: dict) -> _SplitRecord:
@@ -230,13 +205,10 @@ def _read_record(experiment: Experiment, made_from: dict) -> _SplitRecord:
 
 def _load_split(experiment: Experiment, made_from: dict) -> TrainingSplit:
     """Raises: UserError where the split is of other data, or not what was written."""
-    record, train = _read_record(experiment, made_from), None
-    if [file_digest(split_path(experiment, name)) for name in _PARTS] == record["files"]:
-        train = _identify(experiment)
-    if train is None or train.fingerprint != record["fingerprint"]:
-        raise UserError(
-            f"the split in {experiment.data_folder} is damaged or was changed by hand: remove {experiment.data_folder}"
-        )
+    record, folder = _read_record(experiment, made_from), experiment.data_folder
+    intact = [file_digest(split_path(experiment, name)) for name in _PARTS] == record["files"]
+    if not intact or (train := _identify(experiment)).fingerprint != record["fingerprint"]:
+        raise UserError(f"the split in {folder} is damaged or was changed by hand: remove {folder}")
     return train
 
 
@@ -264,31 +236,25 @@ def _make_split(experiment: Experiment, made_from: dict) -> None:
 
 @contextlib.contextmanager
 def _pooled_rows(experiment: Experiment) -> Iterator[tuple["datasets.Dataset", list[int]]]:  # noqa: F821
-    """The rows of all data sets in `row_format`, in the order given, and how many each has. They stay on disk.
-
-    A column that only some data sets have is empty in the others.
-    """
+    """The rows of all data sets in `row_format`, in the order given, and how many each has. They stay on disk."""
     from datasets import Value, concatenate_datasets
 
-    sets = experiment.data_sets
+    sets, parts, kinds = experiment.data_sets, [], {}
     mixed = any(each.dataset_format != experiment.row_format for each in sets)
-    parts, kinds = [], {}
     with contextlib.ExitStack() as stack:
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for number, each in enumerate(sets):
+        for each in sets:
             source = from_repository(each.path)
             rows = stack.enter_context(reading_rows(source, each.dataset_format))
             if each.max_samples is not None and each.max_samples < len(rows):
                 say(f"dataset {source.name}: first {each.max_samples:,} of {len(rows):,} rows")
                 rows = rows.take(each.max_samples)
             if mixed:
-                rows = in_common_form(rows, each.dataset_format, cache / f"{number}.arrow")
-            for name, kind in rows.features.items():
+                rows = in_common_form(rows, each.dataset_format, cache / f"{len(parts)}.arrow")
+            for name, kind in rows.features.items():  # a column that only some data sets have is empty in the others
                 before, path = kinds.setdefault(name, (kind, each.path)) if kind != Value("null") else (kind, "")
                 if kind != before:
-                    raise UserError(
-                        f"column {name} is {kind} in {each.path} and {before} in {path}: make them the same, or "
-                        "remove the column from one"
-                    )
+                    wrong = f"column {name} is {kind} in {each.path} and {before} in {path}"
+                    raise UserError(f"{wrong}: make them the same, or remove the column from one")
             parts.append(rows)
         yield (parts[0] if len(parts) == 1 else concatenate_datasets(parts)), list(map(len, parts))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from selection.rows.conversation import convert_row
-from selection.rows.llama_factory import alone, common_arguments, import_llama_factory, own_cache, quiet, user_errors
+from selection.rows.llama_factory import alone, common_arguments, import_llama_factory, quiet, user_errors
 from selection.rows.read import as_json
 from selection.rows.split import TrainingSplit
 from selection.run.config import Experiment
@@ -112,13 +112,12 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
     arguments = common_arguments(experiment, model, experiment.folder, "fp32") | {"dataset": dataset, "do_train": True}
     arguments["use_cpu"] = True  # or LLaMA-Factory refuses where it sees several GPUs
     set_library_bars(long_work=len(raw_rows) >= 10_000)
-    with user_errors(f"model {model}, template {experiment.template}"), alone(), own_cache():
+    with user_errors(f"model {model}, template {experiment.template}"), alone(), quiet():
         model_args, data_args, training_args, _, _ = get_train_args(arguments)
         training_args.log_level, training_args.log_level_replica = "error", "error"
         module = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-        with quiet():
-            data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)
+        data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)
     rows = data["train_dataset"]
     if len(rows) != len(raw_rows):
         took = f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of {dataset}.arrow"
