@@ -7,13 +7,13 @@ import pytest
 from conftest import REPOSITORY, run_script
 
 
-def demo(run_folder) -> tuple[str, str]:
-    """stdout and stderr."""
-    environment = os.environ | {"RUN": str(run_folder)}
+def demo(run_folder) -> str:
+    """What came to stdout and stderr."""
     command = ["bash", str(REPOSITORY / "scripts" / "demo.sh"), "--tiny"]
+    environment = os.environ | {"RUN": str(run_folder)}
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, done.stderr
+    return done.stderr + done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def run_folder(tmp_path_factory, demo_models):
 
 
 def test_demo_fresh(run_folder):
-    out, _ = demo(run_folder)
+    out = demo(run_folder)
     assert "coreset         rows   ROUGE-L   BLEU-4   rouge_score   sacreBLEU    selection     tuning" in out
     for name in ("staff-0.2", "random-0.2"):
         assert f"\n{name}" in out
@@ -36,7 +36,7 @@ def test_demo_fresh(run_folder):
 
 def test_demo_again_reuses_everything_and_says_so(run_folder):
     before = {path: path.read_bytes() for path in (run_folder / "coresets").iterdir()}
-    out = "".join(demo(run_folder))
+    out = demo(run_folder)
     assert out.count("reusing") >= 9  # .venv, 2 models, tuned small, 2 scores, 2 tuned targets, 2 evaluations
     assert {path: path.read_bytes() for path in (run_folder / "coresets").iterdir()} == before
 

@@ -29,9 +29,6 @@ def billions(model: str) -> float | None:
     return float(sizes[0][0]) / (1000 if sizes[0][1] == "m" else 1) if sizes else None
 
 
-# configs/families.yaml
-
-
 def test_llama_factory_knows_every_template_and_model():
     import_llama_factory()
     from llamafactory.data.template import TEMPLATES
@@ -47,9 +44,12 @@ def test_llama_factory_knows_every_template_and_model():
         assert family.small in ("first", "none") or family.small in templates, name
 
 
-def test_names_are_unambiguous():
+def test_names_are_unambiguous_and_models_stand_from_small_to_large():
     last_parts = [model.rpartition("/")[2].lower() for _, model in MODELS]
     assert len(set(last_parts)) == len(last_parts)
+    for family in FAMILIES.values():
+        sizes = [size for size in map(billions, family.models) if size]
+        assert sizes == sorted(sizes)
 
 
 @pytest.mark.parametrize(("name", "model"), MODELS, ids=[model for _, model in MODELS])
@@ -61,21 +61,14 @@ def test_every_listed_target_gets_a_smaller_sibling_of_its_kind_or_none(name, mo
     if pair.small is None:
         assert family.small == "none" or model == family.models[0]
         return
-    assert pair.small != model
-    assert bool(TUNED.search(pair.small)) == bool(TUNED.search(model))
+    assert pair.small != model and bool(TUNED.search(pair.small)) == bool(TUNED.search(model))
     if billions(pair.small) and billions(model):
         assert billions(pair.small) < billions(model)
 
 
-def test_models_stand_from_small_to_large():
-    for family in FAMILIES.values():
-        sizes = [size for size in map(billions, family.models) if size]
-        assert sizes == sorted(sizes)
-
-
 def test_the_papers_pairs_are_those_of_its_configurations():
     for path in (REPOSITORY / "configs" / "paper").glob("*_dialogsum.yaml"):
-        experiment = load_experiment(str(path))
+        experiment = load_experiment(path)
         pair = find_pair(experiment.target_model)
         assert (pair.small, pair.template) == (experiment.small_model, experiment.template)
 
@@ -85,9 +78,6 @@ def test_a_wrong_families_file_is_one_message(tmp_path):
     path.write_text("Mine: {template: qwen, models: []}")
     with pytest.raises(UserError, match=r"Mine\.models"):
         read_families(path)
-
-
-# Local folders
 
 
 @pytest.fixture
@@ -104,22 +94,18 @@ def model_folder(tmp_path):
     return make
 
 
-def test_a_folder_is_known_by_its_name_before_its_config(model_folder):
-    folder = model_folder("qwen2.5-7b", _name_or_path="google/gemma-2-9b", model_type="llama")
+@pytest.mark.parametrize(
+    ("folder", "config", "small", "template"),
+    [
+        ("qwen2.5-7b", {"_name_or_path": "google/gemma-2-9b", "model_type": "llama"}, "Qwen/Qwen2.5-0.5B", "qwen"),
+        ("a", {"_name_or_path": "qwen/QWEN2.5-7B", "model_type": "gemma2"}, "Qwen/Qwen2.5-0.5B", "qwen"),
+        ("a", {"model_type": "gemma2"}, None, "gemma2"),
+    ],
+)
+def test_a_folder_is_known_by_its_name_its_config_or_its_type(model_folder, folder, config, small, template):
+    folder = model_folder(folder, **config)
     pair = find_pair(str(folder))
-    assert (pair.target, pair.small, pair.template) == (str(folder), "Qwen/Qwen2.5-0.5B", "qwen")
-
-
-def test_a_folder_is_known_by_the_name_in_its_config_before_its_type(model_folder):
-    folder = model_folder("mine", _name_or_path="qwen/QWEN2.5-7B-instruct", model_type="gemma2")
-    pair = find_pair(str(folder))
-    assert (pair.target, pair.small, pair.template) == (str(folder), "Qwen/Qwen2.5-0.5B-Instruct", "qwen")
-
-
-def test_the_type_alone_tells_the_template_but_no_sibling(model_folder):
-    pair = find_pair(str(model_folder("mine", model_type="gemma2")))
-    assert (pair.small, pair.template, pair.family) == (None, "gemma2", None)
-    assert "gemma2" in pair.why
+    assert (pair.target, pair.small, pair.template) == (str(folder), small, template)
 
 
 def test_a_type_of_two_templates_tells_neither(model_folder, monkeypatch):
@@ -129,18 +115,15 @@ def test_a_type_of_two_templates_tells_neither(model_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [{"model_type": "llama"}, {"model_type": "phi3"}, {"model_type": "mistral"}, {}])
-def test_a_folder_of_unknown_family_needs_a_template(model_folder, config):
-    folder = model_folder("mine", **config)
-    with pytest.raises(UserError, match=r"--template.*--small"):
-        choose_models(str(folder))
-    pair = choose_models(str(folder), template="chatml")
-    assert (pair.small, pair.template) == (None, "chatml")
-
-
-def test_an_unknown_hub_name_needs_a_template():
-    with pytest.raises(UserError, match=r"foo/bar is not in .*--template"):
-        choose_models("foo/bar")
+def test_a_target_of_unknown_family_needs_a_template(model_folder, config):
+    folder = str(model_folder("mine", **config))
+    for target in (folder, "foo/bar"):
+        with pytest.raises(UserError, match=r"--template.*--small"):
+            choose_models(target)
+    assert choose_models(folder, template="chatml").small is None
     assert choose_models("foo/bar", small="foo/small", template="qwen").small == "foo/small"
+    with pytest.raises(UserError, match=r"--template chatlm: LLaMA-Factory has none of that name: .*chatml"):
+        choose_models(folder, template="chatlm")
 
 
 def test_a_sibling_beside_the_folder_goes_before_the_hubs(model_folder):
@@ -165,10 +148,9 @@ def test_a_sibling_of_the_hub_is_downloaded_cached_or_cut(model_folder, tmp_path
     assert choose_models(target).small is None
     assert "HF_HUB_OFFLINE is set); a speculator is cut out of the target" in capsys.readouterr().err
     cached = tmp_path / "cache" / "models--Qwen--Qwen2.5-0.5B"
-    (cached / "snapshots" / "1").mkdir(parents=True)
-    (cached / "snapshots" / "1" / "config.json").touch()
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("1")
+    for name, text in (("snapshots/1/config.json", ""), ("refs/main", "1")):
+        (cached / name).parent.mkdir(parents=True)
+        (cached / name).write_text(text)
     assert choose_models(target).small == "Qwen/Qwen2.5-0.5B"
     assert "from the hub's cache" in capsys.readouterr().err
 
@@ -180,35 +162,26 @@ def test_what_is_given_goes_before_what_is_found(model_folder, capsys):
     assert capsys.readouterr().err.count("as given") == 2
 
 
-# Forms of rows
-
-
 def talk(role: str, content: str, *turns: tuple[str, str]) -> list[dict]:
     return [{role: who, content: what} for who, what in turns]
 
 
-FORMS = {
+ASKED = (("human", "Say\none"), ("gpt", "1"))
+ASKED_OPENLY = (("user", "Say\none"), ("assistant", "1"))
+FORMS = {  # with a system prompt S where the name says so
     "alpaca": [{"instruction": "Say", "input": "one", "output": "1"}],
-    "alpaca with a system prompt": [{"instruction": "Say", "input": "one", "output": "1", "system": "S"}],
+    "alpaca, system": [{"instruction": "Say", "input": "one", "output": "1", "system": "S"}],
     "alpaca without input": [{"instruction": "Say\none", "output": "1", "id": 7}],
     "prompt and completion": [{"prompt": "Say\none", "completion": "1"}],
-    "prompt and completion with a system prompt": [{"prompt": "Say\none", "completion": "1", "system": "S"}],
+    "prompt and completion, system": [{"prompt": "Say\none", "completion": "1", "system": "S"}],
     "question and answer": [{"question": "Say\none", "answer": "1", "prompt": "x"}],
-    "sharegpt": [{"conversations": talk("from", "value", ("human", "Say\none"), ("gpt", "1"))}],
-    "sharegpt, own tags": [{"conversations": talk("from", "value", ("user", "Say\none"), ("assistant", "1"))}],
-    "sharegpt with a system column": [
-        {"conversations": talk("from", "value", ("human", "Say\none"), ("gpt", "1")), "system": "S"}
-    ],
-    "sharegpt with a system turn": [
-        {"conversations": talk("from", "value", ("system", "S"), ("human", "Say\none"), ("gpt", "1"))}
-    ],
-    "messages": [{"messages": talk("role", "content", ("user", "Say\none"), ("assistant", "1")), "prompt": "x"}],
-    "messages with a system turn": [
-        {"messages": talk("role", "content", ("system", "S"), ("user", "Say\none"), ("assistant", "1"))}
-    ],
-    "messages with a system column": [
-        {"messages": talk("role", "content", ("user", "Say\none"), ("assistant", "1")), "system": "S"}
-    ],
+    "sharegpt": [{"conversations": talk("from", "value", *ASKED)}],
+    "sharegpt, own tags": [{"conversations": talk("from", "value", *ASKED_OPENLY)}],
+    "sharegpt, system column": [{"conversations": talk("from", "value", *ASKED), "system": "S"}],
+    "sharegpt, system turn": [{"conversations": talk("from", "value", ("system", "S"), *ASKED)}],
+    "messages": [{"messages": talk("role", "content", *ASKED_OPENLY), "prompt": "x"}],
+    "messages, system turn": [{"messages": talk("role", "content", ("system", "S"), *ASKED_OPENLY)}],
+    "messages, system column": [{"messages": talk("role", "content", *ASKED_OPENLY), "system": "S"}],
 }
 
 
@@ -227,7 +200,7 @@ def test_llama_factory_reads_every_form_to_the_same_sample(name):
     sample = get_dataset_converter(attributes.formatting, attributes, DataArguments())(rows[0])
     assert sample["_prompt"] == [{"role": "user", "content": "Say\none"}]
     assert sample["_response"] == [{"role": "assistant", "content": "1"}]
-    assert sample["_system"] == ("S" if "system prompt" in name or "system column" in name or "turn" in name else "")
+    assert sample["_system"] == ("S" if "system" in name else "")
     assert set(used) <= set(rows[0])
 
 
@@ -254,16 +227,11 @@ def test_rows_of_another_form_are_one_message(row, said):
         detect_form(list(row), [row], "my.jsonl")
 
 
-# K and b_v
-
-
 @given(st.integers(1, 10**6))
 def test_the_target_verifies_at_most_a_fifth(num_rows):
     published = Selection()
     k, b = strata_for(num_rows, published)
-    assert k >= 1
-    assert b >= 1
-    assert k * b <= max(1, num_rows / 5)
+    assert k >= 1 and b >= 1 and k * b <= max(1, num_rows / 5)
     assert k * b > min(500, num_rows // 5) / 2  # and no less than half of what it might
     assert strata_for(num_rows + 1, published)[1] >= b >= min(3, max(1, num_rows // 5))
     assert num_rows < 2500 or (k, b) == (published.num_strata, published.verify_per_stratum)
@@ -271,16 +239,8 @@ def test_the_target_verifies_at_most_a_fifth(num_rows):
 
 def test_strata_for_some_sizes():
     sizes = {54: (3, 3), 125: (5, 5), 200: (8, 5), 499: (19, 5), 500: (10, 10), 900: (18, 10), 2499: (49, 10)}
+    sizes[2500] = (50, 10)
     assert {n: strata_for(n, Selection()) for n in sizes} == sizes
-    assert strata_for(2500, Selection()) == (50, 10)
-
-
-def test_a_template_that_is_none_is_refused_with_those_like_it(tiny_model):
-    with pytest.raises(UserError, match=r"--template chatlm: LLaMA-Factory has none of that name: .*chatml"):
-        choose_models(str(tiny_model), template="chatlm")
-
-
-# A whole start
 
 
 @pytest.fixture
@@ -303,58 +263,52 @@ def begin(tiny_model, data, tmp_path):
 
 def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_model, data, tmp_path):
     path, cut = begin(overrides=["training.lora_rank=4"])
-    experiment = load_experiment(str(path))
-    assert path == tmp_path / "run" / "start.yaml"
+    run, draft = tmp_path / "run", str(tmp_path / "run" / "tiny-2-layers")
+    experiment = load_experiment(path)
+    assert path == run / "start.yaml"
     assert set(yaml.safe_load(path.read_text())) == set(type(experiment).model_fields)
-    draft = tmp_path / "run" / "tiny-2-layers"
-    assert cut == ["--target", str(tiny_model), "--layers", "2", "--out", str(draft)]
-    assert (experiment.target_model, experiment.small_model) == (str(tiny_model), str(draft))
-    assert (experiment.folder, experiment.dataset, experiment.template) == (tmp_path / "run", str(data), "chatml")
-    published = load_experiment(str(REPOSITORY / "configs" / "paper" / "gemma_dialogsum.yaml"))
+    assert cut == ["--target", str(tiny_model), "--layers", "2", "--out", draft]
+    assert (experiment.target_model, experiment.small_model) == (str(tiny_model), draft)
+    assert (experiment.folder, experiment.dataset, experiment.template) == (run, str(data), "chatml")
+    published = load_experiment(REPOSITORY / "configs" / "paper" / "gemma_dialogsum.yaml")
     for key in ("learning_rate", "lr_scheduler_type", "lora_target", "warmup_steps", "per_device_train_batch_size"):
         assert experiment.training[key] == published.training[key]
     assert experiment.training["lora_rank"] == 4
-    assert experiment.selection == Selection(
-        num_strata=1,  # of 27 training rows
-        verify_per_stratum=3,
-        columns=["hidden_state"],  # of configs/own_data.yaml
-    )
-    assert (experiment.cutoff_len, experiment.eval_size) == (published.cutoff_len, published.eval_size)
-    assert (experiment.small_training, experiment.target_training) == (
-        published.small_training,
-        published.target_training,
-    )
+    strata = {"num_strata": 1, "verify_per_stratum": 3}  # of 27 training rows
+    assert experiment.selection == Selection(**strata, columns=["hidden_state"])  # columns of configs/own_data.yaml
+    for key in ("cutoff_len", "eval_size", "small_training", "target_training"):
+        assert getattr(experiment, key) == getattr(published, key)
 
 
 def test_options_and_set_go_before_the_defaults(begin, tiny_model):
-    path, cut = begin(
-        small=str(tiny_model), rates=[0.3], overrides=["selection.num_strata=3", "max_samples=20", "eval_size=0.5"]
-    )
-    experiment = load_experiment(str(path))
+    changes = ["selection.num_strata=3", "max_samples=20", "eval_size=0.5"]
+    path, cut = begin(small=str(tiny_model), rates=[0.3], overrides=changes)
+    experiment = load_experiment(path)
     assert (cut, experiment.small_model) == ([], str(tiny_model))
     assert (experiment.selection.rates, experiment.max_samples) == ([0.3], 20)
     assert (experiment.selection.num_strata, experiment.selection.verify_per_stratum) == (3, 2)
-    path, _ = begin(overrides=["max_samples=20", "eval_size=0.5"])
-    assert load_experiment(str(path)).selection.num_strata == 1  # of 10 training rows
+    assert load_experiment(begin(overrides=changes[1:])[0]).selection.num_strata == 1  # of 10 training rows
 
 
 def test_the_form_given_with_set_is_not_looked_for(begin, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(json.dumps([{"q": "a", "a": "b"}] * 9))
     names = ["dataset_format.columns.prompt=q", "dataset_format.columns.response=a"]
-    experiment = load_experiment(str(begin(data=[path], overrides=names)[0]))
+    experiment = load_experiment(begin(data=[path], overrides=names)[0])
     assert experiment.dataset_format.columns == {"prompt": "q", "response": "a"}
 
 
 def test_several_files_are_entries_with_a_form_each(begin, data, tmp_path):
     talks = tmp_path / "talks.json"
     talks.write_text(json.dumps(FORMS["messages"] * 20))
-    experiment = load_experiment(str(begin(data=[data, talks])[0]))
+    experiment = load_experiment(begin(data=[data, talks])[0])
     first, second = experiment.data_sets
-    assert (first.path, second.path) == (str(data), str(talks))
-    assert first.dataset_format == DatasetFormat()
-    assert second.dataset_format.columns == {"messages": "messages"}
+    assert (first.path, first.dataset_format) == (str(data), DatasetFormat())
+    assert (second.path, second.dataset_format.columns) == (str(talks), {"messages": "messages"})
     assert experiment.selection.num_strata == 3  # of 45 training rows
+
+
+RELEASED = ("mode=released", "verify=sampled", "verify_per_stratum=25")
 
 
 @pytest.mark.parametrize(
@@ -370,10 +324,7 @@ def test_several_files_are_entries_with_a_form_each(begin, data, tmp_path):
         ({"rates": [2.0]}, "rates"),
         ({"rates": [0.5, 0.03]}, "rate 0.03 of 27 rows keeps none: give a rate of 0.037 or more"),
         ({"overrides": ["training.lora_target=nowhere"]}, "no LoRA can be put on lora_target nowhere"),
-        (
-            {"overrides": ["selection.mode=released", "selection.verify=sampled", "selection.verify_per_stratum=25"]},
-            "25 of 27 rows",
-        ),
+        ({"overrides": [f"selection.{key}" for key in RELEASED]}, "25 of 27 rows"),
     ],
 )
 def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_path, changes, said):
@@ -385,31 +336,27 @@ def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_pat
 def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(begin, tmp_path, capsys):
     path, cut = begin()
     before = path.stat().st_mtime_ns
-    assert begin() == (path, cut)
-    assert path.stat().st_mtime_ns == before
+    assert begin() == (path, cut) and path.stat().st_mtime_ns == before
     assert "reusing" in capsys.readouterr().err
     begin(rates=[0.5])  # nothing was done yet
-    assert load_experiment(str(path)).selection.rates == [0.5]
     (tmp_path / "run" / "data").mkdir()
     assert begin(rates=[0.5])[0] == path
     for changes, key in (({"rates": [0.25]}, "selection.rates"), ({"template": "qwen", "rates": [0.5]}, "template")):
         with pytest.raises(UserError, match=rf"{key}: stored .*--run"):
             begin(**changes)
-    assert load_experiment(str(path)).selection.rates == [0.5]
+    assert load_experiment(path).selection.rates == [0.5]
 
 
 def test_published_rates_that_keep_no_row_are_left_out(begin, capsys):
     path, _ = begin(overrides=["max_samples=10"])
-    assert load_experiment(str(path)).selection.rates == [0.8, 0.5, 0.3, 0.2]
+    assert load_experiment(path).selection.rates == [0.8, 0.5, 0.3, 0.2]
     assert "rates: 0.8, 0.5, 0.3, 0.2, not 0.1, which keeps none of 9 training rows; --rate" in capsys.readouterr().err
 
 
 def test_a_target_of_one_layer_cannot_be_cut(model_folder, tiny_model):
-    folder = model_folder("one")
     config = json.loads((tiny_model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(UserError, match=r"1 layer.*--small"):
-        half_the_layers(str(folder))
+        half_the_layers(str(model_folder("one", **config | {"num_hidden_layers": 1})))
     assert half_the_layers(str(tiny_model)) == 2
 
 

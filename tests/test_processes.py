@@ -48,18 +48,11 @@ def together(count: int, work, stopped: int | None = None) -> list:
     return said
 
 
-@pytest.mark.parametrize(
-    ("named", "gpus"),
-    [
-        ("0,1", ["0", "1"]),
-        (" 3, GPU-1f ,", ["3", "GPU-1f"]),
-        ("", []),
-        ("-1", []),
-        ("2,-1,0", ["2"]),
-        (None, ["0", "1"]),
-    ],
-)
-def test_the_visible_gpus_are_those_named_else_the_drivers(named, gpus, tmp_path, monkeypatch):
+NAMED = {"0,1": ["0", "1"], " 3, GPU-1f ,": ["3", "GPU-1f"], "": [], "-1": [], "2,-1,0": ["2"], None: ["0", "1"]}
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_the_visible_gpus_are_those_named_else_the_drivers(named, tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho 'GPU 1: H100 (UUID: GPU-2)'\n")
     tool.chmod(0o755)
@@ -67,46 +60,36 @@ def test_the_visible_gpus_are_those_named_else_the_drivers(named, gpus, tmp_path
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert visible_gpus() == gpus
-    if named is None:
-        tool.unlink()
-        assert visible_gpus() == []
+    assert visible_gpus() == NAMED[named]
+    tool.unlink()
+    assert named is not None or visible_gpus() == []
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_process_takes_its_own_gpu_and_makes_it_the_current_one(rank, monkeypatch):
+def test_a_process_takes_its_own_gpu_and_makes_it_the_current_one(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
-    if rank == 2:
-        with pytest.raises(UserError, match="process 2 of this host has no GPU: give at most NPROC=2"):
-            device()
-        return
-    assert device() == torch.device("cuda", rank)
-    assert current == [rank]
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert device() == torch.device("cuda", rank) and current[-1] == rank
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 2 of this host has no GPU: give at most NPROC=2"):
+        device()
 
 
-def test_values_come_from_every_process_by_rank():
-    def work(group):
-        first = group.gather({"rank": group.rank})
-        second = group.gather(group.rank * 10)
-        return first, second, group.from_leader(lambda: [1, "a"])
-
-    assert together(3, work) == [([{"rank": 0}, {"rank": 1}, {"rank": 2}], [0, 10, 20], [1, "a"])] * 3
-
-
-def test_the_leader_goes_first(tmp_path):
+def test_values_come_from_every_process_by_rank_and_the_leader_goes_first(tmp_path):
     def work(group):
         with group.leader_first():
             there = (tmp_path / "made").exists()
             if group.leads:
                 time.sleep(0.5)
                 (tmp_path / "made").touch()
-        return there
+        first = group.gather({"rank": group.rank})
+        return there, first, group.gather(group.rank * 10), group.from_leader(lambda: [1, "a"])
 
-    assert together(3, work) == [False, True, True]
+    values = ([{"rank": 0}, {"rank": 1}, {"rank": 2}], [0, 10, 20], [1, "a"])
+    assert together(3, work) == [(rank > 0, *values) for rank in range(3)]
 
 
 def test_a_process_without_a_sign_of_life_is_named(monkeypatch):
@@ -143,10 +126,8 @@ def test_the_others_learn_why_one_stopped_and_one_line_is_said_once(monkeypatch)
 
 
 def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_worker_ends_when_its_maker_is_killed():

@@ -36,8 +36,7 @@ def test_help_is_the_scripts_own_and_starts_nothing(clone, script, option):
 
 
 def test_setup_hands_no_option_to_pip(clone):
-    done = shell(clone, "setup.sh", "wandb", "--dry-run")
-    assert_one_line_error(done, "unknown argument --dry-run")
+    assert_one_line_error(shell(clone, "setup.sh", "wandb", "--dry-run"), "unknown argument --dry-run")
     assert not (clone / ".venv").exists()
 
 
@@ -79,14 +78,14 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_dir() and path.name != "data"]
 
 
-def fake(folder: Path, package: str, version: str, code: str) -> None:
-    (folder / package).mkdir(parents=True)
-    (folder / package / "__init__.py").write_text(code)
-    (folder / f"{package}-{version}.dist-info").mkdir()
-    (folder / f"{package}-{version}.dist-info" / "METADATA").write_text(f"Name: {package}\nVersion: {version}\n")
-
-
-def with_fakes(tmp_path: Path, code: str) -> list[str]:
+def with_fakes(tmp_path: Path, code: str, **fakes: tuple[str, str]) -> list[str]:
+    """What a fresh process prints that finds each package installed, in a version and with a code of its own."""
+    for package, (release, text) in fakes.items():
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(text)
+        about = tmp_path / f"{package}-{release}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Name: {package}\nVersion: {release}\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
@@ -94,30 +93,29 @@ def with_fakes(tmp_path: Path, code: str) -> list[str]:
     return done.stdout.split()
 
 
+IMPORT = "from finetune.trainer import import_llama_factory as go; go(); import torchaudio; "
+
+
 def test_builds_for_another_torch_count_as_missing(tmp_path):
     """As pip leaves them beside a CPU torch: installed, and broken when they are imported."""
-    fake(tmp_path, "torchvision", "0.28.0+another", "raise RuntimeError('operator torchvision::nms does not exist')")
-    fake(tmp_path, "torchaudio", "2.11.0", "raise RuntimeError('undefined symbol')")
-    code = """
-from finetune.trainer import import_llama_factory
-import_llama_factory()
-import peft, torchaudio
+    code = f"""{IMPORT}
+import peft
 from transformers.models.llama import modeling_llama
 from transformers.utils import is_torchvision_available
 print(is_torchvision_available(), torchaudio.__file__)
 """
+    vision = ("0.28.0+another", "raise RuntimeError('operator torchvision::nms does not exist')")
+    audio = ("2.11.0", "raise RuntimeError('undefined symbol')")
     stand_in = REPOSITORY / "selection" / "rows" / "no_torchaudio" / "torchaudio.py"
-    assert with_fakes(tmp_path, code) == ["False", str(stand_in)]
+    assert with_fakes(tmp_path, code, torchvision=vision, torchaudio=audio) == ["False", str(stand_in)]
 
 
 def test_builds_that_load_are_left_alone(tmp_path):
-    label = version("torch").partition("+")[1:]
-    fake(tmp_path, "torchvision", "0.28.0" + "".join(label), "")
-    fake(tmp_path, "torchaudio", "2.11.0", "")
-    assert with_fakes(tmp_path, "import selection, torchvision; print(torchvision.__file__)") == [
-        str(tmp_path / "torchvision" / "__init__.py")
-    ]
+    label = "".join(version("torch").partition("+")[1:])
+    code = "import selection, torchvision; print(torchvision.__file__)"
+    found = with_fakes(tmp_path, code, torchvision=(f"0.28.0{label}", ""))
+    assert found == [str(tmp_path / "torchvision" / "__init__.py")]
     shutil.rmtree(tmp_path / "torchvision")  # an empty one serves transformers no longer than that
     shutil.rmtree(next(tmp_path.glob("torchvision-*")))
-    code = "from finetune.trainer import import_llama_factory as go; go(); import torchaudio"
-    assert with_fakes(tmp_path, f"{code}; print(torchaudio.__file__)") == [str(tmp_path / "torchaudio" / "__init__.py")]
+    found = with_fakes(tmp_path, f"{IMPORT}print(torchaudio.__file__)", torchaudio=("2.11.0", ""))
+    assert found == [str(tmp_path / "torchaudio" / "__init__.py")]
