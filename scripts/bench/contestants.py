@@ -183,11 +183,10 @@ def _bergson(model: nn.Module, phi: str) -> Score:
         def backward_hook(self, module, g):
             self.of_modules.append(self._compute_gradient(module, g).float().norm(dim=1))
 
-        def process_batch(self, indices, **kwargs):
-            pass
+        def process_batch(self, *args, **kwargs):
+            """Nothing, and so `teardown`."""
 
-        def teardown(self):
-            pass
+        teardown = process_batch
 
     model, parameters = with_phi(model, phi)
     unwrap(model).config.use_cache = False
@@ -204,7 +203,7 @@ def _bergson(model: nn.Module, phi: str) -> Score:
     return score
 
 
-# Each gets the model, and φ, and returns the function that scores a batch.
+# Each gets the model and φ, and returns the function that scores a batch.
 CONTESTANTS: dict[str, Callable[[nn.Module, str], Score]] = {
     "suite": _suite,
     "bound": _bound,

@@ -181,17 +181,13 @@ def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
     label, found = METHODS[other][0], list(estimates["rouge_l", "staff", other].values())
     if not found:
         return f"STAFF against {label}: no verdict, there is no task, rate and seed that both have."
-    say = {
-        1: f"STAFF beats {label}",
-        0: f"STAFF against {label}: no difference can be shown",
-        -1: f"STAFF is worse than {label}",
-    }[pool(found).sign]
+    sentences = "STAFF against {}: no difference can be shown", "STAFF beats {}", "STAFF is worse than {}"
+    say = sentences[pool(found).sign].format(label)  # the last one for −1
     pairs = len(grid.tasks) * len(grid.rates)
     over = f"{len(found)} of {pairs}" if len(found) < pairs else f"all {pairs}"
     seeds = " to ".join(map(str, sorted({one.num_seeds for one in found})))
-    return (
-        f"{say}: {with_interval(pool(found))} ROUGE-L, mean over {over} pairs of task and rate, seeds of each: {seeds}."
-    )
+    whole = with_interval(pool(found))
+    return f"{say}: {whole} ROUGE-L, mean over {over} pairs of task and rate, seeds of each: {seeds}."
 
 
 def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
@@ -237,10 +233,8 @@ def cost_tables(grid: Grid, task: str) -> str:
     cells = grid.cells[grid.cells.task == task]
     once = cells.groupby(["method", "seed"])[SELECTION].first()  # selection costs the same at every rate of a seed
     costs, means = once.groupby("method").mean(), cells.groupby(["method", "rate"]).mean(numeric_only=True)
-    rows = [
-        [METHODS[m][0], *(_shown(costs[f"selection_{unit}"].get(m), form) for unit, form in UNITS.items())]
-        for m in methods
-    ]
+    forms = [(costs[f"selection_{unit}"], form) for unit, form in UNITS.items()]
+    rows = [[METHODS[m][0], *(_shown(by_method.get(m), form) for by_method, form in forms)] for m in methods]
     savings, whole, ratios = [], {}, {}
     for unit, name in PRICES.items():
         both = once[f"selection_{unit}"].unstack("method").reindex(columns=["staff", "grand"]).dropna().sum()
