@@ -23,7 +23,7 @@ from selection.run.errors import UserError
 def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
-    parser.add_argument("run", nargs="?", type=Path, help="run folder, instead of --config_path")
+    parser.add_argument("run", nargs="?", type=Path, help="run folder; default: that of --config_path")
     arguments = parser.parse_args()
     if (arguments.run is None) == (arguments.config_path is None):
         raise UserError("give either a run folder or --config_path")
