@@ -26,7 +26,7 @@ from selection.scores.checks import check_machine, check_models, check_rows
 from selection.scores.folder import MORE_COLUMNS
 from selection.scores.identity import check_run
 from selection.scores.quotas import check_quotas
-from selection.scores.scoring import score_rows, would_score
+from selection.scores.scoring import score_rows
 
 
 def main() -> None:
@@ -60,8 +60,7 @@ def main() -> None:
     if borrows:
         (print if arguments.dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
         return
-    score = would_score if arguments.dry_run else score_rows
-    score(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage)
+    score_rows(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage, arguments.dry_run)
 
 
 if __name__ == "__main__":

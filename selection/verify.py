@@ -25,7 +25,7 @@ from selection.run.ledger import VERIFICATION, share_costs
 from selection.run.processes import processes
 from selection.scores.folder import read_scores
 from selection.scores.identity import check_run
-from selection.scores.scoring import score_rows, would_score
+from selection.scores.scoring import score_rows
 from selection.scores.verification import Settings, cut_strata, draw, stratified_score, verify, write_verification
 
 
@@ -49,8 +49,7 @@ def main() -> None:
         rows = np.sort(scores.index[np.concatenate(draw(strata, settings))])
     if not len(rows):
         raise UserError("no stratum has more than verify_per_stratum samples, nothing to verify: lower num_strata")
-    score = would_score if arguments.dry_run else score_rows
-    score(experiment, split, experiment.target_model, None, rows, folder, VERIFICATION)
+    score_rows(experiment, split, experiment.target_model, None, rows, folder, VERIFICATION, arguments.dry_run)
     if arguments.dry_run or not processes().leads:
         return
     target = read_scores(folder, settings.columns, ids=False).only(rows)  # not what earlier settings left there

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import REPOSITORY
-from test_effort import assert_close, autograd, make_model, make_samples, with_tuned_adapter
+from test_effort import PHIS, assert_close, autograd, make_model, make_samples, with_tuned_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from transformers.utils import is_bitsandbytes_available
@@ -35,24 +35,30 @@ def offloaded(model, tmp_path):
 
 def on_disk(model, tmp_path):
     layers = next(name for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList))
-    places = {name: "cpu" for name, part in model.named_modules() if not list(part.children())}
-    places = {name: place for name, place in places.items() if not name.startswith(layers)}
+    leaves = [name for name, part in model.named_modules() if not list(part.children())]
+    places = {name: "cpu" for name in leaves if not name.startswith(layers)}
     places |= {f"{layers}.{i}": "disk" if i else "cpu" for i in range(3)}
     return accelerate.dispatch_model(model, places, offload_dir=str(tmp_path / "offload"))
 
 
-@pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer"])
-@pytest.mark.parametrize("place", [hooked, offloaded, on_disk])
+@pytest.mark.parametrize(
+    ("place", "phi"),
+    [*itertools.product([hooked, offloaded, on_disk], ["v_lora_b", "v_weight", "last_layer"]), (hooked, "all_lora")],
+)
 @pytest.mark.parametrize("name", ["llama-tied-head", "gpt2-conv1d-fused"])
 def test_a_placed_model_scores_as_without_and_stays_placed(name, place, phi, tmp_path):
+    def make():
+        return with_tuned_adapter(make_model(name)) if phi == "all_lora" else make_model(name)
+
+    def state(model):
+        forwards = {key: module.__dict__.get("forward") for key, module in model.named_modules()}
+        return forwards, {key for key, parameter in model.named_parameters() if parameter.is_meta}
+
     ids, labels = make_samples()
-    plain = EffortScorer(make_model(name), phi)
+    plain, model = EffortScorer(make(), phi), place(make(), tmp_path)
     expected, losses = plain.score(ids, labels), response_losses(plain.model, ids, labels)
-    model = place(make_model(name), tmp_path)
-    forwards = {key: module.__dict__.get("forward") for key, module in model.named_modules()}
-    assert any(forwards.values())
-    meta = {key for key, parameter in model.named_parameters() if parameter.is_meta}
-    assert bool(meta) == (place is not hooked)
+    before = state(model)
+    assert any(before[0].values()) and bool(before[1]) == (place is not hooked)
     scorer = EffortScorer(model, phi)
     for _ in range(2):  # the second pass finds what the first has left
         scores = scorer.score(ids, labels)
@@ -60,31 +66,16 @@ def test_a_placed_model_scores_as_without_and_stays_placed(name, place, phi, tmp
             torch.testing.assert_close(scores[column], expected[column], rtol=1e-6, atol=0)
     torch.testing.assert_close(response_losses(model, ids, labels), losses, rtol=1e-6, atol=0)
     assert_close(plain_scores(scorer, ids, labels)[:, 0], expected["effort"])
-    assert forwards == {key: module.__dict__.get("forward") for key, module in model.named_modules()}
-    assert meta == {key for key, parameter in model.named_parameters() if parameter.is_meta}
+    assert state(model) == before
 
 
-def test_all_lora_scores_through_hooks_and_refuses_offloaded_layers(tmp_path):
-    ids, labels = make_samples()
-    expected = EffortScorer(with_tuned_adapter(make_model("llama")), "all_lora").score(ids, labels)["effort"]
-    model = accelerate.dispatch_model(with_tuned_adapter(make_model("llama")), {"": "cpu"}, force_hooks=True)
-    scorer = EffortScorer(model, "all_lora")
-    for _ in range(2):
-        torch.testing.assert_close(scorer.score(ids, labels)["effort"], expected, rtol=1e-6, atol=0)
-    assert all("forward" in module.__dict__ for module in model.modules() if hasattr(module, "_hf_hook"))
-    model = accelerate.cpu_offload(with_tuned_adapter(make_model("llama")), execution_device=torch.device("cpu"))
-    with pytest.raises(NoPhi, match=r"phi all_lora: .*q_proj is offloaded .* use phi last_layer or v_lora_b"):
-        EffortScorer(model, "all_lora")
-
-
-@pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer", "all_lora"])
+@pytest.mark.parametrize("phi", PHIS)
 @pytest.mark.parametrize("head", ["cpu", "meta"])
 def test_no_step_mixes_tensors_of_two_devices(head, phi):
     """torch's tensors without numbers, which still know their device and refuse to be mixed: the last layer and the
     final norm lie on "meta", everything before on "cpu", the head on either, as device_map auto spreads a model."""
-    model = make_model("llama")
-    scorer = EffortScorer(with_tuned_adapter(model) if phi == "all_lora" else model, phi)
-    scorer.columns = ("el2n", "el2n_released", "entropy", "hidden_state")
+    model, columns = make_model("llama"), ("el2n", "el2n_released", "entropy", "hidden_state")
+    scorer = EffortScorer(with_tuned_adapter(model) if phi == "all_lora" else model, phi, columns=columns)
 
     def device_for(name):
         return head if "lm_head" in name else "meta" if name.startswith(("model.layers.2", "model.norm")) else "cpu"
@@ -106,77 +97,79 @@ def test_no_step_mixes_tensors_of_two_devices(head, phi):
                 )
         if scorer.lora_a is not None:
             scorer.lora_a = scorer.lora_a.to(scorer.phi.maps[0].device)
-        scores = scorer.score(*make_samples())
-        assert {name: tuple(values.shape) for name, values in scores.items()} == {
-            **dict.fromkeys(("loss", "effort", "el2n", "el2n_released", "entropy"), (4,)),
-            "hidden_state": (4, 32),
-        }
+        shapes = {name: tuple(values.shape) for name, values in scorer.score(*make_samples()).items()}
+        assert shapes == dict.fromkeys(("loss", "effort", *columns), (4,)) | {"hidden_state": (4, 32)}
         assert response_losses(model, *make_samples()).shape == (4,)
 
 
-def test_experts_as_one_tensor_are_refused_where_offloaded(tmp_path):
-    with pytest.raises(NoPhi, match=r"phi last_layer: .*layers\.2\..* is offloaded .* use phi v_lora_b"):
-        EffortScorer(offloaded(make_model("mixtral"), tmp_path), "last_layer")
+def test_what_would_have_to_stay_on_the_device_is_refused_where_offloaded(tmp_path):
+    for model, phi, said in (
+        (make_model("mixtral"), "last_layer", r"last_layer: .*layers\.2\..* is offloaded .* use phi v_lora_b"),
+        (with_tuned_adapter(make_model("llama")), "all_lora", r"all_lora: .*q_proj is offloaded .* use phi last_layer"),
+    ):
+        with pytest.raises(NoPhi, match=said):
+            EffortScorer(offloaded(model, tmp_path), phi)
+
+
+@pytest.fixture
+def on_disk_models(tmp_path):
+    """Folders of a model and of an adapter tuned from it."""
+    make_model("llama").save_pretrained(tmp_path / "model")
+    with_tuned_adapter(make_model("llama")).save_pretrained(tmp_path / "tuned")
+    return str(tmp_path / "model"), tmp_path / "tuned"
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "with-adapter"])
-def test_device_map_auto_loads_the_same_model(adapter, tmp_path):
-    make_model("llama").save_pretrained(tmp_path / "model")
-    tuned = tmp_path / "tuned" if adapter else None
-    if adapter:
-        with_tuned_adapter(make_model("llama")).save_pretrained(tuned)
-    ids, labels = make_samples()
+def test_device_map_auto_loads_the_same_model(adapter, on_disk_models):
+    model, tuned = on_disk_models
     expected, auto = (
-        EffortScorer(load_for_scoring(str(tmp_path / "model"), tuned, "fp32", device_map=place)).score(ids, labels)
+        EffortScorer(load_for_scoring(model, tuned if adapter else None, "fp32", device_map=place)).score(
+            *make_samples()
+        )
         for place in (None, "auto")
     )
     torch.testing.assert_close(auto["effort"], expected["effort"], rtol=1e-6, atol=0)
 
 
-def test_weights_go_straight_to_the_gpu(monkeypatch, tmp_path):
-    """No process holds the whole model in the host's memory first; what is asked of transformers and PEFT is watched,
-    and then done on the CPU."""
-    make_model("llama").save_pretrained(tmp_path / "model")
-    with_tuned_adapter(make_model("llama")).save_pretrained(tmp_path / "tuned")
-    asked = []
+def test_weights_go_straight_to_the_gpu_and_leave_it_room_for_batches(monkeypatch, on_disk_models):
+    """What is asked of transformers and PEFT is watched, and then done on the CPU."""
+    asked, gpu = [], torch.device("cuda", 1)
 
-    def watched(name, load):
+    def watched(name, load, *keys):
         def on_cpu(*args, **kwargs):
-            asked.append((kwargs.pop("device_map", None), kwargs.pop("torch_device", None)))
+            asked.append(tuple(kwargs.pop(key, None) for key in keys))
             return load(*args, **kwargs)
 
         monkeypatch.setattr(name, on_cpu)
 
-    watched("transformers.AutoModelForCausalLM.from_pretrained", transformers.AutoModelForCausalLM.from_pretrained)
-    watched("peft.PeftModel.from_pretrained", peft.PeftModel.from_pretrained)
-    gpu = torch.device("cuda", 1)
-    for place, map_of_place in ((gpu, {"": gpu}), (torch.device("cpu"), None)):
+    auto, lora = transformers.AutoModelForCausalLM.from_pretrained, peft.PeftModel.from_pretrained
+    watched("transformers.AutoModelForCausalLM.from_pretrained", auto, "device_map", "max_memory")
+    watched("peft.PeftModel.from_pretrained", lora, "torch_device", "max_memory")
+    monkeypatch.setattr(models, "get_max_memory", lambda: {0: 1000, 1: 2000, "cpu": 500})
+    memory = {0: 850, 1: 1700, "cpu": 500}
+    for place, device_map, expected in (
+        (gpu, None, [({"": gpu}, None), ("cuda:1", None)]),
+        (torch.device("cpu"), None, [(None, None), ("cpu", None)]),
+        (gpu, "auto", [("auto", memory), ("cuda:1", memory)]),
+    ):
         monkeypatch.setattr(models, "device", lambda place=place: place)
-        load_for_scoring(str(tmp_path / "model"), tmp_path / "tuned", "fp32")
-        assert asked == [(map_of_place, None), (None, str(place))]
+        load_for_scoring(*on_disk_models, "fp32", device_map=device_map)
+        assert asked == expected
         asked.clear()
 
 
-@pytest.mark.parametrize("broken", [False, True], ids=["whole", "a-weight-is-missing"])
-def test_a_model_loaded_to_one_device_is_whole_scores_the_same_and_has_no_hooks(broken, monkeypatch, tmp_path):
+def test_a_model_loaded_to_one_device_scores_the_same_and_has_no_hooks(on_disk_models):
+    model, ours = make_model("llama"), load_for_scoring(on_disk_models[0], None, "fp32")
+    assert not any(hasattr(module, "_hf_hook") for module in ours.modules())
+    efforts = [EffortScorer(each).score(*make_samples())["effort"] for each in (ours, model)]
+    assert torch.equal(*efforts)
+
+
+def test_a_model_that_lacks_a_weight_is_refused(tmp_path):
     model = make_model("llama")
-    model.save_pretrained(tmp_path / "model", state_dict=dict(list(model.state_dict().items())[broken:]))
-    ids, labels = make_samples()
-    monkeypatch.setattr(models, "straight_to_device", lambda: {"device_map": {"": torch.device("cpu")}})
-    if broken:
-        with pytest.raises(UserError, match=r"has no weights for model\.embed_tokens\.weight \(1 in all\)"):
-            load_for_scoring(str(tmp_path / "model"), None, "fp32")
-        return
-    loaded = load_for_scoring(str(tmp_path / "model"), None, "fp32")
-    assert not any(hasattr(module, "_hf_hook") for module in loaded.modules())
-    assert torch.equal(
-        EffortScorer(loaded).score(ids, labels)["effort"], EffortScorer(model).score(ids, labels)["effort"]
-    )
-
-
-def test_placement_leaves_a_gpu_room_for_batches(monkeypatch):
-    monkeypatch.setattr(models, "get_max_memory", lambda: {0: 1000, 1: 2000, "cpu": 500})
-    assert models._room_for_weights() == {0: 850, 1: 1700, "cpu": 500}
+    model.save_pretrained(tmp_path, state_dict=dict(list(model.state_dict().items())[1:]))
+    with pytest.raises(UserError, match=r"has no weights for model\.embed_tokens\.weight \(1 in all\)"):
+        load_for_scoring(str(tmp_path), None, "fp32")
 
 
 # --- out of memory ---------------------------------------------------------------------------------------------------
@@ -185,39 +178,61 @@ def test_placement_leaves_a_gpu_room_for_batches(monkeypatch):
 class Small(EffortScorer):
     """A scorer on a device whose memory holds batches of at most `holds` tokens, padding included."""
 
-    holds, tried = 0, ()
+    def __init__(self, holds, **options):
+        super().__init__(make_model("llama"), **options)
+        self.holds, self.tried = holds, []
 
     def score(self, input_ids, labels):
-        size = len(input_ids) * max(map(len, input_ids))
-        self.tried = [*self.tried, size]
-        if size > self.holds:
+        self.tried.append(len(input_ids) * max(map(len, input_ids)))
+        if self.tried[-1] > self.holds:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().score(input_ids, labels)
 
 
-NO_MEMORY = [
-    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
-]
+@pytest.mark.parametrize("holds", [20, 25, 40, 79, 10**6])
+def test_out_of_memory_scores_smaller_batches_to_the_same_scores(holds):
+    ids, labels = make_samples((5, 12, 9, 20, 7, 20, 3), (2, 5, 8, 3, 1, 2, 1))
+    columns = ("entropy", "hidden_state")
+    expected = EffortScorer(make_model("llama"), columns=columns).score(ids, labels)
+    scorer = Small(holds, columns=columns)
+    scores = score_within_memory(scorer, ids, labels, "abcdefg")
+    assert scores.keys() == expected.keys()
+    for name, values in expected.items():
+        exactly = {"rtol": 0, "atol": 0} if holds == 10**6 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(scores[name], values, **exactly, msg=name)
+    failed = [size for size in scorer.tried if size > holds]
+    assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(failed))
+    scorer.tried = []
+    score_within_memory(scorer, ids, labels, "abcdefg")
+    assert all(size <= holds for size in scorer.tried)  # the budget found is kept
 
 
-@pytest.mark.parametrize("said", [*NO_MEMORY, None], ids=["cublas", "cudnn", "cudnn-9", "cuda", "torch-on-a-cpu"])
-def test_out_of_memory_is_known_whoever_says_it(said, monkeypatch):
-    ids, labels = make_samples()
-    scorer, score, sizes = EffortScorer(make_model("llama")), EffortScorer.score, []
+NO_MEMORY = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory."),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cudnn-9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "cuda": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported at some other API call"),
+    "torch-on-a-cpu": None,
+}
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_out_of_memory_is_known_whoever_says_it_and_what_the_failed_pass_held_is_let_go(error, monkeypatch):
+    scorer, score, held, sizes = EffortScorer(make_model("llama")), EffortScorer.score, [], []
 
     def full_once(self, ids, labels):
         sizes.append(len(ids))
-        if len(sizes) == 1:
-            if said is None:
-                torch.empty(2**60)
-            raise RuntimeError(said)
+        if not held:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            torch.empty(1 if NO_MEMORY[error] else 2**60)
+            raise type(NO_MEMORY[error])(str(NO_MEMORY[error]))
+        assert held[0]() is None
         return score(self, ids, labels)
 
     monkeypatch.setattr(EffortScorer, "score", full_once)
-    assert len(score_within_memory(scorer, ids, labels, "abcdefg")["effort"]) == 4
+    assert len(score_within_memory(scorer, *make_samples(), "abcd")["effort"]) == 4
     assert sizes[0] == 4 > max(sizes[1:])
 
 
@@ -230,68 +245,21 @@ def test_another_error_of_torch_is_none_of_memory(monkeypatch):
         score_within_memory(EffortScorer(make_model("llama")), *make_samples(), "abcd")
 
 
-@pytest.mark.parametrize("holds", [20, 25, 40, 79, 10**6])
-def test_out_of_memory_scores_smaller_batches_to_the_same_scores(holds):
-    ids, labels = make_samples((5, 12, 9, 20, 7, 20, 3), (2, 5, 8, 3, 1, 2, 1))
-    columns = ("entropy", "hidden_state")
-    expected = EffortScorer(make_model("llama"), columns=columns).score(ids, labels)
-    scorer = Small(make_model("llama"), columns=columns)
-    scorer.holds = holds
-    scores = score_within_memory(scorer, ids, labels, "abcdefg")
-    assert scores.keys() == expected.keys()
-    for name, values in expected.items():
-        torch.testing.assert_close(scores[name], values, rtol=1e-5, atol=1e-6, msg=name)
-    failed = [size for size in scorer.tried if size > holds]
-    assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(failed))
-    scorer.tried = ()
-    score_within_memory(scorer, ids, labels, "abcdefg")
-    assert all(size <= holds for size in scorer.tried)  # the budget found is kept
-
-
-def test_a_batch_that_fits_is_scored_as_it_is():
-    ids, labels = make_samples()
-    scorer = EffortScorer(make_model("llama"))
-    together, expected = score_within_memory(scorer, ids, labels, "abcdefg"), scorer.score(ids, labels)
-    assert all(torch.equal(together[name], expected[name]) for name in expected)
-
-
 def test_a_sample_that_does_not_fit_alone_is_named():
-    ids, labels = make_samples()  # 5, 12, 9 and 20 tokens
-    scorer = Small(make_model("llama"))
-    scorer.holds = 19
     said = r"out of memory on row 3, 20 tokens, scored alone: lower cutoff_len, .*device_map auto or .*quantization_bit"
     with pytest.raises(UserError, match=said):
-        score_within_memory(scorer, ids, labels, [f"row {i}" for i in range(4)])
+        score_within_memory(Small(19), *make_samples(), [f"row {i}" for i in range(4)])  # 5, 12, 9 and 20 tokens
 
 
 def test_the_self_test_fits_in_memory_too(monkeypatch):
-    ids, labels = make_samples()
-    scorer = Small(make_model("llama"))
-    scorer.holds = 20
-    assert self_test(scorer, ids, labels, "abcd", "fp32", 10**6) <= 1e-5
+    assert self_test(Small(20), *make_samples(), "abcd", "fp32", 10**6) <= 1e-5
 
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("selection.scores.self_test.plain_scores", full)
     with pytest.raises(UserError, match=r"self-test: out of memory .* --self_test 0"):
-        self_test(scorer, ids, labels, "abcd", "fp32", 10**6)
-
-
-def test_what_the_failed_pass_held_is_let_go_before_the_next(monkeypatch):
-    ids, labels = make_samples()
-    scorer, right, held = EffortScorer(make_model("llama")), EffortScorer.score, []
-
-    def full_once(self, ids, labels):
-        if not held:
-            activations = torch.zeros(1)
-            held.append(weakref.ref(activations))
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        assert held[0]() is None
-        return right(self, ids, labels)
-
-    monkeypatch.setattr(EffortScorer, "score", full_once)
-    assert len(score_within_memory(scorer, ids, labels, "abcdefg")["effort"]) == 4
+        self_test(Small(20), *make_samples(), "abcd", "fp32", 10**6)
 
 
 # --- keys and quantised weights --------------------------------------------------------------------------------------
@@ -310,12 +278,6 @@ def test_the_keys_concern_the_target_alone():
     for wrong in ("quantization_bit=16", "device_map=balanced"):
         with pytest.raises(UserError, match=f"key selection.{wrong.partition('=')[0]}"):
             load_experiment(path, [f"selection.{wrong}"])
-
-
-def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(UserError, match=r"quantization_bit 4 needs bitsandbytes .*pip install bitsandbytes"):
-        load_for_scoring("no/model", None, "fp32", quantization_bit=4)
 
 
 @pytest.fixture
@@ -345,28 +307,27 @@ def plain_weights(monkeypatch):
     return plain
 
 
-@pytest.mark.parametrize("phi", ["v_lora_b", "v_weight", "last_layer", "all_lora"])
+@pytest.mark.parametrize("phi", PHIS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_scores_are_autograd_on_the_dequantised_weights(bits, phi, plain_weights, tmp_path):
-    make_model("llama").save_pretrained(tmp_path / "model")
+def test_quantised_scores_are_autograd_on_the_dequantised_weights(bits, phi, plain_weights, on_disk_models):
     ids, labels = make_samples()
-    losses = response_losses(load_for_scoring(str(tmp_path / "model"), None, "fp32"), ids, labels)
+    losses = response_losses(make_model("llama"), ids, labels)
 
     def scorer(model):
         return EffortScorer(with_fresh_lora(model, 4, 8, "all", 0) if phi == "all_lora" else model, phi)
 
     quantised, dequantised = (
-        load_for_scoring(str(tmp_path / "model"), None, "fp32", quantization_bit=bits) for _ in range(2)
+        load_for_scoring(on_disk_models[0], None, "fp32", quantization_bit=bits) for _ in range(2)
     )
     assert count_parameters(quantised) == count_parameters(make_model("llama"))
     response_losses(quantised, ids, labels)  # a pass without gradients first: bitsandbytes changes its weights in one
     dequantised = plain_weights(dequantised)
     assert not torch.equal(response_losses(dequantised, ids, labels), losses)
     quantised, dequantised = scorer(quantised), scorer(dequantised)
-    scores, expected = quantised.score(ids, labels), dequantised.score(ids, labels)
+    efforts = quantised.score(ids, labels)["effort"]
     tolerance = 1e-4 if bits == 4 else 0.05  # LLM.int8 rounds the inputs to 8 bits too
-    torch.testing.assert_close(scores["effort"], expected["effort"], rtol=tolerance, atol=0)
-    torch.testing.assert_close(plain_scores(quantised, ids, labels)[:, 0], scores["effort"], rtol=tolerance, atol=0)
+    for expected in (dequantised.score(ids, labels)["effort"], plain_scores(quantised, ids, labels)[:, 0]):
+        torch.testing.assert_close(efforts, expected, rtol=tolerance, atol=0)
     if phi == "v_weight":
         norms, _ = autograd(dequantised.model, [dequantised.phi.maps[0].weight], ids, labels)
-        torch.testing.assert_close(scores["effort"], norms, rtol=tolerance, atol=0)
+        torch.testing.assert_close(efforts, norms, rtol=tolerance, atol=0)

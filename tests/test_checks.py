@@ -1,52 +1,39 @@
 """What can be refused is refused before anything is paid for: by the first stage, without the models' weights."""
 
-import json
+from pathlib import Path
 
 import pytest
 import transformers
-from conftest import assert_one_line_error, run_script
+from conftest import assert_one_line_error, run_script, write_jsonl
 
 from scripts.make_draft import check_loads, keep_layers
-from selection import choices
 from selection.method.effort import EffortScorer
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.scores import checks
 from selection.scores.checks import check_machine, check_models, check_rows, made_small
+from selection.scores.models import load_for_scoring
+from selection.start import start
 
 SMALL = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    pad_token_id=0,
-    num_hidden_layers=4,
-)
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    pad_token_id=0, num_hidden_layers=4,
+)  # fmt: skip
 SHARES_KEYS_THROUGH_THE_CACHE = transformers.Gemma3nTextConfig(
-    **SMALL,
-    layer_types=["sliding_attention", "full_attention"] * 2,
-    num_kv_shared_layers=2,
-    vocab_size_per_layer_input=64,
-    hidden_size_per_layer_input=8,
-    altup_num_inputs=2,
-    laurel_rank=4,
-    activation_sparsity_pattern=[0.0] * 4,
-)
+    **SMALL, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, altup_num_inputs=2,
+    vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+)  # fmt: skip
 LAST_LAYER_HAS_NO_ATTENTION = transformers.MiniMaxConfig(
     **SMALL, num_local_experts=2, layer_types=["full_attention", "linear_attention"] * 2
 )
+JETMOE = transformers.JetMoeConfig(**SMALL, kv_channels=8)
 REFUSED = [
-    (SHARES_KEYS_THROUGH_THE_CACHE, [], "take keys and values out of the cache"),
+    (SHARES_KEYS_THROUGH_THE_CACHE, [], "some layers read the cache"),
     (LAST_LAYER_HAS_NO_ATTENTION, [], "found no value projection in layers.3 of MiniMaxForCausalLM"),
-    (
-        transformers.JetMoeConfig(**SMALL, kv_channels=8),
-        ["selection.mode=released"],
-        "no default LoRA targets for jetmoe",
-    ),
+    (JETMOE, ["selection.mode=released"], "no default LoRA targets for jetmoe"),
     (transformers.ViTConfig(), [], "no causal language model of type vit"),
 ]
+FIRST_STAGES = ("finetune/finetune.py", "selection/effort_score.py")  # without passes the first does nothing
 
 
 @pytest.fixture
@@ -64,49 +51,33 @@ def model(tmp_path):
 
 @pytest.mark.parametrize(("config", "overrides", "said"), REFUSED, ids=[each[2] for each in REFUSED])
 def test_a_start_refuses_what_the_target_cannot_do(config, overrides, said, model, rows, tmp_path):
-    data = tmp_path / "my.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = Path(write_jsonl(tmp_path / "my.jsonl", rows))
     with pytest.raises(UserError, match=rf"model {tmp_path}/model: .*{said}|{said}"):
-        choices.start(model(config), [data], template="chatml", run=tmp_path / "run", overrides=overrides)
+        start(model(config), [data], template="chatml", run=tmp_path / "run", overrides=overrides)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("passes", [0, 1])
-def test_the_first_stage_refuses_a_target_before_the_small_model_is_tuned(
-    passes, make_experiment, rows, model, tmp_path
-):
-    target = model(LAST_LAYER_HAS_NO_ATTENTION)
-    config = make_experiment(rows, target_model=target, small_training={"num_train_epochs": passes})
-    done = [run_script(stage, "--config_path", config, check=False) for stage in FIRST_STAGES[: 2 - passes]]
-    assert_one_line_error(done[-1], "error: model", "found no value projection", "looked at self_attn.qkv_proj")
-    assert not (tmp_path / "run").exists()
+def test_the_first_stage_refuses_what_a_later_one_could_not_use(passes, make_experiment, rows, model, tmp_path):
+    """A target, and a rate that keeps no row: before the small model is tuned."""
+    keys, out = {"small_training": {"num_train_epochs": passes}}, tmp_path / "run"
+    for given, changes, said in (
+        (rows, {"target_model": model(LAST_LAYER_HAS_NO_ATTENTION)}, "found no value projection"),
+        (rows, {"target_model": "models/none"}, "model models/none: no folder"),
+        (
+            rows[:10],
+            {"selection": {"rates": [0.5, 0.1]}},
+            "rate 0.1 of 8 rows keeps none: give a rate of 0.125 or more",
+        ),
+    ):
+        config = make_experiment(given, **keys | changes)
+        done = [run_script(stage, "--config_path", config, check=False) for stage in FIRST_STAGES[: 2 - passes]]
+        assert_one_line_error(done[-1], "error: ", said)
+        assert not (out / "small").exists() and not (out / "scores").exists()
 
 
-FIRST_STAGES = ("finetune/finetune.py", "selection/effort_score.py")  # without passes the first does nothing
-
-
-@pytest.mark.parametrize("passes", [0, 1])
-def test_the_first_stage_refuses_a_rate_that_keeps_no_row(passes, make_experiment, rows, tmp_path):
-    config = make_experiment(rows[:10], selection={"rates": [0.5, 0.1]}, small_training={"num_train_epochs": passes})
-    done = [run_script(stage, "--config_path", config, check=False) for stage in FIRST_STAGES[: 2 - passes]]
-    assert_one_line_error(done[-1], "error: rate 0.1 of 8 rows keeps none: give a rate of 0.125 or more")
-    assert not (tmp_path / "run" / "small").exists()
-    assert not (tmp_path / "run" / "scores").exists()
-
-
-def test_a_target_that_is_not_there_is_refused_before_the_small_model_is_tuned(make_experiment, rows, tmp_path):
-    done = run_script(
-        "finetune/finetune.py", "--config_path", make_experiment(rows, target_model="models/none"), check=False
-    )
-    assert_one_line_error(done, "error: model models/none: no folder")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_hub_model_whose_configuration_cannot_be_had_is_left_to_the_stage_that_loads_it(make_experiment, rows):
-    check_models(load_experiment(make_experiment(rows, target_model="some/model")))
-
-
-def test_a_kind_that_cannot_be_made_small_is_left_to_the_stage_that_loads_it(make_experiment, rows, model, monkeypatch):
+def test_what_cannot_be_tried_is_left_to_the_stage_that_loads_it(make_experiment, rows, model, monkeypatch):
+    check_models(load_experiment(make_experiment(rows, target_model="some/model")))  # on the hub, which is not reached
     experiment = load_experiment(make_experiment(rows, target_model=model(LAST_LAYER_HAS_NO_ATTENTION)))
     monkeypatch.setattr(checks, "made_small", lambda config: config.no_such_key)
     check_models(experiment)
@@ -114,7 +85,7 @@ def test_a_kind_that_cannot_be_made_small_is_left_to_the_stage_that_loads_it(mak
 
 def test_methods_that_need_the_tuned_target_are_said_at_once(make_experiment, rows, capsys):
     check_models(load_experiment(make_experiment(rows, selection={"methods": ["staff", "grand", "d2"]})))
-    assert "grand, d2: coreset.py reads the scores of the tuned target" in capsys.readouterr().err
+    assert "grand, d2: need the tuned target's scores" in capsys.readouterr().err
     check_models(load_experiment(make_experiment(rows)))
     assert not capsys.readouterr().err
 
@@ -127,11 +98,14 @@ def test_strata_of_which_released_verifies_none_are_refused(make_experiment, row
         check_rows(experiment, 11)
 
 
-def test_quantisation_without_its_package_is_refused_at_once(make_experiment, rows, monkeypatch, tmp_path):
+def test_quantisation_without_its_package_is_refused_at_once(make_experiment, rows, monkeypatch):
     config = make_experiment(rows, selection={"rates": [0.5], "quantization_bit": 4})
     monkeypatch.setattr("selection.scores.models.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(UserError, match=r"quantization_bit 4 needs bitsandbytes from .*pip install bitsandbytes"):
+    said = r"quantization_bit 4 needs bitsandbytes from .*pip install bitsandbytes"
+    with pytest.raises(UserError, match=said):
         check_machine(load_experiment(config))
+    with pytest.raises(UserError, match=said):
+        load_for_scoring("no/model", None, "fp32", quantization_bit=4)
 
 
 def test_layers_listed_by_number_are_counted_anew():
@@ -146,14 +120,8 @@ def test_layers_listed_by_number_are_counted_anew():
 
 def test_a_cut_that_its_own_configuration_does_not_describe_is_refused():
     sizes = {key: value for key, value in SMALL.items() if key != "head_dim"} | {"num_key_value_heads": 4}
-    sizes |= {
-        "first_k_dense_replace": 1,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-    }
-    sizes |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    sizes |= dict(first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    sizes |= dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     model = transformers.AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**sizes))
     undo = keep_layers(model, [0, 2])
     check_loads(model)

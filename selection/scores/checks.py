@@ -22,45 +22,41 @@ from selection.run.processes import processes
 from selection.scores.identity import tuning_lora
 from selection.scores.models import NO_CODE, check_bitsandbytes, default_lora_targets, with_fresh_lora
 
-_WORDS = 64  # of a model that is made small
 _TOKENS = [[5, 9, 3, 7, 12], [8, 4, 6]]
 _LABELS = [[-100, -100, 3, 7, 12], [-100, 4, 6]]
-_OF_ANY_TARGET = ("staff", "random", "length")  # methods that do not read the scores of the tuned target
+_ANY_TARGET = ("staff", "random", "length")  # methods that do not read the scores of the tuned target
 
 
 def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
     """Try φ and tuning's LoRA on both models' kinds, made small from their configurations: no weights are loaded.
 
-    A configuration that cannot be had, or not be made small, says nothing: then the stage that loads the model finds
-    out. `to_be_cut`: there is no small model yet, and it will be of the target's kind. Raises: UserError for what is
-    wrong with a model, or with a key of `selection` on it.
+    Where a configuration cannot be had, or not be made small, the stage that loads the model finds out. `to_be_cut`:
+    there is no small model yet, and it will be of the target's kind.
+    Raises: UserError for what is wrong with a model, or with a key of `selection` on it.
     """
-    settings = experiment.selection
-    small_is_tuned = experiment.tuned_small is not None
+    settings, tuned = experiment.selection, experiment.tuned_small is not None
     trainings = {experiment.target_model: experiment.training | experiment.target_training}
     if not experiment.borrows and not to_be_cut:
-        keys = experiment.training | experiment.small_training
-        trainings = {experiment.small_model: keys if small_is_tuned else {"finetuning_type": None}} | trainings
+        keys = experiment.training | experiment.small_training if tuned else {"finetuning_type": None}
+        trainings = {experiment.small_model: keys} | trainings
     for model, keys in trainings.items():  # the small one first
         if (config := _configuration(model)) is None:
             continue
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UserError(f"model {model}: transformers has no causal language model of type {config.model_type}")
-        if (model == experiment.small_model or to_be_cut) and settings.rules == "released" and small_is_tuned:
+        speculates = tuned and (model == experiment.small_model or to_be_cut)
+        if speculates and settings.rules == "released":
             default_lora_targets(config)
         if config.model_type == "gpt_oss" and not hasattr(hub_kernels, "load_and_register_kernel"):
             # LLaMA-Factory 0.9.5 tunes it through a kernel, and asks for it by a name that this transformers has not.
             cannot = f"model {model}: LLaMA-Factory cannot tune gpt-oss beside transformers {transformers.__version__}"
-            if (model == experiment.small_model or to_be_cut) and small_is_tuned:
+            if speculates:
                 raise UserError(f"{cannot}: give small_training.num_train_epochs=0, or another small model")
             warn(f"{cannot}: coresets can be cut for it, and exported; nothing here will tune on them")
         _try_small(config, model, experiment, keys)
-    later = [method for method in settings.methods if method not in _OF_ANY_TARGET]
+    later = ", ".join(method for method in settings.methods if method not in _ANY_TARGET)
     if later and not experiment.tuned_target_scores.exists():
-        say(
-            f"{', '.join(later)}: coreset.py reads the scores of the tuned target, so first run finetune.py and "
-            "effort_score.py with --model target too"
-        )
+        say(f"{later}: need the tuned target's scores: run finetune.py and effort_score.py with --model target too")
 
 
 def check_machine(experiment: Experiment) -> None:
@@ -102,20 +98,16 @@ def _try_small(config: PretrainedConfig, model: str, experiment: Experiment, key
     """Score a batch on a random model of this kind. Raises: UserError with what the kind of model cannot do."""
     settings = experiment.selection
     try:
+        if any("mamba" in key for key in vars(config.get_text_config())):
+            return  # without kernels of its own one token takes minutes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            if any("mamba" in key for key in vars(config.get_text_config())):
-                return  # without kernels of its own one token takes minutes
             small = AutoModelForCausalLM.from_config(made_small(config), **NO_CODE).float().eval()
-            if _answers_otherwise_without_cache(small):
-                raise UserError(
-                    "some of its layers take keys and values out of the cache, without which models are tuned and "
-                    "scored: give another model"
-                )
+            if _needs_cache(small):
+                raise UserError("some layers read the cache, which tuning and scoring do without: give another model")
             lora = tuning_lora(experiment.training | experiment.target_training | keys)
-            if settings.phi == "all_lora" or (
-                keys.get("finetuning_type", "lora") == "lora" and lora["target"] != "all"
-            ):
+            tunes_some = keys.get("finetuning_type", "lora") == "lora" and lora["target"] != "all"
+            if settings.phi == "all_lora" or tunes_some:
                 small = with_fresh_lora(small, **lora, seed=0)
             EffortScorer(small, settings.phi, settings.phi_rank).score(_TOKENS, _LABELS)
     except (UserError, NoPhi) as error:
@@ -136,7 +128,7 @@ def made_small(config: PretrainedConfig) -> PretrainedConfig:
         elif "intermediate_size" in key or key in ("ffn_dim", "n_inner", "ffn_hidden_size"):
             setattr(small, key, [8] * len(value) if isinstance(value, list) else value and 8)
         elif "vocab_size" in key:
-            setattr(small, key, _WORDS)
+            setattr(small, key, 64)
         elif key == "word_embed_proj_dim":
             setattr(small, key, small.hidden_size)
     small.num_attention_heads, small.pad_token_id = 2, None
@@ -144,8 +136,9 @@ def made_small(config: PretrainedConfig) -> PretrainedConfig:
 
 
 @torch.no_grad()
-def _answers_otherwise_without_cache(model: nn.Module) -> bool:
+def _needs_cache(model: nn.Module) -> bool:
     tokens = torch.tensor(_TOKENS[:1])
-    decoder = decoder_of(model)
-    with_cache, without = (decoder(input_ids=tokens, use_cache=use).last_hidden_state for use in (True, False))
+    with_cache, without = (
+        decoder_of(model)(input_ids=tokens, use_cache=use).last_hidden_state for use in (True, False)
+    )
     return not torch.allclose(with_cache, without, rtol=0, atol=1e-2 * float(without.abs().max()))

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -35,11 +34,6 @@ def model_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from error
 
 
-def straight_to_device() -> dict[str, Any]:
-    """For from_pretrained: weights go to the GPU without passing the host's memory, which many processes share."""
-    return {} if device().type == "cpu" else {"device_map": {"": device()}}
-
-
 def load_for_scoring(
     model: str,
     tuned: Path | None,
@@ -48,47 +42,53 @@ def load_for_scoring(
     device_map: str | None = None,
     quantization_bit: int | None = None,
 ) -> nn.Module:
-    """`model` (a folder or hub name), with the outcome of its tuning: an adapter, or a whole model.
+    """Load `model` (a folder or hub name) with what its tuning made: an adapter, or a whole model.
 
-    `reset_query_value` (released): take the tuned adapters of query and value projection out again. The released
-    code puts its scoring LoRA on the tuned model under the adapter's own name, which re-initialises them.
+    `reset_query_value` (released): zero the tuned adapters of query and value projection. The released code puts its
+    scoring LoRA on the tuned model under the adapter's own name, which initialises those again.
     `device_map`, `quantization_bit`: as in selection/run/config.py; the head is never quantised.
     Raises: UserError where the folder cannot be loaded, or bitsandbytes is asked for and not installed.
     """
     transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
-    placed = {"device_map": device_map, "max_memory": _room_for_weights()} if device_map else straight_to_device()
+    placed, again = {}, {}
+    if device_map:
+        free = get_max_memory()  # bytes by device; 15 % of a GPU's are left for batches
+        room = {where: size if where == "cpu" else int(0.85 * size) for where, size in free.items()}
+        again = {"max_memory": room}  # PEFT places an offloaded model anew
+        placed = {"device_map": device_map, **again}
+    elif quantization_bit is not None or device().type != "cpu":
+        placed = {"device_map": {"": device()}}  # not through the host's memory, which many processes share
     if quantization_bit is not None:
         check_bitsandbytes(quantization_bit)
-        placed = (
-            {"device_map": {"": device()}} | placed | {"quantization_config": _quantised(quantization_bit, precision)}
+        placed["quantization_config"] = BitsAndBytesConfig(  # as LLaMA-Factory loads under the same key
+            load_in_8bit=quantization_bit == 8,
+            load_in_4bit=quantization_bit == 4,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[precision],
         )
     source = str(tuned) if tuned is not None and not (tuned / "adapter_config.json").exists() else model
     with model_errors(f"cannot load model {source}"):
         config = AutoConfig.from_pretrained(source, **NO_CODE).get_text_config()
         # Fused attention leaves the soft-capping of attention logits out; LLaMA-Factory does not tune with it either.
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        loaded, said = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=DTYPES[precision],
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-            **NO_CODE,
-            **placed,
+        placed["attn_implementation"] = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, **NO_CODE, **placed
         )
-        if absent := sorted(said["missing_keys"]):  # transformers would draw them at random
+        if absent := sorted(info["missing_keys"]):  # transformers would draw them at random
             raise UserError(f"model {source} has no weights for {absent[0]} ({len(absent)} in all): get it again")
         if tuned is not None and source == model:
-            again = {"max_memory": placed["max_memory"]} if device_map else {}  # PEFT places an offloaded model anew
             with incomplete_adapters_refused():
                 loaded = PeftModel.from_pretrained(
                     loaded, tuned, autocast_adapter_dtype=False, torch_device=str(device()), **again
                 )
-    for module in loaded.modules():
+    replaced = default_lora_targets(unwrap(loaded).config) if reset_query_value else ()
+    for name, module in loaded.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' 4-bit product for CPUs that has no gradient
             module.support_avx512bf16_for_cpu = False
-    if reset_query_value:
-        _reset_query_value(loaded)
+        if name.endswith(tuple(f".{target}" for target in replaced)) and hasattr(module, "lora_B"):
+            for matrix in module.lora_B.values():
+                nn.init.zeros_(matrix.weight)
     return loaded.eval()
 
 
@@ -99,32 +99,6 @@ def check_bitsandbytes(bits: int) -> None:
             f"selection.quantization_bit {bits} needs bitsandbytes from {BITSANDBYTES_MIN_VERSION} on: "
             "pip install bitsandbytes, or leave the key out"
         )
-
-
-def _room_for_weights() -> dict[int | str, int]:
-    """Bytes by device for accelerate's placement: 85 % of what a GPU has free, the rest for batches."""
-    return {where: free if where == "cpu" else int(0.85 * free) for where, free in get_max_memory().items()}
-
-
-def _quantised(bits: int, precision: str) -> BitsAndBytesConfig:
-    """As LLaMA-Factory loads under the same `quantization_bit`."""
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[precision],
-    )
-
-
-def _reset_query_value(model: nn.Module) -> None:
-    """Zero B of the adapters that the released LoRA replaces: PEFT's default targets, query and value projection."""
-    targets = default_lora_targets(unwrap(model).config)
-    for name, module in model.named_modules():
-        if name.endswith(tuple(f".{target}" for target in targets)) and hasattr(module, "lora_B"):
-            for matrix in module.lora_B.values():
-                nn.init.zeros_(matrix.weight)
 
 
 def default_lora_targets(config: PretrainedConfig) -> list[str]:
@@ -143,9 +117,9 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
     modules = "all-linear" if target == "all" else [name.strip() for name in target.split(",")]
     # As LLaMA-Factory, but PEFT would take routers for linear maps that answer with a tuple.
     routers = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and not is_linear_map(each)]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, exclude_modules=routers or None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, exclude_modules=routers or None)
         try:
             return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
         except ValueError as error:
@@ -153,20 +127,24 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Weights that a forward pass multiplies a token with, tied ones once. Of a mixture of experts the active ones:
-    what all tokens pass, shared experts and router included, and as many experts as a token is sent to.
+    """Weights that a forward pass multiplies a token with, tied ones once; of a mixture of experts the active ones:
+    router, shared experts, and as many experts as a token is sent to.
 
-    Where the configuration does not say how many that is, all experts count. How a model's code goes about it does
-    not: that of Llama 4 multiplies every token with every expert, nearly all of them by 0.
+    Where the configuration does not say how many that is, all experts count. It counts even where a model's code
+    multiplies every token with every expert, nearly all of them by 0, as that of Llama 4 does.
     """
-    experts, active = {}, _active_experts(unwrap(model).config.get_text_config())
+    experts, active = {}, _active_experts(unwrap(model).config.get_text_config())  # parameter -> number of experts
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and name.endswith("experts"):
             experts |= dict.fromkeys(module.parameters(), len(module))
         else:
             experts |= _stacked_experts(module)
-    shares = {parameter: min(active / count, 1) for parameter, count in experts.items()} if active else {}
-    return round(sum(_shape(parameter).numel() * shares.get(parameter, 1) for parameter in model.parameters()))
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)  # two numbers of a 4-bit weight are packed into a byte
+        numbers = (parameter.shape if state is None else state.shape).numel()
+        total += numbers * (min(active / experts[parameter], 1) if active and parameter in experts else 1)
+    return round(total)
 
 
 def _active_experts(config: PretrainedConfig) -> float | None:
@@ -184,12 +162,6 @@ def _stacked_experts(module: nn.Module) -> dict[nn.Parameter, int]:
         return {each: count for each in own if each.ndim == 2}
     stacks = {} if isinstance(module, nn.Conv1d) else {each: len(each) for each in own if each.ndim == 3}
     return stacks | {each: len(each) for each in own if each.ndim == 2 and len(each) in stacks.values()}
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the weight itself where two of its numbers are packed into a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.shape if state is None else state.shape
 
 
 def parameters_of(model: str) -> int:

@@ -11,32 +11,27 @@ from selection.method.phi import LinearMap
 from selection.method.reference import effort_score
 from selection.run.device import out_of_memory
 from selection.run.errors import UserError
+from selection.run.log import say
 from selection.scores.within_memory import score_within_memory
 
-# The largest relative difference that comes from the number format alone. Parity is better than 1e-5 in fp32, but the
-# gradient of a sample known by heart, softmax − 1, cancels in plain autograd too. LLM.int8 rounds inputs to 8 bits,
-# except for columns in which any sample of the batch has an outlier: a score moves with its batch, on
+# The largest relative difference that comes from the number format alone, and what to do beyond it. In fp32 parity is
+# better than 1e-5, but softmax − 1 of a sample known by heart cancels in plain autograd too. LLM.int8 rounds inputs to
+# 8 bits, except for columns in which any sample of the batch has an outlier: a score moves with its batch, on
 # SmolLM2-135M-Instruct by 2 % (median) and at most 12 %.
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "8 bit": 0.3}
-_ADVICE = {
-    "fp32": "please report this model",
-    "bf16": "score in fp32 (selection.precision)",
-    "8 bit": "score without selection.quantization_bit",
+TOLERANCE = {
+    "fp32": (1e-4, "please report this model"),
+    "bf16": (0.1, "score in fp32 (selection.precision)"),
+    "8 bit": (0.3, "score without selection.quantization_bit"),
 }
 
 
 def self_test(
-    scorer: EffortScorer,
-    input_ids: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    names: Sequence[str],
-    precision: str,
-    budget: int,
+    scorer: EffortScorer, input_ids: Sequence, labels: Sequence, names: Sequence[str], precision: str, budget: int
 ) -> float:
-    """Score the samples in batches of at most `budget` tokens and one by one. Returns the largest difference of effort
-    or loss, relative to the sample's own or to the median of all, whichever is larger.
+    """Score tokenised samples in batches of at most `budget` tokens and one by one, and say how far they agree.
 
-    `names` say what each sample is; `precision` is a key of TOLERANCE. Raises: UserError where that is exceeded.
+    Returns the largest difference of effort or loss, relative to the sample's own or to the median of all, whichever is
+    larger. `names` say what each sample is. Raises: UserError where the difference exceeds TOLERANCE[precision].
     """
     batched = torch.zeros((len(names), 2), dtype=torch.double)  # effort, loss
     for batch in plan_batches(range(len(names)), [len(ids) for ids in input_ids], budget):
@@ -47,25 +42,24 @@ def self_test(
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise UserError(
-            "self-test: out of memory on one sample by plain autograd, which takes more than scoring does: "
-            "skip the test with --self_test 0"
-        ) from None
+        said = "self-test: out of memory on one sample by plain autograd, which takes more than scoring does"
+        raise UserError(f"{said}: skip the test with --self_test 0") from None
     # A sample that is finite in neither is left out of the run, which says so.
-    known = (batched.isfinite().all(1) | plain.isfinite().all(1)).nonzero().flatten()
-    if not len(known):
-        return 0.0
-    floor = plain[known].median(0).values.clamp(min=1e-30)
-    difference = (batched - plain).abs() / torch.maximum(plain, floor)  # (n, 2)
-    for i in known.tolist():
-        for column, what in enumerate(("effort", "loss")):
-            if not difference[i, column] <= TOLERANCE[precision]:  # NaN too
-                raise UserError(
-                    f"self-test: {names[i]} has {what} {batched[i, column]:.7g} in a batch and {plain[i, column]:.7g} "
-                    f"by plain autograd, a relative difference of {difference[i, column]:.2g} where {precision} allows "
-                    f"{TOLERANCE[precision]:g}: {_ADVICE[precision]}, or skip the test with --self_test 0"
-                )
-    return float(difference[known].max())
+    known = batched.isfinite().all(1) | plain.isfinite().all(1)
+    floor = plain[known].median(0).values if known.any() else plain.new_zeros(2)
+    difference = (batched - plain).abs() / torch.maximum(plain, floor.clamp(min=1e-30))  # (n, 2)
+    difference[~known] = 0
+    allowed, advice = TOLERANCE[precision]
+    if not (difference <= allowed).all():  # NaN too
+        i, column = divmod(int(difference.nan_to_num(torch.inf).argmax()), 2)
+        raise UserError(
+            f"self-test: {names[i]} has {('effort', 'loss')[column]} {batched[i, column]:.7g} in a batch and "
+            f"{plain[i, column]:.7g} by plain autograd, a relative difference of {difference[i, column]:.2g} where "
+            f"{precision} allows {allowed:g}: {advice}, or skip the test with --self_test 0"
+        )
+    worst, count = float(difference.max()), len(names)
+    say(f"self-test: {count} samples in a batch and one by one agree to {worst:.2g} ({precision} allows {allowed:g})")
+    return worst
 
 
 def plain_scores(scorer: EffortScorer, input_ids: Sequence, labels: Sequence) -> torch.Tensor:
@@ -87,29 +81,26 @@ def _phi_as_parameters(scorer: EffortScorer) -> Iterator[list[torch.Tensor]]:
     A matrix of zeros stands in for what is no whole weight of the model (B of the fresh LoRA, a part of a fused
     projection, a quantised or offloaded weight): its product with the inputs is added to the map's output.
     """
-    phi, undo = scorer.phi, contextlib.ExitStack()
+    a, undo = scorer.lora_a, contextlib.ExitStack()
 
-    def added(each: LinearMap) -> torch.Tensor:
-        a, (wide, high) = scorer.lora_a, each.width
-        columns = slice(None) if each.columns is None else each.columns
-        zero = torch.zeros((len(torch.arange(high)[columns]), wide if a is None else len(a)), device=each.device)
+    def parameter(each: LinearMap) -> torch.Tensor:
+        if a is None and each.columns is None and each.weight_at_hand:
+            return each.weight
+        wide, high = each.width
+        columns = torch.arange(high, device=each.device) if each.columns is None else each.columns
+        zero = torch.zeros((len(columns), wide if a is None else len(a)), device=each.device)
 
         def add(module, inputs, output):
-            x = inputs[0].float()
-            x = x if a is None else scorer.lora_scaling * functional.linear(x, a)
-            output = output.clone()
-            output[..., columns] += functional.linear(x, zero).to(output.dtype)
-            return output
+            x = inputs[0].float() if a is None else scorer.lora_scaling * functional.linear(inputs[0].float(), a)
+            return output.index_add(-1, columns, functional.linear(x, zero).to(output.dtype))
 
         undo.callback(each.module.register_forward_hook(add).remove)
         return zero
 
-    whole = [each for each in phi.maps if scorer.lora_a is None and each.columns is None and each.weight_at_hand]
-    parameters = [each.weight if each in whole else added(each) for each in phi.maps] + list(phi.others.values())
-    for matrices in ("lora_A", "lora_B"):
-        parameters += [getattr(pair.module, matrices)[pair.adapter].weight for pair in phi.loras]
     with undo:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-            undo.callback(parameter.requires_grad_, False)
+        parameters = [*map(parameter, scorer.phi.maps), *scorer.phi.others.values()]
+        for pair in scorer.phi.loras:
+            parameters += [matrices[pair.adapter].weight for matrices in (pair.module.lora_A, pair.module.lora_B)]
+        for each in parameters:
+            undo.callback(each.requires_grad_(True).requires_grad_, False)
         yield parameters
