@@ -7,7 +7,9 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_script
+from conftest import REPOSITORY
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -404,25 +406,18 @@ _LIGHT = ["experiment", "grid", "data.jsonl", "scores.csv", "scores.parquet", "f
 _LIGHT += ["coreset.json", "coreset.pt", "draft", "cells", "split", "split's rows"]
 
 
-def test_the_fuzz_script_finds_nothing_but_what_was_broken_on_purpose(tmp_path):
-    """One reader is broken: there, and only there, cases fail, and each is named as it can be repeated."""
+def test_the_fuzzer_finds_nothing_but_what_is_broken_on_purpose(tmp_path):
+    """One reader is broken: there, and only there, a case fails, and is named as it can be repeated."""
     (tmp_path / "broken.py").write_text(
-        "import json, runpy, sys\n"
-        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "import json\n"
         "from selection.run import ledger\n"
         "def read(folder):\n"
         "    return [ledger.Cost(**json.loads(line)) for line in ledger.ledger_path(folder).open()]\n"
         "ledger.read_ledger = read\n"
-        f"runpy.run_path({str(REPOSITORY / 'tests' / 'fuzz.py')!r}, run_name='__main__')\n"
     )
-    arguments = ["--count", 8, "--workers", 1, "--kind", "costs", *_LIGHT]
-    done = run_script(tmp_path / "broken.py", *arguments, cwd=REPOSITORY, check=False)
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    table = [line for line in done.stdout.splitlines()[1:] if not line.startswith("failed: ")]
-    counts = {line[:22].strip(): list(map(int, line[22:].split()[:4])) for line in table}
-    assert counts.pop("in all")[0] == 8 * len(counts)
-    broken = counts.pop("costs")
-    assert broken[3] > 0 and all(failed == 0 for *_, failed in counts.values()), done.stdout
-    assert sorted(counts) == sorted(_LIGHT) and sum(refused for _, _, refused, _ in counts.values()) > 15
-    named = [line for line in done.stdout.splitlines() if line.startswith("failed: --kind 'costs' --seed 0 --case ")]
-    assert len(named) == broken[3]
+    kinds = [f"tests/fuzz.py::test_damage_ends_in_one_line_or_in_a_sound_result[{name}]" for name in ("costs", *_LIGHT)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "broken", "--hypothesis-seed", "0"]
+    environment = os.environ | {"FUZZ_CASES": "8", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    done = subprocess.run([*command, *kinds], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and f"1 failed, {len(_LIGHT)} passed" in done.stdout, done.stdout[-3000:]
+    assert re.search(r"FAILED .*\[costs\]", done.stdout) and "found=Damage(" in done.stdout
