@@ -21,8 +21,8 @@ from selection.run.cli import argument_parser, run_stage
 from selection.run.ledger import SPECULATIVE_TUNING, TARGET_TUNING
 from selection.run.log import say
 from selection.run.model_folder import model_path
+from selection.scores.coresets import check_quotas
 from selection.scores.identity import check_run
-from selection.scores.quotas import check_quotas
 
 
 def main() -> None:

@@ -9,13 +9,13 @@ Needs scores: with --config_path those of the experiment's run folder, and its v
 Parquet or CSV files with a column index and those that a method reads (one row per row of the training split): staff
 effort; length n_response_tokens; grand effort; el2n and ccs el2n; d2 el2n and hidden_state; moderate hidden_state;
 entropy entropy; random none. Each V_i comes from --verify_per_stratum drawn samples also where the target's scores are
-complete. Writes OUT/METHOD-RATE.json.
+complete. configs/README.md explains the keys of `selection:`. Writes OUT/METHOD-RATE.json.
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,7 +29,7 @@ import numpy as np
 
 from selection.method.baselines import baseline, columns_of
 from selection.method.quotas import Rule, choose_by_rule
-from selection.method.staff import Choice, Strata, choose_staff
+from selection.method.staff import choose_staff
 from selection.run.cli import (
     add_dry_run_argument,
     add_experiment_arguments,
@@ -37,13 +37,12 @@ from selection.run.cli import (
     load_experiment,
     run_stage,
 )
-from selection.run.config import Experiment, Method, Mode, Selection, validated
+from selection.run.config import Experiment, Method, Selection, validated
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
-from selection.scores.coresets import coreset_name, write_coreset
-from selection.scores.folder import Scores, check_features, read_scores
+from selection.scores.coresets import coreset_name, quotas_of, write_coreset
+from selection.scores.folder import Scores, check_features, read_ids, read_scores
 from selection.scores.identity import check_run
-from selection.scores.quotas import quotas_of
 from selection.scores.verification import (
     Settings,
     StratumRecord,
@@ -53,139 +52,112 @@ from selection.scores.verification import (
     verify,
 )
 
-# A method's scores, its rule, and what a coreset's file keeps of a choice.
-Rules = tuple[Scores, Rule, Callable[[Choice], dict[str, Any]]]
+# Options that are keys of `selection:`.
+_KEYS = ("mode", "variant", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> tuple[argparse.Namespace, Experiment | None, Selection]:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
-    published, of_yaml = Selection(), "the YAML's"
-    parser.add_argument(
-        "--scores",
-        type=Path,
-        help="scores of the whole training split that the method reads; default: the run folder's",
-    )
-    parser.add_argument(
-        "--target_scores", type=Path, help="staff: target scores, at least of the drawn samples; default: none"
-    )
-    parser.add_argument(
-        "--verification",
-        type=Path,
-        help="staff: verification.json instead of --target_scores; default: the run folder's",
-    )
-    parser.add_argument(
-        "--features",
-        type=Path,
-        help="d2, moderate: N x d array (.npy) instead of the column hidden_state; default: none",
-    )
-    parser.add_argument(
-        "--method", nargs="+", choices=get_args(Method), metavar="METHOD", help=f"default: {of_yaml}, else staff"
-    )
-    parser.add_argument("--mode", choices=get_args(Mode), help=f"of staff; default: {of_yaml}, else {published.mode}")
-    parser.add_argument(
-        "--variant", choices=["published", "released"], help="whose el2n, ccs and d2; default: as --mode says"
-    )
-    parser.add_argument(
-        "--rate", type=float, nargs="+", help=f"fractions of the rows to keep; default: {of_yaml}; required without one"
-    )
-    parser.add_argument("--num_strata", type=int, help=f"K; default: {of_yaml}, else {published.num_strata}")
-    parser.add_argument(
-        "--verify_per_stratum", type=int, help=f"b_v, rows; default: {of_yaml}, else {published.verify_per_stratum}"
-    )
-    parser.add_argument(
-        "--hardest_cutoff",
-        type=float,
-        help=f"fraction with the highest scores, dropped first; default: {of_yaml}, else {published.hardest_cutoff}",
-    )
-    parser.add_argument("--seed", type=int, help=f"of every random choice; default: {of_yaml}, else {published.seed}")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder for the coresets; default: coresets/ in the run folder; required without --config_path",
-    )
+    for name, text in {
+        "scores": "scores of the whole training split that the method reads; default: the run folder's",
+        "target_scores": "staff: target scores, at least of the drawn samples; default: none",
+        "verification": "staff: verification.json instead of --target_scores; default: the run folder's",
+        "features": "d2, moderate: N x d array (.npy) instead of the column hidden_state; default: none",
+        "out": "folder for the coresets; default: coresets/ in the run folder; required without --config_path",
+    }.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=text)
+    methods, rates = "default: the YAML's, else staff", "default: the YAML's; required without one"
+    parser.add_argument("--method", nargs="+", choices=get_args(Method), metavar="METHOD", help=methods)
+    parser.add_argument("--rate", type=float, nargs="+", help=f"fractions of the rows to keep; {rates}")
+    for name in _KEYS:
+        key = Selection.model_fields[name]
+        choices = get_args(key.annotation) or None
+        text = f"selection.{name}; default: the YAML's, else {key.default}"
+        parser.add_argument(f"--{name}", type=str if choices else key.annotation, choices=choices, help=text)
     add_dry_run_argument(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments, experiment, selection = parse_arguments(), None, Selection()
+    arguments = parser.parse_args()
     if arguments.features and not {"d2", "moderate"} & set(arguments.method or []):
         raise UserError("--features is read by --method d2 and moderate alone: leave it out or ask for one of them")
+    experiment, selection = None, Selection()
     if arguments.config_path:
         experiment = load_experiment(arguments.config_path, arguments.set)
         selection = experiment.selection
         arguments.out = arguments.out or experiment.coresets
         arguments.method = arguments.method or selection.methods
         arguments.rate = arguments.rate or selection.rates
-    else:
-        if arguments.set:
-            raise UserError("--set overrides keys of an experiment: give --config_path with it")
-        if arguments.scores is None or not arguments.rate or arguments.out is None:
-            raise UserError("give --config_path, or --scores, --rate and --out (see --help)")
-        arguments.method = arguments.method or ["staff"]
-    given = {name: getattr(arguments, name) for name in Selection.model_fields if hasattr(arguments, name)}
-    selection = validated(selection, {k: v for k, v in given.items() if v is not None})
+    elif arguments.set:
+        raise UserError("--set overrides keys of an experiment: give --config_path with it")
+    elif arguments.scores is None or not arguments.rate or arguments.out is None:
+        raise UserError("give --config_path, or --scores, --rate and --out (see --help)")
+    arguments.method = arguments.method or ["staff"]
+    given = {name: value for name in _KEYS if (value := getattr(arguments, name)) is not None}
+    return arguments, experiment, validated(selection, given)
 
+
+def main() -> None:
+    arguments, experiment, selection = parse_arguments()
     if experiment is not None and arguments.scores is None:
         in_run = "staff" in arguments.method and not (arguments.target_scores or arguments.verification)
         check_run(experiment, verified=in_run)
-    if arguments.dry_run:
-        for method in arguments.method:
-            say_what_would_be_cut(arguments, experiment, method, selection)
-        return
-    cut: list[tuple[str, float, Choice, Scores, dict[str, Any]]] = []  # written once everything is known to be right
+    coresets = []  # written once everything is known to be right
     for method in arguments.method:
-        if experiment is None:
-            cut += cut_coresets(arguments, None, method, selection)
-        else:
-            with measured(experiment.folder, Cost(CORESETS, method, device="CPU")) as cost:
-                cut += cut_coresets(arguments, experiment, method, selection)
-                cost.samples = cut[-1][3].num_rows
-    for method, rate, choice, scores, record in cut:
-        path = write_coreset(arguments.out, method, rate, choice, scores, record)
-        print(f"{method} at rate {rate:g}: {len(choice.rows)} of {scores.num_rows} rows -> {path}")
-
-
-def say_what_would_be_cut(
-    arguments: argparse.Namespace, experiment: Experiment | None, method: str, selection: Selection
-) -> None:
-    paths = [str(arguments.out / f"{coreset_name(method, rate)}.json") for rate in arguments.rate]
-    try:
-        cut = cut_coresets(arguments, experiment, method, selection)
-    except UserError as error:
-        print(f"{method}: would be cut at {len(paths)} rates, not yet: {error}")
-        return
-    for (_, rate, choice, scores, _), path in zip(cut, paths, strict=True):
-        there = " (is there already)" if Path(path).exists() else ""
-        print(f"{method} at rate {rate:g}: would choose {len(choice.rows)} of {scores.num_rows} rows -> {path}{there}")
+        cost = Cost(CORESETS, method, device="CPU")
+        counted = experiment is not None and not arguments.dry_run
+        try:
+            with measured(experiment.folder, cost) if counted else contextlib.nullcontext():
+                coresets += cut_coresets(arguments, experiment, method, selection)
+                cost.samples = coresets[-1]["scores"].num_rows
+        except UserError as error:
+            if not arguments.dry_run:
+                raise
+            print(f"{method}: would be cut at {len(arguments.rate)} rates, not yet: {error}")
+    for each in coresets:
+        method, rate, rows, num_rows = (*(each[key] for key in ("method", "rate", "rows")), each["scores"].num_rows)
+        path = arguments.out / f"{coreset_name(method, rate)}.json"
+        there = " (is there already)" if arguments.dry_run and path.exists() else ""
+        if not arguments.dry_run:
+            write_coreset(arguments.out, **each)
+        verb = "would choose " if arguments.dry_run else ""
+        print(f"{method} at rate {rate:g}: {verb}{len(rows)} of {num_rows} rows -> {path}{there}")
 
 
 def cut_coresets(
     arguments: argparse.Namespace, experiment: Experiment | None, method: str, selection: Selection
-) -> list[tuple[str, float, Choice, Scores, dict[str, Any]]]:
-    """One method's coresets at every asked rate, with what is to be known of the chosen rows alone."""
-    source = arguments.scores or scores_of(experiment, method)
+) -> list[dict[str, Any]]:
+    """One method's coresets at every rate, as the arguments of `write_coreset`."""
+    source, settings = arguments.scores or scores_of(experiment, method), Settings.of(selection)
+    columns = settings.columns if method == "staff" else columns_of(method, selection.baseline_variant)
+    features = arguments.features if "hidden_state" in columns else None
+    read = [name for name in columns if name != "hidden_state" or features is None]
+    scores = read_scores(source, read, ids=False).check_complete()
+    if features is not None:
+        scores.columns["hidden_state"] = read_features(features, scores.num_rows)[scores.index]
+    quotas, coresets = quotas_of(experiment, scores), []
     with refusals():
-        scores, rule, record_of = (cut_staff if method == "staff" else cut_baseline)(
-            arguments, experiment, method, source, selection
-        )
-        quotas, choices = quotas_of(experiment, scores), []
-        any_rate = np.zeros(scores.index[-1] + 1, dtype=bool)
+        if method == "staff":
+            rule, record, strata = staff_rule(arguments, experiment, scores, settings)
+        else:
+            rule, record, strata = *baseline_rule(method, scores, selection), None
         for rate in arguments.rate:
             choice = choose_by_rule(rule, rate, len(scores.index), quotas)
-            record = record_of(choice) | ({} if quotas is None else {"data_sets": quotas.record(choice.rows)})
-            if len(scores.left_out):  # the rules count the rows that have scores, 0 to n − 1
-                choice.rows = scores.index[choice.rows]
-            any_rate[choice.rows] = True
-            choices.append((rate, choice, record))
-    del rule, record_of  # they hold what all rates share
-    chosen = scores.chosen(np.flatnonzero(any_rate))
-    return [(method, rate, choice, chosen, record) for rate, choice, record in choices]
+            about = dict(record)
+            if strata is not None:
+                parts = zip(strata, choice.budgets, choice.filled, strict=True)
+                table = [{**asdict(s), "budget": budget, "of_which_random_fill": fill} for s, budget, fill in parts]
+                about |= {"strata": table, "from_hardest": choice.from_hardest}
+            if quotas is not None:
+                about["data_sets"] = quotas.record(choice.rows)
+            rows = scores.index[choice.rows]  # a rule counts the rows that have scores
+            coresets.append({"method": method, "rate": rate, "rows": rows, "record": about})
+    del rule  # and with it what all rates share
+    for each in coresets:
+        each |= {"scores": replace(scores, columns={}), "ids": read_ids(source, each["rows"])}
+    return coresets
 
 
 def scores_of(experiment: Experiment, method: str) -> Path:
-    """Which scores of a run folder a method reads. Random and Length only count rows and tokens: any will do."""
+    """The scores of a run folder that a method reads. Random and Length only count rows and tokens: any will do."""
     tuned_there = experiment.tuned_target_scores.exists()
     if method == "staff" or (method in ("random", "length") and (experiment.small_scores.exists() or not tuned_there)):
         return experiment.small_scores
@@ -197,81 +169,51 @@ def scores_of(experiment: Experiment, method: str) -> Path:
     return experiment.tuned_target_scores
 
 
-def cut_staff(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Rules:
-    settings = Settings.of(selection)
-    scores = read_scores(source, settings.columns, ids=False)
-    speculative = stratified_score(scores.check_complete(), settings).effort
-    verification = arguments.verification
-    if experiment is not None and not arguments.target_scores:
+def staff_rule(
+    arguments: argparse.Namespace, experiment: Experiment | None, scores: Scores, settings: Settings
+) -> tuple[Rule, dict[str, Any], list[StratumRecord]]:
+    """STAFF's rule, what a coreset's file keeps of its settings, and the strata with their V_i."""
+    target_scores, verification = arguments.target_scores, arguments.verification
+    if experiment is not None and not target_scores:
         verification = verification or experiment.verification
-    strata = cut_strata(speculative, settings)
-    records, of_target = verified_strata(arguments.target_scores, verification, scores, speculative, settings, strata)
-    ratios = [record.verification_ratio for record in records]
-
-    def rule(m: int, within: np.ndarray | None) -> Choice:
-        return choose_staff(speculative, strata.within(within), ratios, m, settings.rules, settings.seed)
-
-    def record_of(choice: Choice) -> dict[str, Any]:
-        budgets = zip(records, choice.budgets, choice.filled, strict=True)
-        table = [{**asdict(r), "budget": budget, "of_which_random_fill": filled} for r, budget, filled in budgets]
-        return {**settings.record, "target": of_target, "strata": table, "from_hardest": choice.from_hardest}
-
-    return scores, rule, record_of
-
-
-def verified_strata(
-    target_scores: Path | None,
-    verification: Path | None,
-    scores: Scores,
-    speculative: np.ndarray,
-    settings: Settings,
-    strata: Strata,
-) -> tuple[list[StratumRecord], dict | None]:
-    """The strata with their V_i, and what made the target's scores, where that is known."""
     if (target_scores is None) == (verification is None):
         raise UserError("STAFF needs either --target_scores or --verification beside --scores")
+    speculative = stratified_score(scores, settings).effort
+    strata = cut_strata(speculative, settings)
     if target_scores is None:
         records, of_target = read_verification(verification, settings, scores)
         if len(records) != len(strata.members):
-            raise UserError(
-                f"{verification} has {len(records)} strata, the scores {len(strata.members)}: run verify.py"
-            )
-        return records, of_target
-    target, num_rows = read_scores(target_scores, settings.columns, ids=False), len(scores.index) + len(scores.left_out)
-    if target.index[-1] >= num_rows:
-        raise UserError(
-            f"{target.source} scores row {target.index[-1]}, {scores.source} only rows up to {num_rows - 1}: "
-            "they are scores of different data"
-        )
-    if target.fingerprint != scores.fingerprint and None not in (target.fingerprint, scores.fingerprint):
-        raise UserError(f"{target.source} and {scores.source} are scores of different data (fingerprints differ)")
-    return verify(speculative, target, settings, strata, scores.index), target.made_by
+            count = len(strata.members)
+            raise UserError(f"{verification} has {len(records)} strata, the scores {count}: run verify.py")
+    else:
+        target = read_scores(target_scores, settings.columns, ids=False)
+        same = target.fingerprint == scores.fingerprint or None in (target.fingerprint, scores.fingerprint)
+        if not same or target.index[-1] >= scores.num_rows:
+            why = f"it scores row {target.index[-1]} of {scores.num_rows}" if same else "fingerprints differ"
+            raise UserError(f"{target.source} and {scores.source} are scores of different data ({why})")
+        records, of_target = verify(speculative, target, settings, strata, scores.index), target.made_by
+    ratios = [record.verification_ratio for record in records]
+
+    def rule(m: int, within: np.ndarray | None):
+        return choose_staff(speculative, strata.within(within), ratios, m, settings.rules, settings.seed)
+
+    return rule, {**settings.record, "target": of_target}, records
 
 
-def cut_baseline(arguments, experiment: Experiment | None, method: str, source: Path, selection: Selection) -> Rules:
-    rules, variant = selection.rules, selection.baseline_variant
-    columns = columns_of(method, variant)
-    elsewhere = arguments.features is not None and "hidden_state" in columns
-    read = [name for name in columns if not (elsewhere and name == "hidden_state")]
-    scores = read_scores(source, read, ids=False)
-    scores.check_complete()
-    if elsewhere:
-        features = read_features(arguments.features, len(scores.index) + len(scores.left_out))
-        scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
+def baseline_rule(method: str, scores: Scores, selection: Selection) -> tuple[Rule, dict[str, Any]]:
+    """A baseline's rule, and what a coreset's file keeps of its settings."""
     if method == "length" and len(empty := np.flatnonzero(scores.columns["n_response_tokens"] < 1)):
         raise UserError(f"{scores.source}: row {scores.index[empty[0]]} has no response token: remove the row")
-    settings = selection.num_strata, selection.hardest_cutoff, selection.seed
-    rule = baseline(method, scores.columns, len(scores.index), rules, variant, *settings)
-    record: dict[str, Any] = {"seed": selection.seed}
+    used = {"num_strata": ("length", "ccs"), "hardest_cutoff": ("length", "ccs", "d2")}
+    record = {"seed": selection.seed}
     if method in ("el2n", "ccs", "d2"):
-        record["variant"] = variant
+        record["variant"] = selection.baseline_variant
     if method == "length":
         record["mode"] = selection.mode
-    if method in ("length", "ccs"):
-        record["num_strata"] = selection.num_strata
-    if method in ("length", "ccs", "d2"):
-        record["hardest_cutoff"] = selection.hardest_cutoff
-    return scores, rule, lambda choice: record
+    record |= {key: getattr(selection, key) for key, methods in used.items() if method in methods}
+    rules = selection.rules, selection.baseline_variant
+    settings = selection.num_strata, selection.hardest_cutoff, selection.seed
+    return baseline(method, scores.columns, len(scores.index), *rules, *settings), record
 
 
 def read_features(path: Path, num_rows: int) -> np.ndarray:

@@ -23,9 +23,9 @@ from selection.run.errors import UserError
 from selection.run.ledger import SPECULATIVE_SCORES, TARGET_SCORES
 from selection.run.log import say
 from selection.scores.checks import check_machine, check_models, check_rows
+from selection.scores.coresets import check_quotas
 from selection.scores.folder import MORE_COLUMNS
 from selection.scores.identity import check_run
-from selection.scores.quotas import check_quotas
 from selection.scores.scoring import score_rows
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import scored_run
 
 from selection.method.interval import ratio_interval
-from selection.method.staff import Choice, min_max_normalise, stratify
+from selection.method.staff import min_max_normalise, stratify
 from selection.report.annotated import annotated
 from selection.rows.split import row_id, rows_of, split_numbers, training_split
 from selection.run.config import load_experiment
@@ -99,9 +99,9 @@ def test_a_coreset_of_other_scores_or_data_is_refused(run, tmp_path):
     path = experiment.coresets / "staff-0.3.json"
     scores, record = read_scores(experiment.small_scores), json.loads(path.read_text())
     rows = np.array(record["indices"])
-    rows[0] = next(row for row in range(104) if row not in rows)
+    rows = np.sort([next(row for row in range(104) if row not in rows), *rows[1:]])
     about = {name: record[name] for name in (*Settings.of(experiment.selection).record, "strata")}
-    other = write_coreset(tmp_path, "staff", 0.3, Choice(np.sort(rows)), scores, about)
+    other = write_coreset(tmp_path, "staff", 0.3, rows, [scores.ids[row] for row in rows], scores, about)
     with pytest.raises(UserError, match="cut from other scores than"):
         annotated(experiment, other)
     path.write_text(path.read_text().replace(record["data_fingerprint"], "0" * 64))

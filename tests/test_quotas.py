@@ -27,8 +27,8 @@ from selection.rows.split import row_id, training_split
 from selection.run.config import Selection, load_experiment
 from selection.run.errors import UserError
 from selection.run.products import read_json
+from selection.scores.coresets import quotas_of
 from selection.scores.folder import Scores
-from selection.scores.quotas import quotas_of
 
 by_property = settings(max_examples=60, deadline=None)
 METHODS = ["random", "length", "grand", "el2n", "ccs", "moderate", "entropy", "staff", "staff released"]

@@ -30,7 +30,7 @@ from selection.run.config import Method, Selection
 from selection.run.errors import UserError
 from selection.run.products import write_sealed
 from selection.scores.coresets import write_coreset
-from selection.scores.folder import ScoreFolder, read_scores
+from selection.scores.folder import ScoreFolder, read_ids, read_scores
 from selection.scores.verification import Settings, cut_strata, draw, verify
 
 READ_FEATURES = ("moderate", "d2")
@@ -97,7 +97,7 @@ def measure(folder: str, method: str, mode: str, rate: float) -> dict[str, float
         cpu.append(time.process_time() - cpu_before)
     started = time.perf_counter()
     scores.columns.clear()
-    write_coreset(path, method, rate, choice, scores.chosen(choice.rows), {})
+    write_coreset(path, method, rate, choice.rows, read_ids(path, choice.rows), scores, {})
     figures = reading, *map(statistics.median, (choices, cpu)), time.perf_counter() - started, process_peak_gib()
     return dict(zip(FIGURES, figures, strict=True))
 

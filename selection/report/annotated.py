@@ -15,9 +15,8 @@ from selection.rows.split import TrainingSplit, data_sets, finished_split, split
 from selection.run.config import Experiment
 from selection.run.errors import UserError, refusals
 from selection.run.products import checked, read_record
-from selection.scores.coresets import check_fits, read_coreset
+from selection.scores.coresets import check_fits, quotas_of, read_coreset
 from selection.scores.folder import has_column, read_scores
-from selection.scores.quotas import quotas_of
 from selection.scores.verification import Settings, StratumRecord, cut_strata, stratified_score
 
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")

@@ -1,22 +1,24 @@
-"""Coresets on disk: our JSON, and the index lists that the authors published as `.pt`."""
+"""Coresets on disk: our JSON, and the index lists that the authors published as `.pt`; quotas of several data sets."""
 
-import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from selection.method.staff import Choice, floor_share
-from selection.run.errors import UserError
+from selection.method.quotas import Quotas, shares
+from selection.method.staff import coreset_size, floor_share
+from selection.rows.split import data_sets, split_numbers
+from selection.run.config import Experiment
+from selection.run.errors import UserError, refusals
 from selection.run.log import say
-from selection.run.products import atomic_path, checked, code_version, digest, read_json
+from selection.run.products import checked, code_version, digest, read_json, write_json
 from selection.scores.folder import Scores
 
-_CHUNK = 2**16  # rows written at a time
 # The paper's data sets by the rows of their training splits, and its rates: what published lists may be of.
 PUBLISHED_ROWS = {"BioInstruct": 22_504, "DialogSum": 13_014, "WMT-19 kk-en": 115_784}
 PUBLISHED_RATES = (0.8, 0.5, 0.3, 0.2, 0.1)
@@ -34,9 +36,20 @@ class Coreset:
     fingerprint: str | None
     num_rows: int | None = None  # of the training split, if known
     published: bool = False  # a `.pt` index list
-    # What made the scores that it was cut from, and those of the target that V_i is of: `made_by` in score_files.py.
+    # What made the scores that it was cut from, and those of the target that V_i is of (`made_by` in folder.py).
     scores: dict | None = None
     target: dict | None = None
+
+
+class _Record(TypedDict):
+    indices: Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**63)]], Field(min_length=1)]
+    ids: NotRequired[list[str | None] | None]
+    data_fingerprint: NotRequired[str | None]
+    num_rows: NotRequired[int | None]
+    size: NotRequired[int]
+    indices_sha256: NotRequired[str]
+    scores: NotRequired[dict | None]
+    target: NotRequired[dict | None]
 
 
 def coreset_name(method: str, rate: float) -> str:
@@ -45,49 +58,25 @@ def coreset_name(method: str, rate: float) -> str:
 
 
 def write_coreset(
-    folder: Path, method: str, rate: float, choice: Choice, scores: Scores, record: dict[str, Any]
+    folder: Path, method: str, rate: float, rows: np.ndarray, ids: list[str] | None, scores: Scores, record: dict
 ) -> Path:
-    """Write METHOD-RATE.json, the keys of `record` in between; returns the file. `scores` has at least the chosen rows.
-
-    Indices and ids go out piece by piece, in the layout of `write_json`: no list of all of them is ever held.
-    """
+    """Write METHOD-RATE.json, the keys of `record` in between; returns the file. `ids` are those of `rows`."""
     path = folder / f"{coreset_name(method, rate)}.json"
-    about = {
+    value = {
         "method": method,
         "rate": rate,
         **record,
         "scores": scores.made_by,
-        "num_rows": len(scores.index) if scores.num_rows is None else scores.num_rows,
-        "size": len(choice.rows),
+        "num_rows": scores.num_rows,
+        "size": len(rows),
         "data_fingerprint": scores.fingerprint,
         "code_version": code_version(),
-        "indices_sha256": _checksum(choice.rows),
+        "indices_sha256": _checksum(rows),
+        "indices": rows.tolist(),
+        "ids": ids,
     }
-    head = json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
-    with atomic_path(path) as draft, draft.open("w", encoding="utf-8") as file:
-        file.write(f'{head},\n "indices": [')
-        positions = scores.positions(choice.rows)
-        _write_items(file, (choice.rows[chunk].tolist() for chunk in _chunks(len(positions))))
-        file.write('\n ],\n "ids": ')
-        if scores.ids is None:
-            file.write("null\n}\n")
-        else:
-            file.write("[")
-            _write_items(file, (scores.ids_at(positions[chunk]) for chunk in _chunks(len(positions))))
-            file.write("\n ]\n}\n")
+    write_json(path, value)
     return path
-
-
-def _chunks(length: int) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, length, _CHUNK))
-
-
-def _write_items(file: TextIO, pieces: Iterable[list]) -> None:
-    """The items of a list, one a line."""
-    between = "\n  "
-    for items in pieces:
-        file.write(between + json.dumps(items, separators=(",\n  ", ": "), ensure_ascii=False)[1:-1])
-        between = ",\n  "
 
 
 def read_coreset(path: Path) -> Coreset:
@@ -95,60 +84,49 @@ def read_coreset(path: Path) -> Coreset:
 
     Raises: UserError for an unreadable file, and for indices that are no row numbers or not unique.
     """
-    ids = fingerprint = num_rows = checksum = scores = target = None
-    if path.suffix == ".pt":
-        indices = _read_published(path)
-    else:
-        record = read_json(path)
-        if not isinstance(record, dict) or not isinstance(record.get("indices"), list):
-            raise UserError(f"{path} is no coreset: it has no list `indices`")
-        indices, ids, fingerprint = record["indices"], record.get("ids"), record.get("data_fingerprint")
-        num_rows, checksum = record.get("num_rows"), record.get("indices_sha256")
-        scores, target = (checked(dict | None, record.get(key), path) for key in ("scores", "target"))
-        if record.get("size", len(indices)) != len(indices):
-            raise UserError(f"{path} says size {record['size']} and holds {len(indices)} indices: cut it again")
-        if ids is not None and (not isinstance(ids, list) or len(ids) != len(indices)):
-            raise UserError(f"{path}: `ids` must name each of the {len(indices)} indices")
-    if not indices or not all(type(i) is int and 0 <= i < 2**63 for i in indices):
-        raise UserError(f"{path}: `indices` must be row numbers of the training split, at least one")
-    order = np.argsort(np.array(indices, dtype=np.int64), kind="stable")
-    ascending = np.array(indices, dtype=np.int64)[order]
-    if len(repeated := ascending[1:][ascending[1:] == ascending[:-1]]):
+    published = path.suffix == ".pt"
+    record = checked(_Record, {"indices": _read_published(path)} if published else read_json(path), path)
+    indices, ids = np.array(record["indices"], dtype=np.int64), record.get("ids")
+    if not len(indices) == record.get("size", len(indices)) == len(indices if ids is None else ids):
+        raise UserError(f"{path} is damaged: `size`, `indices` and `ids` differ in length: cut it again")
+    order = np.argsort(indices, kind="stable")
+    indices = indices[order]
+    if len(repeated := indices[1:][indices[1:] == indices[:-1]]):
         raise UserError(f"{path}: row {repeated[0]} is chosen more than once")
-    if checksum not in (None, _checksum(ascending)):
+    if record.get("indices_sha256") not in (None, _checksum(indices)):
         raise UserError(f"{path} is damaged (the checksum of its indices does not fit): cut it again")
     if path.stem in _RESERVED or not re.fullmatch(r"[\w=+-][\w.=+-]*", path.stem):
         raise UserError(
             f"{path}: a coreset's file name names its data set and tuned model: rename it to letters, digits and . _ - "
             f"alone, no dot in front, and not {', '.join(_RESERVED)}"
         )
-    ids = [ids[i] for i in order] if ids else None
-    return Coreset(path.stem, ascending, ids, fingerprint, num_rows, path.suffix == ".pt", scores, target)
+    ids = ids and [ids[i] for i in order]
+    known = [record.get(key) for key in ("data_fingerprint", "num_rows")]
+    return Coreset(path.stem, indices, ids, *known, published, record.get("scores"), record.get("target"))
 
 
 def _checksum(indices: np.ndarray) -> str:
-    return digest(memoryview(np.ascontiguousarray(indices, dtype=np.int64)).cast("B"))
+    return digest(np.ascontiguousarray(indices, dtype=np.int64).tobytes())
 
 
-def _read_published(path: Path) -> list[int]:
+def _read_published(path: Path) -> list[Any]:
     import torch  # heavy, and only these files need it
 
+    reason = "it is damaged, or no list or tensor of row numbers"
     try:
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch checks no checksum
-            raise UserError(f"{path} is damaged ({damaged}): get it again")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch tests no checksum
+            raise ValueError
         value = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(value, list | tuple):
-            return list(value)
         # A tensor may claim more numbers than the file holds.
         if isinstance(value, torch.Tensor) and value.ndim == 1 and value.nbytes <= path.stat().st_size:
-            return value.tolist()
+            value = value.tolist()
+        if isinstance(value, list | tuple):
+            return list(value)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except UserError:
-        raise
+        reason = error.strerror or error
     except Exception:  # whatever a damaged or hostile file makes them raise
         pass
-    raise UserError(f"{path} is no plain index list: a list or tensor of row numbers is expected")
+    raise UserError(f"cannot read {path}: {reason}")
 
 
 def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) -> None:
@@ -157,30 +135,21 @@ def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) 
     A coreset cut from plain score files has no fingerprint; then its number of rows must do. A `.pt` list names no data
     at all; then its length must be one that the paper's rates give (`check_published`), or a line says that it is none.
     """
-    if coreset.published and (said := check_published(len(coreset.indices), len(ids), source)):
+    rows, stored, num_rows, why = coreset.indices, coreset.ids or [], len(ids), None
+    if coreset.published and (said := check_published(len(rows), num_rows, source)):
         say(said)
-    if coreset.indices[-1] >= len(ids):
-        raise UserError(
-            f"{source}: row {coreset.indices[-1]} is outside the training split of {len(ids)} rows: "
-            "the coreset is for other data"
-        )
-    if coreset.num_rows is not None and coreset.num_rows != len(ids):
-        raise UserError(
-            f"{source}: chosen from {coreset.num_rows} rows, the training split has {len(ids)}: "
-            "the coreset is for other data"
-        )
-    if coreset.fingerprint is None:
-        return
-    for row, stored in zip(coreset.indices, coreset.ids or [], strict=coreset.ids is not None):
-        if ids[row] != stored:
-            raise UserError(
-                f"{source}: row {row} has id {ids[row]} in the data at hand and {stored} in the coreset: "
-                "the coreset is for other data; cut it again"
-            )
-    if coreset.fingerprint != fingerprint:
-        raise UserError(
-            f"{source}: chosen from other data (fingerprint {coreset.fingerprint}, at hand {fingerprint}): cut it again"
-        )
+    if rows[-1] >= num_rows:
+        why = f"row {rows[-1]} is outside the training split of {num_rows} rows"
+    elif coreset.num_rows not in (None, num_rows):
+        why = f"chosen from {coreset.num_rows} rows, the training split has {num_rows}"
+    elif coreset.fingerprint is not None:
+        if other := [(row, was) for row, was in zip(rows, stored, strict=False) if ids[row] != was]:
+            row, was = other[0]
+            why = f"row {row} has id {ids[row]} in the data at hand and {was} in the coreset"
+        elif coreset.fingerprint != fingerprint:
+            why = f"chosen from other data (fingerprint {coreset.fingerprint}, at hand {fingerprint})"
+    if why:
+        raise UserError(f"{source}: {why}: the coreset is for other data; cut it again")
 
 
 def check_published(count: int, num_rows: int, source: str) -> str | None:
@@ -189,17 +158,43 @@ def check_published(count: int, num_rows: int, source: str) -> str | None:
 
     Raises: UserError where it is the length of a list of another of the paper's data sets.
     """
-    if _published_rate(count, num_rows):
-        return None
-    for name, rows in PUBLISHED_ROWS.items():
-        if rate := _published_rate(count, rows):
-            raise UserError(
-                f"{source}: {count:,} rows are the paper's coreset of {name} at rate {rate:g} (of {rows:,} training "
-                f"rows), the training split at hand has {num_rows:,}: the coreset is for other data"
-            )
+    for name, rows in {"": num_rows, **PUBLISHED_ROWS}.items():
+        for rate in PUBLISHED_RATES:
+            if abs(count - floor_share(rate, rows)) <= 1:
+                if not name:
+                    return None
+                raise UserError(
+                    f"{source}: {count:,} rows are the paper's coreset of {name} at rate {rate:g} (of {rows:,} "
+                    f"training rows), the training split at hand has {num_rows:,}: the coreset is for other data"
+                )
     rates = ", ".join(f"{rate:g}" for rate in PUBLISHED_RATES)
     return f"{source}: {count:,} rows are no published rate ({rates}) of the {num_rows:,} rows of the training split"
 
 
-def _published_rate(count: int, num_rows: int) -> float | None:
-    return next((rate for rate in PUBLISHED_RATES if abs(count - floor_share(rate, num_rows)) <= 1), None)
+def quotas_of(experiment: Experiment | None, scores: Scores) -> Quotas | None:
+    """Data set and quota of the rows that have `scores`; None where there is one data set.
+
+    Raises: UserError where the run folder has no split, or that of other data, and for scores of other rows.
+    """
+    if experiment is None or len(experiment.data_sets) == 1:
+        return None
+    quotas, scored = _quotas_of_all(experiment), len(scores.index) + len(scores.left_out)
+    if (num_rows := len(quotas.data_set)) != scored:
+        raise UserError(f"{scores.source} has {scored} rows, the training split {num_rows}: scores of other data")
+    return replace(quotas, data_set=quotas.data_set[scores.index])
+
+
+def check_quotas(experiment: Experiment) -> None:
+    """Raises: UserError where the training split cannot fill the quotas at some rate, before anything costs."""
+    if any(each.quota for each in experiment.data_sets):
+        quotas = _quotas_of_all(experiment)
+        with refusals():
+            for rate in experiment.selection.rates:
+                shares(quotas, coreset_size(rate, len(quotas.data_set)))
+
+
+def _quotas_of_all(experiment: Experiment) -> Quotas:
+    first_rows, sets = [first for _, first, _ in data_sets(experiment)], experiment.data_sets
+    data_set = np.searchsorted(first_rows, split_numbers(experiment)["train"], side="right") - 1
+    counts = np.bincount(data_set, minlength=len(sets)).tolist()
+    return Quotas([each.name for each in sets], [each.quota for each in sets], counts, data_set)
