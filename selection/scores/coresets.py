@@ -87,8 +87,9 @@ def read_coreset(path: Path) -> Coreset:
     published = path.suffix == ".pt"
     record = checked(_Record, {"indices": _read_published(path)} if published else read_json(path), path)
     indices, ids = np.array(record["indices"], dtype=np.int64), record.get("ids")
-    if not len(indices) == record.get("size", len(indices)) == len(indices if ids is None else ids):
-        raise UserError(f"{path} is damaged: `size`, `indices` and `ids` differ in length: cut it again")
+    size, named = record.get("size", len(indices)), len(indices) if ids is None else len(ids)
+    if not size == len(indices) == named:
+        raise UserError(f"{path} says size {size} and holds {len(indices)} indices with {named} ids: cut it again")
     order = np.argsort(indices, kind="stable")
     indices = indices[order]
     if len(repeated := indices[1:][indices[1:] == indices[:-1]]):
@@ -112,7 +113,7 @@ def _checksum(indices: np.ndarray) -> str:
 def _read_published(path: Path) -> list[Any]:
     import torch  # heavy, and only these files need it
 
-    reason = "it is damaged, or no list or tensor of row numbers"
+    reason = "it is damaged, or no plain index list (a list or tensor of row numbers)"
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch tests no checksum
             raise ValueError
