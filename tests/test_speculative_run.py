@@ -115,7 +115,7 @@ def test_a_run_that_differs_or_is_not_finished_is_refused_with_one_line(
         assert not (lender.folder / "shared_by.json").exists()
         return errors[0]
 
-    assert "has no data/split.json: run finetune.py and effort_score.py with that run's own" in refusal()
+    assert "has no data/split.json: run finetune.py and effort_score.py with its own" in refusal()
     assert stage("selection.effort_score", first)[0] == 0
     before = everything_in(lender.folder)
     assert "(dataset_sha256: stored" in refusal("selection.effort_score", rows[1:], "other-data")

@@ -119,7 +119,7 @@ def tuning_lora(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def placement(experiment: Experiment, model: str, tuned: Path | None) -> dict[str, Any]:
-    """`device_map` and `quantization_bit` for load_for_scoring: as configured for the target, none for the speculator."""
+    """`device_map` and `quantization_bit` for load_for_scoring: as configured for the target, else none."""
     settings = experiment.selection
     if model != experiment.target_model or (tuned is not None and tuned == experiment.tuned_small):
         return {}
@@ -268,7 +268,7 @@ def _check_lender(experiment: Experiment, data: str | None) -> None:
             why = "has not scored every row"
     if why:
         raise UserError(
-            f"speculative_run {other} {why}: run finetune.py and effort_score.py with that run's own configuration first"
+            f"speculative_run {other} {why}: run finetune.py and effort_score.py with its own configuration first"
         )
     if lacking := [name for name in experiment.selection.columns if name not in store.manifest["columns"]]:
         _refuse_difference(experiment, scores, {"columns": store.manifest["columns"]}, {"columns": lacking})
