@@ -1,14 +1,13 @@
 """Tune a model on a data set of the run folder, once: a finished result is reused, another is refused."""
 
 import argparse
-import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from finetune import trainer
+from selection.rows.llama_factory import environment
 from selection.rows.split import rows_of, write_dataset
 from selection.rows.tokens import tokenised_rows
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments
@@ -74,7 +73,11 @@ def tune_once(
         return
     what = folder.name if stage == TARGET_TUNING else model
     cost = Cost(stage, what, len(rows), device=device_name(), precision=precision, processes=together.count)
-    with _logs_in(experiment.folder, folder), building_together(folder, identity) as draft:
+    # Loggers write into the run folder, outside what is tuned (its files carry checksums), or as the user says.
+    logs = str(experiment.folder / "tensorboard" / folder.relative_to(experiment.folder))
+    logs = {"WANDB_DIR": str(experiment.folder), "TENSORBOARD_LOGGING_DIR": logs}
+    logs = {name: os.environ.get(name, path) for name, path in logs.items()}
+    with environment(logs), building_together(folder, identity) as draft:
         if together.leads:
             if dataset != "train":  # every stage has that
                 say(f"{dataset}: {len(rows)} rows -> {write_dataset(experiment, dataset, rows)}")
@@ -97,20 +100,6 @@ def _logs_to(keys: dict[str, Any], report: dict[str, Any]) -> list[str]:
         if not isinstance(name, str) or not name.isidentifier() or importlib.util.find_spec(name) is None:
             raise UserError(f"report_to {name}: not installed: pip install {name}, or remove it")
     return list(dict.fromkeys(names)) or ["none"]
-
-
-@contextlib.contextmanager
-def _logs_in(run_folder: Path, tuned: Path) -> Iterator[None]:
-    """Let loggers write into the run folder, outside what is tuned (its files carry checksums), or as the user says."""
-    logs = run_folder / "tensorboard" / tuned.relative_to(run_folder)
-    folders = {"WANDB_DIR": str(run_folder), "TENSORBOARD_LOGGING_DIR": str(logs)}
-    ours = {name: folder for name, folder in folders.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            del os.environ[name]
 
 
 def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:

@@ -150,13 +150,16 @@ MESSAGES = {"formatting": "openai", "columns": {"messages": "messages"}, "tags":
         (CHAT, {"conversations": [{"from": "system", "value": "s"}]}, "it ends without a turn of 'gpt'"),
         (CHAT, {"conversations": []}, "it ends without a turn of 'gpt'"),
         (CHAT, {"conversations": turns("a", "b", tags=("role", "content"))},
-         r"turn 0 has no 'from' \(it has role, content\): give its name under dataset_format.tags"),
+         r"turn 0 has no 'from' \(it has role, content\): name it under dataset_format.tags"),
         (CHAT, {"conversations": "a"}, "something else than text or turns"),
         (CHAT, {"conversations": turns("a", "  ")}, "its response is blank"),
         (CHAT | {"columns": {"messages": "conversations", "system": "system"}},
          {"conversations": turns("a", "b"), "system": 3}, "its system prompt is no text"),
         (CHAT | {"columns": {"messages": "conversations", "tools": "tools"}},
          {"conversations": turns("a", "b"), "tools": "add"}, "its tools are no text that holds JSON"),
+        ({}, {"instruction": "a", "input": "", "output": None}, "it has not one response"),
+        ({}, {"instruction": "a", "input": "", "output": ["a"]}, "it has not one response"),
+        ({}, {"instruction": "a", "input": "", "output": " \n"}, "its response is blank"),
         (MESSAGES, {"messages": [said("a", "user"), said("b", "bot")]}, "turn 1 is of 'bot'"),
         (MESSAGES, {"messages": [said("a", "user"), said(CALL, "call"), said("2", "tool")]}, "it ends without a turn"),
     ],
@@ -164,6 +167,7 @@ MESSAGES = {"formatting": "openai", "columns": {"messages": "messages"}, "tags":
 def test_what_is_wrong_with_a_conversation_is_said_with_its_row(make_experiment, form, row, why):
     messages = [said("a", "user"), said("b", "assistant")]
     good = {"conversations": turns("a", "b"), "messages": messages, "system": "s", "tools": "[]"}
+    good |= {"instruction": "a", "input": "", "output": "b"}
     fits = {key: good[key] for key in row}
     ((number, text),) = unusable_rows([fits, row, fits], form).items()
     assert number == 1 and re.search(why, text)

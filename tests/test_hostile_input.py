@@ -282,69 +282,45 @@ def test_a_name_too_long_for_the_file_system_is_refused(make_experiment, rows):
             model_path(experiment.target_model)
 
 
-@pytest.mark.parametrize(
-    "text", ["NaN", "[Infinity]", "[1e999]", "-1e400", '{"a": -Infinity}', '"\\ud800"', "[" * 100_000, "", "\xff"]
-)
-def test_json_that_is_none_is_refused_and_whole_characters_are_kept(tmp_path, text):
-    path = tmp_path / "x.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match="no readable JSON"):
-        read_json(path)
-    path.write_text('["\\ud83d\\ude00", "é", "\\\\ud"]')
-    assert read_json(path) == ["😀", "é", "\\ud"]
+_NO_JSON = ["NaN", "[Infinity]", "[1e999]", "-1e400", '{"a": -Infinity}', '"\\ud800"', "[" * 100_000, "", "\xff"]
+_COST = '{"stage": "x", "what": "y", "seconds": %s}'
+_METRICS = {"rouge-1": 1, "rouge-2": 2, "rouge-l": 3, "bleu-4": 100, "samples": 3, "code_version": "x"}
+_CHANGES = ({"rouge-l": None}, {"bleu-4": -1}, {"rouge-1": 101}, {"by_sample": {"rouge-l": ["x"]}})
+DAMAGED = {  # a record's good content, if any, and bad ones
+    "x.json": ('["\\ud83d\\ude00", "é", "\\\\ud"]', _NO_JSON),
+    "split.json": (None, ["[]", "3", "{}", '{"made_from": 1}', '{"made_from": {}, "fingerprint": 1}']),
+    "made_from.json": (None, ["[]", "{}"]),
+    "costs.jsonl": (
+        _COST % 2,
+        ["3", "[" * 100_000, '{"stage": "x"}', *(_COST % seconds for seconds in ('"a"', "-1", "NaN", "1e999"))],
+    ),
+    "draft.json": (None, ["[]", '{"cost": 3}', '{"cost": {"tokens": 1}}', '{"cost": {"seconds": "x"}}']),
+    "metrics.json": (json.dumps(_METRICS), [json.dumps(_METRICS | change) for change in _CHANGES]),
+}
 
 
-def test_damaged_records_of_a_run_are_named(make_experiment, rows, tmp_path, tiny_model):
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    experiment = load_experiment(make_experiment(rows, small_model=str(cut)))
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_record_is_named(make_experiment, rows, tmp_path, tiny_model, name):
+    experiment = load_experiment(make_experiment(rows, small_model=str(tmp_path)))
     training_split(experiment)
-    for path, texts, said, read in (
-        (
-            experiment.data_folder / "split.json",
-            ("[]", "3", "{}", '{"made_from": 1}', '{"made_from": {}, "fingerprint": 1}'),
-            "is damaged",
-            lambda: training_split(experiment),
-        ),
-        (tmp_path / "made_from.json", ["[]"], "is damaged", lambda: check_base(tmp_path, str(tiny_model))),
-        (tmp_path / "made_from.json", ["{}"], "another model", lambda: check_base(tmp_path, str(tiny_model))),
-        (experiment.folder / "costs.jsonl", ['{"stage": "a", "what": "b"}'], None, lambda: None),
-        (
-            cut / "draft.json",
-            ("[]", '{"cost": 3}', '{"cost": {"tokens": 1}}', '{"cost": {"seconds": "x"}}'),
-            r"draft\.json is damaged",
-            lambda: summarise(experiment),
-        ),
-    ):
-        for text in texts:
-            path.write_text(text)
-            if said:
-                with pytest.raises(UserError, match=said):
-                    read()
-
-
-@pytest.mark.parametrize(
-    "line", ["3", "[" * 100_000, '{"stage": "x"}']
-    + [f'{{"stage": "x", "what": "y", "seconds": {seconds}}}' for seconds in ('"a"', "-1", "NaN", "1e999")],
-)  # fmt: skip
-def test_a_damaged_ledger_is_named(tmp_path, line):
-    path = tmp_path / "costs.jsonl"
-    path.write_text('{"stage": "a", "what": "b", "seconds": 2}\n')
-    assert read_ledger(tmp_path) == [Cost("a", "b", seconds=2.0)]
-    with path.open("a") as file:
-        file.write(line)
-    with pytest.raises(UserError, match=r"costs\.jsonl"):
-        read_ledger(tmp_path)
-
-
-def test_damaged_metrics_are_named(tmp_path):
-    good = {"rouge-1": 1, "rouge-2": 2, "rouge-l": 3, "bleu-4": 100, "samples": 3, "code_version": "x"}
-    (tmp_path / "metrics.json").write_text(json.dumps(good))
-    assert read_metrics(tmp_path)["bleu-4"] == 100
-    for change in ({"rouge-l": None}, {"bleu-4": -1}, {"rouge-1": 101}, {"by_sample": {"rouge-l": ["x"]}}):
-        (tmp_path / "metrics.json").write_text(json.dumps(good | change))
-        with pytest.raises(UserError, match=r"metrics\.json is damaged"):
-            read_metrics(tmp_path)
+    (experiment.folder / "costs.jsonl").write_text(_COST % 1)
+    folder = experiment.data_folder if name == "split.json" else tmp_path
+    read, good = {
+        "x.json": (lambda: read_json(tmp_path / name), ["😀", "é", "\\ud"]),
+        "split.json": (lambda: training_split(experiment), None),
+        "made_from.json": (lambda: check_base(tmp_path, str(tiny_model)), None),
+        "costs.jsonl": (lambda: read_ledger(tmp_path), [Cost("x", "y", seconds=2.0)]),
+        "draft.json": (lambda: summarise(experiment), None),
+        "metrics.json": (lambda: read_metrics(tmp_path), _METRICS),
+    }[name]
+    content, bad = DAMAGED[name]
+    if content is not None:
+        (folder / name).write_text(content)
+        assert read() == good
+    for text in bad:
+        (folder / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=f"{re.escape(name)}|{tmp_path} was tuned from another model"):
+            read()
 
 
 @pytest.mark.parametrize("shape", ["(1000000000000, 3)", "(" * 300, "(2, 3", "(-1, 3)"])

@@ -1,5 +1,6 @@
 """A data file's rows: what LLaMA-Factory makes of them is what is scored and tuned on; what cannot be used is named."""
 
+import codecs
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, assert_one_line_error, rows_of_llama_factory, run_script
 from datasets import Dataset
 
-from selection.rows.read import raw_rows, reading_rows
+from selection.rows.read import reading_rows
 from selection.rows.split import row_id, rows_of, training_split, write_dataset
 from selection.rows.tokens import check_tokenizer, tokenised_rows
 from selection.run.config import DatasetFormat, load_experiment
@@ -116,71 +117,53 @@ def test_csv_words_that_mean_nothing_elsewhere_are_words_here(tmp_path):
         assert [list(row.values()) for row in found] == [["null", "NA", "None"], ["a", "", "nan"]]
 
 
-@pytest.mark.parametrize("name", ["d.PARQUET", "d.parquet"])
-def test_numbers_of_a_parquet_file_are_written_as_in_json(name, tmp_path):
+def test_numbers_of_a_parquet_file_are_written_as_in_json(tmp_path):
     answers = {"output": [0, 1], "instruction": ["a", "b"], "input": [1.5, None], "system": [True, False]}
-    Dataset.from_dict(answers).to_parquet(tmp_path / name)
+    Dataset.from_dict(answers).to_parquet(tmp_path / "d.PARQUET")
     columns = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
-    with reading_rows(tmp_path / name, DatasetFormat(columns=columns)) as found:
+    with reading_rows(tmp_path / "d.PARQUET", DatasetFormat(columns=columns)) as found:
         assert found.column_names == list(answers)
         assert [list(row.values()) for row in found] == [["0", "a", "1.5", "true"], ["1", "b", None, "false"]]
 
 
-@pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.csv"])
-def test_a_byte_order_mark_is_passed_over_and_utf_16_named(name, tmp_path):
+def test_a_byte_order_mark_is_passed_over(tmp_path):
     given = [{"instruction": "Wie heißt sie?", "output": "Zoë"}, {"instruction": "a", "output": "b"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in given]
     contents = {"d.json": f"[{','.join(lines)}]", "d.jsonl": "\n".join(lines)}
-    content = contents.get(name, "instruction,output\nWie heißt sie?,Zoë\na,b\n")
-    (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
-    with reading_rows(tmp_path / name, TWO_COLUMNS) as found:
-        assert found.to_list() == given
-    for encoding in ("utf-16-le", "utf-16-be"):
-        (tmp_path / name).write_text("\ufeff" + content, encoding=encoding)
-        with pytest.raises(UserError, match=f"{name} is written in UTF-16"), raw_rows(tmp_path / name):
-            pass
-
-
-@pytest.mark.parametrize("values", [[0, "unknown", 1], ["unknown", None, 1.5]])
-def test_a_json_column_of_numbers_and_words_is_named_with_its_rows(values, tmp_path):
-    lines = [json.dumps({"instruction": "a", "output": value}) for value in values]
-    (tmp_path / "d.json").write_text("[" + ",\n".join(lines) + "]")
-    (tmp_path / "d.jsonl").write_text("\n".join(lines))
-    text = values.index("unknown")
-    said = rf"column output is text in row {text} and is none in row {0 if text else 2}: write all of it as text"
-    for name in ("d.json", "d.jsonl"):
-        with pytest.raises(UserError, match=said), raw_rows(tmp_path / name):
-            pass
-
-
-def test_a_csv_file_with_a_nul_byte_is_refused(tmp_path):
-    (tmp_path / "d.csv").write_bytes(b"instruction,output,id\na,b,c\nd,e,\0\n")
-    with pytest.raises(UserError, match="holds a NUL byte"), raw_rows(tmp_path / "d.csv"):
-        pass
+    for name, content in (contents | {"d.csv": "instruction,output\nWie heißt sie?,Zoë\na,b\n"}).items():
+        (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
+        with reading_rows(tmp_path / name, TWO_COLUMNS) as found:
+            assert found.to_list() == given
 
 
 # What cannot be used
 
-
-@pytest.mark.parametrize("output", [None, "", "  \n", ["a"]], ids=repr)
-def test_rows_without_a_response_are_named(make_experiment, rows, output):
-    for row in rows:
-        row["output"] = [] if isinstance(output, list) else row["output"]
-    rows[7]["output"] = rows[11]["output"] = output
-    experiment = load_experiment(make_experiment(rows))
-    with pytest.raises(UserError, match=r"rows have no prompt and text response, first row (7, 11|0, 1, 2)"):
-        training_split(experiment)
-    assert not (experiment.data_folder / "split.json").exists()
+MIXED = [  # values of a column, the row of text and another one
+    ([0, "unknown", 1], (1, 0)),
+    (["unknown", None, 1.5], (0, 2)),
+]
 
 
-def test_a_missing_column_is_named(make_experiment, rows):
-    renamed = [{**row, "answer": row["output"]} for row in rows]
-    for row in renamed:
-        del row["output"]
-    with pytest.raises(UserError, match=r"row 0 of the data set has no column 'output' \(it has id, instruction"):
-        training_split(load_experiment(make_experiment(renamed)))
-    columns = {"columns": {"prompt": "instruction", "response": "answer"}}
-    assert len(training_split(load_experiment(make_experiment(renamed, dataset_format=columns))).rows) == 24
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        *(("d.jsonl", each, "cannot read rows from|line 1: no JSON") for each in (b"", b"[]", b"{", b"\0\xff")),
+        ("d.csv", b"instruction,output,id\na,b,c\nd,e,\0\n", "holds a NUL byte"),
+        ("d.txt", b"a", "a data set is a .json, .jsonl, .csv, .parquet file"),
+        ("d.jsonl", b'{"instruction": "a"}', r"row 0 of the data set has no column 'output' \(it has instruction"),
+        *((n, "a".encode("utf-16"), f"{n} is written in UTF-16: save it") for n in ("d.json", "d.jsonl", "d.csv")),
+        ("d.json", codecs.BOM_UTF16_BE + b"\0a", "is written in UTF-16: save it as UTF-8"),
+        *(
+            ("d.jsonl", b"\n".join(json.dumps({"instruction": "a", "output": value}).encode() for value in values),
+             rf"column output is text in row {text} and is none in row {other}: write all of it as text")
+            for values, (text, other) in MIXED
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said), reading_rows(tmp_path / name, TWO_COLUMNS):
+        pass
 
 
 def test_a_response_that_is_all_cut_off_is_named(make_experiment, rows):
@@ -189,14 +172,6 @@ def test_a_response_that_is_all_cut_off_is_named(make_experiment, rows):
     experiment = load_experiment(make_experiment(turns, dataset_format={"formatting": "sharegpt"}, cutoff_len=2))
     with pytest.raises(UserError, match=r"row 0 of train\.arrow: cutoff_len 2 leaves no response token"):
         tokenised_rows(experiment, experiment.target_model, "train", training_split(experiment).rows)
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\x00\xff\x00", b'{"instruction": "a", "output": "b"}\n'])
-def test_a_data_set_without_usable_rows_is_refused(make_experiment, rows, tmp_path, content):
-    config = make_experiment(rows)
-    (tmp_path / "experiment.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=r"(cannot read rows from|usable rows|no column|line 1: no JSON object)"):
-        training_split(load_experiment(config))
 
 
 def test_a_tokenizer_that_loses_spaces_is_refused(rows, tiny_model):
@@ -209,17 +184,15 @@ def test_a_tokenizer_that_loses_spaces_is_refused(rows, tiny_model):
         check_tokenizer(lossy, texts, "tiny")
 
 
-def test_dates_in_other_columns_do_no_harm(make_experiment, rows):
-    dated = [{**row, "day": "2020-01-01"} for row in rows]
-    assert len(training_split(load_experiment(make_experiment(dated))).rows) == 24
-
-
 # The split in the run folder
 
 
-def test_a_split_that_leaves_nothing_to_train_on_is_refused(make_experiment, rows):
-    experiment = load_experiment(make_experiment(rows, max_samples=2, eval_size=0.9))
-    with pytest.raises(UserError, match=r"eval_size 0\.9 of 2 rows leaves none to train on"):
+@pytest.mark.parametrize(
+    ("num_rows", "said"), [(2, r"eval_size 0\.9 of 2 rows leaves none to train on"), (1, "has 1 usable rows")]
+)
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(make_experiment, rows, num_rows, said):
+    experiment = load_experiment(make_experiment(rows[:num_rows], eval_size=0.9))
+    with pytest.raises(UserError, match=said):
         training_split(experiment)
 
 
@@ -236,6 +209,11 @@ def test_a_changed_split_and_one_of_other_data_are_refused(make_experiment, rows
     rows[3]["output"] += " And more."
     with pytest.raises(UserError, match=r"belongs to other data \(dataset_sha256"):
         training_split(load_experiment(make_experiment(rows)))
+
+
+def test_dates_in_other_columns_do_no_harm(make_experiment, rows):
+    dated = [row | {"day": "2020-01-01"} for row in rows]
+    assert len(training_split(load_experiment(make_experiment(dated))).rows) == 24
 
 
 def test_data_sets_that_are_written_at_the_same_time_are_all_listed(make_experiment, rows):

@@ -15,10 +15,10 @@ from selection.run.log import set_library_bars
 def unusable_rows(rows: Iterable[dict], entry: dict[str, Any]) -> dict[int, str]:
     """What is wrong with the rows that LLaMA-Factory would drop, misread or crash on, by row number.
 
-    `entry` is the data set's in `dataset_info.json`. Raises: UserError where a row lacks a column.
+    `entry`: the data set's in `dataset_info.json`. Raises: UserError where a row lacks a column.
     """
-    converted = ((number, convert_row(row, entry, f"row {number} of the data set")) for number, row in enumerate(rows))
-    return {number: sample for number, sample in converted if isinstance(sample, str)}
+    converted = (convert_row(row, entry, f"row {number} of the data set") for number, row in enumerate(rows))
+    return {number: sample for number, sample in enumerate(converted) if isinstance(sample, str)}
 
 
 def text_columns(entry: dict[str, Any]) -> list[str]:
@@ -29,10 +29,7 @@ def text_columns(entry: dict[str, Any]) -> list[str]:
 
 
 def in_common_form(rows, dataset_format: DatasetFormat, cache: Path) -> "datasets.Dataset":  # noqa: F821
-    """The rows in COMMON_FORM, of which LLaMA-Factory makes the same tokens; they lie in the file `cache`.
-
-    Columns messages (as `as_messages`) and tools (JSON text, "" for none).
-    """
+    """The rows in COMMON_FORM, of which LLaMA-Factory makes the same tokens; they lie in the file `cache`."""
     from datasets import Features, Value
 
     if media := {"images", "videos", "audios"} & set(dataset_format.columns):
@@ -50,12 +47,10 @@ def in_common_form(rows, dataset_format: DatasetFormat, cache: Path) -> "dataset
 
 
 def as_messages(row: dict, entry: dict[str, Any]) -> list[dict[str, str]]:
-    """A raw row as the messages {role, content} that LLaMA-Factory trains on.
+    """A raw row as the messages {role, content} that LLaMA-Factory trains on; the last one is the response.
 
     Roles: system (at most one, first, never empty), then user or observation (a tool's answer) and assistant or
-    function (a call, JSON text) in turn. The last message is the response; tuning trains on every assistant and
-    function turn. Under `formatting: openai` LLaMA-Factory itself adds "detailed thinking off" to the system prompt of
-    rows without tools. Raises: UserError for a row that is unusable or lacks a column.
+    function (a call, JSON text) in turn. Raises: UserError for a row that is unusable or lacks a column.
     """
     sample = convert_row(row, entry)
     if isinstance(sample, str):
@@ -72,7 +67,7 @@ def tools_of(row: dict, entry: dict[str, Any]) -> str:
 def convert_row(row: dict, entry: dict[str, Any], name: str = "the row") -> dict[str, Any] | str:
     """LLaMA-Factory's _prompt, _response, _system and _tools of a raw row, or a text: what is wrong with it.
 
-    A blank response counts as wrong. Raises: UserError with `name` where the row lacks a column.
+    Raises: UserError with `name` where the row lacks a column.
     """
     convert = _converter(json.dumps(entry, sort_keys=True))
     try:
@@ -110,8 +105,7 @@ def _odd_turns(row: dict[str, Any], form) -> str | None:
     for number, turn in enumerate(row[form.messages]):
         for tag in (form.role_tag, form.content_tag):
             if tag not in turn.keys():  # noqa: SIM118 - a text has no keys
-                has = f"turn {number} has no {tag!r} (it has {', '.join(turn)})"
-                return f"{has}: give its name under dataset_format.tags"
+                return f"turn {number} has no {tag!r} (it has {', '.join(turn)}): name it under dataset_format.tags"
         role = turn[form.role_tag]
         if number == 0 and form.system_tag and role == form.system_tag:
             continue

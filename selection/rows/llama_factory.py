@@ -5,6 +5,7 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -85,14 +86,21 @@ def quiet():
 
 
 @contextlib.contextmanager
-def alone():
-    """Without torchrun's variables: the leader prepares without waiting for the others."""
-    names = [name for name in os.environ if name in ("RANK", "WORLD_SIZE") or name.startswith("LOCAL_")]
-    kept = {name: os.environ.pop(name) for name in names}
+def environment(changes: dict[str, str | None]):
+    """Set these variables, or remove those that are None; put them back at the end."""
+    kept = {name: os.environ.pop(name, None) for name in changes}
+    os.environ.update({name: value for name, value in changes.items() if value is not None})
     try:
         yield
     finally:
-        os.environ.update(kept)
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+
+
+def alone():
+    """Without torchrun's variables: the leader prepares without waiting for the others."""
+    return environment({name: None for name in os.environ if re.fullmatch("RANK|WORLD_SIZE|LOCAL_.*", name)})
 
 
 @contextlib.contextmanager

@@ -3,10 +3,8 @@
 import codecs
 import contextlib
 import glob
-import itertools
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,28 +30,25 @@ def as_json(value: object, **options) -> str:
 
 @contextlib.contextmanager
 def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["datasets.Dataset"]:  # noqa: F821
-    """`raw_rows`, refused where LLaMA-Factory cannot use one: it would drop it and shift every later row number.
+    """`raw_rows`; numbers and dates in a prompt's or response's column are the text that stands in the file.
 
-    Numbers and dates in a prompt's or response's column are the text that stands in the file. Raises: UserError.
+    Raises: UserError also where LLaMA-Factory would drop or misread a row, which would shift later row numbers.
     """
     with raw_rows(path) as rows:
         rows = _with_text(rows, path, text_columns(dataset_format.entry))
         if unusable := unusable_rows(rows, dataset_format.entry):
-            first, *_ = unusable
-            named = ", ".join(map(str, itertools.islice(unusable, 5)))
+            first, *more = list(unusable)[:5]
             raise UserError(
-                f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row {named} "
-                f"(row {first}: {unusable[first]}): mend or remove them, or describe the columns with dataset_format"
+                f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row "
+                f"{', '.join(map(str, [first, *more]))} (row {first}: {unusable[first]}): mend or remove them, or "
+                "describe the columns with dataset_format"
             )
         yield rows
 
 
 @contextlib.contextmanager
 def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
-    """The rows as `datasets`, and so LLaMA-Factory, reads them. They stay on disk.
-
-    Raises: UserError for a file that cannot be read.
-    """
+    """The rows as `datasets`, and so LLaMA-Factory, reads them; they stay on disk. Raises: UserError."""
     from datasets import Features, Value, load_dataset
 
     kind = _READERS.get(path.suffix.lower())
@@ -67,19 +62,15 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
         raise UserError(f"{path} is written in UTF-16: save it as UTF-8")
     if nul:  # pandas would leave it out
         raise UserError(f"{path} holds a NUL byte: it is damaged, or no text: save it as UTF-8")
+    options = {}
     if kind == "json":
         _check_json(path)
+        options = {"encoding": "utf-8-sig" if mark == codecs.BOM_UTF8 else "utf-8"}
+    elif kind == "csv":
+        options = {"keep_default_na": False}  # or pandas takes the words null, NA and None for nothing
     set_library_bars()
     with tempfile.TemporaryDirectory() as cache:
-        source = path
-        if kind == "json" and mark == codecs.BOM_UTF8:  # `datasets` does not skip it everywhere
-            source = Path(cache) / "without_mark.json"
-            with path.open("rb") as file, source.open("wb") as copy:
-                file.seek(len(mark))
-                shutil.copyfileobj(file, copy)
-        options = {"data_files": glob.escape(str(source)), "split": "train", "cache_dir": cache}
-        if kind == "csv":
-            options["keep_default_na"] = False  # or pandas takes the words null, NA and None for nothing
+        options |= {"data_files": glob.escape(str(path)), "split": "train", "cache_dir": cache}
         try:
             try:
                 rows = load_dataset(kind, **options)
@@ -87,8 +78,8 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
                 if kind != "csv":
                     raise
                 # A column may begin with numbers and go on with words: read all columns as text.
-                columns = _read_csv(source, nrows=0).columns
-                rows = load_dataset(kind, features=Features({name: Value("string") for name in columns}), **options)
+                text = Features({name: Value("string") for name in _read_csv(path, nrows=0).columns})
+                rows = load_dataset(kind, features=text, **options)
             rows.data.validate(full=True)  # finds text that is no UTF-8
         except Exception as error:  # each reader raises its own kinds
             said = (_mixed_column(path) if kind == "json" else None) or error.__cause__ or error
@@ -100,15 +91,15 @@ def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "dat
     """Give numbers, truth values and dates in `columns` as the file writes them (Parquet: as JSON would)."""
     from datasets import Value
 
-    kinds, kind = rows.features, _READERS[path.suffix.lower()]
+    kinds, kind, names = rows.features, _READERS[path.suffix.lower()], rows.column_names
     odd = [name for name in columns if isinstance(kinds.get(name), Value) and kinds[name].dtype not in _TEXT_TYPES]
     if not odd:
         return rows
     try:
-        if kind == "csv":
-            found = _read_csv(path, usecols=odd).to_dict("records")
-        elif kind == "parquet":
+        if kind == "parquet":
             found = rows.select_columns(odd)
+        elif kind == "csv":
+            found = _read_csv(path, usecols=odd).to_dict("records")
         else:
             found = _read_json(path, parse_int=str, parse_float=str, parse_constant=str)
         values = {name: [row.get(name) for row in found] for name in odd}
@@ -116,7 +107,6 @@ def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "dat
         return rows
     if len(found) != len(rows):
         return rows
-    names = rows.column_names
     for name in odd:
         say(f"dataset {path.name}: {name} holds {kinds[name].dtype}: taken as the text that stands in the file")
         texts = [value if isinstance(value, str | None) else as_json(value) for value in values[name]]
