@@ -31,16 +31,12 @@ def main() -> None:
         "--seed": {"type": int, "help": "of the rows drawn in each stratum"},
     }
     for flag, about in options.items():
-        about |= {
-            "default": getattr(default, about.get("dest", flag[2:])),
-            "help": f"{about['help']}; default: %(default)s",
-        }
-        parser.add_argument(flag, **about)
+        about["default"] = getattr(default, about.get("dest", flag[2:]))
+        parser.add_argument(flag, **about | {"help": f"{about['help']}; default: %(default)s"})
     arguments = vars(parser.parse_args())
-    paths = arguments.pop("scores")
     settings = validated(default, {name: arguments[name] for name in arguments.keys() & Selection.model_fields.keys()})
     scores = []
-    for path in paths:  # one that is not there, read_scores names
+    for path in arguments["scores"]:  # one that is not there, read_scores names
         known = path.exists() and has_column(path, "n_response_tokens")
         scores.append(read_scores(path, ["effort", "n_response_tokens"] if known else ["effort"]))
     result = agreement(*scores, settings.rates, settings.num_strata, settings.hardest_cutoff, settings.seed)

@@ -12,11 +12,9 @@ from selection.method.interval import ratio_interval
 from selection.method.staff import min_max_normalise, stratify
 from selection.report.annotated import annotated
 from selection.rows.split import row_id, rows_of, split_numbers, training_split
-from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.scores.coresets import write_coreset
 from selection.scores.folder import read_scores
-from selection.scores.identity import write_experiment
 from selection.scores.verification import Settings
 
 ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(130)]
@@ -25,13 +23,9 @@ EFFORT = np.random.default_rng(0).lognormal(size=104)  # of the training split
 
 @pytest.fixture
 def run(tmp_path):
-    """A function that gives an experiment with scores and verification, as the stages leave them, and its coresets."""
-
-    def make(effort: np.ndarray = EFFORT, **changes):
-        changes = {"num_strata": 6, "verify_per_stratum": 3, "rates": [0.3, 0.95]} | changes
-        return scored_run(tmp_path, ROWS, effort, **changes)
-
-    return make
+    """A function that gives a run with coresets of rates 0.3 and 0.95."""
+    settings = {"num_strata": 6, "verify_per_stratum": 3, "rates": [0.3, 0.95]}
+    return lambda effort=EFFORT, **changes: scored_run(tmp_path, ROWS, effort, **settings | changes)
 
 
 def lines(experiment, name: str) -> list[dict]:
@@ -45,12 +39,11 @@ def test_every_row_of_the_data_has_its_line_in_its_order(run):
     for line in table:
         if line["split"] == "eval":
             assert line["reason"] == "held out for evaluation" and not line["chosen"] and line["effort"] is None
-            continue
-        index = line["index"]
-        assert split.rows[index] == ROWS[line["row"]] and line["id"] == row_id(ROWS[line["row"]])
-        assert (line["effort"], line["loss"]) == (EFFORT[index], EFFORT[index] / 2)
-        assert line["n_response_tokens"] == index + 1
-        assert line["target_effort"] == (3 * EFFORT[index] if line["verified"] else None)
+        else:
+            index = line["index"]
+            assert split.rows[index] == ROWS[line["row"]] and line["id"] == row_id(ROWS[line["row"]])
+            assert (line["effort"], line["n_response_tokens"]) == (EFFORT[index], index + 1)
+            assert line["target_effort"] == (3 * EFFORT[index] if line["verified"] else None)
     assert sorted(line["index"] for line in table if line["split"] == "train") == list(range(104))
     for name, numbers in split_numbers(experiment).items():
         assert list(rows_of(experiment, name)) == [ROWS[number] for number in numbers]
@@ -88,10 +81,14 @@ def test_rows_without_a_score_say_so(run):
     assert sum(line["chosen"] for line in table) == 97  # ⌊0.95 · 103⌋
 
 
-def test_other_coresets_have_their_method_for_a_reason(run):
-    table = lines(run(methods=["random"]), "random-0.3")
-    reasons = {"chosen by random", "not chosen by random", "held out for evaluation"}
-    assert {line["reason"] for line in table} == reasons and {line["stratum"] for line in table} == {None}
+def test_other_coresets_have_their_method_for_a_reason_and_need_no_scores(run):
+    experiment = run(methods=["random"])
+    for scored in (True, False):
+        table = lines(experiment, "random-0.3")
+        reasons = {"chosen by random", "not chosen by random", "held out for evaluation"}
+        assert {line["reason"] for line in table} == reasons and {line["stratum"] for line in table} == {None}
+        assert sum(line["chosen"] for line in table) == 31 and any(line["effort"] for line in table) == scored
+        shutil.rmtree(experiment.small_scores, ignore_errors=True)
 
 
 def test_a_coreset_of_other_scores_or_data_is_refused(run, tmp_path):
@@ -119,26 +116,6 @@ def test_a_coreset_file_that_says_nonsense_is_refused(run):
         path.write_text(json.dumps(changed))
         with pytest.raises(UserError, match=re.escape(str(path))):
             annotated(experiment, path)
-
-
-def test_without_the_scores_the_chosen_rows_are_known_still(run):
-    experiment = run()
-    shutil.rmtree(experiment.small_scores)
-    table = lines(experiment, "staff-0.3")
-    assert sum(line["chosen"] for line in table) == 31 and {line["effort"] for line in table} == {None}
-
-
-def test_the_experiment_keeps_its_exact_configuration(run):
-    experiment = run()
-    assert not experiment.record.exists()  # cutting a coreset, or reading the data, is no reason to write it
-    write_experiment(experiment)
-    assert experiment.record.read_text().startswith("# suite ")
-    assert load_experiment(experiment.record) == experiment
-    written = experiment.record.stat().st_mtime_ns
-    write_experiment(experiment)
-    assert experiment.record.stat().st_mtime_ns == written
-    write_experiment(load_experiment(experiment.record, ["selection.num_strata=7"]))
-    assert load_experiment(experiment.record).selection.num_strata == 7
 
 
 def coverage(rng, n: int, skews: tuple[float, ...]) -> float:

@@ -17,7 +17,7 @@ from test_rows import tokens_of_llama_factory
 
 from selection.report.annotated import annotated
 from selection.report.export import as_chat, coreset_paths, export
-from selection.rows.conversation import as_messages, tools_of
+from selection.rows.conversation import as_messages
 from selection.rows.split import split_numbers, training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import load_experiment
@@ -32,10 +32,8 @@ CHATML = (
     "{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SHAREGPT = {
-    "formatting": "sharegpt",
-    "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
-}
+COLUMNS = ("conversations", "system", "tools")
+SHAREGPT = {"formatting": "sharegpt", "columns": dict(zip(("messages", *COLUMNS[1:]), COLUMNS, strict=True))}
 
 
 def conversations() -> list[dict]:
@@ -144,7 +142,7 @@ def inputs_and_labels(rows: list[dict]) -> list[dict]:
     return [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
 
 
-def test_annotated_files_hold_every_row_as_it_was_and_what_is_known_of_it(run):
+def test_files_hold_every_row_as_it_was_with_what_is_known_of_it_and_the_chosen_rows(run):
     rows, known = read_lines(Path(run.experiment.dataset)), annotated(run.experiment, run.path).to_pylist()
     for kind, name in (("parquet", "annotated.parquet"), ("json", "annotated.jsonl")):
         read = load(kind, run.folder / name).to_list()
@@ -156,12 +154,8 @@ def test_annotated_files_hold_every_row_as_it_was_and_what_is_known_of_it(run):
     assert [{key: line[key] for key in rows[0]} for line in chosen] == run.rows and len(chosen) == 24
     record = read_json(run.folder / "made_from.json")
     assert record["export_of"] == "staff-0.2" and record["template"] == "chatml"
-
-
-def test_numbers_and_folder_give_the_chosen_rows(run):
-    data = load("json", run.experiment.dataset)
     numbers = [int(line) for line in (run.folder / "indices.txt").read_text().splitlines()]
-    assert data.select(numbers).to_list() == run.rows == load_from_disk(run.folder / "dataset").to_list()
+    assert [rows[number] for number in numbers] == run.rows == load_from_disk(run.folder / "dataset").to_list()
 
 
 def test_llama_factory_trains_on_the_exported_rows_anywhere(run, tmp_path):
@@ -186,18 +180,15 @@ def test_llama_factory_trains_on_the_exported_rows_anywhere(run, tmp_path):
     assert inputs_and_labels(theirs) == inputs_and_labels(run.tokens)
 
 
-def test_trl_trains_on_prompt_and_completion_as_llama_factory_does(run, train):
+def test_trl_trains_on_prompts_and_on_messages_as_llama_factory_does(run, train):
     rows = load("json", run.folder / "prompt_completion.jsonl")
     trained = train(rows)
     assert trained == [to_end_mark(row) for row in run.tokens]
     for tokens, line, row in zip(trained, rows, run.rows, strict=True):
         assert text(run.experiment.target_model, tokens["labels"]) == row["output"] + "<|im_end|>"
         assert row["instruction"] in line["prompt"]
-
-
-def test_trl_trains_on_messages_as_llama_factory_does(run, train):
-    rows = load("json", run.folder / "chat.jsonl")
-    assert train(rows, CHATML, assistant_only_loss=True) == inputs_and_labels(run.tokens)
+    chats = load("json", run.folder / "chat.jsonl")
+    assert train(chats, CHATML, assistant_only_loss=True) == inputs_and_labels(run.tokens)
 
 
 def test_trl_trains_on_the_folder_of_rows(run, train):
@@ -222,31 +213,28 @@ def test_conversations_train_on_the_scored_responses(exported, train, tiny_model
     assert len(without_tools) == 7  # chat templates write calls each in their own way
     trained = train(chats.select(without_tools), CHATML, assistant_only_loss=True)
     assert trained == inputs_and_labels([talks.tokens[number] for number in without_tools])
-    shows_all = "{% for message in messages %}{{ message }}{% endfor %}{{ tools }}"
-    shown = [text(tiny_model, row["labels"]) for row in train(chats, shows_all)]
-    assert ["'tool_calls': [{'" in row and "Weighs." in row for row in shown].count(True) == 1
-    assert sum("None" in row for row in shown) == 7  # the others' tools
-    read = read_lines(talks.folder / "annotated.jsonl")
-    assert [{key: line[key] for key in ("conversations", "system", "tools")} for line in read] == conversations()
-    assert {line["staff_effort"] for line in read} == {None}  # nothing was scored
-    chosen = [line["staff_row"] for line in read if line["staff_chosen"]]
-    assert chosen == sorted(split_numbers(talks.experiment)["train"])
-
-
-def test_tools_and_their_calls_are_as_chat_templates_take_them():
-    row = conversations()[4]
     call = {"type": "function", "function": {"name": "weigh", "arguments": {"thing": "cell"}}}
-    assert as_chat(as_messages(row, SHAREGPT), tools_of(row, SHAREGPT)) == {
+    (chat,) = (line for line in read_lines(talks.folder / "chat.jsonl") if "tools" in line)
+    assert chat == {
         "messages": [
             {"role": "user", "content": "How heavy?"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": "1 ng"},
             {"role": "assistant", "content": "One nanogram."},
         ],
-        "tools": json.loads(row["tools"]),
+        "tools": json.loads(conversations()[4]["tools"]),
     }
-    row["conversations"][1]["value"] = json.dumps([call["function"], call["function"]])
-    assert as_chat(as_messages(row, SHAREGPT), "")["messages"][1]["tool_calls"] == [call, call]
+    two_calls = {"role": "function", "content": json.dumps([call["function"]] * 2)}
+    assert as_chat([two_calls], "")["messages"][0]["tool_calls"] == [call, call]
+    shows_all = "{% for message in messages %}{{ message }}{% endfor %}{{ tools }}"
+    shown = [text(tiny_model, row["labels"]) for row in train(chats, shows_all)]
+    assert ["'tool_calls': [{'" in row and "Weighs." in row for row in shown].count(True) == 1
+    assert sum("None" in row for row in shown) == 7  # the others' tools
+    read = read_lines(talks.folder / "annotated.jsonl")
+    assert [{key: line[key] for key in COLUMNS} for line in read] == conversations()
+    assert {line["staff_effort"] for line in read} == {None}  # nothing was scored
+    chosen = [line["staff_row"] for line in read if line["staff_chosen"]]
+    assert chosen == sorted(split_numbers(talks.experiment)["train"])
 
 
 def test_messages_are_llama_factorys_own():
@@ -294,7 +282,7 @@ def test_an_end_mark_that_only_the_last_turn_gets(exported, rows, tiny_model):
 
 
 def test_conversational_prompts_would_train_on_the_prompt(train):
-    """Why prompt_completion.jsonl is text: where this fails, TRL and transformers fit again, and messages will do."""
+    """Where this fails, TRL and transformers fit again, and prompt_completion.jsonl may hold messages."""
     row = {"prompt": [{"role": "user", "content": "Where?"}], "completion": [{"role": "assistant", "content": "Here."}]}
     (trained,) = train(Dataset.from_list([row]), CHATML, steps=0)
     assert trained["labels"].count(-100) == 2
@@ -309,13 +297,12 @@ def test_text_of_dates_alone_goes_out_as_parquet(exported, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"dataset_info.json", "mine.parquet"}
 
 
-def test_figures_that_are_no_numbers_and_rows_left_out(exported, rows, tmp_path):
+def test_figures_that_are_no_numbers_go_out_as_null(exported, rows, tmp_path):
     rows = [row | {"weight": math.nan if number == 2 else 0.5} for number, row in enumerate(rows)]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     made = exported([], [0], dataset=str(tmp_path / "rows.parquet"), max_samples=20)
     weights = [line["weight"] for line in read_lines(made.folder / "annotated.jsonl")]
     assert len(weights) == 20 and weights[2] is None and set(weights) == {None, 0.5}
-    assert any("max_samples left them out: the 10 rows" in line for line in made.said)
 
 
 @pytest.mark.parametrize("form", ["the same", "two"])
@@ -334,7 +321,6 @@ def test_rows_of_several_files_are_numbered_in_their_own(exported, rows, tmp_pat
     assert not (made.folder / "indices.txt").exists()
     lines = read_lines(made.folder / "annotated.jsonl")
     assert [line["staff_dataset"] for line in lines] == ["first"] * 9 + ["second"] * 8
-    assert any(line.endswith("the 2 rows of second after its first 8") for line in made.said)
     if form == "the same":
         assert [{key: line[key] for key in rows[0]} for line in lines] == rows[:17]
     theirs = tokens_of_llama_factory(made.experiment, dataset_dir=str(made.folder / "llamafactory"), dataset="mine")

@@ -1,6 +1,6 @@
 """How far two sets of scores agree: their ranks, the strata cut from them, and the coresets that follow."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -56,38 +56,35 @@ class Agreement:
     overlaps: list[Overlap]
 
 
-def common_rows(a: Scores, b: Scores) -> tuple[Scores, Scores]:
-    """Both, cut to the rows that both have.
-
-    Raises: UserError where they share no row or are of different data: by fingerprint, row id or n_response_tokens.
-    """
+def _common_rows(a: Scores, b: Scores) -> tuple[Scores, Scores]:
+    """Both, cut to the rows that both have. Raises: UserError where there is none, or they are of different data."""
     if a.fingerprint != b.fingerprint and None not in (a.fingerprint, b.fingerprint):
         raise UserError(f"{a.source} and {b.source} are scores of different data (fingerprints differ)")
-    rows, *places = np.intersect1d(a.index, b.index, assume_unique=True, return_indices=True)
+    rows = np.intersect1d(a.index, b.index, assume_unique=True)
     if not len(rows):
         raise UserError(f"{a.source} and {b.source} have no row in common: give two scores of the same data")
-    cut = []
-    for scores, at in zip((a, b), places, strict=True):
-        columns = scores.columns if scores.ids is None else scores.columns | {"id": np.array(scores.ids)}
-        cut.append(replace(scores, index=rows, ids=None, columns={name: v[at] for name, v in columns.items()}))
-    for name in {"id", "n_response_tokens"} & cut[0].columns.keys() & cut[1].columns.keys():
-        of_a, of_b = (scores.columns[name] for scores in cut)
-        if len(different := np.flatnonzero(of_a != of_b)):
-            i = different[0]
-            in_a, in_b = (str(values[i]).removesuffix(".0") for values in (of_a, of_b))
+    ids = [None if each.ids is None else each.ids_at(each.positions(rows)) for each in (a, b)]
+    a, b = a.only(rows), b.only(rows)
+    tokens = [each.columns.get("n_response_tokens") for each in (a, b)]
+    for name, (of_a, of_b) in {"id": ids, "n_response_tokens": tokens}.items():
+        if of_a is None or of_b is None:
+            continue
+        if len(different := np.flatnonzero(np.array(of_a) != np.array(of_b))):
+            in_a, in_b = (str(values[different[0]]).removesuffix(".0") for values in (of_a, of_b))
             raise UserError(
-                f"row {rows[i]} has {name} {in_a} in {a.source} and {in_b} in {b.source} "
+                f"row {rows[different[0]]} has {name} {in_a} in {a.source} and {in_b} in {b.source} "
                 f"({len(different)} such rows in all): they are scores of different data"
             )
-    return cut[0], cut[1]
+    return a, b
 
 
 def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest_cutoff: float, seed: int) -> Agreement:
     """Cut strata and coresets from the common rows, STAFF's by the published rule without V_i and with one seed.
 
     Args: two sets of scores, with the column n_response_tokens where it is known; the rest as in the configuration.
+    Raises: UserError for scores of different data and rates that keep no row.
     """
-    a, b = common_rows(a, b)
+    a, b = _common_rows(a, b)
     num_rows, rng = len(a.index), np.random.default_rng(seed)
     efforts = [a.effort, b.effort, *(rng.permutation(b.effort) for _ in range(_SHUFFLES))]
     with refusals():

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from selection.method.quotas import choose_by_rule
-from selection.method.staff import choose_staff
+from selection.method.staff import Choice, choose_staff
 from selection.rows.split import TrainingSplit, data_sets, finished_split, split_numbers
 from selection.run.config import Experiment
 from selection.run.errors import UserError, refusals
@@ -25,19 +25,16 @@ _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
 def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None = None) -> pa.Table:
     """One line for each row of training and evaluation split, in the order of the user's data.
 
-    Columns: row (in the user's data), dataset (its name, where there are several; rows then count in each), split
-    ("train", "eval"), index (row of the training split), id, effort and loss of the speculative model,
-    n_prompt_tokens, n_response_tokens, target_effort (where the target scored the row), stratum, verification_ratio
-    (V_i of the stratum), verified, chosen, reason (a sentence). What is not known is null: for a coreset of another
-    method all that has to do with strata. `split`: that of `finished_split`, where it is known already.
-
+    Columns: row (in the user's data), dataset (where there are several; rows then count in each), split ("train",
+    "eval"), index (row of the training split), id, effort and loss of the speculative model, n_prompt_tokens,
+    n_response_tokens, target_effort, stratum, verification_ratio (V_i), verified, chosen, reason (a sentence); null
+    where not known. `split`: that of `finished_split`, where it is known already.
     Raises: UserError where the coreset is of other data, or was cut from other scores than those of now.
     """
     split, chosen = split or finished_split(experiment), read_coreset(coreset)
     check_fits(chosen, split.ids, split.fingerprint, str(coreset))
     num_rows = len(split.rows)
-    is_chosen = np.zeros(num_rows, dtype=bool)
-    is_chosen[chosen.indices] = True
+    is_chosen = np.isin(np.arange(num_rows), chosen.indices)
     about = {} if coreset.suffix == ".pt" else read_record(coreset)
     method = about.get("method", "the given list")
     columns = {
@@ -74,9 +71,7 @@ class _DataSet(TypedDict):
     quota: Annotated[float, Field(gt=0, le=1)] | None
 
 
-class _StaffRecord(TypedDict):
-    """What the explanation needs of a coreset's file beside `Settings`."""
-
+class _StaffRecord(TypedDict):  # what the explanation needs of a coreset's file beside `Settings`
     __pydantic_config__ = ConfigDict(extra="allow")
 
     rate: float
@@ -94,40 +89,36 @@ def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: 
     scores = stratified_score(scores, settings)
     strata = cut_strata(scores.effort, settings)
     ratios = [record.verification_ratio for record in records]
+    other = UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
+    if len(ratios) != len(strata.members):
+        raise other
     quotas = quotas_of(experiment, scores)
     if quotas is not None and len(own := about.get("data_sets", [])) == len(quotas.names):
         quotas = replace(quotas, quotas=[each["quota"] for each in own])  # as they were when it was cut
-    if len(ratios) == len(strata.members):
-        with refusals():
-            choice = choose_by_rule(
-                lambda m, within: choose_staff(
-                    scores.effort, strata.within(within), ratios, m, settings.rules, settings.seed
-                ),
-                about["rate"],
-                len(scores.effort),
-                quotas,
-            )
-    if len(ratios) != len(strata.members) or about["indices"] != scores.index[choice.rows].tolist():
-        raise UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
+
+    def rule(m: int, within: np.ndarray | None) -> Choice:
+        return choose_staff(scores.effort, strata.within(within), ratios, m, settings.rules, settings.seed)
+
+    with refusals():
+        choice = choose_by_rule(rule, about["rate"], len(scores.effort), quotas)
+    if about["indices"] != scores.index[choice.rows].tolist():
+        raise other
     is_chosen, reason = columns["chosen"], columns["reason"]
     reason[:] = "left out: its loss or score is not finite"
-    texts = {
-        "paper": ("chosen: drawn at random in its stratum", "not drawn in its stratum"),
-        "released": ("chosen: among the highest of its stratum", "below the chosen of its stratum"),
-    }
+    texts = ("chosen: drawn at random in its stratum", "not drawn in its stratum")
+    if settings.rules == "released":
+        texts = ("chosen: among the highest of its stratum", "below the chosen of its stratum")
     for record, members in zip(records, strata.members, strict=True):
         rows = scores.index[members]
         columns["stratum"][rows] = record.stratum
-        if record.verification_ratio is not None:
-            columns["verification_ratio"][rows] = record.verification_ratio
+        columns["verification_ratio"][rows] = record.verification_ratio  # None becomes nan
         columns["verified"][record.verified] = True
-        reason[rows] = _either(is_chosen[rows], *texts[settings.rules])
+        reason[rows] = _either(is_chosen[rows], *texts)
     reason[scores.index[choice.fill]] = "chosen: random fill of what the budgets left"
     hardest = scores.index[strata.hardest]
     taken_back = "chosen: taken back from the hardest, as the strata do not hold enough"
-    reason[hardest] = _either(
-        is_chosen[hardest], taken_back, f"dropped: among the hardest {settings.hardest_cutoff:.0%}"
-    )
+    dropped = f"dropped: among the hardest {settings.hardest_cutoff:.0%}"
+    reason[hardest] = _either(is_chosen[hardest], taken_back, dropped)
 
 
 def _either(mask: np.ndarray, yes: str, no: str) -> np.ndarray:
@@ -143,9 +134,8 @@ def _in_order_of_the_data(experiment: Experiment, columns: dict[str, np.ndarray]
         array = pa.array(values, from_pandas=True)
         train = train.append_column(name, array.cast(pa.int64()) if name in ("stratum", *_LENGTHS) else array)
     rest = {name: pa.array([value] * len(numbers["eval"])) for name, value in held_out.items()}
-    table = pa.concat_tables([train, pa.table({"row": numbers["eval"], **rest})], promote_options="default").sort_by(
-        "row"
-    )
+    rest = pa.table({"row": numbers["eval"], **rest})
+    table = pa.concat_tables([train, rest], promote_options="default").sort_by("row")
     if len(sets := data_sets(experiment)) == 1:
         return table
     names, first_rows, counts = zip(*sets, strict=True)

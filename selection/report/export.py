@@ -13,10 +13,10 @@ import pyarrow.parquet
 
 from selection.report.annotated import annotated
 from selection.rows.conversation import as_messages, tools_of, unusable_rows
-from selection.rows.read import raw_rows, reading_rows
+from selection.rows.read import raw_rows
 from selection.rows.split import TrainingSplit, data_sets, finished_split, rows_of, split_numbers
 from selection.rows.tokens import as_text
-from selection.run.config import Experiment, from_repository
+from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.log import set_library_bars
 from selection.run.products import building, code_version, file_digest, read_record, write_json
@@ -29,9 +29,8 @@ _BATCH = 1000  # rows in memory at a time
 def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     """Export the coreset in the file `path` (JSON, or a published .pt) as `folder`; returns what was written, in lines.
 
-    Chosen rows are in the order of the training split everywhere but in annotated.*, which has the user's. An earlier
-    export of that name is replaced. Raises: UserError where the coreset is of other data, and where `folder` is there
-    and no export of it.
+    Chosen rows are in the order of the training split; annotated.* has the user's. An earlier export is replaced.
+    Raises: UserError where the coreset is of other data, and where `folder` is there and no export of it.
     """
     split, coreset = finished_split(experiment), read_coreset(path)
     check_fits(coreset, split.ids, split.fingerprint, str(path))
@@ -86,28 +85,18 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
             table = pa.table([*batch.combine_chunks().columns, *beside.columns], schema=schema)
             writer.write_table(table)
             file.writelines(map(_as_line, table.to_pylist()))
-    said = [f"annotated.parquet, annotated.jsonl: {len(rows)} rows, all of the run"]
-    for each, (name, _, count) in zip(experiment.data_sets, data_sets(experiment), strict=True):
-        if each.max_samples is not None:
-            with reading_rows(from_repository(each.path), each.dataset_format) as everything:
-                left_out = len(everything) - count
-            if left_out:
-                kept = f"of {name} after its first {count}"
-                said.append(f"not in the run, as max_samples left them out: the {left_out} rows {kept}")
-    return said
+    return [f"annotated.parquet, annotated.jsonl: {len(rows)} rows, all of the run"]
 
 
 def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset, draft: Path) -> list[str]:
     """The chosen rows alone, in every form.
 
-    prompt_completion.jsonl holds text as LLaMA-Factory's template writes it, so that SFTTrainer, which takes the loss
-    of a completion alone, trains on the response tokens that were scored. Messages would be the usual form, but TRL
-    0.24 beside transformers 5, the versions pinned here, counts the fields of the tokenizer's result for its tokens
-    and so trains on all but two tokens of such a prompt. Of several responses in a row only the last is trained on.
+    prompt_completion.jsonl holds text as LLaMA-Factory's template writes it: SFTTrainer trains on the completion, the
+    last response, whose tokens are those that were scored. (Of messages in that form TRL 0.24 beside transformers 5
+    counts the fields of the tokenizer's result for its tokens, and so trains on the prompt.)
 
-    chat.jsonl holds messages, for the chat template of the model's tokenizer. SFTTrainer trains on all of their tokens,
-    and with assistant_only_loss on every response, as LLaMA-Factory does; that needs a template with
-    {% generation %} around the responses.
+    chat.jsonl holds messages for the chat template of the model's tokenizer: with assistant_only_loss SFTTrainer trains
+    on every response, as LLaMA-Factory does, if the template has {% generation %} around them; else on all tokens.
     """
     rows, name = split.rows.select(coreset.indices), coreset.name
     set_library_bars(long_work=len(rows) >= 10_000)

@@ -50,24 +50,21 @@ def render(experiment: Experiment) -> str:
     both = scored[figures["target"].notna()[scored]]
     points, pairs = sample(scored, MOST_POINTS, seed), sample(both, MOST_POINTS, seed)
     places, explained, why_no_map = project(experiment, points)
-    of_points, of_pairs = (figures.loc[rows].assign(status=first.status(rows)) for rows in (points, pairs))
-    drawn = {}
+    drawn, of_points = {}, figures.loc[points].assign(status=first.status(points))
     if len(both):
-        drawn["target"] = scatter(of_pairs, "effort", "target")
+        drawn["target"] = scatter(figures.loc[pairs].assign(status=first.status(pairs)), "effort", "target")
     if len(scored) and figures["length"][scored].notna().all():
         drawn["length"] = scatter(of_points, "length", "effort")
     if places is not None:
         drawn["map"] = data_map(of_points.assign(x=places[:, 0], y=places[:, 1]), figures["effort"][scored])
     table = table_rows(experiment, figures, first, seed)
-    rows, of_first = table.index, {"stratum": first.stratum, "chosen": first.chosen, "reason": first.reason}
-    static = table.assign(**{name: values[rows] for name, values in of_first.items()})
-    static = static.sort_values("chosen", ascending=False, kind="stable").head(ROWS_WITHOUT_SCRIPT)
+    chosen_first = np.argsort(~first.chosen[table.index], kind="stable")
     try:
         summary, costs, no_costs = summarise(experiment), read_ledger(experiment.folder), ""
     except UserError as error:
         summary, costs, no_costs = None, [], str(error)
     evaluated, unread = evaluations(experiment, [each.name for each in shown])
-    folder = experiment.folder
+    folder, record = experiment.folder, experiment.record
     here = Path(__file__).parent
     script = (here / "page.js").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -80,9 +77,7 @@ def render(experiment: Experiment) -> str:
         data=as_data(table, shown),
         experiment=experiment,
         run=folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder,
-        configuration=experiment.record.read_text(encoding="utf-8")
-        if experiment.record.exists()
-        else to_yaml(experiment),
+        configuration=record.read_text(encoding="utf-8") if record.exists() else to_yaml(experiment),
         version=code_version(),
         num_rows=len(figures),
         held_out=len(rows_of(experiment, "eval")),
@@ -92,14 +87,14 @@ def render(experiment: Experiment) -> str:
         verdict=verdict,
         correlations=correlations(figures),
         stratified_by=stratified_by,
-        score_figures=[score_figure(each, stratified_by) if len(scored) else "" for each in shown],
-        score_notes=[score_note(each) if len(scored) else "" for each in shown],
+        score_figure=score_figure if len(scored) else None,
+        score_note=score_note,
         drawn=drawn,
         counts={"target": (len(pairs), len(both)), "points": (len(points), len(scored))},
         explained=explained,
         why_no_map=why_no_map,
-        table=static.to_dict("records"),
-        in_table={"rows": len(table), "chosen": int(first.chosen[rows].sum()), "seed": seed},
+        table=table,
+        static_rows=list(table.iloc[chosen_first[:ROWS_WITHOUT_SCRIPT]].itertuples()),
         evaluated=evaluated,
         unread=unread,
         about_metrics=ABOUT,
