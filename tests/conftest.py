@@ -225,14 +225,13 @@ def finished_run(tiny_model, tmp_path_factory):
     lines = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").splitlines()[:150]
     rows = [json.loads(line) | {"about": {"number": number}} for number, line in enumerate(lines)]
     rows[40] |= HOSTILE
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     selection = {"rates": [0.2, 0.5], "num_strata": 8, "verify_per_stratum": 5, "columns": ["hidden_state"]}
     keys = {
         "output_dir": str(folder / "run"),
         "small_model": str(tiny_model),
         "target_model": str(folder / "target"),
         "template": "chatml",
-        "dataset": str(folder / "data.jsonl"),
+        "dataset": write_jsonl(folder / "data.jsonl", rows),
         "eval_size": 0.2,
         "precision": "fp32",
         "selection": selection | {"precision": "fp32", "self_test": 0},
@@ -272,10 +271,10 @@ def scored_run(folder: Path, rows: list[dict], effort, target=None, lengths=None
     )
 
     folder.mkdir(parents=True, exist_ok=True)
-    data, path = folder / "rows.jsonl", folder / "experiment.yaml"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = folder / "experiment.yaml"
     given = {"output_dir": str(folder / "run"), "small_model": "small/one", "target_model": "large/one"}
-    given |= {"template": "chatml", "dataset": str(data), "eval_size": 0.2, "selection": selection}
+    given |= {"template": "chatml", "dataset": write_jsonl(folder / "rows.jsonl", rows)}
+    given |= {"eval_size": 0.2, "selection": selection}
     path.write_text(json.dumps(given | dict(keys)), encoding="utf-8")
     experiment = load_experiment(path)
     split, settings = training_split(experiment), Settings.of(experiment.selection)

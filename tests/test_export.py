@@ -11,9 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, assert_one_line_error, everything_in, run_main, run_script
+from conftest import (
+    REPOSITORY,
+    assert_one_line_error,
+    everything_in,
+    rows_of_llama_factory,
+    run_main,
+    run_script,
+    write_jsonl,
+)
 from datasets import Dataset, load_dataset, load_from_disk
-from test_rows import tokens_of_llama_factory
 
 from selection.report.annotated import annotated
 from selection.report.export import as_chat, coreset_paths, export
@@ -176,7 +183,7 @@ def test_llama_factory_trains_on_the_exported_rows_anywhere(run, tmp_path):
     state = read_json(tmp_path / "tuned" / "trainer_state.json")
     assert state["global_step"] == 2 and state["epoch"] == pytest.approx(2 / 6)  # 6 steps of 4 rows are a pass
     assert math.isfinite(read_json(tmp_path / "tuned/train_results.json")["train_loss"])
-    theirs = tokens_of_llama_factory(run.experiment, dataset_dir=str(moved), dataset="staff-0.2")["train_dataset"]
+    theirs = rows_of_llama_factory(run.experiment, moved, "staff-0.2")
     assert inputs_and_labels(theirs) == inputs_and_labels(run.tokens)
 
 
@@ -293,7 +300,7 @@ def test_text_of_dates_alone_goes_out_as_parquet(exported, tmp_path):
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     made = exported([], [1, 2], dataset=str(tmp_path / "rows.parquet"))
     folder = made.folder / "llamafactory"
-    assert len(tokens_of_llama_factory(made.experiment, dataset_dir=str(folder), dataset="mine")["train_dataset"]) == 2
+    assert len(rows_of_llama_factory(made.experiment, folder, "mine")) == 2
     assert {path.name for path in folder.iterdir()} == {"dataset_info.json", "mine.parquet"}
 
 
@@ -309,8 +316,7 @@ def test_figures_that_are_no_numbers_go_out_as_null(exported, rows, tmp_path):
 def test_rows_of_several_files_are_numbered_in_their_own(exported, rows, tmp_path, form):
     parts, sets = {"first": rows[:9], "second": conversations() if form == "two" else rows[9:19]}, []
     for name, part in parts.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-        sets.append({"path": str(tmp_path / f"{name}.jsonl")})
+        sets.append({"path": write_jsonl(tmp_path / f"{name}.jsonl", part)})
     sets[1] |= {"max_samples": 8} | ({"dataset_format": SHAREGPT} if form == "two" else {})
     chosen = list(range(0, 13, 2))
     made = exported([], chosen, dataset=sets)
@@ -323,8 +329,8 @@ def test_rows_of_several_files_are_numbered_in_their_own(exported, rows, tmp_pat
     assert [line["staff_dataset"] for line in lines] == ["first"] * 9 + ["second"] * 8
     if form == "the same":
         assert [{key: line[key] for key in rows[0]} for line in lines] == rows[:17]
-    theirs = tokens_of_llama_factory(made.experiment, dataset_dir=str(made.folder / "llamafactory"), dataset="mine")
-    assert theirs["train_dataset"]["input_ids"] == [row["input_ids"] for row in made.tokens]
+    theirs = rows_of_llama_factory(made.experiment, made.folder / "llamafactory", "mine")
+    assert theirs["input_ids"] == [row["input_ids"] for row in made.tokens]
 
 
 def test_a_second_export_replaces_the_first_and_nothing_else(exported, rows, tmp_path, monkeypatch):
