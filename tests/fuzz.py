@@ -13,7 +13,6 @@ give a sound one.
 import atexit
 import contextlib
 import csv
-import functools
 import gc
 import io
 import json
@@ -28,6 +27,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,27 +36,24 @@ _HOME = Path(tempfile.mkdtemp(prefix="fuzz-", dir=_MEMORY))  # all that is writt
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ |= {"HF_HOME": str(_HOME / "cache"), "MPLCONFIGDIR": str(_HOME / "cache"), "CUDA_VISIBLE_DEVICES": ""}
 
-import damage
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 from conftest import REPOSITORY, run_script
+from damage import BYTES, CSV, JSON, JSON_LINES, NPY, PARQUET, PT, SAFETENSORS, SEALED, YAML, Damage, Format, damage
 from hypothesis import HealthCheck, Phase, event, given, settings
 
 from selection.method.effort import EffortScorer
 from selection.rows.split import row_id, rows_of, training_split
 from selection.rows.tokens import tokenised_rows
-from selection.run import ending
+from selection.run import ending, model_folder
 from selection.run.cli import run_stage
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
-from selection.run.model_folder import check_base, model_path
 from selection.scores import coresets as coreset_files
+from selection.scores import models
 from selection.scores.folder import read_scores
-from selection.scores.models import load_for_scoring, parameters_of
 
 CASES = int(os.environ.get("FUZZ_CASES", "20"))  # of each kind
 SECONDS = 60  # of one case at most
@@ -80,7 +77,7 @@ _SCRIPTS += ("finetune/eval.py", "scripts/paper/reproduce.py", "scripts/paper/ta
 # What is run
 
 
-@functools.cache
+@cache
 def script(path: str) -> dict:
     """A script's globals; its imports stay with this process, its handling of signals does not."""
     with pytest.MonkeyPatch.context() as patch:
@@ -127,9 +124,10 @@ def run_data(name: str) -> list:
     return sorted(row_id(row) for part in ("train", "eval") for row in rows_of(experiment, part))
 
 
-def run_cut(scores: str, *more: str) -> dict:
+def run_cut(scores: str, target: str | None, *more: str) -> dict:
+    given = ["--target_scores", target] if target else []
     sizes = ("--rate", *RATES, "--num_strata", 3, "--verify_per_stratum", 1)
-    stage("selection/coreset.py", "--scores", scores, *more, *sizes, "--out", "out")
+    stage("selection/coreset.py", "--scores", scores, *given, *more, *sizes, "--out", "out")
     return coresets("out")
 
 
@@ -174,20 +172,20 @@ def run_split() -> list:
 
 def run_tuned() -> list:
     """A tuned target that is there already is reused, never tuned again."""
-    stage("finetune/finetune-select.py", *CONFIG, "--select_path", _STAFF)
+    stage("finetune/finetune-select.py", *CONFIG, "--select_path", STAFF)
     stage("finetune/eval.py", *CONFIG)
     return sorted(path.name for path in Path("run/target").iterdir())
 
 
 def run_model(tuned: str | None = None) -> list:
     """Scores of two rows, twice: weights that no file gives would be drawn anew each time."""
-    path, scores = model_path(str(Path("model").resolve())), []
-    parameters_of(path)
+    path, scores = model_folder.model_path(str(Path.cwd() / "model")), []
+    models.parameters_of(path)
     if tuned:
-        check_base(Path(tuned), path)
+        model_folder.check_base(Path(tuned), path)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        model = load_for_scoring(path, Path(tuned) if tuned else None, "fp32")
+        model = models.load_for_scoring(path, Path(tuned) if tuned else None, "fp32")
         if model.get_input_embeddings().num_embeddings <= 90:
             raise UserError("token out of range (the stages say so)")
         ids = [list(range(40, 60)), list(range(80, 91))]
@@ -226,6 +224,7 @@ def sound_jobs(result: list, reference: object) -> str | None:
 
 
 def plain_numbers(result: str, reference: object) -> str | None:
+    """No figure that is none or below zero, in the last part of what is printed."""
     found = re.search(r"\b(nan|inf|None)\b|(?<![\w.])-[\d.]*[1-9]", result.split("\n\n")[-1])
     return f"prints {found[0]}" if found else None
 
@@ -239,25 +238,20 @@ def finite_numbers(result: str, reference: object) -> str | None:
 
 def sound_rows(name: str, result: list, reference: object) -> str | None:
     """Where plain Python finds rows of text in the file, the split has just these."""
-    text = {"id", "instruction", "input", "output"}
+    path = Path(name)
     try:
-        rows = _plain_rows(Path(name))
-        if all(set(row) == text and all(isinstance(value, str) for value in row.values()) for row in rows):
-            return None if sorted(map(row_id, rows)) == result else "other rows than the file's"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, csv.Error, pa.ArrowException):
-        pass
-    return None
-
-
-def _plain_rows(path: Path) -> list:
-    if path.suffix == ".parquet":
-        return pa.parquet.read_table(path).to_pylist()
-    text = path.read_bytes().decode("utf-8")  # line ends as they are
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    lines = text.split("\n") if path.suffix == ".jsonl" else [f"[{text}]"]
-    found = [json.loads(line) for line in lines if line.strip()]
-    return found if path.suffix == ".jsonl" else found[0][0]
+        text = "" if path.suffix == ".parquet" else path.read_bytes().decode("utf-8")  # line ends as they are
+        rows = {
+            ".parquet": lambda: pd.read_parquet(path).to_dict("records"),
+            ".csv": lambda: list(csv.DictReader(io.StringIO(text, newline=""), strict=True)),
+            ".json": lambda: json.loads(text),
+            ".jsonl": lambda: [json.loads(line) for line in text.split("\n") if line.strip()],
+        }[path.suffix]()
+        ids = sorted(row_id({key: row[key] + "" for key in row}) for row in rows)
+    except Exception:  # plain Python does not read it
+        return None
+    columns = {"id", "instruction", "input", "output"}
+    return "other rows than the file's" if ids != result and all(set(row) == columns for row in rows) else None
 
 
 def as_listed(result: list, reference: object) -> str | None:
@@ -267,7 +261,7 @@ def as_listed(result: list, reference: object) -> str | None:
 
 def same_or_without_hashes(result: list, reference: list) -> str | None:
     """A coreset that has lost its hashes is one from elsewhere: its row numbers are all there is."""
-    record = json.loads(Path(_STAFF).read_text())
+    record = json.loads(Path(STAFF).read_text())
     if record.get("ids") and record.get("data_fingerprint"):
         return same(result, reference)
     return None if result == sorted(record["indices"]) else "other rows than its indices"
@@ -286,71 +280,68 @@ class Kind(NamedTuple):
     """An input file. `run` is called in the case's folder and gives something that JSON can hold."""
 
     file: str
-    format: damage.Format
+    format: Format
     run: Callable[[], object]
     wrong: Callable[[object, object], str | None]
     tuned: bool = False  # needs a tuned target
 
 
-_SMALL, _TARGET, _STAFF, _TUNED = (
+def data(ending: str, format: Format) -> Kind:
+    name = f"data.{ending}"
+    return Kind(name, format, partial(run_data, name), partial(sound_rows, name))
+
+
+SMALL, TARGET, STAFF, TUNED = (
     "run/scores/small",
     "run/scores/target",
     "run/coresets/staff-0.3.json",
     "run/target/staff-0.3",
 )
-_PLAN, _VERIFICATION, _SPLIT = "begun/scores/small/plan.json", "run/verification.json", "run/data/split.json"
-_cut = functools.partial(functools.partial, run_cut)
-_of_both, _verified = _cut(_SMALL, "--target_scores", _TARGET), _cut(_SMALL, "--verification", _VERIFICATION)
-_lengths = _cut(_SMALL, "--target_scores", _TARGET, "--method", "staff", "length")
-_moderate = _cut("scores.csv", "--method", "moderate", "--features", "features.npy")
-_costs, _model = functools.partial(stage, "scripts/costs.py", *CONFIG), functools.partial(run_model, _TUNED)
-_metrics = functools.partial(stage, "finetune/eval.py", *CONFIG)
+MANIFEST, PLAN, VERIFICATION = f"{SMALL}/manifest.json", "begun/scores/small/plan.json", "run/verification.json"
+SPLIT, STAFF = "run/data/split.json", "run/coresets/staff-0.3.json"
+_both, _verified = partial(run_cut, SMALL, TARGET), partial(run_cut, SMALL, None, "--verification", VERIFICATION)
+_methods = partial(run_cut, SMALL, TARGET, "--method", "staff", "length")
+_parquet, _csv = partial(run_cut, "scores.parquet", "scores.csv"), partial(run_cut, "scores.csv", "scores.parquet")
+_moderate = partial(run_cut, "scores.csv", None, "--method", "moderate", "--features", "features.npy")
+_costs, _metrics = partial(stage, "scripts/costs.py", *CONFIG), partial(stage, "finetune/eval.py", *CONFIG)
+_adapted = partial(run_model, TUNED)
 KINDS = {
-    "experiment": Kind("experiment.yaml", damage.YAML, run_experiment, sound_coresets),
-    "grid": Kind("grid.yaml", damage.YAML, run_grid, sound_jobs),
-    "score part": Kind(f"{_SMALL}/part-*", damage.PARQUET, _lengths, same),
-    "score part, target": Kind(f"{_TARGET}/part-*", damage.PARQUET, _of_both, same),
-    "manifest": Kind(f"{_SMALL}/manifest.json", damage.JSON, _of_both, same),
-    "manifest, sealed": Kind(f"{_SMALL}/manifest.json", damage.SEALED, _of_both, sound_coresets),
-    "score plan": Kind(_PLAN, damage.JSON, run_plan, close),
-    "score plan, sealed": Kind(_PLAN, damage.SEALED, run_plan, close),
-    "scores.parquet": Kind(
-        "scores.parquet", damage.PARQUET, _cut("scores.parquet", "--target_scores", "scores.csv"), sound_coresets
-    ),
-    "scores.csv": Kind(
-        "scores.csv", damage.CSV, _cut("scores.csv", "--target_scores", "scores.parquet"), sound_coresets
-    ),
-    "features.npy": Kind("features.npy", damage.NPY, _moderate, sound_coresets),
-    "verification": Kind(_VERIFICATION, damage.JSON, _verified, same),
-    "verification, sealed": Kind(_VERIFICATION, damage.SEALED, _verified, sound_coresets),
-    "coreset.json": Kind(_STAFF, damage.JSON, functools.partial(run_select, _STAFF), same_or_without_hashes),
-    "coreset.pt": Kind("rows.pt", damage.PT, functools.partial(run_select, "rows.pt"), as_listed),
-    "costs": Kind("run/costs.jsonl", damage.JSON_LINES, _costs, plain_numbers),
-    "draft": Kind("model/draft.json", damage.JSON, _costs, plain_numbers),
-    "hashes": Kind("run/hashes.json", damage.JSON, _costs, same),
-    "cells": Kind("run/cells.csv", damage.CSV, run_cells, finite_numbers),
-    "split": Kind(_SPLIT, damage.JSON, run_split, same),
-    "split, sealed": Kind(_SPLIT, damage.SEALED, run_split, anything),
-    "split's rows": Kind("run/data/train.arrow", damage.BYTES, run_split, same),
-    "dataset_info": Kind("run/data/dataset_info.json", damage.JSON, run_tokenised, same),
-    "made_from": Kind(f"{_TUNED}/made_from.json", damage.JSON, run_tuned, same, tuned=True),
-    "metrics": Kind("run/eval/staff-0.3/metrics.json", damage.JSON, _metrics, plain_numbers, tuned=True),
-    "config": Kind("model/config.json", damage.JSON, run_model, repeats),
-    "weights": Kind("model/model.safetensors", damage.SAFETENSORS, run_model, repeats),
-    "adapter_config": Kind(f"{_TUNED}/adapter_config.json", damage.JSON, _model, repeats, tuned=True),
-    "adapter": Kind(f"{_TUNED}/adapter_model.safetensors", damage.SAFETENSORS, _model, repeats, tuned=True),
-    "tokenizer": Kind("model/tokenizer.json", damage.JSON, run_tokenised, anything),
-    "tokenizer_config": Kind("model/tokenizer_config.json", damage.JSON, run_tokenised, anything),
+    "experiment": Kind("experiment.yaml", YAML, run_experiment, sound_coresets),
+    "grid": Kind("grid.yaml", YAML, run_grid, sound_jobs),
+    "data.json": data("json", JSON),
+    "data.jsonl": data("jsonl", JSON_LINES),
+    "data.csv": data("csv", CSV),
+    "data.parquet": data("parquet", PARQUET),
+    "score part": Kind(f"{SMALL}/part-*", PARQUET, _methods, same),
+    "score part, target": Kind(f"{TARGET}/part-*", PARQUET, _both, same),
+    "manifest": Kind(MANIFEST, JSON, _both, same),
+    "manifest, sealed": Kind(MANIFEST, SEALED, _both, sound_coresets),
+    "score plan": Kind(PLAN, JSON, run_plan, close),
+    "score plan, sealed": Kind(PLAN, SEALED, run_plan, close),
+    "scores.parquet": Kind("scores.parquet", PARQUET, _parquet, sound_coresets),
+    "scores.csv": Kind("scores.csv", CSV, _csv, sound_coresets),
+    "features.npy": Kind("features.npy", NPY, _moderate, sound_coresets),
+    "verification": Kind(VERIFICATION, JSON, _verified, same),
+    "verification, sealed": Kind(VERIFICATION, SEALED, _verified, sound_coresets),
+    "coreset.json": Kind(STAFF, JSON, partial(run_select, STAFF), same_or_without_hashes),
+    "coreset.pt": Kind("rows.pt", PT, partial(run_select, "rows.pt"), as_listed),
+    "costs": Kind("run/costs.jsonl", JSON_LINES, _costs, plain_numbers),
+    "draft": Kind("model/draft.json", JSON, _costs, plain_numbers),
+    "hashes": Kind("run/hashes.json", JSON, _costs, same),
+    "cells": Kind("run/cells.csv", CSV, run_cells, finite_numbers),
+    "split": Kind(SPLIT, JSON, run_split, same),
+    "split, sealed": Kind(SPLIT, SEALED, run_split, anything),
+    "split's rows": Kind("run/data/train.arrow", BYTES, run_split, same),
+    "dataset_info": Kind("run/data/dataset_info.json", JSON, run_tokenised, same),
+    "made_from": Kind(f"{TUNED}/made_from.json", JSON, run_tuned, same, tuned=True),
+    "metrics": Kind("run/eval/staff-0.3/metrics.json", JSON, _metrics, plain_numbers, tuned=True),
+    "config": Kind("model/config.json", JSON, run_model, repeats),
+    "weights": Kind("model/model.safetensors", SAFETENSORS, run_model, repeats),
+    "adapter_config": Kind(f"{TUNED}/adapter_config.json", JSON, _adapted, repeats, tuned=True),
+    "adapter": Kind(f"{TUNED}/adapter_model.safetensors", SAFETENSORS, _adapted, repeats, tuned=True),
+    "tokenizer": Kind("model/tokenizer.json", JSON, run_tokenised, anything),
+    "tokenizer_config": Kind("model/tokenizer_config.json", JSON, run_tokenised, anything),
 }
-for _name, _format in (
-    ("json", damage.JSON),
-    ("jsonl", damage.JSON_LINES),
-    ("csv", damage.CSV),
-    ("parquet", damage.PARQUET),
-):
-    _file = f"data.{_name}"
-    _read, _wrong = functools.partial(run_data, _file), functools.partial(sound_rows, _file)
-    KINDS[_file] = Kind(_file, _format, _read, _wrong)
 
 
 # A small finished run
@@ -374,17 +365,18 @@ def finished() -> Path:
     (base / "around").mkdir(parents=True)
     (base / "around" / "canary.txt").write_text("sings")
     (base / "data.json").write_text(json.dumps(rows))
-    (base / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pd.DataFrame(rows).to_csv(base / "data.csv", index=False)
-    pa.parquet.write_table(pa.Table.from_pylist(rows), base / "data.parquet")
+    data = pd.DataFrame(rows)
+    data.to_json(base / "data.jsonl", orient="records", lines=True, force_ascii=False)
+    data.to_csv(base / "data.csv", index=False)
+    data.to_parquet(base / "data.parquet")
     run_script("scripts/make_tiny_model.py", "--out", base / "model")
     work = copy_case(base, _HOME / "making")
     for command in (["effort_score"], ["verify", "--set", "selection.verify=all"], ["verify"], ["coreset"]):
         run_script(f"selection/{command[0]}.py", *CONFIG, *command[1:], cwd=work)
     in_fork(_interrupted, work)
-    assert (work / _PLAN).exists()
+    assert (work / PLAN).exists()
 
-    scores = read_scores(work / _SMALL)
+    scores = read_scores(work / SMALL)
     table = pd.DataFrame({"index": scores.index, "effort": scores.effort})
     table.to_parquet(work / "scores.parquet")
     table.to_csv(work / "scores.csv", index=False)
@@ -433,7 +425,7 @@ def _write_cells(path: Path) -> None:
 @pytest.fixture(scope="session")
 def tuned(finished) -> Path:
     work = copy_case(finished, _HOME / "tuning")
-    run_script("finetune/finetune-select.py", *CONFIG, "--select_path", _STAFF, cwd=work)
+    run_script("finetune/finetune-select.py", *CONFIG, "--select_path", STAFF, cwd=work)
     run_script("finetune/eval.py", *CONFIG, cwd=work)
     return work
 
@@ -457,17 +449,17 @@ def in_fork(call: Callable, *arguments: object) -> tuple[str, object]:
         process.join()
 
 
-def put(found: damage.Damage, path: Path, around: Path) -> None:
+def put(found: Damage, path: Path, around: Path) -> None:
     if found.content is not None:
         path.write_bytes(found.content)
         return
     shutil.copy(path, around / "linked")
     path.unlink()
-    if "link" in found.what:
-        targets = {"out of": around / "linked", "to nothing": around / "nowhere", "to itself": path.name}
-        path.symlink_to(next(target for name, target in targets.items() if name in found.what))
-    elif found.what == "a folder":
+    if found.what == "a folder":
         path.mkdir()
+    elif found.what != "nothing":
+        targets = {"a link to nothing": around / "nowhere", "a link to itself": path.name}
+        path.symlink_to(targets.get(found.what, around / "linked"))
 
 
 def snapshot(case: Path) -> dict[Path, tuple]:
@@ -554,8 +546,8 @@ def test_damage_ends_in_one_line_or_in_a_sound_result(name, request):
         max_examples=CASES, deadline=None, database=None, phases=[Phase.generate], print_blob=True,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(damage.damage(lambda: content, kind.format))
-    def cases(found: damage.Damage) -> None:
+    @given(damage(lambda: content, kind.format))
+    def cases(found: Damage) -> None:
         shutil.rmtree(case, ignore_errors=True)
         copy_case(base, case)
         put(found, next(case.glob(kind.file)), case / "around")
