@@ -113,13 +113,12 @@ def main() -> None:
                 raise
             print(f"{method}: would be cut at {len(arguments.rate)} rates, not yet: {error}")
     for each in coresets:
-        method, rate, rows, num_rows = (*(each[key] for key in ("method", "rate", "rows")), each["scores"].num_rows)
-        path = arguments.out / f"{coreset_name(method, rate)}.json"
-        there = " (is there already)" if arguments.dry_run and path.exists() else ""
+        path = arguments.out / f"{coreset_name(each['method'], each['rate'])}.json"
+        would, there = ("would choose ", " (is there already)" * path.exists()) if arguments.dry_run else ("", "")
         if not arguments.dry_run:
             write_coreset(arguments.out, **each)
-        verb = "would choose " if arguments.dry_run else ""
-        print(f"{method} at rate {rate:g}: {verb}{len(rows)} of {num_rows} rows -> {path}{there}")
+        count = f"{would}{len(each['rows'])} of {each['scores'].num_rows} rows"
+        print(f"{each['method']} at rate {each['rate']:g}: {count} -> {path}{there}")
 
 
 def cut_coresets(
@@ -158,15 +157,15 @@ def cut_coresets(
 
 def scores_of(experiment: Experiment, method: str) -> Path:
     """The scores of a run folder that a method reads. Random and Length only count rows and tokens: any will do."""
-    tuned_there = experiment.tuned_target_scores.exists()
-    if method == "staff" or (method in ("random", "length") and (experiment.small_scores.exists() or not tuned_there)):
-        return experiment.small_scores
-    if not tuned_there:
+    small, tuned = experiment.small_scores, experiment.tuned_target_scores
+    if method == "staff" or (method in ("random", "length") and (small.exists() or not tuned.exists())):
+        return small
+    if not tuned.exists():
         raise UserError(
-            f"{method} reads the scores of the tuned target, and there is no {experiment.tuned_target_scores}: run "
-            "finetune.py and effort_score.py with --model target"
+            f"{method} reads the scores of the tuned target, and there is no {tuned}: run finetune.py and "
+            "effort_score.py with --model target"
         )
-    return experiment.tuned_target_scores
+    return tuned
 
 
 def staff_rule(
@@ -204,16 +203,16 @@ def baseline_rule(method: str, scores: Scores, selection: Selection) -> tuple[Ru
     """A baseline's rule, and what a coreset's file keeps of its settings."""
     if method == "length" and len(empty := np.flatnonzero(scores.columns["n_response_tokens"] < 1)):
         raise UserError(f"{scores.source}: row {scores.index[empty[0]]} has no response token: remove the row")
-    used = {"num_strata": ("length", "ccs"), "hardest_cutoff": ("length", "ccs", "d2")}
-    record = {"seed": selection.seed}
-    if method in ("el2n", "ccs", "d2"):
-        record["variant"] = selection.baseline_variant
-    if method == "length":
-        record["mode"] = selection.mode
-    record |= {key: getattr(selection, key) for key, methods in used.items() if method in methods}
-    rules = selection.rules, selection.baseline_variant
-    settings = selection.num_strata, selection.hardest_cutoff, selection.seed
-    return baseline(method, scores.columns, len(scores.index), *rules, *settings), record
+    variant, settings = selection.baseline_variant, (selection.num_strata, selection.hardest_cutoff, selection.seed)
+    read = {  # the keys that a rule goes by
+        "length": ("mode", "num_strata", "hardest_cutoff"),
+        "el2n": ("variant",),
+        "ccs": ("variant", "num_strata", "hardest_cutoff"),
+        "d2": ("variant", "hardest_cutoff"),
+    }
+    keys = selection.model_dump() | {"variant": variant}
+    record = {key: keys[key] for key in ("seed", *read.get(method, ()))}
+    return baseline(method, scores.columns, len(scores.index), selection.rules, variant, *settings), record
 
 
 def read_features(path: Path, num_rows: int) -> np.ndarray:

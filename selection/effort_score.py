@@ -35,25 +35,24 @@ def main() -> None:
         "--model", choices=["small", "target"], default="small", help="which tuned model scores; default: small"
     )
     experiment, arguments = load_scoring_arguments(parser)
-    if arguments.model == "small":
-        model, tuned = experiment.small_model, experiment.tuned_small
-        folder, stage = experiment.small_scores, SPECULATIVE_SCORES
-    else:
-        model, tuned = experiment.target_model, experiment.tuned_target("full")
-        folder, stage = experiment.tuned_target_scores, TARGET_SCORES
+    model, tuned, folder, stage = (
+        (experiment.small_model, experiment.tuned_small, experiment.small_scores, SPECULATIVE_SCORES)
+        if arguments.model == "small"
+        else (experiment.target_model, experiment.tuned_target("full"), experiment.tuned_target_scores, TARGET_SCORES)
+    )
+    if arguments.model == "target":
         experiment.selection.columns = list(MORE_COLUMNS)
-    split = training_split(experiment, dry_run=True) if arguments.dry_run else None
-    if arguments.dry_run and (split is None or (tuned is not None and not tuned.exists())):
-        print(f"{stage}: would score every row on {model}, once that is tuned -> {folder}")
-        return
-    borrows = arguments.model == "small" and experiment.borrows
-    if tuned is not None and not tuned.exists() and not borrows:
+    ready, borrows = tuned is None or tuned.exists(), arguments.model == "small" and experiment.borrows
+    if not (ready or borrows or arguments.dry_run):
         what, option = ("speculative model", "") if arguments.model == "small" else ("target", " --model target")
         raise UserError(f"the {what} is not tuned yet (no {tuned}): run finetune.py{option} with this configuration")
     if not arguments.dry_run and not folder.exists():
         check_machine(experiment)
         check_models(experiment)
-    split = split or training_split(experiment)
+    split = training_split(experiment, dry_run=arguments.dry_run)
+    if arguments.dry_run and (split is None or not ready):
+        print(f"{stage}: would score every row on {model}, once that is tuned -> {folder}")
+        return
     check_run(experiment, split)
     check_rows(experiment, len(split.rows))
     check_quotas(experiment)
