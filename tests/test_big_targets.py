@@ -96,7 +96,7 @@ def test_no_step_mixes_tensors_of_two_devices(head, phi):
                     with_kwargs=True,
                 )
         if scorer.lora_a is not None:
-            scorer.lora_a = scorer.lora_a.to(scorer.phi.maps[0].device)
+            scorer.lora_a = scorer.lora_a.to(scorer.phi.maps[0].weight.device)
         shapes = {name: tuple(values.shape) for name, values in scorer.score(*make_samples()).items()}
         assert shapes == dict.fromkeys(("loss", "effort", *columns), (4,)) | {"hidden_state": (4, 32)}
         assert response_losses(model, *make_samples()).shape == (4,)

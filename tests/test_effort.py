@@ -19,10 +19,11 @@ from selection.scores.self_test import plain_scores, self_test
 
 PHIS = ("v_lora_b", "v_weight", "last_layer", "all_lora")
 VOCABULARY = 97
+# fmt: off
 COMMON = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+)
 GPT_LIKE = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
 EXPERTS = COMMON | {"num_local_experts": 4}
 COMPRESSED = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
@@ -36,22 +37,15 @@ ARCHITECTURES = {
     "mistral": ("Mistral", COMMON | {"sliding_window": 6}, 16),
     "mixtral": ("Mixtral", EXPERTS, 16),
     "qwen2": ("Qwen2", COMMON, 16),
-    "qwen2-moe-shared-expert": (
-        "Qwen2Moe",
-        COMMON
-        | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24),
-        16,
-    ),
+    "qwen2-moe-shared-expert": ("Qwen2Moe", COMMON | dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24), 16),
     "qwen3": ("Qwen3", COMMON | {"head_dim": 8}, 16),
     "phi3-fused": ("Phi3", COMMON, 16),
     "smollm3": ("SmolLM3", COMMON, 16),
     "granite-scaled-logits": ("Granite", COMMON | {"logits_scaling": 4.0}, 16),
     "gpt2-conv1d-fused": ("GPT2", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64), 32),
-    "opt": (
-        "OPT",
-        GPT_LIKE | dict(ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0),
-        32,
-    ),
+    "opt": ("OPT", GPT_LIKE | dict(
+        ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0), 32),
     "gpt-neox-fused": ("GPTNeoX", GPT_LIKE | {"intermediate_size": 48}, 32),
     "falcon-fused": ("Falcon", GPT_LIKE, 8),
     "phi-parallel-mlp": ("Phi", COMMON, 16),
@@ -61,24 +55,16 @@ ARCHITECTURES = {
     "jetmoe-query-in-experts": ("JetMoe", EXPERTS | {"kv_channels": 8}, 16),
 }
 WEIGHT_WITHOUT_CALL = {  # whose layers multiply with the weight of an nn.Linear without calling it
-    "deepseek-v2-router": (
-        "DeepseekV2",
-        COMMON
-        | COMPRESSED
-        | dict(num_key_value_heads=4, first_k_dense_replace=1, moe_intermediate_size=16, n_shared_experts=1)
-        | dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1),
-    ),
-    "longcat-router": (
-        "LongcatFlash",
-        dict(vocab_size=VOCABULARY, hidden_size=32, ffn_hidden_size=48, num_layers=3, num_attention_heads=4)
-        | COMPRESSED
-        | dict(head_dim=8, n_routed_experts=4, zero_expert_num=2, moe_topk=2, expert_ffn_hidden_size=16),
-    ),
-    "bloom-by-slices": (
-        "Bloom",
-        dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pretraining_tp=2, slow_but_exact=True),
-    ),
+    "deepseek-v2-router": ("DeepseekV2", COMMON | COMPRESSED | dict(
+        num_key_value_heads=4, first_k_dense_replace=1, moe_intermediate_size=16, n_shared_experts=1,
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)),
+    "longcat-router": ("LongcatFlash", COMPRESSED | dict(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_hidden_size=48, num_layers=3, num_attention_heads=4, head_dim=8,
+        n_routed_experts=4, zero_expert_num=2, moe_topk=2, expert_ffn_hidden_size=16)),
+    "bloom-by-slices": ("Bloom", dict(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pretraining_tp=2, slow_but_exact=True)),
 }
+# fmt: on
 
 
 def make_model(name: str, **changes):
@@ -133,24 +119,33 @@ def assert_is_autograd(scorer, model, phi, ids, labels, mask=1):
 
 
 def last_layer(model):
-    names = dict(model.named_parameters())
-    return [
-        p for key, p in names.items() if re.search(r"\b(layers|h)\.2\.", key) and p.dim() >= 2 and "lora_" not in key
-    ]
+    matrices = [(key, parameter) for key, parameter in model.named_parameters() if parameter.dim() >= 2]
+    return [p for key, p in matrices if re.search(r"\b(layers|h)\.2\.", key) and "lora_" not in key]
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "with-adapter"])
+@pytest.mark.parametrize("phi", PHIS[1:])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_weight_gradient_of_a_batch_equals_autograd_of_one(name, adapter):
-    model, (ids, labels) = make_model(name), make_samples()
-    scorer = EffortScorer(with_tuned_adapter(model) if adapter else model, "v_weight")
-    weight, columns = scorer.phi.maps[0].weight, scorer.phi.maps[0].columns
-    mask = torch.zeros_like(weight)
-    by_output = mask.T if "conv1d" in name else mask  # GPT-2 keeps its weights transposed
-    by_output[slice(None) if columns is None else columns] = 1
-    assert mask.sum() == ARCHITECTURES[name][2] * 32
-    assert_is_autograd(scorer, model, [weight], ids, labels, mask)
-    assert_close(response_losses(model, ids, labels).double(), autograd(model, [weight], ids, labels)[1])
+def test_a_batch_scores_as_autograd_of_one_sample(name, phi, adapter):
+    model, (ids, labels), mask = make_model(name), make_samples(), 1
+    if adapter:
+        model = with_tuned_adapter(model)
+    elif phi == "all_lora":
+        model = with_fresh_lora(model, rank=4, alpha=8, target="all", seed=0)
+    scorer = EffortScorer(model, phi)
+    if phi == "v_weight":
+        matrices, columns = [scorer.phi.maps[0].weight], scorer.phi.maps[0].columns
+        mask = torch.zeros_like(matrices[0])
+        by_output = mask.T if "conv1d" in name else mask  # GPT-2 keeps its weights transposed
+        by_output[slice(None) if columns is None else columns] = 1
+        assert mask.sum() == ARCHITECTURES[name][2] * 32
+    elif phi == "last_layer":
+        assert len(matrices := last_layer(model)) >= 4  # noqa: RUF018
+    else:
+        matrices = [parameter for key, parameter in model.named_parameters() if "lora_" in key]
+        assert len(matrices) == 2 * len(scorer.phi.modules) >= 3 * 2 * 2
+    assert_is_autograd(scorer, model, matrices, ids, labels, mask)
+    assert_close(response_losses(model, ids, labels).double(), autograd(model, matrices, ids, labels)[1])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -169,26 +164,6 @@ def test_lora_b_gradient_of_a_batch_equals_a_real_fresh_lora(name):
     mask[slice(None) if columns is None else columns] = 1
     wrapped.requires_grad_(False)
     assert_close(ours, autograd(wrapped, [lora_b], ids, labels, mask)[0])
-
-
-@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "with-adapter"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_last_layer_is_every_weight_matrix_of_the_last_layer(name, adapter):
-    model = make_model(name)
-    scorer = EffortScorer(with_tuned_adapter(model) if adapter else model, "last_layer")
-    assert len(last_layer(model)) >= 4
-    assert_is_autograd(scorer, model, last_layer(model), *make_samples())
-
-
-@pytest.mark.parametrize("tuned", [False, True], ids=["fresh", "tuned"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_lora_is_every_a_and_b(name, tuned):
-    model = make_model(name)
-    model = with_tuned_adapter(model) if tuned else with_fresh_lora(model, rank=4, alpha=8, target="all", seed=0)
-    scorer = EffortScorer(model, "all_lora")
-    matrices = [parameter for key, parameter in model.named_parameters() if "lora_" in key]
-    assert len(matrices) == 2 * len(scorer.phi.modules) >= 3 * 2 * 2
-    assert_is_autograd(scorer, model, matrices, *make_samples())
 
 
 @pytest.mark.parametrize("name", WEIGHT_WITHOUT_CALL)
@@ -213,9 +188,8 @@ class Experts(torch.nn.Module):
 
     def forward(self, x):
         even = (torch.arange(x.shape[1]) % 2 == 0)[None, :, None]
-        mixed = torch.where(even, self.experts[0](x), self.experts[1](x))
         weight = functional.linear(x, self.router.weight) if x.shape[1] > 10 else self.router(x)
-        return mixed * weight.sigmoid()
+        return torch.where(even, self.experts[0](x), self.experts[1](x)) * weight.sigmoid()
 
 
 def test_what_is_not_called_costs_nothing_until_its_weight_is_used():
@@ -227,23 +201,17 @@ def test_what_is_not_called_costs_nothing_until_its_weight_is_used():
         assert list(scorer.phi.others) == aside
 
 
-def a_layer_twice(model):
-    model.model.layers[1] = model.model.layers[2]
-
-
-def a_weight_in_two_layers(model):
-    model.model.layers[1].self_attn.v_proj.weight = model.model.layers[2].self_attn.v_proj.weight
-
-
 @pytest.mark.parametrize("phi", ["last_layer", "v_weight"])
-@pytest.mark.parametrize("share", [a_layer_twice, a_weight_in_two_layers])
-def test_a_weight_used_twice_has_the_gradient_of_both_uses(share, phi):
+@pytest.mark.parametrize("shared", ["a-layer", "a-weight"])
+def test_a_weight_used_twice_has_the_gradient_of_both_uses(shared, phi):
     model = make_model("llama")
-    share(model)
-    layer = model.model.layers[2]
-    matrices = [layer.self_attn.v_proj.weight]
-    if phi == "last_layer":
-        matrices = [parameter for parameter in layer.parameters() if parameter.dim() >= 2]
+    layers = model.model.layers
+    if shared == "a-layer":
+        layers[1] = layers[2]
+    else:
+        layers[1].self_attn.v_proj.weight = layers[2].self_attn.v_proj.weight
+    matrices = [p for p in layers[2].parameters() if p.dim() >= 2]
+    matrices = matrices if phi == "last_layer" else [layers[2].self_attn.v_proj.weight]
     assert_is_autograd(EffortScorer(model, phi), model, matrices, *make_samples())
 
 

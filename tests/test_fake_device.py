@@ -5,7 +5,6 @@ which a program would have to wait for the device: `.item()`, a branch on a valu
 (torch's CPU build cannot index fake tensors on "cuda", so the device is one that a library may register.)
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import REPOSITORY
-from test_effort import ARCHITECTURES, make_model, make_samples, with_tuned_adapter
+from test_effort import ARCHITECTURES, PHIS, make_model, make_samples, with_tuned_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from selection.method.effort import EffortScorer, _Batch, response_losses
 
-DEVICE, PHIS = "fakegpu", ("v_lora_b", "v_weight", "last_layer", "all_lora")
+DEVICE = "fakegpu"
 SIMILAR = ("llama", "gemma", "mistral", "qwen2", "qwen3", "smollm3")  # to "llama-tied-head" and to others below
 # Falcon and gpt-oss make a mask by torch.vmap, which needs a device with kernels; JetMoE's experts wait for the host.
 LEFT_OUT = (*SIMILAR, "falcon-fused", "gpt-oss-attention-sinks", "jetmoe-query-in-experts")
@@ -55,20 +54,19 @@ def move_to_device(scorer: EffortScorer, fake: FakeTensorMode) -> None:
     """The model and what the scorer keeps of it; tied weights stay tied."""
     device, there = torch.device(DEVICE, 0), {}
 
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in there:
+    def moved(tensor):
+        if tensor is not None and id(tensor) not in there:
             value = fake.from_tensor(tensor.detach()).to(device)
             parameter = isinstance(tensor, torch.nn.Parameter)
             there[id(tensor)] = torch.nn.Parameter(value, requires_grad=False) if parameter else value, tensor
-        return there[id(tensor)][0]
+        return None if tensor is None else there[id(tensor)][0]
 
     for module in scorer.model.modules():
         for kept in (module._parameters, module._buffers):
-            kept.update({key: moved(tensor) for key, tensor in kept.items() if tensor is not None})
-    maps = [each if each.columns is None else replace(each, columns=moved(each.columns)) for each in scorer.phi.maps]
+            kept.update({key: moved(tensor) for key, tensor in kept.items()})
+    maps = [replace(each, columns=moved(each.columns)) for each in scorer.phi.maps]
     scorer.phi = replace(scorer.phi, maps=maps, others={key: moved(value) for key, value in scorer.phi.others.items()})
-    scorer.lora_a = None if scorer.lora_a is None else moved(scorer.lora_a)
-    scorer.device = device
+    scorer.lora_a, scorer.device = moved(scorer.lora_a), device
 
 
 def score_there(name: str, phi: str) -> None:
@@ -88,15 +86,7 @@ def score_there(name: str, phi: str) -> None:
         assert copies.seen == [], f"copies to the host: {copies.seen}"
 
 
-def changed(mistake) -> contextlib.ExitStack:
-    """`mistake` is made of what the scorer sums by sample, until the stack is closed."""
-    right, undo = _Batch.per_sample, contextlib.ExitStack()
-    _Batch.per_sample = lambda self, values: mistake(right(self, values))
-    undo.callback(setattr, _Batch, "per_sample", right)
-    return undo
-
-
-# Mistakes that these tests are to find, and what they say then.
+# Mistakes in what the scorer sums by sample, and what these tests say then.
 MISTAKES = {
     "a tensor that stays on the CPU": (lambda sums: sums + torch.ones(4), "FakeTensorDeviceMismatchError"),
     "a number that is waited for": (lambda sums: sums / sums.sum().item(), "DataDependentOutputException"),
@@ -109,14 +99,13 @@ MISTAKES = {
 def main() -> None:
     """In a process of its own, as a device once registered stays: the traceback of every case, "" where it passes."""
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
-    said = {}
-    for case, mistake, name, phi in [
-        *((f"{name} {phi}", None, name, phi) for name in NAMES for phi in PHIS),
-        *((case, mistake, "llama", "v_lora_b") for case, (mistake, _) in MISTAKES.items()),
-    ]:
+    said, per_sample = {}, _Batch.per_sample
+    cases = [(f"{name} {phi}", lambda sums: sums, name, phi) for name in NAMES for phi in PHIS]
+    cases += [(case, mistake, "llama", "v_lora_b") for case, (mistake, _) in MISTAKES.items()]
+    for case, mistake, name, phi in cases:
+        _Batch.per_sample = lambda self, values, mistake=mistake: mistake(per_sample(self, values))
         try:
-            with changed(mistake) if mistake else contextlib.nullcontext():
-                score_there(name, phi)
+            score_there(name, phi)
             said[case] = ""
         except Exception:
             said[case] = traceback.format_exc()

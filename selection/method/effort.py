@@ -6,7 +6,6 @@ gradient depends on the others in its batch.
 """
 
 import contextlib
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from selection.method.norms import (
-    Recorder,
-    listen_to_linear,
-    listen_to_lora,
-    replaced_forward,
-    sum_of_squares,
-    weights_in_graph,
-)
-from selection.method.phi import NoPhi, decoder_of, device_of, find_phi, unwrap
+from selection.method import norms
+from selection.method.phi import NoPhi, decoder_of, device_of, find_phi, linear, unwrap
 
 IGNORED_LABEL = -100
 # Rows come to the head in fours: on a CPU one to three that are left over, of each thread's share, add up in sequence.
@@ -66,11 +58,12 @@ class EffortScorer:
         self.lora_a, self.lora_scaling = None, alpha / rank
         self.device = device_of(self.model.get_input_embeddings())  # tokens start here
         self.largest_batch = math.inf  # tokens, padding included: what selection/scores/within_memory.py found to fit
-        self._table: torch.Tensor | None = None  # (n, V), of `_head`
+        self.table: torch.Tensor | None = None  # (n, V), kept from batch to batch: see `_head`
         if phi == "v_lora_b":
-            width, _ = self.phi.maps[0].width
+            projection = self.phi.maps[0]
+            width, _ = projection.width
             uniform = torch.rand((rank, width), generator=torch.Generator().manual_seed(seed))
-            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(self.phi.maps[0].device)  # (r, d_in)
+            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(device_of(linear(projection.module)))  # (r, d_in)
 
     def score(self, input_ids: _Tokens, labels: _Tokens) -> dict[str, torch.Tensor]:
         """Score a batch of tokenised samples (labels as LLaMA-Factory makes them, −100 where there is no loss).
@@ -118,30 +111,23 @@ class EffortScorer:
         scores = {name: on_cpu[:, i].double() for i, name in enumerate(means)}
         return scores | ({"hidden_state": on_cpu[:, len(means) :]} if "hidden_state" in self.columns else {})
 
-    def free_memory(self) -> None:
-        """Give back what is kept between batches."""
-        self._table = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
     @contextlib.contextmanager
     def _listening(self, squares: torch.Tensor, length: int) -> Iterator[list[torch.Tensor]]:
         """Let φ add its squared norms to `squares` (B,) in the backward pass; gives the tensors at which that ends."""
         ends: list[torch.Tensor] = []
         with contextlib.ExitStack() as stack:
-            # Where `enable_input_require_grads` was called, the embeddings would be kept, and all that is made of them.
-            embeddings = self.model.get_input_embeddings()
-            stack.callback(embeddings.register_forward_hook(lambda module, inputs, output: output.detach()).remove)
+            # After `enable_input_require_grads` the embeddings would be kept, and all that is made of them.
+            detached = lambda module, inputs, output: output.detach()  # noqa: E731
+            stack.callback(self.model.get_input_embeddings().register_forward_hook(detached).remove)
             # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
             fresh = None if self.lora_a is None else lambda x: self.lora_scaling * functional.linear(x, self.lora_a)
             for each in self.phi.maps:
-                record = Recorder(each.name, squares, length)
-                listen_to_linear(each, record, ends, stack, fresh, always_end=bool(self.phi.others))
+                record = norms.Recorder(each.name, squares, length)
+                norms.listen_to_linear(each, record, ends, stack, fresh, always_end=bool(self.phi.others))
             if self.phi.loras:
                 ends.append(torch.zeros((), device=self.device, requires_grad=True))
-            for pair in self.phi.loras:
-                listen_to_lora(pair, Recorder(pair.name, squares, length), ends[0], stack)
+            for name, (layer, adapter) in self.phi.loras.items():
+                norms.listen_to_lora(layer, adapter, norms.Recorder(name, squares, length), ends[0], stack)
             for other in self.phi.others.values():
                 stack.callback(other.requires_grad_, False)
                 other.requires_grad_(True)
@@ -149,12 +135,12 @@ class EffortScorer:
             yield ends
 
     def _set_aside(self, hidden: torch.Tensor) -> bool:
-        """Whether a linear map of φ took part otherwise than by one call of its module, as DeepSeek-V2's router does:
-        its weight is then one of `others` from here on, and the pass has to be made again.
+        """Whether a map of φ was used otherwise than by one call of its module, as DeepSeek-V2's router is.
 
-        A map that took no part at all, such as an expert without a token, has no gradient and costs nothing.
+        Its weight is then one of `others` from here on, and the pass has to be made again. A map that took no part,
+        such as an expert without a token, has no gradient and costs nothing.
         """
-        in_graph = set() if self.lora_a is not None or not self.phi.maps else weights_in_graph(hidden)
+        in_graph = set() if self.lora_a is not None or not self.phi.maps else norms.weights_in_graph(hidden)
         aside = {each.name: each for each in self.phi.maps if id(each.weight) in in_graph}
         for each in aside.values():
             if each.columns is not None:
@@ -165,8 +151,8 @@ class EffortScorer:
         return bool(aside)
 
     def _head(self, hidden: torch.Tensor, batch: "_Batch") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """By-token figures (n,) float32 of the head's rows, zero where a row is none of theirs, and the gradient of
-        the token losses on the hidden state (n, d).
+        """Figures (n,) float32 of the head's rows, zero where a row is none of theirs, and the gradient of the token
+        losses on the hidden state (n, d).
 
         One float32 table, kept from batch to batch, holds a chunk's logits, log-probabilities, probabilities and
         their gradient in turn: fresh memory of that size costs more than what is computed in it.
@@ -176,15 +162,15 @@ class EffortScorer:
             rows = rows.detach().requires_grad_()
             with torch.enable_grad():
                 logits = _logits(self.model, rows)
-            if self._table is None or len(self._table) < len(rows):
-                self._table = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-            scores = self._table[: len(rows)]
+            if self.table is None or len(self.table) < len(rows):
+                self.table = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+            scores = self.table[: len(rows)]
             raw = logits.detach() if logits.dtype == torch.float32 else scores.copy_(logits.detach())
             predicts = (targets != IGNORED_LABEL).float()
             target, own_token = targets.clamp(min=0)[:, None], own.clamp(min=0)[:, None]
             figure = {}
             if "el2n_released" in self.columns:
-                squared = sum_of_squares(raw, -1) - 2 * raw.gather(1, own_token).squeeze(1) + 1
+                squared = norms.sum_of_squares(raw, -1) - 2 * raw.gather(1, own_token).squeeze(1) + 1
                 figure["el2n_released"] = squared / scores.shape[1] * (own != IGNORED_LABEL)
             torch.log_softmax(raw, -1, out=scores)
             loss = -scores.gather(1, target).squeeze(1)
@@ -194,7 +180,7 @@ class EffortScorer:
                 figure["entropy"] = torch.special.entr(scores).sum(-1) * predicts
             scores.scatter_(1, target, torch.expm1(-loss)[:, None])  # softmax − onehot, the gradient on the logits
             if "el2n" in self.columns:
-                figure["el2n"] = sum_of_squares(scores, -1).sqrt() * predicts
+                figure["el2n"] = norms.sum_of_squares(scores, -1).sqrt() * predicts
             if "el2n_released" in self.columns:  # only then is there a row without a token to predict
                 scores.mul_(predicts[:, None])
             gradients.append(torch.autograd.grad(logits, rows, scores.to(logits.dtype))[0])
@@ -214,7 +200,7 @@ class EffortScorer:
             alone = torch.zeros_like(gradient)
             alone[sample] = gradient[sample]
             parts = torch.autograd.grad(hidden, others, alone, retain_graph=True, allow_unused=True)
-            reached = [sum_of_squares(part).to(gradient.device) for part in parts if part is not None]
+            reached = [norms.sum_of_squares(part).to(gradient.device) for part in parts if part is not None]
             squares.append(sum(reached, start=gradient.new_zeros((), dtype=torch.float32)))
         return torch.stack(squares)
 
@@ -317,7 +303,7 @@ def _logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
     The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
     """
-    with replaced_forward(decoder_of(model), lambda *args, **kwargs: _Answer(hidden[None])):
+    with norms.replaced_forward(decoder_of(model), lambda *args, **kwargs: _Answer(hidden[None])):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits
     return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
 
@@ -336,8 +322,7 @@ def plan_batches(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: 
     """
     batches: list[list[int]] = []
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_per_batch:
+            batches.append([])
+        batches[-1].append(row)
     return batches

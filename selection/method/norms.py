@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from selection.method.phi import LinearMap, LoraPair, NoPhi
+from selection.method.phi import LinearMap, NoPhi
 
 
 def squared_norms(inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -133,13 +133,14 @@ def weights_in_graph(output: torch.Tensor) -> set[int]:
     return leaves
 
 
-def listen_to_lora(pair: LoraPair, record: Recorder, start: torch.Tensor, undo: contextlib.ExitStack) -> None:
+def listen_to_lora(
+    layer: nn.Module, adapter: str, record: Recorder, start: torch.Tensor, undo: contextlib.ExitStack
+) -> None:
     """Record the norms of the gradients of one LoRA's A and B until `undo` is closed.
 
     Its forward pass is taken over: the same sum W x + (α/r) B A x, without the copies that PEFT makes (a tenth of a
     whole pass on a CPU). `start` requires a gradient: the backward pass comes here even if the inputs require none.
     """
-    layer, adapter = pair.module, pair.adapter
 
     def forward(inputs: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         record.once()

@@ -34,22 +34,9 @@ class LinearMap:
         return tuple(inner.weight.shape) if isinstance(inner, Conv1D) else (inner.in_features, inner.out_features)
 
     @property
-    def device(self) -> torch.device:
-        return device_of(linear(self.module))
-
-    @property
     def weight_at_hand(self) -> bool:
         """Whether the map multiplies with `weight` itself: not quantised, not offloaded."""
         return self.weight.is_floating_point() and not self.weight.is_meta
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """A LoRA's A and B on one linear map."""
-
-    name: str
-    module: nn.Module
-    adapter: str
 
 
 @dataclass(frozen=True)
@@ -59,17 +46,17 @@ class Phi:
     name: str  # as in the configuration: v_lora_b, v_weight, last_layer or all_lora
     maps: list[LinearMap] = field(default_factory=list)
     others: dict[str, nn.Parameter] = field(default_factory=dict)  # in no linear map: experts as one tensor, routers
-    loras: list[LoraPair] = field(default_factory=list)
+    loras: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)  # PEFT's layers, each with its adapter
 
     @property
     def modules(self) -> list[str]:
-        return [*(each.name for each in (*self.maps, *self.loras)), *self.others]
+        return [*(each.name for each in self.maps), *self.loras, *self.others]
 
 
 def find_phi(model: nn.Module, name: str) -> Phi:
     """Raises: NoPhi naming the modules looked at where the model has no such parameters."""
     if name == "all_lora":
-        return Phi(name, loras=_lora_pairs(model))
+        return Phi(name, loras=_loras(model))
     if name != "last_layer":
         return Phi(name, [find_value_projection(model)])
     layer_name, layer = last_decoder_layer(model)
@@ -86,9 +73,9 @@ def find_phi(model: nn.Module, name: str) -> Phi:
     return Phi(name, [LinearMap(f"{layer_name}.{key}", linear(module)) for key, module in found.items()], others)
 
 
-def _lora_pairs(model: nn.Module) -> list[LoraPair]:
+def _loras(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Every A and B of the model's active LoRA."""
-    found, in_decoder = [], set(decoder_of(model).modules())
+    found, in_decoder = {}, set(decoder_of(model).modules())
     for name, module in model.named_modules():
         if not hasattr(module, "lora_A"):  # PEFT's LoraLayer
             continue
@@ -104,7 +91,7 @@ def _lora_pairs(model: nn.Module) -> list[LoraPair]:
         # The whole model would have to stay on its device until the backward pass has been through it.
         if any(parameter.is_meta for parameter in module.parameters()):
             raise NoPhi(f"phi all_lora: {name} is offloaded from its device: use phi last_layer or v_lora_b")
-        found.append(LoraPair(name, module, active[0]))
+        found[name] = module, active[0]
     if not found:
         looked_at = ", ".join(projections(last_decoder_layer(model)[1])) or "no linear map"
         raise NoPhi(f"phi all_lora: found no LoRA in {type(unwrap(model)).__name__}: its last layer has {looked_at}")

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from selection.method.effort import IGNORED_LABEL, IN_FOURS, EffortScorer, plan_batches
-from selection.method.phi import LinearMap
+from selection.method.phi import LinearMap, device_of, linear
 from selection.method.reference import effort_score
 from selection.run.device import out_of_memory
 from selection.run.errors import UserError
@@ -86,9 +86,9 @@ def _phi_as_parameters(scorer: EffortScorer) -> Iterator[list[torch.Tensor]]:
     def parameter(each: LinearMap) -> torch.Tensor:
         if a is None and each.columns is None and each.weight_at_hand:
             return each.weight
-        wide, high = each.width
-        columns = torch.arange(high, device=each.device) if each.columns is None else each.columns
-        zero = torch.zeros((len(columns), wide if a is None else len(a)), device=each.device)
+        (wide, high), device = each.width, device_of(linear(each.module))
+        columns = torch.arange(high, device=device) if each.columns is None else each.columns
+        zero = torch.zeros((len(columns), wide if a is None else len(a)), device=device)
 
         def add(module, inputs, output):
             x = inputs[0].float() if a is None else scorer.lora_scaling * functional.linear(inputs[0].float(), a)
@@ -99,8 +99,8 @@ def _phi_as_parameters(scorer: EffortScorer) -> Iterator[list[torch.Tensor]]:
 
     with undo:
         parameters = [*map(parameter, scorer.phi.maps), *scorer.phi.others.values()]
-        for pair in scorer.phi.loras:
-            parameters += [matrices[pair.adapter].weight for matrices in (pair.module.lora_A, pair.module.lora_B)]
+        for layer, adapter in scorer.phi.loras.values():
+            parameters += [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
         for each in parameters:
             undo.callback(each.requires_grad_(True).requires_grad_, False)
         yield parameters

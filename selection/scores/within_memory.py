@@ -1,5 +1,6 @@
 """Score a batch in as many pieces as the device's memory asks for."""
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,9 @@ def score_within_memory(
             pieces.append(piece)
             order += pending.pop(0)
             continue
-        scorer.free_memory()
+        scorer.table = None
+        gc.collect()
+        torch.cuda.empty_cache()
         longest = lengths[batch[0]]
         if len(batch) == 1:
             raise UserError(
