@@ -32,14 +32,8 @@ from selection.run.model_folder import model_path
 from selection.run.products import atomic_path, first_difference
 from selection.run.yaml_file import check_keys, override, read_yaml, to_yaml
 
-_OWN_OPTION = {
-    "output_dir": "--run",
-    "small_model": "--small",
-    "target_model": "--target",
-    "template": "--template",
-    "dataset": "--data",
-    "selection.rates": "--rate",
-}
+_OWN_OPTION = {"output_dir": "--run", "small_model": "--small", "target_model": "--target", "template": "--template"}
+_OWN_OPTION |= {"dataset": "--data", "selection.rates": "--rate"}
 _FIRST_ROWS = 100  # that tell the form of a data file
 
 
@@ -247,8 +241,7 @@ def write_once(experiment: Experiment) -> Path:
 
 def _in_repository(path: Path | str) -> str:
     """As a configuration writes it: from the repository where it lies in it. A hub name stays."""
-    path = Path(path)
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
+    return str(path).removeprefix(f"{REPOSITORY}/")
 
 
 if __name__ == "__main__":

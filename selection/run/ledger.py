@@ -22,7 +22,7 @@ from selection.run.config import Experiment, from_repository
 from selection.run.errors import UserError
 from selection.run.log import say
 from selection.run.processes import processes
-from selection.run.products import checked, locked, parse_json, read_json, read_sealed, write_sealed
+from selection.run.products import checked, locked, parse_json, read_record, read_sealed, write_sealed
 
 CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
 SPECULATIVE_SCORES, VERIFICATION, CORESETS = "speculative scores", "verification", "coresets"
@@ -194,30 +194,22 @@ def _scoring(costs: list[Cost], stage: str) -> list[Cost]:
 
 
 class _CuttingCost(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
     tokens: NonNegativeInt
     parameters: NonNegativeInt
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    seconds: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 
-
-class _Draft(TypedDict, total=False):
-    cost: _CuttingCost
-
-
-class _SharedBy(TypedDict):
-    runs: list[str]
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 def _cutting(experiment: Experiment) -> list[Cost]:
     draft = from_repository(experiment.small_model) / "draft.json"
-    paid = checked(_Draft, read_json(draft), draft).get("cost") if draft.exists() else None
+    paid = checked(_CuttingCost | None, read_record(draft).get("cost"), draft) if draft.exists() else None
     return [Cost(CUTTING, experiment.small_model, **paid)] if paid else []
 
 
 def _shared_by(folder: Path) -> list[str]:
     path = folder / "shared_by.json"
-    return checked(_SharedBy, read_sealed(path), path)["runs"] if path.exists() else []
+    return checked(list[str], read_sealed(path).get("runs"), path) if path.exists() else []
 
 
 def share_costs(experiment: Experiment) -> None:

@@ -186,10 +186,8 @@ def first_difference(stored: dict, wanted: dict) -> str | None:
 def check_same_everywhere(identity: dict) -> None:
     """Raises: UserError naming the host whose processes would make something else than the leader."""
     if difference := first_difference(processes().from_leader(lambda: identity), identity):
-        raise UserError(
-            f"host {socket.gethostname()} would compute otherwise than the first one ({difference}): give all hosts "
-            "the same models, devices and arguments"
-        )
+        host, mend = socket.gethostname(), "give all hosts the same models, devices and arguments"
+        raise UserError(f"host {host} would compute otherwise than the first one ({difference}): {mend}")
 
 
 def reuse(folder: Path, identity: dict) -> bool:
