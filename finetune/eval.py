@@ -60,7 +60,7 @@ def main() -> None:
     check_run(experiment, split, verified=True)
     with processes().leader_first():
         identities = {name: identity_of(experiment, name) for name in names}
-    there = {name: is_there(experiment, name, identity) for name, identity in identities.items()}
+    there = {name: is_there(experiment, name, identity) for name, identity in identities.items()}  # or refused
     if arguments.dry_run:
         would = f"would answer {len(rows_of(experiment, 'eval'))} held-out rows ->"
         for name in names:
@@ -106,16 +106,17 @@ def is_there(experiment: Experiment, name: str, identity: dict[str, Any]) -> boo
 
 def evaluate(experiment: Experiment, name: str, identity: dict[str, Any], there: bool) -> dict:
     """Metrics of one tuned target, from its folder if it is `there`."""
-    held_out, folder, together = rows_of(experiment, "eval"), eval_folder(experiment, name), processes()
+    folder = eval_folder(experiment, name)
     if there:
         say(f"evaluation: reusing {folder}")
         return read_metrics(folder)
-    model, tuned, precision = experiment.target_model, experiment.tuned_target(name), identity["precision"]
+    held_out, together, precision = rows_of(experiment, "eval"), processes(), identity["precision"]
+    tuned = experiment.tuned_target(name) if identity["tuned"] else None
     cost = Cost(EVALUATION, name, len(held_out), device=device_name(), precision=precision, processes=together.count)
-    if together.leads:
-        cost.tokens = int(lengths(tokenised_rows(experiment, model, "eval", held_out)).sum())  # with the references
+    if together.leads:  # tokens of prompts and references
+        cost.tokens = int(lengths(tokenised_rows(experiment, experiment.target_model, "eval", held_out)).sum())
     with building_together(folder, identity) as draft, measured(experiment.folder, cost):
-        computed = trainer.predict(experiment, model, None if name == "untuned" else tuned, draft, precision)
+        computed = trainer.predict(experiment, tuned, draft, precision)
         if together.leads:
             write_metrics(experiment, name, draft, computed)
     metrics = read_metrics(folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,24 +22,22 @@ def _progress(stage: str):
     class Progress(TrainerCallback):
         bar = None
 
-        def on_train_begin(self, args, state, control, **kwargs):
+        def advance(self, state, total: int, samples: int):
             if state.is_world_process_zero:
-                self.step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                self.bar = progress_bar(total=state.max_steps * self.step, unit="samples", desc=stage)
+                if self.bar is None:
+                    self.bar = progress_bar(total=total, unit="samples", desc=stage)
+                self.bar.update(min(samples, self.bar.total - self.bar.n))
 
         def on_step_end(self, args, state, control, **kwargs):
-            if self.bar is not None:
-                self.bar.update(self.step)
+            samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            self.advance(state, state.max_steps * samples, samples)
+
+        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+            self.advance(state, len(eval_dataloader.dataset), args.eval_batch_size * args.world_size)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if self.bar is not None and "loss" in (logs or {}):
                 self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
-        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-            if state.is_world_process_zero:
-                if self.bar is None:
-                    self.bar = progress_bar(total=len(eval_dataloader.dataset), unit="samples", desc=stage)
-                self.bar.update(min(args.eval_batch_size * args.world_size, self.bar.total - self.bar.n))
 
         def close(self, args, state, control, **kwargs):
             if self.bar is not None:
@@ -88,14 +87,13 @@ def model_keys(experiment: Experiment) -> dict[str, Any]:
     return {key: value for key, value in (experiment.training | experiment.target_training).items() if key in known}
 
 
-def predict(
-    experiment: Experiment, model: str, tuned: Path | None, output_dir: Path, precision: str
-) -> dict[str, float]:
-    """Greedy answers to the held-out split, of `model` with what its tuning left in `tuned`.
+def predict(experiment: Experiment, tuned: Path | None, output_dir: Path, precision: str) -> dict[str, float]:
+    """Greedy answers of the target, with what its tuning left in `tuned`, to the held-out split.
 
     Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics in
     percent, {} but in the leader: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters.
     """
+    model = experiment.target_model
     arguments = common_arguments(experiment, model, output_dir, precision) | model_keys(experiment)
     arguments |= {
         "eval_dataset": "eval",
@@ -122,17 +120,8 @@ def scores_by_sample(answers: list[str], references: list[str]) -> dict[str, lis
     from llamafactory.train.sft.metric import ComputeSimilarity
     from transformers import EvalPrediction
 
-    texts = [*answers, *references]
-
-    class Texts:
-        """What the metric needs of a tokenizer; a text's number stands for its tokens."""
-
-        pad_token_id = 0
-
-        @staticmethod
-        def batch_decode(numbers, skip_special_tokens: bool) -> list[str]:
-            return [texts[number] for number in numbers]
-
-    metric = ComputeSimilarity(tokenizer=Texts)
+    texts = [*answers, *references]  # the metric's tokenizer decodes a text's number to the text
+    decode = SimpleNamespace(pad_token_id=0, batch_decode=lambda numbers, **_: [texts[number] for number in numbers])
+    metric = ComputeSimilarity(tokenizer=decode)
     metric(EvalPrediction(*np.split(np.arange(2 * len(answers)), 2)), compute_result=False)
     return metric.score_dict

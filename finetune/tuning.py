@@ -74,9 +74,9 @@ def tune_once(
     what = folder.name if stage == TARGET_TUNING else model
     cost = Cost(stage, what, len(rows), device=device_name(), precision=precision, processes=together.count)
     # Loggers write into the run folder, outside what is tuned (its files carry checksums), or as the user says.
-    logs = str(experiment.folder / "tensorboard" / folder.relative_to(experiment.folder))
-    logs = {"WANDB_DIR": str(experiment.folder), "TENSORBOARD_LOGGING_DIR": logs}
-    logs = {name: os.environ.get(name, path) for name, path in logs.items()}
+    tensorboard = experiment.folder / "tensorboard" / folder.relative_to(experiment.folder)
+    logs = {"WANDB_DIR": experiment.folder, "TENSORBOARD_LOGGING_DIR": tensorboard}
+    logs = {name: os.environ.get(name, str(path)) for name, path in logs.items()}
     with environment(logs), building_together(folder, identity) as draft:
         if together.leads:
             if dataset != "train":  # every stage has that
@@ -113,10 +113,8 @@ def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:
     size = keys.get("per_device_train_batch_size", 8)
     samples = size * keys.get("gradient_accumulation_steps", 1)
     if samples % processes:
-        raise UserError(
-            f"{processes} processes cannot share the {samples} samples of a step (training: "
-            "per_device_train_batch_size x gradient_accumulation_steps): give NPROC=1 or another number"
-        )
+        step = f"the {samples} samples of a step (per_device_train_batch_size x gradient_accumulation_steps)"
+        raise UserError(f"{processes} processes cannot share {step}: give NPROC=1 or another number")
     share = samples // processes
     at_once = max(n for n in range(1, min(size, share) + 1) if share % n == 0)
     return {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": share // at_once}

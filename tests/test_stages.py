@@ -355,7 +355,7 @@ def test_evaluation_takes_the_keys_of_the_model_and_not_those_of_training(make_e
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     for tuned in (None, adapter):
-        trainer.predict(experiment, experiment.target_model, tuned, experiment.folder, "fp32")
+        trainer.predict(experiment, tuned, experiment.folder, "fp32")
         arguments = handed.pop()
         assert {key: arguments.get(key) for key in model} == model
         assert not only_training.keys() & arguments.keys()

@@ -39,12 +39,10 @@ def detect_form(columns: list[str], rows: list[dict], source: str) -> tuple[dict
         if not names and texts:
             names = {"prompt": prompt} | ({"query": "input"} if "input" in columns else {}) | {"response": response}
     if not names:
-        pairs = ", ".join(f"{prompt} and {response}" for prompt, response in _TEXT_COLUMNS)
-        raise UserError(
-            f"--data {source}: its columns ({', '.join(columns)}) have no known form ({pairs}, or a conversation in "
-            "messages or conversations): name them, e.g. --set dataset_format.columns.prompt=… --set "
-            "dataset_format.columns.response=…"
-        )
+        known = ", ".join(f"{prompt} and {response}" for prompt, response in _TEXT_COLUMNS)
+        known = f"{known}, or a conversation in messages or conversations"
+        how = "name them, e.g. --set dataset_format.columns.prompt=… --set dataset_format.columns.response=…"
+        raise UserError(f"--data {source}: its columns ({', '.join(columns)}) have no known form ({known}): {how}")
     names |= {"system": "system"} if "system" in columns else {}
     form = {"formatting": "sharegpt" if tags else "alpaca"}  # and what differs from LLaMA-Factory's defaults
     form |= {"columns": names} if names not in _DEFAULT_COLUMNS else {}
@@ -58,15 +56,14 @@ def _tags(column: str, rows: list[dict], source: str) -> dict[str, str] | None:
     role/content is read as sharegpt with other tags: "openai" would add a sentence to every system prompt.
     """
     messages = [message for row in rows for message in (row[column] if isinstance(row[column], list) else [None])]
-    for pair in (("from", "value"), ("role", "content")):
-        if messages and all(isinstance(m, dict) and set(pair) <= set(m) for m in messages):
-            break
-    else:
+    pairs = [("from", "value"), ("role", "content")]
+    pairs = [pair for pair in pairs if all(isinstance(m, dict) and set(pair) <= set(m) for m in messages)]
+    if not messages or not pairs:
         return None
-    tags = DEFAULT_TAGS | dict(zip(("role_tag", "content_tag"), pair, strict=True))
-    if pair[0] == "role":
-        tags |= {"user_tag": "user", "assistant_tag": "assistant"}
-    roles = {str(message[pair[0]]) for message in messages}
+    role, content = pairs[0]
+    tags = DEFAULT_TAGS | {"role_tag": role, "content_tag": content}
+    tags |= {"user_tag": "user", "assistant_tag": "assistant"} if role == "role" else {}
+    roles = {str(message[role]) for message in messages}
     for name, words in _ROLES.items():
         if len(found := words & roles) == 1:
             tags[name] = found.pop()

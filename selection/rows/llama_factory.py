@@ -17,10 +17,9 @@ from selection.run.model_folder import model_path
 
 
 def import_llama_factory() -> None:
-    """Import llamafactory, with an empty torchaudio where that is missing or broken.
+    """Import llamafactory, which needs torchaudio even for text: an empty one where it is missing or broken.
 
-    The registry's torchaudio is a CUDA build that does not load beside a CPU torch, and LLaMA-Factory imports it even
-    for text. transformers is imported first: it must not take the empty one for the real one.
+    The registry's torchaudio does not load beside a CPU torch. transformers must not see the empty one: it goes first.
     """
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
     import transformers

@@ -19,22 +19,11 @@ from typing_extensions import TypedDict
 
 from selection.rows.conversation import in_common_form
 from selection.rows.read import as_json, reading_rows
+from selection.run import products
 from selection.run.config import Experiment, from_repository
 from selection.run.errors import UserError
 from selection.run.log import say
 from selection.run.processes import processes
-from selection.run.products import (
-    atomic_path,
-    checked,
-    digest,
-    file_digest,
-    first_difference,
-    locked,
-    read_json,
-    read_sealed,
-    write_json,
-    write_sealed,
-)
 
 _PARTS = ("train", "eval")
 
@@ -57,7 +46,7 @@ class _SplitRecord(TypedDict):
 
 def row_id(row: dict) -> str:
     """Content hash of a raw row, 16 hex digits, whatever the order of its columns."""
-    return digest(as_json(row, sort_keys=True).encode())[:16]
+    return products.digest(as_json(row, sort_keys=True).encode())[:16]
 
 
 def training_split(experiment: Experiment, dry_run: bool = False) -> TrainingSplit | None:
@@ -70,9 +59,9 @@ def training_split(experiment: Experiment, dry_run: bool = False) -> TrainingSpl
         made_from, record_path = _made_from(experiment), _record_path(experiment)
         if dry_run:
             return _load_split(experiment, made_from) if record_path.exists() else None
-        with locked(experiment.folder):  # two stages may need the split at the same time
+        with products.locked(experiment.folder):  # two stages may need the split at the same time
             lost = not all(split_path(experiment, name).exists() for name in _PARTS)
-            if not record_path.exists() or (lost and read_sealed(record_path).get("made_from") == made_from):
+            if not record_path.exists() or (lost and products.read_sealed(record_path).get("made_from") == made_from):
                 _make_split(experiment, made_from)
         split = _load_split(experiment, made_from)
         list_datasets(experiment, _PARTS)
@@ -145,7 +134,11 @@ def rows_of(experiment: Experiment, name: str) -> "datasets.Dataset":  # noqa: F
 def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821
     """Write rows as a LLaMA-Factory data set with its `dataset_info.json` entry; returns the file."""
     path, schema = split_path(experiment, name), rows.features.arrow_schema
-    with atomic_path(path) as draft, pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    with (
+        products.atomic_path(path) as draft,
+        pa.OSFile(str(draft), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
         for batch in rows.with_format("arrow").iter(batch_size=1000):
             writer.write_table(batch.combine_chunks())  # else each chosen row is a chunk, which takes kilobytes
     list_datasets(experiment, [name])
@@ -155,13 +148,13 @@ def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -
 def list_datasets(experiment: Experiment, names: Iterable[str]) -> None:
     """Make `dataset_info.json` name our files for these data sets, whatever it said before."""
     path = experiment.data_folder / "dataset_info.json"
-    with locked(experiment.data_folder):  # several coresets may be tuned at a time
-        info = read_json(path) if path.exists() else {}
+    with products.locked(experiment.data_folder):  # several coresets may be tuned at a time
+        info = products.read_json(path) if path.exists() else {}
         if not isinstance(info, dict):
             raise UserError(f"{path} lists no data sets: remove it")
         ours = {name: {"file_name": split_path(experiment, name).name, **experiment.row_format.entry} for name in names}
         if info | ours != info:
-            write_json(path, info | ours)
+            products.write_json(path, info | ours)
 
 
 def _record_path(experiment: Experiment) -> Path:
@@ -195,8 +188,8 @@ def _content(path: str) -> str:
 
 def _read_record(experiment: Experiment, made_from: dict) -> _SplitRecord:
     """Raises: UserError where the split's record is missing, damaged or of other data than `made_from`."""
-    record = checked(_SplitRecord, read_sealed(_record_path(experiment)), _record_path(experiment))
-    if difference := first_difference(record["made_from"], record["made_from"] | made_from):
+    record = products.checked(_SplitRecord, products.read_sealed(_record_path(experiment)), _record_path(experiment))
+    if difference := products.first_difference(record["made_from"], record["made_from"] | made_from):
         raise UserError(
             f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
         )
@@ -206,7 +199,7 @@ def _read_record(experiment: Experiment, made_from: dict) -> _SplitRecord:
 def _load_split(experiment: Experiment, made_from: dict) -> TrainingSplit:
     """Raises: UserError where the split is of other data, or not what was written."""
     record, folder = _read_record(experiment, made_from), experiment.data_folder
-    intact = [file_digest(split_path(experiment, name)) for name in _PARTS] == record["files"]
+    intact = [products.file_digest(split_path(experiment, name)) for name in _PARTS] == record["files"]
     if not intact or (train := _identify(experiment)).fingerprint != record["fingerprint"]:
         raise UserError(f"the split in {folder} is damaged or was changed by hand: remove {folder}")
     return train
@@ -216,7 +209,7 @@ def _identify(experiment: Experiment) -> TrainingSplit:
     rows = rows_of(experiment, "train")
     ids = [row_id(row) for row in rows]
     form = as_json(experiment.row_format.entry, sort_keys=True)  # the same rows read otherwise are other data
-    return TrainingSplit(rows, ids, digest(form.encode(), *(i.encode() for i in ids)))
+    return TrainingSplit(rows, ids, products.digest(form.encode(), *(i.encode() for i in ids)))
 
 
 def _make_split(experiment: Experiment, made_from: dict) -> None:
@@ -226,9 +219,9 @@ def _make_split(experiment: Experiment, made_from: dict) -> None:
         numbers = split_numbers(experiment, len(rows))
         for name in _PARTS:
             write_dataset(experiment, name, rows.select(numbers[name]))
-    files = [file_digest(split_path(experiment, name)) for name in _PARTS]
+    files = [products.file_digest(split_path(experiment, name)) for name in _PARTS]
     record = {"made_from": made_from, "fingerprint": _identify(experiment).fingerprint, "files": files}
-    write_sealed(_record_path(experiment), record | ({"num_rows": counts} if len(counts) > 1 else {}))
+    products.write_sealed(_record_path(experiment), record | ({"num_rows": counts} if len(counts) > 1 else {}))
     named = ", ".join(Path(each.path).name for each in experiment.data_sets)
     train, held_out = map(len, numbers.values())
     say(f"split {named}: {train} training and {held_out} evaluation rows -> {experiment.data_folder}")

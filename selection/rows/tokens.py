@@ -50,19 +50,16 @@ def check_embeddings(experiment: Experiment, model: str, loaded, tokenised) -> N
     """Raises: UserError where rows have a token that `loaded`, the model, has no embedding for."""
     highest = max(pc.max(chunk.flatten()).as_py() for chunk in tokenised.data.column("input_ids").chunks)
     if highest >= loaded.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"template {experiment.template} makes a token that {model} has no embedding for: give the model's own "
-            "template"
-        )
+        wrong = f"template {experiment.template} makes a token that {model} has no embedding for"
+        raise UserError(f"{wrong}: give the model's own template")
 
 
 def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, str, bool]]:
-    """A function from a raw row to its text as the experiment's template writes it for `model`, never cut off.
+    """A function from a raw row to (prompt, completion, same), as the experiment's template writes it for `model`.
 
-    It returns (prompt, completion, same): all before the last response; that response with its end mark, without the
-    blanks that some templates add; and whether the model's own tokenizer makes of the two, joined, the tokens that
-    tuning takes. A mark that this tokenizer itself puts in front is left out of the prompt.
-    Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write.
+    The completion is the last response with its end mark, the prompt all before it but for a mark that the model's own
+    tokenizer adds; `same`: whether that tokenizer makes of both, joined, the tokens that tuning takes. Nothing is cut
+    off. Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write.
     """
     import_llama_factory()
     from llamafactory.data import get_template_and_fix_tokenizer
@@ -81,13 +78,11 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
     def text_of(row: dict) -> tuple[str, str, bool]:
         sample = convert_row(row, experiment.row_format.entry)
         with user_errors(f"template {experiment.template}"):
-            pairs = template.encode_multiturn(
-                tokenizer, sample["_prompt"] + sample["_response"], sample["_system"], sample["_tools"]
-            )
-        *before, (last, response) = pairs
+            turns, system, tools = sample["_prompt"] + sample["_response"], sample["_system"], sample["_tools"]
+            *before, (last, response) = template.encode_multiturn(tokenizer, turns, system, tools)
         prompt = [*(token for pair in before for part in pair for token in part), *last]
         response = [*response, *([end] if template.efficient_eos else [])]
-        if end in response:
+        if end in response:  # some templates write blanks behind it
             ended = len(response) - response[::-1].index(end)
             response = response if tokenizer.decode(response[ended:]).strip() else response[:ended]
         shown = prompt[len(front) :] if prompt[: len(front)] == front else prompt
@@ -120,14 +115,12 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
         data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)
     rows = data["train_dataset"]
     if len(rows) != len(raw_rows):
-        took = f"LLaMA-Factory took {len(rows)} of {len(raw_rows)} rows of {dataset}.arrow"
-        raise UserError(f"{took}: remove {experiment.data_folder}")
+        counts = f"{len(rows)} of {len(raw_rows)} rows of {dataset}.arrow"
+        raise UserError(f"LLaMA-Factory took {counts}: remove {experiment.data_folder}")
     check_tokenizer(module["tokenizer"], [as_json(row) for row in raw_rows.take(min(32, len(raw_rows)))], model)
     if len(cut := np.flatnonzero(_response_lengths(rows) == 0)):
-        raise UserError(
-            f"row {cut[0]} of {dataset}.arrow: cutoff_len {experiment.cutoff_len} leaves no response token: raise "
-            "cutoff_len or remove the row"
-        )
+        wrong = f"row {cut[0]} of {dataset}.arrow: cutoff_len {experiment.cutoff_len} leaves no response token"
+        raise UserError(f"{wrong}: raise cutoff_len or remove the row")
     return rows
 
 
@@ -154,7 +147,5 @@ def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
 
     back = [words(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))) == words(text) for text in texts]
     if sum(back) * 2 <= len(texts):
-        raise UserError(
-            f"the tokenizer of {model} changes the text of most rows (decode(encode(text)) differs from text): "
-            "check tokenizer_class in its tokenizer_config.json"
-        )
+        wrong = f"the tokenizer of {model} changes the text of most rows (decode(encode(text)) differs from text)"
+        raise UserError(f"{wrong}: check tokenizer_class in its tokenizer_config.json")
