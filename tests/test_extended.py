@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from scripts.paper.cells import cells_of, experiment_arguments, jobs_of, load
+from scripts.paper.cells import cells_of, jobs_of, load, stage_arguments
 from selection import coreset, verify
 from selection.method.length_control import length_residual
 from selection.method.staff import choose_staff, draw_verification_samples, min_max_normalise
@@ -163,13 +163,13 @@ def test_length_control_in_the_stages(make_experiment, rows, tmp_path, monkeypat
 
 def test_a_grid_holds_staff_and_staff_with_length_control(tmp_path):
     grid = load_grid(REPOSITORY / "configs" / "reproduce" / "smollm2_cpu.yaml")
-    own = [cell for cell in cells_of(grid) if cell.variant and cell.seed == 1]
+    own = [cell for cell in cells_of(grid) if cell.method == "staff_length" and cell.seed == 1]
     assert [cell.tuned for cell in own] == ["staff-0.1", "staff-0.3"] and len(set(map(str, cells_of(grid)))) == 30
-    arguments = experiment_arguments(grid, tmp_path, "go_biology", 1, "staff_length")
-    experiment, plain = load(arguments), load(experiment_arguments(grid, tmp_path, "go_biology", 1))
+    arguments = stage_arguments(grid, tmp_path, own[0])
+    experiment, plain = load(arguments), load(stage_arguments(grid, tmp_path, replace(own[0], method="staff")))
     assert experiment.folder.name == "go_biology-seed-1-staff_length" and plain.folder.name == "go_biology-seed-1"
     assert (experiment.selection.length_control, plain.selection.length_control) == ("residual", "none")
     assert "staff_length" not in plain.selection.methods and experiment.selection.methods == ["staff"]
-    small, *rest = jobs_of("go_biology", 1, own, experiment, arguments)
-    assert small.name == "go_biology, seed 1, staff_length, speculative selection"
+    small, *rest = jobs_of(own, arguments)
+    assert small.name == "go_biology-seed-1-staff_length small"
     assert [(job.needs, job.cell) for job in rest] == [(small.name, cell) for cell in own]

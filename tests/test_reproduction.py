@@ -13,12 +13,12 @@ from scripts.paper.cells import (
     Cell,
     Job,
     cells_of,
-    experiment_arguments,
     jobs_of,
     load,
     read_cells,
     run_jobs,
     settings_digest,
+    stage_arguments,
     write_cells,
 )
 from scripts.paper.tables import PAPER
@@ -41,9 +41,8 @@ def grid(tmp_path):
 
 
 def jobs(grid, tmp_path, wanted=lambda cell: True):
-    arguments = experiment_arguments(grid, tmp_path, "biology", 3)
     own = [cell for cell in cells_of(grid) if cell.seed == 3 and wanted(cell)]
-    return jobs_of("biology", 3, own, load(arguments), arguments)
+    return jobs_of(own, stage_arguments(grid, tmp_path, Cell("biology", "random", 0.1, 3)))
 
 
 def scripts(job: Job) -> list[str]:
@@ -54,8 +53,8 @@ def test_every_task_method_rate_and_seed_is_a_cell_and_full_has_one_a_seed(grid,
     cells = cells_of(grid())
     assert len(cells) == len(set(cells)) == 2 * (1 + 3 * 2)
     assert [cell for cell in cells if cell.method == "full"] == [Cell("biology", "full", 1.0, seed) for seed in (3, 4)]
-    assert str(cells[1]) == "biology, seed 3, random-0.1"
-    experiment = load(experiment_arguments(grid(), tmp_path, "biology", 4))
+    assert str(cells[1]) == "biology-seed-3 random-0.1"
+    experiment = load(stage_arguments(grid(), tmp_path, cells[-1]))
     assert experiment.folder == tmp_path / "biology-seed-4"
     assert (experiment.selection.seed, experiment.training["seed"], experiment.split_seed) == (4, 4, 42)
     assert (experiment.selection.rates, experiment.max_samples) == ([0.1, 0.5], 40)
@@ -91,7 +90,7 @@ def test_what_is_there_already_asks_for_nothing(grid, tmp_path):
 
 def test_the_settings_of_a_cell_change_with_what_its_figures_depend_on(grid, tmp_path):
     def digest(*changes, data="data", target="target", seed=3, folder=tmp_path, **grid_changes):
-        arguments = experiment_arguments(grid(**grid_changes), folder, "biology", seed)
+        arguments = stage_arguments(grid(**grid_changes), folder, Cell("biology", "random", 0.1, seed))
         more = [part for change in changes for part in ("--set", change)]
         return settings_digest(load([*arguments, *more]), data, ["small", target])
 
@@ -145,14 +144,14 @@ def test_the_committed_grids_are_readable_and_their_experiments_too(tmp_path, pa
         (None, None)
     }
     for task in grid.tasks:
-        assert load(experiment_arguments(grid, tmp_path, task, grid.seeds[0])).selection.seed == grid.seeds[0]
+        assert load(stage_arguments(grid, tmp_path, Cell(task, "random", 0.1, 5))).selection.seed == 5
 
 
 def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
     finished = []
-    failing = Job("a, first", [["scripts/costs.py", "--config_path", "none.yaml"], ["never.py"]])
-    with pytest.raises(UserError, match=r"a, first: --config_path none\.yaml: No such .* \(log: .*a-first\.log\)"):
-        run_jobs([failing, Job("second", [], needs="a, first")], 2, tmp_path, finished.append)
+    failing = Job("a first", [["scripts/costs.py", "--config_path", "none.yaml"], ["never.py"]])
+    with pytest.raises(UserError, match=r"a first: --config_path none\.yaml: No such .* \(log: .*a-first\.log\)"):
+        run_jobs([failing, Job("second", [], needs="a first")], 2, tmp_path, finished.append)
     log = (tmp_path / "a-first.log").read_text()
     assert "$ scripts/costs.py --config_path none.yaml" in log and "never.py" not in log
     crash = Job("crash", [["tests/none.py"]])
@@ -209,5 +208,5 @@ def test_reproduce_refuses_cells_of_other_settings(make_experiment, rows, tmp_pa
     before = (results / "cells.csv").read_bytes()
     command = ["--config", tmp_path / "grid.yaml", "--results", results, "--runs", tmp_path / "runs"]
     done = run_script("scripts/paper/reproduce.py", *command, check=False)
-    assert_one_line_error(done, "cells.csv was made otherwise (a, seed 2, random-0.5")
+    assert_one_line_error(done, "cells.csv was made otherwise (a-seed-2 random-0.5")
     assert (results / "cells.csv").read_bytes() == before

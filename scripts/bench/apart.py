@@ -1,4 +1,4 @@
-"""Measuring in a fresh process, so that its peak memory is its own."""
+"""Measure in a fresh process, so that its peak memory is its own."""
 
 import json
 import os
@@ -14,11 +14,9 @@ def measure_apart(script: str, job: dict) -> dict:
     """What `script --worker JOB` prints in its last line. Raises: UserError saying why it failed, without paths."""
     command = [sys.executable, script, "--worker", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode < 0:
-        raise UserError(f"ended by signal {-done.returncode} (9: most likely out of memory)")
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-        raise UserError(re.sub(r"/\S*/", "", reason.removeprefix("error: ")))
+        said = done.stderr.strip().splitlines() if done.returncode > 0 else ["killed, most likely out of memory"]
+        raise UserError(re.sub(r"/\S*/", "", said[-1][:300].removeprefix("error: ")))
     return json.loads(done.stdout.splitlines()[-1])
 
 

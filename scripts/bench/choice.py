@@ -3,14 +3,12 @@
     python scripts/bench/choice.py
     python scripts/bench/choice.py --method d2 --rows 115784 --features 576
 
-Every point is a process of its own, so its peak memory is its own. It reads what the method needs from a score folder
-of random figures, chooses, and writes the coreset. "CPU" is the choice's processor time, which other work hardly
-changes; "growth" is its exponent from one size to the next: 1 is linear. Needs nothing; prints a table.
+Every point is a process of its own: it reads what the method needs from a score folder of random figures, chooses, and
+writes the coreset. "CPU" is the choice's processor time, which other work hardly changes. Needs nothing; prints
+a table.
 """
 
-import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -38,22 +36,19 @@ FIGURES = {"reading": ".3f", "choice": ".4f", "CPU": ".4f", "writing": ".3f", "p
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    methods = get_args(Method)
+    if sys.argv[1:2] == ["--worker"]:
+        print(json.dumps(measure(**json.loads(sys.argv[2]))))
+        return
+    parser, methods = argument_parser(__doc__), get_args(Method)
     parser.add_argument("--method", nargs="+", choices=methods, default=methods, help="default: all")
     parser.add_argument("--rows", type=int, nargs="+", help="N; default: 10^4 to 10^8, of moderate and d2 to 10^5")
     parser.add_argument("--features", type=int, default=576, help="d, for moderate and d2; default: 576")
     parser.add_argument("--rate", type=float, default=0.1, help="fraction of the rows to keep; default: 0.1")
     parser.add_argument("--folder", type=Path, help="where the score folders are made (10^8 rows: 6 GB); default: /tmp")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker:
-        print(json.dumps(measure(**json.loads(arguments.worker))))
-        return
     if min(arguments.rows or [10]) < 10 or arguments.features < 1:
         raise UserError("--rows and --features: give at least 10 rows and one feature")
-    print(f"{'method':<16}{'rows':>12}{'growth':>8}" + "".join(f"{name:>11}" for name in FIGURES))
-    before: dict[tuple[str, str], tuple[int, float]] = {}
+    print(f"{'method':<16}{'rows':>12}" + "".join(f"{name:>11}" for name in FIGURES))
     for rows in sorted(arguments.rows or [10**power for power in range(4, 9)]):
         # D2 grows with N² · d.
         methods = [m for m in arguments.method if arguments.rows or rows <= 10**5 or m not in READ_FEATURES]
@@ -61,16 +56,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             make_score_folder(Path(folder), rows, arguments.features if set(methods) & set(READ_FEATURES) else 0)
             for method, mode in runs:
-                point = measure_apart(
-                    __file__, {"folder": folder, "method": method, "mode": mode, "rate": arguments.rate}
-                )
-                growth, (fewer, cpu) = "", before.get((method, mode), (rows, 0.0))
-                if fewer < rows:
-                    growth = f"{math.log(point['CPU'] / cpu, rows / fewer):.2f}"
-                before[method, mode] = rows, point["CPU"]
+                job = {"folder": folder, "method": method, "mode": mode, "rate": arguments.rate}
+                point = measure_apart(__file__, job)
                 figures = "".join(f"{point[name]:>11{form}}" for name, form in FIGURES.items())
                 name = f"staff, {mode}" if method == "staff" else method
-                print(f"{name:<16}{rows:>12,}{growth:>8}{figures}", flush=True)
+                print(f"{name:<16}{rows:>12,}{figures}", flush=True)
 
 
 def measure(folder: str, method: str, mode: str, rate: float) -> dict[str, float]:
@@ -103,8 +93,8 @@ def measure(folder: str, method: str, mode: str, rate: float) -> dict[str, float
 
 
 def make_score_folder(path: Path, rows: int, width: int) -> None:
-    """Random figures in parts of 256 rows, at most 10,000 parts. Features (of `width`, none where it is 0) are clusters
-    around a large common mean, like hidden states."""
+    """Random figures in parts of 256 rows, at most 10,000. Features (rows, width) are clusters around a large common
+    mean, like hidden states."""
     rng, columns = np.random.default_rng(0), ["el2n", "entropy"] + ["hidden_state"] * (width > 0)
     centres = 10 + 3 * rng.standard_normal((300, width), dtype=np.float32)
     folder = ScoreFolder(path, {"data_fingerprint": "random"}, rows, columns)

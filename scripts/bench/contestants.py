@@ -6,7 +6,6 @@ Other packages run as their users would write it: all logits, transformers' own 
 from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,7 +14,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from selection.method.effort import IGNORED_LABEL, EffortScorer, _last_hidden_state, response_losses
+from selection.method.effort import IGNORED_LABEL, EffortScorer, response_losses
 from selection.method.phi import unwrap
 from selection.run.device import device
 from selection.run.errors import UserError
@@ -26,10 +25,10 @@ RANK, ALPHA, SEED = 81, 16, 42  # of v_lora_b, as released
 Score = Callable[[list, list], tuple[torch.Tensor | None, torch.Tensor]]
 
 
-def load(folder: Path, dtype: str, phi: str) -> nn.Module:
+def load(folder: str, dtype: str, phi: str) -> nn.Module:
     """The model on its device; under all_lora with the LoRA that is φ, its B off zero so that A has a gradient."""
     torch.manual_seed(SEED)
-    model = load_for_scoring(str(folder), None, dtype)
+    model = load_for_scoring(folder, None, dtype)
     if phi == "all_lora":
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
@@ -60,7 +59,7 @@ def with_phi(model: nn.Module, phi: str, lora_everywhere: bool = False) -> tuple
     return model, {name: p.requires_grad_(True) for name, p in model.named_parameters() if wanted in name}
 
 
-def _padded(rows: list[list[int]], filler: int) -> torch.Tensor:
+def _padded(rows: list[list[int]], filler: int = IGNORED_LABEL) -> torch.Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler).to(device())
 
 
@@ -87,23 +86,19 @@ def _bound(model: nn.Module, phi: str) -> Score:
 
 
 def _forward_backward(model: nn.Module, phi: str) -> Score:
-    """A plain backward pass, no norms: gradients of activations down to the embeddings."""
-    inner, leaf = unwrap(model), []
+    """The same and a plain backward pass, no norms: gradients of activations down to the embeddings."""
+    leaf = []
 
     def start_here(module, inputs, output):
         leaf[:] = [output.detach().requires_grad_()]
         return leaf[0]
 
-    inner.get_input_embeddings().register_forward_hook(start_here)
+    unwrap(model).get_input_embeddings().register_forward_hook(start_here)
 
     def score(ids, labels):
-        tokens, targets = _padded(ids, 0), _padded(labels, IGNORED_LABEL)
-        sample, position = (targets[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
-        logits = inner.get_output_embeddings()(_last_hidden_state(inner, tokens)[sample, position]).float()
-        token_loss = functional.cross_entropy(logits, targets[sample, position + 1], reduction="none")
-        loss = token_loss.new_zeros(len(tokens)).index_add(0, sample, token_loss) / sample.bincount()
-        torch.autograd.grad(loss.sum(), leaf)
-        return None, loss.detach()
+        losses = response_losses.__wrapped__(model, ids, labels)  # without its no_grad
+        torch.autograd.grad(losses.sum(), leaf)
+        return None, losses.detach()
 
     return score
 
@@ -118,14 +113,13 @@ def _loop(model: nn.Module, phi: str, released: bool = False) -> Score:
     model, parameters = with_phi(model, phi, lora_everywhere=released)
 
     def score(ids, labels):
-        for parameter in parameters.values():
-            parameter.grad = None
-        loss = model(input_ids=_padded(ids, 0), labels=_padded(labels, IGNORED_LABEL), use_cache=False).loss
+        model.zero_grad()
+        loss = model(input_ids=_padded(ids, 0), labels=_padded(labels), use_cache=False).loss
         if released:
             loss.backward(retain_graph=True)
         loss.backward()
-        norm = torch.stack([p.grad.float().norm() for p in parameters.values()]).norm()
-        return norm[None] / (2 if released else 1), loss.detach()[None]
+        norms = _sample_norms(p.grad[None] for p in parameters.values())
+        return norms / (2 if released else 1), loss.detach()[None]
 
     return score
 
@@ -137,14 +131,13 @@ def _func(model: nn.Module, phi: str) -> Score:
 
     def loss_of_one(phi_values, tokens, targets):
         inputs = {"input_ids": tokens[None], "use_cache": False}
-        logits = torch.func.functional_call(model, phi_values, (), inputs).logits
-        return _mean_losses(logits, targets[None])[0]
+        return _mean_losses(torch.func.functional_call(model, phi_values, (), inputs).logits, targets[None])[0]
 
     per_sample = torch.func.vmap(torch.func.grad_and_value(loss_of_one), in_dims=(None, 0, 0))
 
     def score(ids, labels):
         with sdpa_kernel(SDPBackend.MATH):  # vmap would run the fused kernels a sample at a time
-            gradients, losses = per_sample(parameters, _padded(ids, 0), _padded(labels, IGNORED_LABEL))
+            gradients, losses = per_sample(parameters, _padded(ids, 0), _padded(labels))
         return _sample_norms(gradients.values()), losses
 
     return score
@@ -160,7 +153,7 @@ def _opacus(model: nn.Module, phi: str, ghost: bool = False) -> Score:
     hooked = (GradSampleModuleFastGradientClipping if ghost else GradSampleModule)(model, loss_reduction="sum")
 
     def score(ids, labels):
-        losses = _mean_losses(hooked(input_ids=_padded(ids, 0), use_cache=False).logits, _padded(labels, IGNORED_LABEL))
+        losses = _mean_losses(hooked(input_ids=_padded(ids, 0), use_cache=False).logits, _padded(labels))
         losses.sum().backward()
         norms = hooked.get_norm_sample() if ghost else _sample_norms(p.grad_sample for p in parameters.values())
         hooked.zero_grad()
@@ -215,4 +208,3 @@ CONTESTANTS: dict[str, Callable[[nn.Module, str], Score]] = {
     "opacus_ghost": partial(_opacus, ghost=True),
     "bergson": _bergson,
 }
-ONE_AT_A_TIME = ("loop", "released")

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
 from unittest.mock import patch
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
+import pandas as pd
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from selection.run import ledger
@@ -47,21 +49,22 @@ class Cell:
     seed: int
 
     @property
-    def variant(self) -> str | None:
-        return self.method if self.method in VARIANTS else None
-
-    @property
     def rule(self) -> str:
         """The method as the stages know it."""
-        return "staff" if self.variant else self.method
+        return "staff" if self.method in VARIANTS else self.method
 
     @property
     def tuned(self) -> str:
         """Name of the tuned target in the run folder."""
         return self.rule if self.rule == "full" else coreset_name(self.rule, self.rate)
 
+    @property
+    def run(self) -> str:
+        """Name of the run folder: one for a task and seed, another for each variant."""
+        return f"{self.task}-seed-{self.seed}" + f"-{self.method}" * (self.method in VARIANTS)
+
     def __str__(self) -> str:
-        return f"{self.task}, seed {self.seed}, {f'{self.variant}, ' if self.variant else ''}{self.tuned}"
+        return f"{self.run} {self.tuned}"
 
 
 _Percent, _Cost = Annotated[float, Field(ge=0, le=100.001)], Annotated[float, Field(ge=0)]
@@ -86,7 +89,20 @@ COLUMNS = {
     "peak_memory_gb": _Cost,
     **dict.fromkeys(("device", "precision", "commit", "settings", "paper_target", "paper_task"), str),
 }
-_ROW = TypeAdapter(with_config(ConfigDict(allow_inf_nan=False))(TypedDict("_Row", COLUMNS)))
+
+
+def _consistent(row: dict) -> dict:
+    if (row["rate"] == 1) != (row["method"] == "full"):
+        raise ValueError("column rate: full has 1, coresets less")
+    for metric in ("rouge_l", "bleu_4"):
+        values = row[f"{metric}_by_sample"]
+        if not values or len(values) != row["eval_rows"] or abs(np.mean(values) - row[metric]) > 0.05:  # rounding
+            raise ValueError(f"column {metric}_by_sample: not eval_rows values with {metric} as their mean")
+    return row
+
+
+_ROW = Annotated[TypedDict("_Row", COLUMNS), AfterValidator(_consistent)]
+_ROWS = TypeAdapter(list[_ROW], config=ConfigDict(allow_inf_nan=False))
 
 
 def read_cells(path: Path) -> dict[Cell, dict]:
@@ -94,40 +110,20 @@ def read_cells(path: Path) -> dict[Cell, dict]:
 
     Raises: UserError naming row, counted from the header as row 1, and column.
     """
-    csv.field_size_limit(2**31 - 1)  # scores by sample are one long field
-    cells, where = {}, str(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for record in reader:
-                where = f"{path}, row {reader.line_num}"
-                if None in record or None in record.values():
-                    raise UserError(f"{where}: more or fewer fields than the header")
-                row = _ROW.validate_python(dict.fromkeys(_LATER, "") | record)
-                cell = Cell(row["task"], row["method"], row["rate"], row["seed"])
-                if said := "is there twice" if cell in cells else _contradiction(row):
-                    raise UserError(f"{where}, {cell}: {said}")
-                cells[cell] = row
+        records = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+        rows = _ROWS.validate_python([dict.fromkeys(_LATER, "") | record for record in records])
     except FileNotFoundError:
         return {}
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{where}, column {first['loc'][0]}: {str(first['input'])[:40]!r}: {first['msg']}") from None
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no readable CSV: {error}") from None
+        (row, *column), said = error.errors()[0]["loc"], error.errors()[0]["msg"]
+        raise UserError(f"{path}, row {row + 2}{f', column {column[0]}' if column else ''}: {said}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable CSV: {' '.join(str(error).split())}") from None
+    cells = {Cell(*(row[name] for name in ("task", "method", "rate", "seed"))): row for row in rows}
+    if len(cells) < len(rows):
+        raise UserError(f"{path} has a cell twice: remove one of the rows")
     return cells
-
-
-def _contradiction(row: dict) -> str | None:
-    if (row["rate"] == 1) != (row["method"] == "full"):
-        return f"column rate: {row['rate']:g} for {row['method']}: full has 1, coresets less"
-    for metric in ("rouge_l", "bleu_4"):
-        values, mean = row[f"{metric}_by_sample"], row[metric]
-        if not values or len(values) != row["eval_rows"]:
-            return f"column {metric}_by_sample: {len(values)} values for {row['eval_rows']} eval_rows"
-        if abs(np.mean(values) - mean) > 0.05:  # rounding
-            return f"column {metric}: {mean:g}, but the mean by sample is {np.mean(values):.4g}"
-    return None
 
 
 def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
@@ -143,7 +139,7 @@ def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
         for cell in dict.fromkeys([*order, *done]):
             if row := done.get(cell):
                 selection = {key: value for key, value in row.items() if key.startswith("selection_")}
-                row |= costs.setdefault((cell.task, cell.method, cell.seed), selection)
+                row |= costs.setdefault((cell.run, cell.method), selection)
                 texts = {k: " ".join(f"{x:g}" for x in v) for k, v in row.items() if isinstance(v, list)}
                 writer.writerow(row | texts)
 
@@ -155,29 +151,25 @@ def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
 
 def cells_of(grid: Grid) -> list[Cell]:
     """Every cell of the grid; `full` has one a task and seed, at rate 1."""
-    return [
-        Cell(task, method, rate, seed)
-        for seed in grid.seeds
-        for task in grid.tasks
-        for method in grid.methods
-        for rate in ([1.0] if method == "full" else grid.rates)
-    ]
+    rates = {method: [1.0] if method == "full" else grid.rates for method in grid.methods}
+    each = product(grid.seeds, grid.tasks, grid.methods)
+    return [Cell(task, method, rate, seed) for seed, task, method in each for rate in rates[method]]
 
 
-def experiment_arguments(grid: Grid, run_folder: Path, task: str, seed: int, variant: str | None = None) -> list[str]:
-    """The stages' command line for one seed of a task, or of a variant of STAFF on it."""
+def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
+    """The stages' command line for the run folder of a cell."""
+    task, variant = grid.tasks[cell.task], VARIANTS.get(cell.method, ())
     methods = [method for method in grid.methods if method != "full" and method not in VARIANTS] or ["random"]
-    folder = run_folder / (f"{task}-seed-{seed}" + (f"-{variant}" if variant else ""))
     changes = [
-        *grid.tasks[task].set,
-        *VARIANTS.get(variant, ()),
-        f"output_dir={json.dumps(str(folder))}",
+        *task.set,
+        *variant,
+        f"output_dir={json.dumps(str(runs / cell.run))}",
         f"selection.methods={json.dumps(['staff'] if variant else methods)}",
         f"selection.rates={json.dumps(grid.rates)}",
-        f"selection.seed={seed}",
-        f"training.seed={seed}",
+        f"selection.seed={cell.seed}",
+        f"training.seed={cell.seed}",
     ]
-    config = str((REPOSITORY / grid.tasks[task].config).resolve())
+    config = str((REPOSITORY / task.config).resolve())
     return ["--config_path", config, *(part for change in changes for part in ("--set", change))]
 
 
@@ -216,28 +208,24 @@ class Job:
     cell: Cell | None = None
 
 
-def jobs_of(task: str, seed: int, cells: list[Cell], experiment: Experiment, arguments: list[str]) -> list[Job]:
-    """The jobs that make `cells`, all of one task, seed and variant: the small model's scores and STAFF's selection;
-    the target tuned on everything with the scores that baselines read; each coreset's tuning and evaluation."""
-    variant = next((f", {cell.variant}" for cell in cells if cell.variant), "")
-    methods, full = {cell.rule for cell in cells}, next((cell for cell in cells if cell.method == "full"), None)
+def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
+    """The jobs that make `cells`, all of one run folder: the small model's scores and STAFF's selection; the target
+    tuned on everything with the scores that baselines read; each coreset's tuning and evaluation."""
+    methods, jobs, coresets = {cell.rule for cell in cells}, [], load(arguments).coresets
     selected = {"small": methods & {"staff"}, "target": methods - {"staff", "random", "length", "full"}}
     # Random and Length need any scores, for the number of rows and their tokens.
     selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & {"random", "length"}
-    labels = {"small": "speculative selection", "target": "full"}
-    names = {model: f"{task}, seed {seed}{variant}, {label}" for model, label in labels.items()}
-    jobs = []
     for model, scored in selected.items():
-        commands = [["selection/effort_score.py", "--model", model]] if scored else []
+        full = next((cell for cell in cells if cell.method == "full" and model == "target"), None)
+        commands = [["finetune/finetune.py", "--model", model]] if scored or full else []
+        commands += [["selection/effort_score.py", "--model", model]] if scored else []
         commands += [["selection/verify.py"]] if "staff" in scored else []
         commands += [["selection/coreset.py", "--method", *sorted(scored)]] if scored else []
-        evaluated = full if model == "target" else None
-        commands += [["finetune/eval.py", "--tuned", "full"]] if evaluated else []
-        if commands:
-            jobs.append(Job(names[model], [["finetune/finetune.py", "--model", model], *commands], cell=evaluated))
+        commands += [["finetune/eval.py", "--tuned", "full"]] if full else []
+        jobs += [Job(f"{cells[0].run} {model}", commands, cell=full)] if commands else []
     for cell in (cell for cell in cells if cell.method != "full"):
-        select = ["finetune/finetune-select.py", "--select_path", str(experiment.coresets / f"{cell.tuned}.json")]
-        needs = names["small" if cell.rule in selected["small"] else "target"]
+        select = ["finetune/finetune-select.py", "--select_path", str(coresets / f"{cell.tuned}.json")]
+        needs = f"{cell.run} {'small' if cell.rule in selected['small'] else 'target'}"
         jobs.append(Job(str(cell), [select, ["finetune/eval.py", "--tuned", cell.tuned]], needs, cell))
     return [replace(job, commands=[[script, *arguments, *more] for script, *more in job.commands]) for job in jobs]
 
@@ -264,25 +252,28 @@ def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callabl
             ready = [job for job in waiting if job.needs not in unfinished and not failures]
             for job in ready[: len(idle)]:
                 waiting.remove(job)
-                log, pool = log_folder / f"{job.name.replace(', ', '-').replace(' ', '-')}.log", idle.pop()
+                log, pool = log_folder / f"{job.name.replace(' ', '-')}.log", idle.pop()
                 running[pool.submit(run_commands, job.commands, log)] = job, log, pool
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job, log, pool = running.pop(future)
                 idle.append(pool)
                 try:
-                    said = future.result()
-                except BrokenProcessPool:
-                    said = "a process was killed, perhaps for want of memory: give fewer --jobs"
-                if said:
-                    failures.append(f"{job.name}: {said} (log: {log})")
-                else:
+                    future.result()
                     finished(job)
+                except BrokenProcessPool:
+                    failures.append(f"{job.name}: a process was killed, perhaps for want of memory: give fewer --jobs")
+                except _Failed as error:
+                    failures.append(f"{job.name}: {error} (log: {log})")
     if failures:
         raise UserError(failures[0])
 
 
-def run_commands(commands: list[list[str]], log: Path) -> str | None:
-    """Run stage scripts in this process, with their output in `log`; what the first failing one said, or None."""
+class _Failed(Exception):
+    """What a command of a job said."""
+
+
+def run_commands(commands: list[list[str]], log: Path) -> None:
+    """Run stage scripts in this process, with their output in `log`. Raises: _Failed with what one said."""
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -294,38 +285,34 @@ def run_commands(commands: list[list[str]], log: Path) -> str | None:
         except SystemExit as stop:
             if stop.code:  # the stage has said why in its last line
                 sys.stderr.flush()
-                return log.read_text(encoding="utf-8", errors="replace").splitlines()[-1].removeprefix("error: ")
+                said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
+                raise _Failed(said.removeprefix("error: ")) from None
         except Exception as error:  # a stage's own bug, or a device out of memory: in full in the log
             traceback.print_exc()
-            return f"{script}: {type(error).__name__}: {error}"
+            raise _Failed(f"{script}: {type(error).__name__}: {error}") from None
         finally:
             sys.stdout.flush()
-    return None
 
 
-def finished_cell(
-    cell: Cell, grid: Grid, experiment: Experiment, num_rows: int, settings: str, sizes: tuple[int, int]
-) -> dict:
-    """A cell's row, from its run folder. `sizes`: parameters of the small model and of the target."""
+def finished_cell(cell: Cell, grid: Grid, experiment: Experiment, about: dict, sizes: tuple[int, int]) -> dict:
+    """A cell's row, from its run folder. `about`: columns to take as they are. `sizes`: parameters of the small model
+    and of the target."""
     metrics, costs = read_metrics(experiment.folder / "eval" / cell.tuned), ledger.read_ledger(experiment.folder)
     tuned = [cost for cost in costs if (cost.stage, cost.what) == (ledger.TARGET_TUNING, cell.tuned)]
     if "by_sample" not in metrics or not tuned:
         raise UserError(f"{experiment.folder} lacks the scores by sample or the tuning cost of {cell.tuned}: remove it")
-    row = {metric.replace("-", "_"): value for metric, value in metrics.items()} | vars(cell)
-    row |= {f"{metric.replace('-', '_')}_by_sample": values for metric, values in metrics["by_sample"].items()}
-    for kind, costs in (
-        ("selection", [] if cell.method == "full" else ledger.selection_costs(experiment, cell.rule)),
-        ("tuning", tuned[-1:]),
-    ):
+    scores = metrics | {f"{metric}_by_sample": values for metric, values in metrics["by_sample"].items()}
+    row = {name.replace("-", "_"): value for name, value in scores.items()} | vars(cell) | about
+    selection = [] if cell.method == "full" else ledger.selection_costs(experiment, cell.rule)
+    for kind, costs in (("selection", selection), ("tuning", tuned[-1:])):
         row[f"{kind}_seconds"] = round(sum(cost.seconds for cost in costs), 2)
         row[f"{kind}_tokens"] = round(sum(cost.tokens for cost in costs))
         row[f"{kind}_flops"] = f"{sum(stage_flops(cost, experiment, sizes) for cost in costs):.4g}"
     row |= {name: getattr(tuned[-1], name) for name in ("peak_memory_gb", "device", "precision")}
-    row |= {"target": Path(experiment.target_model).name, "mode": experiment.selection.mode, "settings": settings}
-    row |= {"size": tuned[-1].samples, "num_rows": num_rows, "eval_rows": metrics["samples"]}
-    task = grid.tasks[cell.task]
-    row |= {"paper_target": task.paper_target or "", "paper_task": task.paper_task or ""}
-    return _ROW.validate_python(dict.fromkeys(_LATER, "") | row | {"commit": metrics["code_version"]})
+    row |= {"target": Path(experiment.target_model).name, "mode": experiment.selection.mode}
+    row |= {"size": tuned[-1].samples, "eval_rows": metrics["samples"], "commit": metrics["code_version"]}
+    row |= {name: getattr(grid.tasks[cell.task], name) or "" for name in ("paper_target", "paper_task")}
+    return _ROWS.validate_python([dict.fromkeys(_LATER, "") | row])[0]
 
 
 def stage_flops(cost: ledger.Cost, experiment: Experiment, sizes: tuple[int, int]) -> float:

@@ -8,8 +8,8 @@ goes on where it was: cells in that file are kept, and what their run folders (r
 reused.
 """
 
-import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -41,31 +41,27 @@ def main() -> None:
     runs = (arguments.runs or REPOSITORY / "runs" / "reproduce" / name).resolve()
 
     cells, done, jobs, known = grids.cells_of(grid), grids.read_cells(results), [], {}
-    for (task, seed), of_seed in itertools.groupby(cells, lambda cell: (cell.task, cell.seed)):
-        of_seed = list(of_seed)
-        experiment = grids.load(grids.experiment_arguments(grid, runs, task, seed))
-        split, paths = training_split(experiment), [*map(model_path, (experiment.small_model, experiment.target_model))]
-        fingerprints = [model_fingerprint(path, experiment.folder) for path in paths]
+    for run in dict.fromkeys(cell.run for cell in cells):
+        own = [cell for cell in cells if cell.run == run]
+        command_line = grids.stage_arguments(grid, runs, own[0])
         # A variant's settings are its task's: its name says what it changes.
-        settings = grids.settings_digest(experiment, split.fingerprint, fingerprints)
-        if other := [cell for cell, row in done.items() if cell.task == task and row["settings"] != settings]:
-            raise UserError(f"{results} was made otherwise ({other[0]}: other settings, data or models): move it away")
-        for variant in dict.fromkeys(cell.variant for cell in of_seed):
-            command_line = grids.experiment_arguments(grid, runs, task, seed, variant)
-            experiment, own = grids.load(command_line), [cell for cell in of_seed if cell.variant == variant]
-            about = experiment, len(split.rows), settings, tuple(map(parameters_of, paths))
-            known |= dict.fromkeys(own, about)
-            missing = [cell for cell in own if cell not in done]
-            jobs += grids.jobs_of(task, seed, missing, experiment, command_line)
+        task = grids.load(grids.stage_arguments(grid, runs, replace(own[0], method="random")))
+        split, paths = training_split(task), [*map(model_path, (task.small_model, task.target_model))]
+        fingerprints = [model_fingerprint(path, task.folder) for path in paths]
+        about = {"num_rows": len(split.rows), "settings": grids.settings_digest(task, split.fingerprint, fingerprints)}
+        for cell, row in done.items():
+            if cell.task == own[0].task and row["settings"] != about["settings"]:
+                raise UserError(f"{results} was made otherwise ({cell}: other settings, data or models): move it away")
+        known[run] = grids.load(command_line), about, tuple(map(parameters_of, paths))
+        jobs += grids.jobs_of([cell for cell in own if cell not in done], command_line)
     say(f"{name}: {len(cells)} cells, {sum(cell in done for cell in cells)} of them there")
 
     def finished(job: grids.Job) -> None:
-        if job.cell is None:
-            return
-        row = done[job.cell] = grids.finished_cell(job.cell, grid, *known[job.cell])
-        grids.write_cells(results, done, cells)
-        count = sum(cell in done for cell in cells)
-        say(f"{job.cell}: ROUGE-L {row['rouge_l']:.2f}, BLEU-4 {row['bleu_4']:.2f} ({count} of {len(cells)} cells)")
+        if job.cell:
+            row = done[job.cell] = grids.finished_cell(job.cell, grid, *known[job.cell.run])
+            grids.write_cells(results, done, cells)
+            count = sum(cell in done for cell in cells)
+            say(f"{job.cell}: ROUGE-L {row['rouge_l']:.2f} ({count} of {len(cells)} cells)")
 
     with held(runs):
         grids.run_jobs(jobs, arguments.jobs, runs / "logs", finished)

@@ -6,6 +6,7 @@ Needs that folder. Writes tables.md, curves.png and curves.svg into that folder 
 unfinished: what is missing is counted and shown as an en dash.
 """
 
+import itertools
 import math
 import sys
 from contextlib import ExitStack
@@ -34,10 +35,9 @@ from selection.run.metrics import LLAMA_FACTORYS
 from selection.run.products import atomic_path
 
 TEMPLATE = Path(__file__).with_name("tables_template.md")
-_PAPER = pd.read_csv(REPOSITORY / "data" / "paper_table1.csv")
-_KEY = ["target", "task", "method", "pruning_rate_percent"]
 # The paper's ROUGE-L by target, task, method (the paper's names) and pruning rate in percent.
-PAPER: dict[tuple[str, str, str, float], float] = _PAPER.set_index(_KEY).rouge_l.to_dict()
+_KEY = ["target", "task", "method", "pruning_rate_percent"]
+PAPER = pd.read_csv(REPOSITORY / "data" / "paper_table1.csv").set_index(_KEY).rouge_l.to_dict()
 
 # In the order of the tables: the paper's name, then colour (Okabe and Ito's and Tol's, told apart by the colour-blind)
 # and marker in the curves.
@@ -61,7 +61,6 @@ UNITS = {
     "tokens": "{:,.0f}".format,
     "flops": lambda value: f"{value:.1e}".replace("e+", "e") if value else "0",
 }
-PRICES = {"seconds": "seconds", "flops": "FLOPs"}
 SELECTION = [f"selection_{unit}" for unit in UNITS]
 MISSING = "–"
 
@@ -89,14 +88,12 @@ def read_grid(path: Path) -> Grid:
         raise UserError(f"{path} holds no cells yet: let scripts/paper/reproduce.py finish one")
     cells = pd.DataFrame(rows.values())
     # The mode is among the settings; a row of STAFF with more than the published rules says extended.
-    same = [(["task"], column) for column in ("target", "num_rows", "eval_rows", "precision", "settings")]
-    for group, column in [*same, *((["task", "method", "seed"], column) for column in SELECTION)]:
+    for column in ("target", "num_rows", "eval_rows", "precision", "settings", *SELECTION):
+        group = ["task", "method", "seed"] if column in SELECTION else ["task"]
         differs = (cells[column] != cells.groupby(group)[column].transform("first")).to_numpy()
         if differs.any():
-            where, value = list(rows)[differs.argmax()], cells[column][differs.argmax()]
             raise UserError(
-                f"{path}, column {column}: {where} has {value!r}, the first cell of its {', '.join(group)} another: "
-                "they belong to different runs"
+                f"{path}, column {column}: {list(rows)[differs.argmax()]} is of another run than the others"
             )
     names = set(zip(cells.paper_target, cells.paper_task, strict=True)) - {("", ""), *(key[:2] for key in PAPER)}
     if names:
@@ -117,21 +114,18 @@ def pruning_rate(rate: float) -> float:
 def format_tables(grid: Grid, estimates: Estimates) -> str:
     n, join = len(grid.seeds), "\n\n".join
     of_seeds = f"With {n} seeds the seeds' part is understated: their variance enters as {n - 1}/{n} of it on average."
-    if n == 1:
-        of_seeds = "With one seed the intervals know nothing of how seeds differ."
     fewer = any(one.num_seeds < n for found in estimates.values() for one in found.values())
     size = len(grid.tasks) * n * sum(len(grid.rates_of(method)) for method in grid.methods)
-    state = f"No cell of this grid is missing ({size})."
-    if missing := size - len(grid.cells):
-        state = f"{missing} of the {size} cells of this grid are missing (shown as {MISSING})."
+    missing = size - len(grid.cells)
+    some = f"{missing} of the {size} cells of this grid are missing (shown as {MISSING})."
     return TEMPLATE.read_text(encoding="utf-8").format(
         about="\n".join(describe(task, cells) for task, cells in grid.cells.groupby("task")),
         seeds=", ".join(map(str, grid.seeds)),
-        state=state,
+        state=some if missing else f"No cell of this grid is missing ({size}).",
         rouge_l=join(score_table(grid, estimates, "rouge_l", task) for task in grid.tasks),
         verdicts="\n".join(f"- {verdict(grid, other, estimates)}" for other in AGAINST),
         fewer="† fewer seeds than the others. " * fewer,
-        of_seeds=of_seeds,
+        of_seeds=of_seeds if n > 1 else "With one seed the intervals know nothing of how seeds differ.",
         about_metrics=LLAMA_FACTORYS,
         bleu_4=join(score_table(grid, estimates, "bleu_4", task) for task in grid.tasks),
         differences=join(difference_table(grid, estimates, metric) for metric in METRICS),
@@ -155,9 +149,9 @@ def describe(task: str, cells: pd.DataFrame) -> str:
 
 def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str:
     """Means ± half an interval; the best two coresets of a column are marked, by the mean as printed."""
+    columns, rows = [1.0] * ("full" in grid.methods) + grid.rates, []
     found = {(m, r): estimates[metric, m, ""].get((task, r)) for m in grid.methods for r in grid.rates_of(m)}
-    columns = [1.0] * ("full" in grid.methods) + grid.rates
-    rows, first = [], grid.cells[grid.cells.task == task].iloc[0]
+    first = grid.cells[grid.cells.task == task].iloc[0]
     for method in grid.methods:
         rows.append([METHODS[method][0]])
         for rate in columns:
@@ -194,8 +188,7 @@ def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
     columns = [estimates[metric, "staff", other] for other in AGAINST]
     rows = [
         [task, f"{pruning_rate(rate):g}", *(with_interval(found.get((task, rate))) for found in columns)]
-        for task in grid.tasks
-        for rate in grid.rates
+        for task, rate in itertools.product(grid.tasks, grid.rates)
     ]
     lists = [list(found.values()) for found in columns]
     rows.append(["**all**", "**all**", *(with_interval(pool(found)) for found in lists)])
@@ -208,10 +201,7 @@ def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
 
 def count_above_zero(estimates: list[Estimate]) -> str:
     count = pool(estimates, lambda values, axis: np.sum(np.array(values) > 0, axis=axis))
-    if count is None:
-        return MISSING
-    low, high = count.interval
-    return f"{count.mean:.0f} of {len(estimates)} ({low:.0f} to {high:.0f})"
+    return f"{count.mean:.0f} of {len(estimates)} ({'{:.0f} to {:.0f}'.format(*count.interval)})" if count else MISSING
 
 
 def random_table(grid: Grid, estimates: Estimates) -> str:
@@ -229,31 +219,29 @@ def random_table(grid: Grid, estimates: Estimates) -> str:
 def cost_tables(grid: Grid, task: str) -> str:
     """Selection costs, STAFF's saving against GraNd over the seeds that both have, and selection-to-tuning ratios: of
     means over the seeds that each has."""
-    methods = [method for method in grid.methods if method != "full"]
-    cells = grid.cells[grid.cells.task == task]
+    methods, cells = [method for method in grid.methods if method != "full"], grid.cells[grid.cells.task == task]
     once = cells.groupby(["method", "seed"])[SELECTION].first()  # selection costs the same at every rate of a seed
     costs, means = once.groupby("method").mean(), cells.groupby(["method", "rate"]).mean(numeric_only=True)
-    forms = [(costs[f"selection_{unit}"], form) for unit, form in UNITS.items()]
-    rows = [[METHODS[m][0], *(_shown(by_method.get(m), form) for by_method, form in forms)] for m in methods]
+    rows = [
+        [METHODS[m][0], *(_shown(costs[f"selection_{u}"].get(m), form) for u, form in UNITS.items())] for m in methods
+    ]
     savings, whole, ratios = [], {}, {}
-    for unit, name in PRICES.items():
+    for unit, name in (("seconds", "seconds"), ("flops", "FLOPs")):
         both = once[f"selection_{unit}"].unstack("method").reindex(columns=["staff", "grand"]).dropna().sum()
         savings.append(f"{_shown(1 - both.staff / both.grand if both.grand else None, percent)} in {name}")
         whole[unit] = means[f"tuning_{unit}"].get(("full", 1.0), math.nan)
         ratios[unit] = (means[f"selection_{unit}"] + means[f"tuning_{unit}"]) / (whole[unit] or math.nan)
     ratio_rows = []
     for method in methods:
-        shown = [[_shown(ratios[u].get((method, rate)), "{:.2f}".format) for u in PRICES] for rate in grid.rates]
+        shown = [[_shown(by.get((method, rate)), "{:.2f}".format) for by in ratios.values()] for rate in grid.rates]
         ratio_rows.append([METHODS[method][0], *(" / ".join(pair).replace("– / –", MISSING) for pair in shown)])
-    everything = f"not run yet ({MISSING})"
-    if not math.isnan(whole["seconds"]):
-        everything = f"{UNITS['seconds'](whole['seconds'])} s and {UNITS['flops'](whole['flops'])} FLOPs"
+    everything = f"{UNITS['seconds'](whole['seconds'])} s and {UNITS['flops'](whole['flops'])} FLOPs"
     rates = ["pruned, %", *(f"{pruning_rate(rate):g}" for rate in grid.rates)]
     costs_table = titled(f"Cost, {task}", ["selection", "seconds", "tokens", "FLOPs"], rows)
     return (
         f"{costs_table}\n\nSTAFF saves {' and '.join(savings)} against GraNd (1 − cost of STAFF / cost of GraNd; the "
         "paper's best case: 70.5 %).\n\nSelection-to-tuning ratio, seconds / FLOPs, by pruning rate; tuning on "
-        f"everything: {everything}.\n\n{markdown_table(rates, ratio_rows)}"
+        f"everything: {_shown(whole['seconds'], lambda _: everything)}.\n\n{markdown_table(rates, ratio_rows)}"
     )
 
 
@@ -272,9 +260,6 @@ def _shown(value: float | None, form) -> str:
     return MISSING if value is None or math.isnan(value) else form(value)
 
 
-# Curves
-
-
 def draw_curves(grid: Grid, estimates: Estimates, pictures: dict[str, Path]) -> None:
     """ROUGE-L against pruning rate, a panel for each task. `pictures`: format ("png", "svg") to path."""
     with matplotlib.rc_context({"svg.hashsalt": "tables"}):  # else the SVG's ids are random
@@ -284,9 +269,9 @@ def draw_curves(grid: Grid, estimates: Estimates, pictures: dict[str, Path]) -> 
         for axes, task in zip(panels[0], grid.tasks, strict=True):
             for method in grid.methods:
                 _draw_method(axes, grid, estimates["rouge_l", method, ""], task, method)
-            axes.set_title(f"{task}, {grid.cells[grid.cells.task == task].target.iloc[0]}", fontsize=10)
-            axes.set_xlabel("pruning rate (%)")
-            axes.set_xticks([pruning_rate(rate) for rate in grid.rates])
+            target = grid.cells[grid.cells.task == task].target.iloc[0]
+            axes.set(xlabel="pruning rate (%)", xticks=[pruning_rate(rate) for rate in grid.rates])
+            axes.set_title(f"{task}, {target}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         panels[0, 0].set_ylabel("ROUGE-L (%)")
@@ -309,11 +294,9 @@ def _draw_method(axes: plt.Axes, grid: Grid, estimates: dict, task: str, method:
         axes.axhspan(*found[0].interval, color=colour, alpha=0.07, linewidth=0)
         return
     pruned = [pruning_rate(rate) for rate in grid.rates]
-    means = [one.mean if one else math.nan for one in found]
-    lows, highs = zip(*(one.interval if one else (math.nan, math.nan) for one in found), strict=True)
+    means, lows, highs = zip(*((one.mean, *one.interval) if one else [math.nan] * 3 for one in found), strict=True)
     width, size, layer = (2.2, 10, 3) if method == "staff" else (1.2, 5, 2)
-    style = {"linewidth": width, "markersize": size, "zorder": layer}
-    axes.plot(pruned, means, color=colour, marker=marker, label=label, **style)
+    axes.plot(pruned, means, color=colour, marker=marker, label=label, linewidth=width, markersize=size, zorder=layer)
     axes.fill_between(pruned, lows, highs, color=colour, alpha=0.08, linewidth=0)
 
 

@@ -50,7 +50,7 @@ def select_coreset(
     Raises: UserError for a wrong setting, and for rows without a response or without a finite score.
     """
     chosen = validated(Selection(), settings | {"rates": [rate]}, "select_coreset")
-    tokens = _tokens(dataset, tokenizer, cutoff_len)
+    tokens = tokens_of(dataset, tokenizer, cutoff_len)
     rules = Settings.of(chosen)
     with refusals():
         every = np.arange(len(dataset))
@@ -88,7 +88,7 @@ def _responses(labels: Sequence[int]) -> int:
     return sum(label != IGNORED_LABEL for label in labels[1:])  # nothing predicts the first token
 
 
-def _tokens(dataset: Dataset, tokenizer: Any, cutoff_len: int) -> list[tuple[list[int], list[int]]]:
+def tokens_of(dataset: Dataset, tokenizer: Any, cutoff_len: int) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of each row, cut at `cutoff_len`. Raises: UserError naming the row."""
     columns = set(dataset.column_names)
     if not columns & {"input_ids", "prompt", "messages"} or ("input_ids" not in columns and tokenizer is None):
