@@ -97,19 +97,12 @@ class Selection(Section):
     self_test: int = Field(default=4, ge=0)
     seed: Seed = 42  # of the fresh LoRA's A, the verification draws and every choice of rows (ours; released: none)
 
-    @field_validator("verify", mode="before")
+    @field_validator("verify", "length_control", mode="before")
     @classmethod
-    def _not_adaptive(cls, value: Any) -> Any:
+    def _check_additions(cls, value: Any, info) -> Any:
         if value == "adaptive":
-            raise ValueError(
-                "adaptive verification was removed: by its own measurement it did not beat a fixed b_v "
-                "(data/results/NOTES.md); leave the key out"
-            )
-        return value
-
-    @field_validator("length_control")
-    @classmethod
-    def _only_extended(cls, value: str, info) -> str:
+            why = "by its own measurement it did not beat a fixed b_v (data/results/NOTES.md)"
+            raise ValueError(f"adaptive verification was removed: {why}; leave the key out")
         if value == "residual" and info.data.get("mode") != "extended":
             raise ValueError("neither the paper nor the released code has it: give selection.mode extended with it")
         return value

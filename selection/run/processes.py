@@ -101,13 +101,10 @@ class Processes:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=distributed.PrefixStore(f"group-{self._groups}", self._store),
-            rank=self.rank,
-            world_size=self.count,
-            timeout=datetime.timedelta(hours=6),  # the others wait while the leader computes metrics
-        )
+        store = distributed.PrefixStore(f"group-{self._groups}", self._store)
+        hours = datetime.timedelta(hours=6)  # the others wait while the leader computes metrics
+        kind = "nccl" if on_gpu else "gloo"
+        distributed.init_process_group(kind, store=store, rank=self.rank, world_size=self.count, timeout=hours)
         try:
             yield
         finally:
@@ -182,11 +179,10 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:  # a negative one, or none, hides itself and what follows
         return list(itertools.takewhile(lambda name: name and name[0] != "-", map(str.strip, named.split(","))))
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [str(i) for i in range(sum(line.startswith("GPU ") for line in found.splitlines()))]
+        return [str(i) for i in range(sum(line.startswith("GPU ") for line in found.splitlines()))]
+    return []
 
 
 def shards(weights: list[int], count: int) -> list[list[int]]:
