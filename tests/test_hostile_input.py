@@ -101,10 +101,9 @@ def test_pickled_lists_and_features_run_nothing(tmp_path, canary):
             read_features(tmp_path / name, 1)
 
 
-@pytest.mark.parametrize("key", ["dataset", "training"])
-def test_yaml_makes_no_objects(make_experiment, rows, canary, key):
+def test_yaml_makes_no_objects(make_experiment, rows, canary):
     path = make_experiment(rows)
-    path.write_text(f"{path.read_text()[:-1]}, {key}: !!python/object/apply:os.system [\"touch '{canary}'\"]}}")
+    path.write_text(f"{path.read_text()[:-1]}, training: !!python/object/apply:os.system [\"touch '{canary}'\"]}}")
     with pytest.raises(UserError, match="no readable YAML"):
         load_experiment(path)
 
@@ -114,9 +113,8 @@ def test_pickled_weights_are_refused(model, adapter, canary):
     check_base(adapter, str(model))
     (adapter / "adapter_model.safetensors").unlink()
     torch.save({"x": Payload(canary)}, adapter / "adapter_model.bin")
-    for check in (lambda: check_weights(adapter, "adapter_model"), lambda: check_base(adapter, str(model))):
-        with pytest.raises(UserError, match="pickled"):
-            check()
+    with pytest.raises(UserError, match="pickled"):
+        check_base(adapter, str(model))
     assert_not_loaded("cannot load model", model, adapter)  # and if that check is left out, nothing runs
     (model / "model.safetensors").rename(model / "other.safetensors")  # transformers would take the .bin beside it
     torch.save({"x": Payload(canary)}, model / "pytorch_model.bin")
@@ -188,14 +186,11 @@ def test_a_model_folder_does_not_lead_to_another(model):
         assert_refused("of the folder itself")
 
 
-@pytest.mark.parametrize(
-    "name", ["split", "dataset_info", "train", "eval", "full", "untuned", ".", "..", ".hidden", "a b"]
-)
-def test_a_coresets_name_stays_in_its_place(tmp_path, name):
-    path = tmp_path / f"{name}.json"
-    path.write_text('{"indices": [0]}')
-    with pytest.raises(UserError, match="rename it"):
-        read_coreset(path)
+def test_a_coresets_name_stays_in_its_place(tmp_path):
+    for name in ("split", "dataset_info", "train", "eval", "full", "untuned", ".", "..", ".hidden", "a b"):
+        (tmp_path / f"{name}.json").write_text('{"indices": [0]}')
+        with pytest.raises(UserError, match="rename it"):
+            read_coreset(tmp_path / f"{name}.json")
 
 
 @pytest.mark.parametrize("link", ["data", "data/.lock", "costs.jsonl", "scores"])
@@ -215,18 +210,7 @@ def test_a_run_folder_whose_links_lead_out_is_refused(make_experiment, rows, tmp
     load_experiment(make_experiment(rows))
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"file_name": "../../other.json"},
-        {"file_name": "train.arrow", "num_samples": 24},
-        {"script_url": "evil"},
-        {"hf_hub_url": "someone/evil"},
-        {"file_name": "train.arrow", "columns": {"prompt": "output", "response": "instruction"}},
-    ],
-    ids=["file", "order", "script", "hub", "columns"],
-)
-def test_dataset_info_of_a_stranger_changes_nothing(make_experiment, rows, tmp_path, tiny_model, entry, canary):
+def test_dataset_info_of_a_stranger_changes_nothing(make_experiment, rows, tmp_path, tiny_model, canary):
     experiment = load_experiment(make_experiment(rows))
 
     def labels() -> list[list[int]]:
@@ -236,8 +220,15 @@ def test_dataset_info_of_a_stranger_changes_nothing(make_experiment, rows, tmp_p
     trained = labels()
     (tmp_path / "other.json").write_text(json.dumps([row | {"output": "poison"} for row in rows[:24]]))
     (experiment.data_folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
-    edit(experiment.data_folder / "dataset_info.json", train=entry)
-    assert labels() == trained
+    for entry in (
+        {"file_name": "../../other.json"},
+        {"file_name": "train.arrow", "num_samples": 24},
+        {"script_url": "evil"},
+        {"hf_hub_url": "someone/evil"},
+        {"file_name": "train.arrow", "columns": {"prompt": "output", "response": "instruction"}},
+    ):
+        edit(experiment.data_folder / "dataset_info.json", train=entry)
+        assert labels() == trained
 
 
 # One clear line
@@ -264,22 +255,17 @@ def test_yaml_aliases_are_refused_at_once(make_experiment, rows):
         load_experiment(path)
 
 
+_LATE = [("selection", {"seed": 2**64}), ("split_seed", 2**32), ("training", {"num_train_epochs": "many"})]
+_LATE += [("target_training", {"num_train_epochs": bad}) for bad in (None, -1, True, float("inf"), [])]
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("selection", {"seed": 2**64}), ("split_seed", 2**32), ("training", {"num_train_epochs": "many"})]
-    + [("target_training", {"num_train_epochs": bad}) for bad in (None, -1, True, float("inf"), [])],
+    ("key", "value", "said"),
+    [*((*each, f"key {each[0]}") for each in _LATE), *((key, "x" * 300, "path") for key in ("output_dir", "dataset"))],
 )
-def test_values_that_would_fail_much_later_are_refused(make_experiment, rows, key, value):
-    with pytest.raises(UserError, match=f"key {key}"):
-        load_experiment(make_experiment(rows, **{key: value}))
-
-
-def test_a_name_too_long_for_the_file_system_is_refused(make_experiment, rows):
-    for key in ("output_dir", "dataset", "target_model"):
-        with pytest.raises(UserError, match="path"):
-            experiment = load_experiment(make_experiment(rows, **{key: "x" * 300}))
-            training_split(experiment)
-            model_path(experiment.target_model)
+def test_values_that_would_fail_much_later_are_refused(make_experiment, rows, key, value, said):
+    with pytest.raises(UserError, match=said):
+        training_split(load_experiment(make_experiment(rows, **{key: value})))
 
 
 _NO_JSON = ["NaN", "[Infinity]", "[1e999]", "-1e400", '{"a": -Infinity}', '"\\ud800"', "[" * 100_000, "", "\xff"]
@@ -323,13 +309,13 @@ def test_a_damaged_record_is_named(make_experiment, rows, tmp_path, tiny_model, 
             read()
 
 
-@pytest.mark.parametrize("shape", ["(1000000000000, 3)", "(" * 300, "(2, 3", "(-1, 3)"])
-def test_features_with_a_lying_header_are_refused(tmp_path, shape):
-    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(400) + "\n"
-    content = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + b"\0" * 24
-    (tmp_path / "f.npy").write_bytes(content)
-    with pytest.raises(UserError, match="cannot read features"):
-        read_features(tmp_path / "f.npy", 2)
+def test_features_with_a_lying_header_are_refused(tmp_path):
+    for shape in ("(1000000000000, 3)", "(" * 300, "(2, 3", "(-1, 3)"):
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(400) + "\n"
+        content = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + b"\0" * 24
+        (tmp_path / "f.npy").write_bytes(content)
+        with pytest.raises(UserError, match="cannot read features"):
+            read_features(tmp_path / "f.npy", 2)
 
 
 # No wrong result
@@ -338,7 +324,7 @@ def test_features_with_a_lying_header_are_refused(tmp_path, shape):
 def test_an_index_list_that_is_damaged_or_lies_is_refused(tmp_path):
     path = tmp_path / "rows.pt"
 
-    def assert_refused(said: str, path: Path = path) -> None:
+    def assert_refused(said: str) -> None:
         with pytest.raises(UserError, match=said):
             read_coreset(path)
 
@@ -353,8 +339,9 @@ def test_an_index_list_that_is_damaged_or_lies_is_refused(tmp_path):
     for lie in (torch.ones(1, dtype=torch.int64).expand(10**8), torch.empty(2**40, dtype=torch.int64, device="meta")):
         torch.save(lie, path)
         assert_refused("no plain index list")
-    (tmp_path / "c.json").write_text('{"indices": [1, 2], "size": 3}')
-    assert_refused("says size 3", tmp_path / "c.json")
+    path = tmp_path / "c.json"
+    path.write_text('{"indices": [1, 2], "size": 3}')
+    assert_refused("says size 3")
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(model, adapter):
@@ -368,12 +355,11 @@ def test_weights_that_are_missing_are_not_drawn_at_random(model, adapter):
     assert_not_loaded("missing adapter keys", model, adapter)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("hidden_size", "x"), ("rope_parameters", 3), ("hidden_act", []), ("vocab_size", 7)]
-)
-def test_a_damaged_configuration_is_refused_in_one_line(model, key, value):
-    edit(model / "config.json", **{key: value})
-    assert_not_loaded("model", model)
+def test_a_damaged_configuration_is_refused(model):
+    kept = (model / "config.json").read_text()
+    for change in ({"hidden_size": "x"}, {"rope_parameters": 3}, {"hidden_act": []}, {"vocab_size": 7}):
+        (model / "config.json").write_text(json.dumps(json.loads(kept) | change))
+        assert_not_loaded("model", model)
 
 
 # A few cases of each kind that needs no tuned model

@@ -76,10 +76,8 @@ def convert_row(row: dict, entry: dict[str, Any], name: str = "the row") -> dict
             return odd
         sample = convert(row)
     except KeyError as error:
-        raise UserError(
-            f"{name} has no column {error.args[0]!r} (it has {', '.join(row)}): give the columns' names under "
-            "dataset_format.columns"
-        ) from None
+        wrong = f"{name} has no column {error.args[0]!r} (it has {', '.join(row)})"
+        raise UserError(f"{wrong}: name the columns under dataset_format.columns") from None
     except (TypeError, ValueError, AttributeError):
         return "a column holds something else than text or turns"
     if len(sample["_prompt"]) % 2 == 0 or len(sample["_response"]) != 1:

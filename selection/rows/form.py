@@ -4,22 +4,14 @@ from typing import Any
 
 from selection.run.errors import UserError
 
-DEFAULT_TAGS = {  # LLaMA-Factory's, for sharegpt
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-    "system_tag": "system",
+_ROLES = {  # in LLaMA-Factory's sharegpt, then other names in use
+    "user_tag": ("human", "user"),
+    "assistant_tag": ("gpt", "assistant"),
+    "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call",),
+    "system_tag": ("system",),
 }
-_ROLES = {  # names in use
-    "user_tag": {"user", "human"},
-    "assistant_tag": {"assistant", "gpt"},
-    "observation_tag": {"observation", "tool"},
-    "function_tag": {"function_call"},
-    "system_tag": {"system"},
-}
+_DEFAULT_TAGS = {"role_tag": "from", "content_tag": "value"} | {tag: names[0] for tag, names in _ROLES.items()}
 _DEFAULT_COLUMNS = ({"prompt": "instruction", "query": "input", "response": "output"}, {"messages": "conversations"})
 _TEXT_COLUMNS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 
@@ -46,7 +38,7 @@ def detect_form(columns: list[str], rows: list[dict], source: str) -> tuple[dict
     names |= {"system": "system"} if "system" in columns else {}
     form = {"formatting": "sharegpt" if tags else "alpaca"}  # and what differs from LLaMA-Factory's defaults
     form |= {"columns": names} if names not in _DEFAULT_COLUMNS else {}
-    form |= {"tags": tags} if tags not in (None, DEFAULT_TAGS) else {}
+    form |= {"tags": tags} if tags not in (None, _DEFAULT_TAGS) else {}
     return form, list(names.values())
 
 
@@ -61,11 +53,11 @@ def _tags(column: str, rows: list[dict], source: str) -> dict[str, str] | None:
     if not messages or not pairs:
         return None
     role, content = pairs[0]
-    tags = DEFAULT_TAGS | {"role_tag": role, "content_tag": content}
+    tags = _DEFAULT_TAGS | {"role_tag": role, "content_tag": content}
     tags |= {"user_tag": "user", "assistant_tag": "assistant"} if role == "role" else {}
     roles = {str(message[role]) for message in messages}
     for name, words in _ROLES.items():
-        if len(found := words & roles) == 1:
+        if len(found := roles.intersection(words)) == 1:
             tags[name] = found.pop()
     if (strange := roles - {tags[name] for name in _ROLES}) or any(message.get("tool_calls") for message in messages):
         what = f"roles {', '.join(sorted(strange))}" if strange else "tool_calls"

@@ -37,12 +37,10 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
     with raw_rows(path) as rows:
         rows = _with_text(rows, path, text_columns(dataset_format.entry))
         if unusable := unusable_rows(rows, dataset_format.entry):
-            first, *more = list(unusable)[:5]
-            raise UserError(
-                f"{path}: {len(unusable)} of {len(rows)} rows have no prompt and text response, first row "
-                f"{', '.join(map(str, [first, *more]))} (row {first}: {unusable[first]}): mend or remove them, or "
-                "describe the columns with dataset_format"
-            )
+            numbers = list(unusable)[:5]
+            first = f"first row {', '.join(map(str, numbers))} (row {numbers[0]}: {unusable[numbers[0]]})"
+            wrong = f"{len(unusable)} of {len(rows)} rows have no prompt and text response, {first}"
+            raise UserError(f"{path}: {wrong}: mend or remove them, or describe the columns with dataset_format")
         yield rows
 
 
