@@ -127,24 +127,23 @@ def cut_coresets(
     """One method's coresets at every rate, as the arguments of `write_coreset`."""
     source, settings = arguments.scores or scores_of(experiment, method), Settings.of(selection)
     columns = settings.columns if method == "staff" else columns_of(method, selection.baseline_variant)
-    features = arguments.features if "hidden_state" in columns else None
-    read = [name for name in columns if name != "hidden_state" or features is None]
+    read = [name for name in columns if name != "hidden_state" or not arguments.features]
     scores = read_scores(source, read, ids=False).check_complete()
-    if features is not None:
-        scores.columns["hidden_state"] = read_features(features, scores.num_rows)[scores.index]
+    if "hidden_state" in columns and arguments.features:
+        scores.columns["hidden_state"] = read_features(arguments.features, scores.num_rows)[scores.index]
     quotas, coresets = quotas_of(experiment, scores), []
     with refusals():
         if method == "staff":
             rule, record, strata = staff_rule(arguments, experiment, scores, settings)
         else:
-            rule, record, strata = *baseline_rule(method, scores, selection), None
+            rule, record, strata = baseline_rule(method, scores, selection)
         for rate in arguments.rate:
             choice = choose_by_rule(rule, rate, len(scores.index), quotas)
             about = dict(record)
             if strata is not None:
                 parts = zip(strata, choice.budgets, choice.filled, strict=True)
-                table = [{**asdict(s), "budget": budget, "of_which_random_fill": fill} for s, budget, fill in parts]
-                about |= {"strata": table, "from_hardest": choice.from_hardest}
+                about["strata"] = [asdict(s) | {"budget": m, "of_which_random_fill": fill} for s, m, fill in parts]
+                about["from_hardest"] = choice.from_hardest
             if quotas is not None:
                 about["data_sets"] = quotas.record(choice.rows)
             rows = scores.index[choice.rows]  # a rule counts the rows that have scores
@@ -181,9 +180,6 @@ def staff_rule(
     strata = cut_strata(speculative, settings)
     if target_scores is None:
         records, of_target = read_verification(verification, settings, scores)
-        if len(records) != len(strata.members):
-            count = len(strata.members)
-            raise UserError(f"{verification} has {len(records)} strata, the scores {count}: run verify.py")
     else:
         target = read_scores(target_scores, settings.columns, ids=False)
         same = target.fingerprint == scores.fingerprint or None in (target.fingerprint, scores.fingerprint)
@@ -199,8 +195,8 @@ def staff_rule(
     return rule, {**settings.record, "target": of_target}, records
 
 
-def baseline_rule(method: str, scores: Scores, selection: Selection) -> tuple[Rule, dict[str, Any]]:
-    """A baseline's rule, and what a coreset's file keeps of its settings."""
+def baseline_rule(method: str, scores: Scores, selection: Selection) -> tuple[Rule, dict[str, Any], None]:
+    """A baseline's rule, and what a coreset's file keeps of its settings; no strata."""
     if method == "length" and len(empty := np.flatnonzero(scores.columns["n_response_tokens"] < 1)):
         raise UserError(f"{scores.source}: row {scores.index[empty[0]]} has no response token: remove the row")
     variant, settings = selection.baseline_variant, (selection.num_strata, selection.hardest_cutoff, selection.seed)
@@ -212,7 +208,7 @@ def baseline_rule(method: str, scores: Scores, selection: Selection) -> tuple[Ru
     }
     keys = selection.model_dump() | {"variant": variant}
     record = {key: keys[key] for key in ("seed", *read.get(method, ()))}
-    return baseline(method, scores.columns, len(scores.index), selection.rules, variant, *settings), record
+    return baseline(method, scores.columns, len(scores.index), selection.rules, variant, *settings), record, None
 
 
 def read_features(path: Path, num_rows: int) -> np.ndarray:

@@ -14,38 +14,45 @@ from selection.run.ledger import SPECULATIVE_SCORES, read_ledger, selection_cost
 from selection.run.model_folder import keep_hashes, model_fingerprint
 from selection.run.products import read_json, read_sealed
 
-STAGES = {
-    "finetune": "finetune.finetune",
-    "effort_score": "selection.effort_score",
-    "verify": "selection.verify",
-    "coreset": "selection.coreset",
-    "costs": "scripts.costs",
-    "finetune-select": "finetune.finetune-select",
-    "eval": "finetune.eval",
-    "report": "scripts.report",
-}
+FOLDERS = {"finetune": ("finetune", "finetune-select", "eval"), "scripts": ("costs", "report")}
+FOLDERS |= {"selection": ("effort_score", "verify", "coreset")}
+STAGES = {name: f"{folder}.{name}" for folder, names in FOLDERS.items() for name in names}
 
 
 @pytest.fixture
-def finished(make_experiment, rows, stage):
+def call(stage):
+    """Runs a stage by its name, with keys changed; gives what it says on stderr."""
+
+    def call(name: str, config, *arguments: object, keys: tuple = (), code: int = 0) -> str:
+        for key in keys:
+            arguments = (*arguments, "--set", key)
+        got, _, err = stage(STAGES[name], config, *arguments)
+        assert got == code, (name, keys, err)
+        errors = [line for line in err.splitlines() if line.startswith("error:")]
+        assert len(errors) == (code == 2)
+        return "".join(errors) or err
+
+    return call
+
+
+@pytest.fixture
+def finished(make_experiment, rows, call):
     """The configuration of a run in which every stage has run, and its experiment."""
     config = make_experiment(rows, evaluation={"max_new_tokens": 1})
     experiment = load_experiment(config)
     for name in ("finetune", "effort_score", "verify", "coreset"):
-        assert stage(STAGES[name], config)[0] == 0
-    coreset = experiment.coresets / "staff-0.5.json"
-    assert stage(STAGES["finetune-select"], config, "--select_path", coreset)[0] == 0
-    assert stage(STAGES["eval"], config)[0] == 0
+        call(name, config)
+    call("finetune-select", config, "--select_path", experiment.coresets / "staff-0.5.json")
+    call("eval", config)
     return config, experiment
 
 
-def test_no_stage_takes_what_is_stored_for_the_product_of_another_configuration(finished, stage, tmp_path, tiny_model):
+def test_no_stage_takes_what_is_stored_for_the_product_of_another_configuration(finished, call, tmp_path, tiny_model):
     config, experiment = finished
-    other_model = tmp_path / "other"
+    other_model, other_data = tmp_path / "other", tmp_path / "other.jsonl"
     shutil.copytree(tiny_model, other_model)
     weights = load_file(other_model / "model.safetensors")
     save_file({name: 2 * each for name, each in weights.items()}, other_model / "model.safetensors", {"format": "pt"})
-    other_data = tmp_path / "other.jsonl"
     lines = (tmp_path / "experiment.jsonl").read_text().splitlines()
     other_data.write_text("\n".join(reversed(lines)) + "\n")
     changes = {
@@ -71,37 +78,18 @@ def test_no_stage_takes_what_is_stored_for_the_product_of_another_configuration(
     before = everything_in(experiment.folder)
     more = {"finetune-select": ["--select_path", experiment.coresets / "staff-0.5.json"], "coreset": ["--rate", 0.3]}
     for change, said in changes.items():
-        for name, module in STAGES.items():
+        for name in STAGES:
             if change == "selection.verify=all" and name in ("finetune", "effort_score", "verify", "costs"):
                 continue  # verify.py makes that anew
-            code, _, err = stage(module, config, *more.get(name, []), "--set", change)
-            assert code == 2, (name, change)
-            errors = [line for line in err.splitlines() if line.startswith("error:")]
-            assert len(errors) == 1 and said in errors[0], (name, change, err)
+            assert said in call(name, config, *more.get(name, []), keys=(change,), code=2), (name, change)
     assert everything_in(experiment.folder) == before
 
 
-def test_what_a_verification_depends_on_is_held_against_the_configuration_too(finished, stage):
+def test_records_say_what_they_are_of_and_are_held_against_the_configuration(finished, call, tiny_model):
     config, experiment = finished
-    before = everything_in(experiment.folder)
-    for name in ("coreset", "eval", "report"):
-        code, _, err = stage(STAGES[name], config, "--set", "selection.num_strata=2")
-        assert code == 2 and "verification.json was made otherwise (num_strata: stored 4, now 2): run verify.py" in err
-    assert everything_in(experiment.folder) == before
-    # Where it is made anew, the new settings stand in the record.
-    assert stage(STAGES["verify"], config, "--set", "selection.num_strata=2")[0] == 0
-    assert load_experiment(experiment.record).selection.num_strata == 2
-
-
-def test_records_say_which_models_and_phi_they_are_of_and_auto_takes_the_number_format_that_was_used(
-    finished, stage, tiny_model
-):
-    config, experiment = finished
-    for name in ("coreset", "report"):
-        code, _, err = stage(STAGES[name], config, "--set", "selection.precision=auto", "--set", "precision=auto")
-        assert code == 0, err
-    coreset = read_json(experiment.coresets / "staff-0.5.json")
-    fingerprint = model_fingerprint(tiny_model)
+    for name in ("coreset", "report"):  # auto takes the number format that was used
+        call(name, config, keys=("selection.precision=auto", "precision=auto"))
+    coreset, fingerprint = read_json(experiment.coresets / "staff-0.5.json"), model_fingerprint(tiny_model)
     for key, tuned in (("scores", "small"), ("target", None)):
         of = coreset[key]
         assert (of["model"], of["model_fingerprint"], of["tuned"]) == (str(tiny_model), fingerprint, tuned)
@@ -109,54 +97,53 @@ def test_records_say_which_models_and_phi_they_are_of_and_auto_takes_the_number_
     verification = read_sealed(experiment.verification)
     assert (verification["scores"], verification["target"]) == (coreset["scores"], coreset["target"])
 
+    before, fewer = everything_in(experiment.folder), ("selection.num_strata=2",)
+    for name in ("coreset", "eval", "report"):
+        said = call(name, config, keys=fewer, code=2)
+        assert "verification.json was made otherwise (num_strata: stored 4, now 2): run verify.py" in said
+    assert everything_in(experiment.folder) == before
+    call("verify", config, keys=fewer)  # where it is made anew, the new settings stand in the record
+    assert load_experiment(experiment.record).selection.num_strata == 2
 
-def test_a_coreset_of_scores_that_were_made_anew_otherwise_is_not_tuned_on(finished, stage):
-    config, experiment = finished
-    changed = ["--set", "selection.phi=v_weight"]
-    shutil.rmtree(experiment.folder / "scores")
+    shutil.rmtree(experiment.folder / "scores")  # and a coreset of scores that were made anew is not tuned on
     experiment.verification.unlink()
+    changed, path = ("selection.phi=v_weight",), experiment.coresets / "staff-0.5.json"
     for name in ("effort_score", "verify"):
-        assert stage(STAGES[name], config, *changed)[0] == 0
-    coreset = experiment.coresets / "staff-0.5.json"
-    code, _, err = stage(STAGES["finetune-select"], config, "--select_path", coreset, *changed)
-    assert code == 2 and f"{coreset} was cut from other scores (phi.name: stored" in err
+        call(name, config, keys=changed)
+    said = call("finetune-select", config, "--select_path", path, keys=changed, code=2)
+    assert f"{path} was cut from other scores (phi.name: stored" in said
 
 
 def test_a_run_whose_models_and_data_are_elsewhere_is_cut_again_under_the_same_names_and_settings_alone(
-    make_experiment, rows, stage, tiny_model, tmp_path
+    make_experiment, rows, call, tiny_model, tmp_path
 ):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     keys = {"small_model": str(model), "target_model": str(model), "small_training": {"num_train_epochs": 0}}
     config = make_experiment(rows, **keys)
     for name in ("effort_score", "verify"):
-        assert stage(STAGES[name], config)[0] == 0
+        call(name, config)
     shutil.rmtree(model)
     (tmp_path / "experiment.jsonl").unlink()
     for name in ("coreset", "costs"):
-        assert stage(STAGES[name], config)[0] == 0
-    code, _, err = stage(STAGES["coreset"], config, "--set", "split_seed=1")
-    assert code == 2 and "(split_seed: stored 42, now 1)" in err
-    code, _, err = stage(STAGES["coreset"], config, "--set", f"small_model={tmp_path / 'gone'}")
-    assert code == 2 and "scores/small was made otherwise (model: stored" in err
+        call(name, config)
+    assert "(split_seed: stored 42, now 1)" in call("coreset", config, keys=("split_seed=1",), code=2)
+    said = call("coreset", config, keys=(f"small_model={tmp_path / 'gone'}",), code=2)
+    assert "scores/small was made otherwise (model: stored" in said
 
 
-def test_a_refused_call_of_a_fresh_run_leaves_no_record(make_experiment, rows, stage):
+def test_a_refused_call_of_a_fresh_run_leaves_no_record_and_scores_made_again_cost_once(make_experiment, rows, call):
     experiment = load_experiment(config := make_experiment(rows))
-    code, _, _ = stage(STAGES["effort_score"], config, "--set", "selection.phi=v_weight")
-    assert code == 2 and not experiment.record.exists()
-
-
-def test_scores_made_again_after_the_folder_was_removed_cost_once(make_experiment, rows, stage):
-    experiment = load_experiment(config := make_experiment(rows, small_training={"num_train_epochs": 0}))
-    assert stage(STAGES["effort_score"], config)[0] == 0
-    assert stage(STAGES["verify"], config)[0] == 0
-    paid = [(cost.stage, cost.samples) for cost in selection_costs(experiment, "staff")]
-    shutil.rmtree(experiment.folder / "scores")
-    assert stage(STAGES["effort_score"], config)[0] == 0
-    assert stage(STAGES["verify"], config)[0] == 0
+    call("effort_score", config, keys=("selection.phi=v_weight",), code=2)  # not tuned yet
+    assert not experiment.record.exists()
+    paid, untuned = [], ("small_training.num_train_epochs=0",)
+    for _ in range(2):
+        for name in ("effort_score", "verify"):
+            call(name, config, keys=untuned)
+        paid.append([(cost.stage, cost.samples) for cost in selection_costs(experiment, "staff")])
+        shutil.rmtree(experiment.folder / "scores")
+    assert paid[0] == paid[1]
     assert len([cost for cost in read_ledger(experiment.folder) if cost.stage == SPECULATIVE_SCORES]) == 2
-    assert [(cost.stage, cost.samples) for cost in selection_costs(experiment, "staff")] == paid
 
 
 # Fingerprints

@@ -107,12 +107,12 @@ class Scores:
         return replace(self, index=rows, columns=columns, ids=None, left_out=left_out)
 
 
-class _Identity(TypedDict):
-    data_fingerprint: str
-
-
 _Batch = Annotated[list[NonNegativeInt], Field(min_length=1)]
 _Part = Annotated[list[_Batch], Field(min_length=1)]
+
+
+class _Identity(TypedDict):
+    data_fingerprint: str
 
 
 class _Manifest(TypedDict):
