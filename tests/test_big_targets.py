@@ -10,8 +10,6 @@ import torch
 import transformers
 from conftest import REPOSITORY
 from test_effort import PHIS, assert_close, autograd, make_model, make_samples, with_tuned_adapter
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 from transformers.utils import is_bitsandbytes_available
 
 from selection.method.effort import EffortScorer, response_losses
@@ -25,25 +23,24 @@ from selection.scores.self_test import plain_scores, self_test
 from selection.scores.within_memory import score_within_memory
 
 
-def hooked(model, tmp_path):
-    return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
-
-
-def offloaded(model, tmp_path):
-    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-
-
-def on_disk(model, tmp_path):
+def on_disk(model, folder):
     layers = next(name for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList))
     leaves = [name for name, part in model.named_modules() if not list(part.children())]
     places = {name: "cpu" for name in leaves if not name.startswith(layers)}
     places |= {f"{layers}.{i}": "disk" if i else "cpu" for i in range(3)}
-    return accelerate.dispatch_model(model, places, offload_dir=str(tmp_path / "offload"))
+    return accelerate.dispatch_model(model, places, offload_dir=str(folder))
+
+
+PLACES = {
+    "hooked": lambda model, folder: accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True),
+    "offloaded": lambda model, folder: accelerate.cpu_offload(model, execution_device=torch.device("cpu")),
+    "on-disk": on_disk,
+}
 
 
 @pytest.mark.parametrize(
     ("place", "phi"),
-    [*itertools.product([hooked, offloaded, on_disk], ["v_lora_b", "v_weight", "last_layer"]), (hooked, "all_lora")],
+    [*itertools.product(PLACES, ["v_lora_b", "v_weight", "last_layer"]), ("hooked", "all_lora")],
 )
 @pytest.mark.parametrize("name", ["llama-tied-head", "gpt2-conv1d-fused"])
 def test_a_placed_model_scores_as_without_and_stays_placed(name, place, phi, tmp_path):
@@ -55,10 +52,10 @@ def test_a_placed_model_scores_as_without_and_stays_placed(name, place, phi, tmp
         return forwards, {key for key, parameter in model.named_parameters() if parameter.is_meta}
 
     ids, labels = make_samples()
-    plain, model = EffortScorer(make(), phi), place(make(), tmp_path)
+    plain, model = EffortScorer(make(), phi), PLACES[place](make(), tmp_path)
     expected, losses = plain.score(ids, labels), response_losses(plain.model, ids, labels)
     before = state(model)
-    assert any(before[0].values()) and bool(before[1]) == (place is not hooked)
+    assert any(before[0].values()) and bool(before[1]) == (place != "hooked")
     scorer = EffortScorer(model, phi)
     for _ in range(2):  # the second pass finds what the first has left
         scores = scorer.score(ids, labels)
@@ -69,46 +66,13 @@ def test_a_placed_model_scores_as_without_and_stays_placed(name, place, phi, tmp
     assert state(model) == before
 
 
-@pytest.mark.parametrize("phi", PHIS)
-@pytest.mark.parametrize("head", ["cpu", "meta"])
-def test_no_step_mixes_tensors_of_two_devices(head, phi):
-    """torch's tensors without numbers, which still know their device and refuse to be mixed: the last layer and the
-    final norm lie on "meta", everything before on "cpu", the head on either, as device_map auto spreads a model."""
-    model, columns = make_model("llama"), ("el2n", "el2n_released", "entropy", "hidden_state")
-    scorer = EffortScorer(with_tuned_adapter(model) if phi == "all_lora" else model, phi, columns=columns)
-
-    def device_for(name):
-        return head if "lm_head" in name else "meta" if name.startswith(("model.layers.2", "model.norm")) else "cpu"
-
-    def moved(values, device):
-        return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, values)
-
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        for name, module in scorer.model.named_modules():
-            device = device_for(name)
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    value = fake.from_tensor(parameter.data).to(device)
-                    module._parameters[key] = torch.nn.Parameter(value, requires_grad=False)
-            if name:
-                module.register_forward_pre_hook(
-                    lambda module, args, kwargs, device=device: (moved(args, device), moved(kwargs, device)),
-                    with_kwargs=True,
-                )
-        if scorer.lora_a is not None:
-            scorer.lora_a = scorer.lora_a.to(scorer.phi.maps[0].weight.device)
-        shapes = {name: tuple(values.shape) for name, values in scorer.score(*make_samples()).items()}
-        assert shapes == dict.fromkeys(("loss", "effort", *columns), (4,)) | {"hidden_state": (4, 32)}
-        assert response_losses(model, *make_samples()).shape == (4,)
-
-
 def test_what_would_have_to_stay_on_the_device_is_refused_where_offloaded(tmp_path):
     for model, phi, said in (
         (make_model("mixtral"), "last_layer", r"last_layer: .*layers\.2\..* is offloaded .* use phi v_lora_b"),
         (with_tuned_adapter(make_model("llama")), "all_lora", r"all_lora: .*q_proj is offloaded .* use phi last_layer"),
     ):
         with pytest.raises(NoPhi, match=said):
-            EffortScorer(offloaded(model, tmp_path), phi)
+            EffortScorer(PLACES["offloaded"](model, tmp_path), phi)
 
 
 @pytest.fixture
@@ -119,16 +83,16 @@ def on_disk_models(tmp_path):
     return str(tmp_path / "model"), tmp_path / "tuned"
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "with-adapter"])
-def test_device_map_auto_loads_the_same_model(adapter, on_disk_models):
-    model, tuned = on_disk_models
-    expected, auto = (
-        EffortScorer(load_for_scoring(model, tuned if adapter else None, "fp32", device_map=place)).score(
-            *make_samples()
-        )
-        for place in (None, "auto")
-    )
-    torch.testing.assert_close(auto["effort"], expected["effort"], rtol=1e-6, atol=0)
+@pytest.mark.parametrize("device_map", [None, "auto"])
+def test_a_loaded_model_scores_as_the_one_that_was_saved(device_map, on_disk_models):
+    folder, tuned = on_disk_models
+    for loaded, model in (
+        (load_for_scoring(folder, None, "fp32", device_map=device_map), make_model("llama")),
+        (load_for_scoring(folder, tuned, "fp32", device_map=device_map), with_tuned_adapter(make_model("llama"))),
+    ):
+        efforts = [EffortScorer(each).score(*make_samples())["effort"] for each in (loaded, model)]
+        torch.testing.assert_close(*efforts, rtol=1e-6 if device_map else 0, atol=0)
+        assert device_map or not any(hasattr(module, "_hf_hook") for module in loaded.modules())
 
 
 def test_weights_go_straight_to_the_gpu_and_leave_it_room_for_batches(monkeypatch, on_disk_models):
@@ -156,13 +120,6 @@ def test_weights_go_straight_to_the_gpu_and_leave_it_room_for_batches(monkeypatc
         load_for_scoring(*on_disk_models, "fp32", device_map=device_map)
         assert asked == expected
         asked.clear()
-
-
-def test_a_model_loaded_to_one_device_scores_the_same_and_has_no_hooks(on_disk_models):
-    model, ours = make_model("llama"), load_for_scoring(on_disk_models[0], None, "fp32")
-    assert not any(hasattr(module, "_hf_hook") for module in ours.modules())
-    efforts = [EffortScorer(each).score(*make_samples())["effort"] for each in (ours, model)]
-    assert torch.equal(*efforts)
 
 
 def test_a_model_that_lacks_a_weight_is_refused(tmp_path):

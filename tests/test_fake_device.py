@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ from test_effort import ARCHITECTURES, PHIS, make_model, make_samples, with_tune
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from selection.method.effort import EffortScorer, _Batch, response_losses
 
-DEVICE = "fakegpu"
+DEVICE = "fakegpu:0"
 SIMILAR = ("llama", "gemma", "mistral", "qwen2", "qwen3", "smollm3")  # to "llama-tied-head" and to others below
 # Falcon and gpt-oss make a mask by torch.vmap, which needs a device with kernels; JetMoE's experts wait for the host.
 LEFT_OUT = (*SIMILAR, "falcon-fused", "gpt-oss-attention-sinks", "jetmoe-query-in-experts")
@@ -41,48 +42,66 @@ class ToTheHost(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         answer = operation(*args, **(kwargs or {}))
-        if DEVICE in _devices((args, kwargs)) and "cpu" in _devices(answer):
+        if _devices((args, kwargs)) & {DEVICE, "meta"} and "cpu" in _devices(answer):
             self.seen.append(str(operation))
         return answer
 
 
 def _devices(values) -> set[str]:
-    return {value.device.type for value in tree_leaves(values) if isinstance(value, torch.Tensor)}
+    return {str(value.device) for value in tree_leaves(values) if isinstance(value, torch.Tensor)}
 
 
-def move_to_device(scorer: EffortScorer, fake: FakeTensorMode) -> None:
+def on_one(name: str) -> str:
+    return DEVICE
+
+
+# The device of a module where device_map auto spreads a model over two; "meta" is another one without numbers.
+SPREAD = {
+    "head on the first": lambda name: "meta" if name.startswith(("model.layers.2", "model.norm")) else DEVICE,
+    "head on the second": lambda name: "meta" if name.startswith(("model.layers.2", "model.norm", "lm_h")) else DEVICE,
+}
+
+
+def move_to_device(scorer: EffortScorer, fake: FakeTensorMode, place) -> None:
     """The model and what the scorer keeps of it; tied weights stay tied."""
-    device, there = torch.device(DEVICE, 0), {}
+    there = {}
 
-    def moved(tensor):
+    def moved(tensor, name):
         if tensor is not None and id(tensor) not in there:
-            value = fake.from_tensor(tensor.detach()).to(device)
+            value = fake.from_tensor(tensor.detach()).to(place(name))
             parameter = isinstance(tensor, torch.nn.Parameter)
             there[id(tensor)] = torch.nn.Parameter(value, requires_grad=False) if parameter else value, tensor
         return None if tensor is None else there[id(tensor)][0]
 
-    for module in scorer.model.modules():
+    for name, module in scorer.model.named_modules():
         for kept in (module._parameters, module._buffers):
-            kept.update({key: moved(tensor) for key, tensor in kept.items()})
-    maps = [replace(each, columns=moved(each.columns)) for each in scorer.phi.maps]
-    scorer.phi = replace(scorer.phi, maps=maps, others={key: moved(value) for key, value in scorer.phi.others.items()})
-    scorer.lora_a, scorer.device = moved(scorer.lora_a), device
+            kept.update({key: moved(tensor, name) for key, tensor in kept.items()})
+        if name and place is not on_one:
+            to = partial(torch.Tensor.to, device=place(name))
+            hook = lambda module, *inputs, to=to: tree_map_only(torch.Tensor, to, inputs)  # noqa: E731
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    last = "model.layers.2"
+    maps = [replace(each, columns=moved(each.columns, last)) for each in scorer.phi.maps]
+    others = {key: moved(value, last) for key, value in scorer.phi.others.items()}
+    scorer.phi = replace(scorer.phi, maps=maps, others=others)
+    scorer.lora_a, scorer.device = moved(scorer.lora_a, last), torch.device(DEVICE)
 
 
-def score_there(name: str, phi: str) -> None:
+def score_there(name: str, phi: str, place) -> None:
     """One copy to the host a batch, none for the losses alone, and nothing that the fake tensors refuse."""
-    model = make_model(name)
+    model, columns = make_model(name), ("el2n", "el2n_released", "entropy", "hidden_state")
     model = with_tuned_adapter(model) if phi == "all_lora" else model
     model = model.to(torch.bfloat16) if name in IN_BF16 else model
-    scorer = EffortScorer(model, phi, columns=("el2n", "el2n_released", "entropy", "hidden_state"))
+    scorer = EffortScorer(model, phi, columns=columns)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        move_to_device(scorer, fake)
+        move_to_device(scorer, fake, place)
         with ToTheHost() as copies:
             scores = scorer.score(*make_samples())
         assert copies.seen == ["aten._to_copy.default"], f"copies to the host: {copies.seen}"
-        assert _devices(scores) == {"cpu"}
+        shapes = {name: tuple(values.shape) for name, values in scores.items() if values.device.type == "cpu"}
+        assert shapes == dict.fromkeys(("loss", "effort", *columns), (4,)) | {"hidden_state": (4, 32)}
         with ToTheHost() as copies:
-            assert _devices(response_losses(model, *make_samples())) == {DEVICE}
+            assert _devices(response_losses(model, *make_samples())) == {place("model.norm")}
         assert copies.seen == [], f"copies to the host: {copies.seen}"
 
 
@@ -98,14 +117,15 @@ MISTAKES = {
 
 def main() -> None:
     """In a process of its own, as a device once registered stays: the traceback of every case, "" where it passes."""
-    backend_registration._setup_privateuseone_for_python_backend(DEVICE)
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE.partition(":")[0])
     said, per_sample = {}, _Batch.per_sample
-    cases = [(f"{name} {phi}", lambda sums: sums, name, phi) for name in NAMES for phi in PHIS]
-    cases += [(case, mistake, "llama", "v_lora_b") for case, (mistake, _) in MISTAKES.items()]
-    for case, mistake, name, phi in cases:
+    cases = [(f"{name} {phi}", lambda sums: sums, name, phi, on_one) for name in NAMES for phi in PHIS]
+    cases += [(f"{case} {phi}", lambda sums: sums, "llama", phi, SPREAD[case]) for case in SPREAD for phi in PHIS]
+    cases += [(case, mistake, "llama", "v_lora_b", on_one) for case, (mistake, _) in MISTAKES.items()]
+    for case, mistake, *model in cases:
         _Batch.per_sample = lambda self, values, mistake=mistake: mistake(per_sample(self, values))
         try:
-            score_there(name, phi)
+            score_there(*model)
             said[case] = ""
         except Exception:
             said[case] = traceback.format_exc()
@@ -121,7 +141,7 @@ def said() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("phi", PHIS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *SPREAD])
 def test_scoring_stays_on_its_device_and_copies_once_a_batch(name, phi, said):
     assert said[f"{name} {phi}"] == ""
 
