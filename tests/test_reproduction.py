@@ -4,52 +4,34 @@ import json
 import os
 
 import pytest
-import yaml
 from conftest import REPOSITORY, assert_one_line_error, run_script
 
 from finetune.trainer import scores_by_sample
-from scripts.paper.cells import (
-    COLUMNS,
-    Cell,
-    Job,
-    cells_of,
-    jobs_of,
-    load,
-    read_cells,
-    run_jobs,
-    settings_digest,
-    stage_arguments,
-    write_cells,
-)
+from scripts.paper import cells as grids
+from scripts.paper.cells import COLUMNS, Cell, Job, cells_of, jobs_of, load, read_cells, run_jobs, stage_arguments
 from scripts.paper.tables import PAPER
-from selection.run.config import load_grid
+from selection.run.config import Grid, check_keys, load_grid
 from selection.run.errors import UserError
-from selection.run.products import held
 
+CELL = Cell("biology", "random", 0.1, 3)
 TASKS = {"biology": {"config": "configs/tiny.yaml", "set": ["max_samples=40"]}}
 GRID = {"tasks": TASKS, "methods": ["full", "random", "staff", "ccs"], "rates": [0.1, 0.5], "seeds": [3, 4]}
 
 
-@pytest.fixture
-def grid(tmp_path):
-    def make(**changes):
-        path = tmp_path / "grid.yaml"
-        path.write_text(yaml.safe_dump(GRID | changes))
-        return load_grid(path)
-
-    return make
+def grid(**changes) -> Grid:
+    return check_keys(Grid, GRID | changes, "grid.yaml")
 
 
-def jobs(grid, tmp_path, wanted=lambda cell: True):
+def jobs(grid, runs, wanted=lambda cell: True):
     own = [cell for cell in cells_of(grid) if cell.seed == 3 and wanted(cell)]
-    return jobs_of(own, stage_arguments(grid, tmp_path, Cell("biology", "random", 0.1, 3)))
+    return jobs_of(own, stage_arguments(grid, runs, CELL))
 
 
 def scripts(job: Job) -> list[str]:
     return [command[0].rsplit("/")[-1] for command in job.commands]
 
 
-def test_every_task_method_rate_and_seed_is_a_cell_and_full_has_one_a_seed(grid, tmp_path):
+def test_every_task_method_rate_and_seed_is_a_cell_and_full_has_one_a_seed(tmp_path):
     cells = cells_of(grid())
     assert len(cells) == len(set(cells)) == 2 * (1 + 3 * 2)
     assert [cell for cell in cells if cell.method == "full"] == [Cell("biology", "full", 1.0, seed) for seed in (3, 4)]
@@ -60,7 +42,7 @@ def test_every_task_method_rate_and_seed_is_a_cell_and_full_has_one_a_seed(grid,
     assert (experiment.selection.rates, experiment.max_samples) == ([0.1, 0.5], 40)
 
 
-def test_jobs_run_the_stages_in_order_and_cells_wait_for_their_coresets(grid, tmp_path):
+def test_jobs_run_the_stages_in_order_and_cells_wait_for_their_coresets(tmp_path):
     small, full, *cells = jobs(grid(), tmp_path)
     assert scripts(small) == ["finetune.py", "effort_score.py", "verify.py", "coreset.py"]
     assert small.commands[-1][-3:] == ["--method", "random", "staff"]
@@ -73,26 +55,21 @@ def test_jobs_run_the_stages_in_order_and_cells_wait_for_their_coresets(grid, tm
     assert {job.cell.method: job.needs for job in cells} == needed
 
 
-SELECTION = ["finetune.py", "effort_score.py", "coreset.py"]
-
-
 @pytest.mark.parametrize("methods", [["full"], ["random"], ["length", "grand"]])
-def test_only_what_the_methods_need_is_run(grid, tmp_path, methods):
+def test_only_what_the_methods_need_and_what_is_not_there_is_run(tmp_path, methods):
     made = [scripts(job) for job in jobs(grid(methods=methods), tmp_path) if job.needs is None]
-    assert made == [["finetune.py", "eval.py"] if methods == ["full"] else SELECTION]
-
-
-def test_what_is_there_already_asks_for_nothing(grid, tmp_path):
+    selection = ["finetune.py", "effort_score.py", "coreset.py"]
+    assert made == [["finetune.py", "eval.py"] if methods == ["full"] else selection]
     assert jobs(grid(), tmp_path, lambda cell: False) == []
     only = jobs(grid(), tmp_path, lambda cell: cell.method == "ccs" and cell.rate == 0.5)
-    assert [scripts(job) for job in only] == [SELECTION, ["finetune-select.py", "eval.py"]]
+    assert [scripts(job) for job in only] == [selection, ["finetune-select.py", "eval.py"]]
 
 
-def test_the_settings_of_a_cell_change_with_what_its_figures_depend_on(grid, tmp_path):
+def test_the_settings_of_a_cell_change_with_what_its_figures_depend_on(tmp_path):
     def digest(*changes, data="data", target="target", seed=3, folder=tmp_path, **grid_changes):
         arguments = stage_arguments(grid(**grid_changes), folder, Cell("biology", "random", 0.1, seed))
         more = [part for change in changes for part in ("--set", change)]
-        return settings_digest(load([*arguments, *more]), data, ["small", target])
+        return grids.settings_digest(load([*arguments, *more]), data, ["small", target])
 
     same = {digest(), digest(rates=[0.2], methods=["random"], folder=tmp_path / "elsewhere"), digest(seed=4)}
     same |= {digest("selection.self_test=0", "evaluation.batch_size=3")}
@@ -109,15 +86,14 @@ def row_of(cell: Cell, **changes) -> dict:
 
 def test_cells_are_read_as_they_were_written_in_the_grids_order(tmp_path):
     cells = [Cell("a", "staff", rate, 1) for rate in (0.1, 0.2)] + [Cell("a", "random", 0.1, 1)]
-    rows = {cell: row_of(cell, selection_seconds=seconds) for cell, seconds in zip(cells, (7.5, 8.5, 0.1), strict=True)}
+    done = {cell: row_of(cell, selection_seconds=cost) for cell, cost in zip(cells[::-1], (0.1, 8.5, 7.5), strict=True)}
     other = Cell("of a larger grid", "staff", 0.1, 1)
-    done = {other: row_of(other, selection_seconds=1)} | dict(reversed(rows.items()))
-    write_cells(tmp_path / "cells.csv", done, cells)
+    done = {other: row_of(other, selection_seconds=1)} | done
+    grids.write_cells(tmp_path / "cells.csv", done, cells)
     read = read_cells(tmp_path / "cells.csv")
-    assert list(read) == [*cells, other]
+    assert list(read) == [*cells, other] and read == done
     # Selection has one cost for a method and seed, the first: a resumed run must not make two of it.
     assert [read[cell]["selection_seconds"] for cell in cells] == [7.5, 7.5, 0.1]
-    assert [read[cell] for cell in (cells[0], cells[2], other)] == [done[cell] for cell in (cells[0], cells[2], other)]
     assert read_cells(tmp_path / "none.csv") == {}
 
 
@@ -132,7 +108,7 @@ def test_cells_are_read_as_they_were_written_in_the_grids_order(tmp_path):
         ({"seed": 1}, "unknown key seed"),
     ],
 )
-def test_a_wrong_key_of_a_grid_is_named(grid, changes, key):
+def test_a_wrong_key_of_a_grid_is_named(changes, key):
     with pytest.raises(UserError, match=key):
         grid(**changes)
 
@@ -140,23 +116,22 @@ def test_a_wrong_key_of_a_grid_is_named(grid, changes, key):
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "reproduce").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_committed_grids_are_readable_and_their_experiments_too(tmp_path, path):
     grid = load_grid(path)
-    assert {(task.paper_target, task.paper_task) for task in grid.tasks.values()} <= {key[:2] for key in PAPER} | {
-        (None, None)
-    }
+    known = {key[:2] for key in PAPER} | {(None, None)}
+    assert {(task.paper_target, task.paper_task) for task in grid.tasks.values()} <= known
     for task in grid.tasks:
         assert load(stage_arguments(grid, tmp_path, Cell(task, "random", 0.1, 5))).selection.seed == 5
 
 
 def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
-    finished = []
-    failing = Job("a first", [["scripts/costs.py", "--config_path", "none.yaml"], ["never.py"]])
-    with pytest.raises(UserError, match=r"a first: --config_path none\.yaml: No such .* \(log: .*a-first\.log\)"):
-        run_jobs([failing, Job("second", [], needs="a first")], 2, tmp_path, finished.append)
+    finished, of_none = [], ["scripts/costs.py", "--config_path", "none.yaml"]
+    for commands, said in (
+        ([of_none, ["never.py"]], r"a first: --config_path none\.yaml: No such .* \(log: .*a-first\.log\)"),
+        ([["tests/none.py"]], r"a first: tests/none\.py: FileNotFoundError: "),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_jobs([Job("a first", commands), Job("second", [], "a first")], 2, tmp_path, finished.append)
     log = (tmp_path / "a-first.log").read_text()
     assert "$ scripts/costs.py --config_path none.yaml" in log and "never.py" not in log
-    crash = Job("crash", [["tests/none.py"]])
-    with pytest.raises(UserError, match=r"crash: tests/none\.py: FileNotFoundError: "):
-        run_jobs([crash, Job("second", [], needs="crash")], 1, tmp_path, finished.append)
     with pytest.raises(UserError, match="--jobs 0"):
         run_jobs([], 0, tmp_path, finished.append)
     assert finished == []
@@ -182,13 +157,6 @@ def test_jobs_get_the_visible_gpus_in_turn_from_the_start_of_their_processes(tmp
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,GPU-1f"
 
 
-def test_a_second_runner_of_the_same_run_folders_is_refused(tmp_path):
-    with held(tmp_path), pytest.raises(UserError, match="is held by process"), held(tmp_path):
-        pass
-    with held(tmp_path):  # the first is done
-        pass
-
-
 def test_scores_by_sample_are_llama_factorys_own():
     """Known by hand: equal texts have 100, texts without a common word 0; BLEU counts characters."""
     scores = scores_by_sample(["the cell divides", "xyz", "the cell"], ["the cell divides"] * 3)
@@ -200,11 +168,10 @@ def test_scores_by_sample_are_llama_factorys_own():
 
 def test_reproduce_refuses_cells_of_other_settings(make_experiment, rows, tmp_path):
     tasks = {"a": {"config": str(make_experiment(rows))}}
-    (tmp_path / "grid.yaml").write_text(
-        json.dumps({"tasks": tasks, "methods": ["random"], "rates": [0.5], "seeds": [1]})
-    )
+    grid = {"tasks": tasks, "methods": ["random"], "rates": [0.5], "seeds": [1]}
+    (tmp_path / "grid.yaml").write_text(json.dumps(grid))
     results, other_seed = tmp_path / "results", Cell("a", "random", 0.5, 2)  # a table would put both into one mean
-    write_cells(results / "cells.csv", {other_seed: row_of(other_seed)}, [])
+    grids.write_cells(results / "cells.csv", {other_seed: row_of(other_seed)}, [])
     before = (results / "cells.csv").read_bytes()
     command = ["--config", tmp_path / "grid.yaml", "--results", results, "--runs", tmp_path / "runs"]
     done = run_script("scripts/paper/reproduce.py", *command, check=False)

@@ -1,4 +1,4 @@
-"""How long cutting a coreset from stored scores takes, how much memory, and how both grow with the number of rows.
+"""How long cutting a tenth from stored scores takes, how much memory, and how both grow with the number of rows.
 
     python scripts/bench/choice.py
     python scripts/bench/choice.py --method d2 --rows 115784 --features 576
@@ -9,7 +9,6 @@ a table.
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from selection.scores.coresets import write_coreset
 from selection.scores.folder import ScoreFolder, read_ids, read_scores
 from selection.scores.verification import Settings, cut_strata, draw, verify
 
-READ_FEATURES = ("moderate", "d2")
+RATE, READ_FEATURES = 0.1, ("moderate", "d2")
 FIGURES = {"reading": ".3f", "choice": ".4f", "CPU": ".4f", "writing": ".3f", "peak, GiB": ".2f"}  # the others seconds
 
 
@@ -43,7 +42,6 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=methods, default=methods, help="default: all")
     parser.add_argument("--rows", type=int, nargs="+", help="N; default: 10^4 to 10^8, of moderate and d2 to 10^5")
     parser.add_argument("--features", type=int, default=576, help="d, for moderate and d2; default: 576")
-    parser.add_argument("--rate", type=float, default=0.1, help="fraction of the rows to keep; default: 0.1")
     parser.add_argument("--folder", type=Path, help="where the score folders are made (10^8 rows: 6 GB); default: /tmp")
     arguments = parser.parse_args()
     if min(arguments.rows or [10]) < 10 or arguments.features < 1:
@@ -56,40 +54,36 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             make_score_folder(Path(folder), rows, arguments.features if set(methods) & set(READ_FEATURES) else 0)
             for method, mode in runs:
-                job = {"folder": folder, "method": method, "mode": mode, "rate": arguments.rate}
-                point = measure_apart(__file__, job)
+                point = measure_apart(__file__, {"folder": folder, "method": method, "mode": mode})
                 figures = "".join(f"{point[name]:>11{form}}" for name, form in FIGURES.items())
                 name = f"staff, {mode}" if method == "staff" else method
                 print(f"{name:<16}{rows:>12,}{figures}", flush=True)
 
 
-def measure(folder: str, method: str, mode: str, rate: float) -> dict[str, float]:
-    """FIGURES of one choice: the median of up to 5 within a second."""
-    path, selection = Path(folder), Selection(mode=mode)
-    started = time.perf_counter()
+def measure(folder: str, method: str, mode: str) -> dict[str, float]:
+    """FIGURES of one choice."""
+    path, selection, marks = Path(folder), Selection(mode=mode), [time.perf_counter()]
     columns = ("effort",) if method == "staff" else columns_of(method, selection.baseline_variant)
     scores = read_scores(path, columns, ids=False).check_complete()
     # Released: the target has scored everything too.
     target = read_scores(path, ids=False) if (method, mode) == ("staff", "released") else None
-    reading, m, choices, cpu = time.perf_counter() - started, coreset_size(rate, len(scores.index)), [], []
-    while len(choices) < 5 and sum(choices) < 1:
-        started, cpu_before = time.perf_counter(), time.process_time()
-        if method == "staff":
-            settings = Settings.of(selection)
-            strata = cut_strata(scores.effort, settings)
-            verified = target or scores.only(np.sort(np.concatenate(draw(strata, settings))))
-            ratios = [record.verification_ratio for record in verify(scores.effort, verified, settings, strata)]
-            choice = choose_staff(scores.effort, strata, ratios, m, mode, settings.seed)
-        else:
-            by = selection.baseline_variant, selection.num_strata, selection.hardest_cutoff, selection.seed
-            choice = baseline(method, scores.columns, len(scores.index), mode, *by)(m, None)
-        choices.append(time.perf_counter() - started)
-        cpu.append(time.process_time() - cpu_before)
-    started = time.perf_counter()
+    m, cpu = coreset_size(RATE, len(scores.index)), -time.process_time()
+    marks.append(time.perf_counter())
+    if method == "staff":
+        settings = Settings.of(selection)
+        strata = cut_strata(scores.effort, settings)
+        verified = target or scores.only(np.sort(np.concatenate(draw(strata, settings))))
+        ratios = [record.verification_ratio for record in verify(scores.effort, verified, settings, strata)]
+        choice = choose_staff(scores.effort, strata, ratios, m, mode, settings.seed)
+    else:
+        by = selection.baseline_variant, selection.num_strata, selection.hardest_cutoff, selection.seed
+        choice = baseline(method, scores.columns, len(scores.index), mode, *by)(m, None)
+    cpu += time.process_time()
+    marks.append(time.perf_counter())
     scores.columns.clear()
-    write_coreset(path, method, rate, choice.rows, read_ids(path, choice.rows), scores, {})
-    figures = reading, *map(statistics.median, (choices, cpu)), time.perf_counter() - started, process_peak_gib()
-    return dict(zip(FIGURES, figures, strict=True))
+    write_coreset(path, method, RATE, choice.rows, read_ids(path, choice.rows), scores, {})
+    reading, choosing, writing = np.diff([*marks, time.perf_counter()]).tolist()
+    return dict(zip(FIGURES, (reading, choosing, cpu, writing, process_peak_gib()), strict=True))
 
 
 def make_score_folder(path: Path, rows: int, width: int) -> None:

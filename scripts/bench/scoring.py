@@ -20,6 +20,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -82,12 +86,12 @@ def compare(arguments) -> dict:
     if not measured:
         raise UserError(f"nothing could be measured: {skipped}")
     rounds, results = {key: own for key, own in pd.DataFrame(measured).groupby(KEY)}, []
-    for (phi, dtype, name), own in rounds.items():
-        result = {"phi": phi, "dtype": dtype, "contestant": name, "seconds_of_rounds": own.seconds.tolist()}
+    for key, own in rounds.items():
+        result = dict(zip(KEY, key, strict=True)) | {"seconds_of_rounds": own.seconds.tolist()}
         result["samples_per_second"] = arguments.rows / own.seconds.median()
         result["peak_memory_gib"] = own.peak_memory_gib.max()
-        if (phi, "fp32", "loop") in rounds and (norms := own.norms.iloc[0]):
-            exact = np.array(rounds[phi, "fp32", "loop"].norms.iloc[0])
+        if (key[0], "fp32", "loop") in rounds and (norms := own.norms.iloc[0]):
+            exact = np.array(rounds[key[0], "fp32", "loop"].norms.iloc[0])
             result["largest_relative_difference"] = float(np.max(np.abs(np.array(norms) / exact - 1)))  # of the norms
         results.append(result)
     print(pd.DataFrame(results).drop(columns="seconds_of_rounds").to_string(index=False, na_rep="-"))
@@ -116,16 +120,18 @@ def measure(model: str, data: str, rows: int, phi: str, dtype: str, contestant: 
 
     score_all(batches[-2:])  # the shortest: warm-up
     started = time.perf_counter()
-    norms, losses = zip(*score_all(batches), strict=True)
-    seconds = time.perf_counter() - started
-    order = np.argsort(list(itertools.chain(*batches)))
-    peak = round(gpu.max_memory_allocated() / 2**30 if gpu else process_peak_gib(), 4)
-    norms = [] if norms[0] is None else torch.cat(norms).double().cpu()[order].tolist()
-    losses = torch.cat(losses).double().cpu()[order].tolist()
-    return {"seconds": seconds, "peak_memory_gib": peak, "norms": norms, "losses": losses}
+    outcomes = score_all(batches)
+    seconds, order = time.perf_counter() - started, np.argsort(list(itertools.chain(*batches)))
+    norms, losses = (torch.cat(of) if of[0] is not None else None for of in zip(*outcomes, strict=True))
+    return {
+        "seconds": seconds,
+        "peak_memory_gib": round(gpu.max_memory_allocated() / 2**30 if gpu else process_peak_gib(), 4),
+        "norms": [] if norms is None else norms.double().cpu()[order].tolist(),
+        "losses": losses.double().cpu()[order].tolist(),
+    }
 
 
-def tokenised_rows(model: str, data: str, rows: int) -> tuple[list[list[int]], list[list[int]]]:
+def tokenised_rows(model: str, data: str, rows: int) -> tuple[tuple, tuple]:
     """Token ids and labels (−100 on the prompt) of the file's first rows, cut to 1,024 tokens.
 
     By transformers alone, as LLaMA-Factory is not on every machine that is measured: the tokenizer's chat template.
@@ -142,30 +148,18 @@ def tokenised_rows(model: str, data: str, rows: int) -> tuple[list[list[int]], l
         raise UserError(f"cannot tokenise {data} by {model}: {error!r}: give --model and --data") from None
     if len(samples) < rows:
         raise UserError(f"--rows {rows}: {data} has {len(samples)}")
-    ids, labels = zip(*tokens_of(Dataset.from_list(samples), tokenizer, CUTOFF), strict=True)
-    return ids, labels
+    return tuple(zip(*tokens_of(Dataset.from_list(samples), tokenizer, CUTOFF), strict=True))
 
 
 def draw(record: dict, out: Path) -> None:
-    """A panel for each φ and dtype: samples per second and peak memory, the fastest on top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings, panels = record["settings"], pd.DataFrame(record["results"]).groupby(["phi", "dtype"], sort=False)
-    figure, row = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained")
-    about = f"{settings['rows']} samples of {settings['mean_tokens_per_sample']:.0f} tokens, {settings['device']}"
-    figure.suptitle(f"{settings['model']}, {about}", fontsize=10, weight="bold")
-    for axes, ((phi, dtype), results) in zip(row[0], panels, strict=True):
-        results = results.sort_values("samples_per_second")
-        speeds, colours = results.samples_per_second, {"suite": "#4477aa", "bound": "#cc6677"}
-        names = results.contestant.str.replace("_", " ")
-        bars = axes.barh(names, speeds, color=[colours.get(name, "#bbbbbb") for name in names])
-        texts = [f"{speed:.3g}, {peak:.2f} GiB" for speed, peak in zip(speeds, results.peak_memory_gib, strict=True)]
-        axes.bar_label(bars, texts, padding=4, fontsize=8)
-        axes.set(title=f"φ = {phi}, {dtype}", xlabel="samples per second", xlim=(0, 1.5 * speeds.max()))
-        axes.spines[["top", "right"]].set_visible(False)
+    """A panel for each φ and dtype: samples per second, the fastest on top."""
+    panels = pd.DataFrame(record["results"]).groupby(["phi", "dtype"])
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained")
+    figure.suptitle(", ".join(str(record["settings"][key]) for key in ("model", "device")))
+    for ax, (names, results) in zip(axes[0], panels, strict=True):
+        bars = results.sort_values("samples_per_second").set_index("contestant").samples_per_second
+        bars.plot.barh(ax=ax, title=", ".join(names), xlabel="samples per second", ylabel="")
+        ax.bar_label(ax.containers[0], fmt="%.3g")
     with atomic_path(out) as draft:
         figure.savefig(draft, dpi=110, format="png")
 

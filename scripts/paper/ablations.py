@@ -6,8 +6,8 @@ r"""What each choice in selection is worth, at the price of scoring only: nothin
 
 Needs the target (scripts/demo_models.sh). Cuts speculators of some sizes out of the target, tunes each for some passes,
 and scores the training split on all of them and on the target. Verification and departures are those of the first.
-Writes data/results/ablations/ (--out): speculator.csv, verification.csv, departures.csv, and ablations.md with all
-three. Finished models and scores are reused.
+Writes data/results/ablations/ (--out): a CSV for each table, and ablations.md with all three. Finished models and
+scores are reused.
 """
 
 import argparse
@@ -27,15 +27,8 @@ import numpy as np
 import pandas as pd
 
 from scripts.paper.cells import Job, markdown_table, run_jobs, stage_flops
+from selection.method import staff
 from selection.method.baselines import baseline
-from selection.method.staff import (
-    allocate_budgets,
-    choose_staff,
-    choose_within_strata,
-    coreset_size,
-    min_max_normalise,
-    verification_ratio,
-)
 from selection.report.agreement import agreement, overlap
 from selection.rows.split import training_split
 from selection.run.cli import add_experiment_arguments, argument_parser, run_stage
@@ -49,9 +42,8 @@ from selection.scores.models import parameters_of
 from selection.scores.scoring import score_rows
 from selection.scores.verification import Settings, cut_strata, draw, verify
 
-MORE = ("effort", "n_response_tokens")
+COLUMNS = ("effort", "n_response_tokens")
 RESET_SCORES = "speculative scores, adapters reset"  # a stage of its own in the ledger: no method pays for it
-EXTREMES = "V by the verified samples' extremes alone"
 BASELINE_COLUMNS = ("el2n", "el2n_released", "hidden_state")
 
 
@@ -59,25 +51,24 @@ def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
     for name, default, meaning in (
-        ("layers", [16], "decoder layers kept of the target"),
-        ("passes", [3, 1, 0], "epochs of tuning"),
-        ("verify_per_stratum", [5, 10, 20], "b_v, rows"),
-        ("num_strata", [20, 50], "K"),
-        ("seeds", list(range(1, 11)), "of draws"),
+        ("layers", "16", "decoder layers kept of the target"),
+        ("passes", "3 1 0", "epochs of tuning"),
+        ("verify_per_stratum", "5 10 20", "b_v, rows"),
+        ("num_strata", "20 50", "K"),
+        ("seeds", "1 2 3 4 5 6 7 8 9 10", "of draws, two or more"),
     ):
-        said = f"{meaning}; default: {' '.join(map(str, default))}"
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=default, help=said)
+        given = [int(number) for number in default.split()]
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=given, help=f"{meaning}; default: {default}")
     said = "of the tuned target with all columns: EL2N, CCS and D2 too; default: none"
     parser.add_argument("--baseline_scores", type=Path, help=said)
     parser.add_argument("--jobs", type=int, default=1, help="speculators at a time; default: 1")
-    runs, out = REPOSITORY / "runs" / "ablations", REPOSITORY / "data" / "results" / "ablations"
-    parser.add_argument("--runs", type=Path, default=runs, help="folder of the run folders; default: runs/ablations")
-    parser.add_argument("--out", type=Path, default=out, help="folder of the tables; default: data/results/ablations")
+    runs, out = "runs/ablations", "data/results/ablations"
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / runs, help=f"folder of run folders; default: {runs}")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / out, help=f"folder of the tables; default: {out}")
     arguments = parser.parse_args()
-    arguments.runs = arguments.runs.resolve()
+    arguments.runs, tuned_target = arguments.runs.resolve(), None
     if len(arguments.seeds) < 2:
         raise UserError("--seeds: give two or more, the differences between them are the yardstick")
-    tuned_target = None
     if arguments.baseline_scores:
         tuned_target = read_scores(arguments.baseline_scores, BASELINE_COLUMNS).check_complete()
         here = [*arguments.set, f"output_dir={json.dumps(str(arguments.runs / 'split'))}"]
@@ -85,21 +76,22 @@ def main() -> None:
             raise UserError(f"--baseline_scores {tuned_target.source}: scores of another training split than this one")
     experiments = run_speculators(arguments)
     reference = next(iter(experiments.values()))
-    target = read_scores(reference.target_scores, MORE)
+    small, target = read_scores(reference.small_scores).of_all_rows(), read_scores(reference.target_scores, COLUMNS)
+    departures = departures_of_staff(reference, small, target, arguments.seeds)
+    departures += departures_of_baselines(reference, tuned_target, arguments.seeds) if tuned_target else []
+    means = pd.DataFrame(departures, columns=["departure", "rate", "shared"])
+    means = means.pivot_table("shared", "departure", "rate", sort=False)[reference.selection.rates]
     tables = {
         "speculator": speculator_table(experiments, target),
-        "verification": verification_table(reference, target, arguments),
-        "departures": departure_table(reference, target, tuned_target, arguments.seeds),
+        "verification": verification_table(reference, small, target, arguments),
+        "departures": means.rename(columns="rate_{:g}".format).reset_index(),
     }
-    names = Path(reference.small_model).name, Path(arguments.config_path).name
-    blocks = ["# What each choice in selection is worth"]
-    blocks.append(f"{names[0]}, {len(target.index)} rows, {names[1]}, {code_version()}")
+    text = f"# What each choice in selection is worth\n\n{len(small)} rows, {code_version()}\n"
     for name, table in tables.items():
         with atomic_path(arguments.out / f"{name}.csv") as draft:
-            table.to_csv(draft, index=False)
-        heading = [column.replace("_", " ") for column in table]
-        blocks += [f"## {name}", markdown_table(heading, table.astype(str).to_numpy().tolist())]
-    text = "\n\n".join(blocks) + "\n"
+            table.round(4).to_csv(draft, index=False)
+        heading, rows = [column.replace("_", " ") for column in table], table.round(4).astype(str).to_numpy().tolist()
+        text += f"\n## {name}\n\n{markdown_table(heading, rows)}\n"
     with atomic_path(arguments.out / "ablations.md") as draft:
         draft.write_text(text, encoding="utf-8")
     print(text)
@@ -108,14 +100,12 @@ def main() -> None:
 def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Experiment]:
     """Scores of every speculator and, in the run folder of the first, of the target."""
     experiments, jobs = {}, []
-    target = load_experiment(arguments.config_path, arguments.set).target_model
-    local = (REPOSITORY / target).resolve()
     for layers, passes in product(arguments.layers, arguments.passes):
         model = str(arguments.runs / f"{layers}-layers")
         changes = [
             *arguments.set,
             f"small_model={json.dumps(model)}",
-            f"output_dir={json.dumps(str(arguments.runs / f'{layers}-layers-{passes}-passes'))}",
+            f"output_dir={json.dumps(f'{model}-{passes}-passes')}",
             f"small_training.num_train_epochs={passes}",
             "speculative_run=null",
             "selection.mode=paper",
@@ -124,10 +114,8 @@ def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Expe
         options = ["--config_path", str(Path(arguments.config_path).resolve())]
         options += [part for change in changes for part in ("--set", change)]
         if passes == arguments.passes[0]:
-            cut = ["--layers", str(layers), "--target", str(local) if local.exists() else target, "--out", model]
-            jobs.append(Job(f"{layers} layers", [["scripts/make_draft.py", *options, *cut]]))
-        stages = ["finetune/finetune.py", "selection/effort_score.py"]
-        stages += [] if experiments else ["selection/verify.py"]
+            jobs.append(Job(f"{layers} layers", [["scripts/make_draft.py", *options, "--layers", str(layers)]]))
+        stages = ["finetune/finetune.py", "selection/effort_score.py"] + ["selection/verify.py"] * (not experiments)
         commands = [[stage, *options] for stage in stages]
         jobs.append(Job(f"{layers} layers, {passes} passes", commands, needs=f"{layers} layers"))
         experiments[layers, passes] = load_experiment(arguments.config_path, changes)
@@ -140,111 +128,105 @@ def speculator_table(experiments: dict[tuple[int, int], Experiment], target: Sco
     top, the same for all passes)."""
     rows = []
     for (layers, passes), experiment in experiments.items():
-        by, small = experiment.selection, read_scores(experiment.small_scores, MORE)
+        by, small = experiment.selection, read_scores(experiment.small_scores, COLUMNS)
         found = agreement(small, target, by.rates, by.num_strata, by.hardest_cutoff, by.seed)
         row = {"layers": layers, "passes": passes, "spearman": found.spearman}
         row |= {"spearman_length_fixed": found.partial_spearman, "adjusted_rand_index": found.adjusted_rand_index}
-        columns = {"highest": "overlap_highest", "staff": "overlap_staff", "staff_by_chance": "by_chance"}
-        for figure, column in columns.items():
-            row |= {f"{column}_{one.rate:g}": getattr(one, figure) for one in found.overlaps}
+        row |= {f"overlap_highest_{one.rate:g}": one.highest for one in found.overlaps}
+        row |= {f"overlap_staff_{one.rate:g}": one.staff for one in found.overlaps}
+        row |= {f"by_chance_{one.rate:g}": one.staff_by_chance for one in found.overlaps}
         costs = [c for c in selection_costs(experiment, "staff") if c.stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES)]
         sizes = tuple(parameters_of(model_path(model)) for model in (experiment.small_model, experiment.target_model))
-        row["seconds"] = round(sum(cost.seconds for cost in costs), 1)
+        row |= {"seconds": sum(cost.seconds for cost in costs)}
         rows.append(row | {"flops": f"{sum(stage_flops(cost, experiment, sizes) for cost in costs):.3g}"})
-    return pd.DataFrame(rows).round(4)
+    return pd.DataFrame(rows)
 
 
-def verification_table(experiment: Experiment, target: Scores, arguments: argparse.Namespace) -> pd.DataFrame:
+def verification_table(experiment: Experiment, small: np.ndarray, target: Scores, arguments) -> pd.DataFrame:
     """For each K and b_v: target gradients, and the overlap of the coreset with that of the same strata and draws whose
     V_i are of ALL samples of a stratum. Beside it the overlap of two seeds' coresets. Means over seeds."""
-    small, rows = read_scores(experiment.small_scores).of_all_rows(), []
-    asked, cutoff = (arguments.num_strata, arguments.verify_per_stratum), experiment.selection.hardest_cutoff
-    for num_strata, per_stratum, rate in product(*asked, experiment.selection.rates):
+    rows, asked = [], (arguments.num_strata, arguments.verify_per_stratum, experiment.selection.rates)
+    for num_strata, per_stratum, rate in product(*asked):
         shared, gradients, chosen = [], [], []
         for seed in arguments.seeds:
-            settings = Settings("paper", num_strata, per_stratum, cutoff, seed)
-            chosen.append(staff_coreset(small, target, settings, rate))
-            every = replace(settings, verify_per_stratum=len(small))
-            shared.append(overlap(chosen[-1], staff_coreset(small, target, every, rate, everything=True)))
-            gradients.append(len(sampled(target, small, settings).index))
+            settings = replace(Settings.of(experiment.selection), num_strata=num_strata, seed=seed)
+            settings, every = (replace(settings, verify_per_stratum=count) for count in (per_stratum, len(small)))
+            chosen.append(coreset(small, target, settings, rate))
+            shared.append(overlap(chosen[-1], coreset(small, target, every, rate, everything=True)))
+            gradients.append(len(drawn(small, settings)))
         of_seeds = [overlap(*pair) for pair in combinations(chosen, 2)]
         rows.append((num_strata, per_stratum, rate, *map(np.mean, (gradients, shared, of_seeds))))
     figures = ["target_gradients", "overlap_with_all_verified", "overlap_of_two_seeds"]
-    return pd.DataFrame(rows, columns=["num_strata", "verify_per_stratum", "rate", *figures]).round(4)
+    return pd.DataFrame(rows, columns=["num_strata", "verify_per_stratum", "rate", *figures])
 
 
-def departure_table(
-    experiment: Experiment, target: Scores, tuned_target: Scores | None, seeds: list[int]
-) -> pd.DataFrame:
+def departures_of_staff(experiment: Experiment, small: np.ndarray, target: Scores, seeds: list[int]) -> list[tuple]:
     """Overlap with the published rule's coreset when ONE departure of the released code is made (by its number in
-    selection/README.md), on the same stored scores and draws. Means over seeds of draws."""
-    selection, shared = experiment.selection, []
-    small, reset = read_scores(experiment.small_scores).of_all_rows(), released_scores(experiment)
-    for seed, rate in product(seeds, selection.rates):
-        paper = Settings("paper", selection.num_strata, selection.verify_per_stratum, selection.hardest_cutoff, seed)
-        released, strata, m = replace(paper, mode="released"), cut_strata(small, paper), coreset_size(rate, len(small))
-        by_v, by_sum = (
-            allocate_budgets(strata.sizes, ratios(small, target, by), m, by.mode) for by in (paper, released)
-        )
-        drawn = draw(strata, paper)
-        known = target.at(np.concatenate(drawn))  # its minimum and maximum are those of the verified samples
-        v_by_extremes = [
-            verification_ratio(min_max_normalise(target.at(some), known), min_max_normalise(small[some], small))
-            for some in drawn
+    README.md), on the same stored scores and draws: (departure, rate, share) for each seed of draws."""
+    reset, normalised, shared = released_scores(experiment), staff.min_max_normalise(small, small), []
+    for seed, rate in product(seeds, experiment.selection.rates):
+        paper = replace(Settings.of(experiment.selection), seed=seed)
+        released, known = replace(paper, mode="released"), target.at(drawn(small, paper))
+        draws = draw(cut_strata(small, paper), paper)
+        extremes = [
+            staff.verification_ratio(staff.min_max_normalise(target.at(d), known), normalised[d]) for d in draws
         ]
-        coresets = {
-            "1 tuned query and value adapters reset": staff_coreset(reset, target, paper, rate),
-            "2 target scores everything": staff_coreset(small, target, paper, rate, everything=True),
-            "3 budgets by the sum of V": choose_within_strata(small, strata, by_sum, m, "paper", seed).rows,
-            "4 highest scores inside a stratum": choose_within_strata(small, strata, by_v, m, "released", seed).rows,
-            "5 scores doubled": staff_coreset(2 * small, target, paper, rate),
-            "6 another seed": staff_coreset(small, target, replace(paper, seed=seed + 1000), rate),
-            "1 to 5, mode released": staff_coreset(reset, target, released, rate, everything=True),
-            EXTREMES: choose_staff(small, strata, v_by_extremes, m, "paper", seed).rows,
+        departures = {
+            "1 tuned query and value adapters reset": {"small": reset},
+            "2 target scores everything": {"everything": True},
+            "3 budgets by the sum of V": {"v": ratios(small, target, released), "budgets": "released"},
+            "4 highest scores inside a stratum": {"within": "released"},
+            "5 scores doubled": {"small": 2 * small},
+            "6 another seed": {"by": replace(paper, seed=seed + 1000)},
+            "1 to 5, mode released": {"small": reset, "by": released, "everything": True},
+            "V by the verified samples' extremes alone": {"v": extremes},
         }
-        published = staff_coreset(small, target, paper, rate)
-        shared += [(name, rate, overlap(coreset, published)) for name, coreset in coresets.items()]
-    columns = tuned_target.columns if tuned_target else {}
+        published = {"small": small, "target": target, "by": paper, "rate": rate}
+        rows = coreset(**published)
+        shared += [(name, rate, overlap(coreset(**published | made), rows)) for name, made in departures.items()]
+    return shared
+
+
+def departures_of_baselines(experiment: Experiment, tuned_target: Scores, seeds: list[int]) -> list[tuple]:
+    """As `departures_of_staff`, on the tuned target's scores."""
+    shared, by, columns, count = [], experiment.selection, tuned_target.columns, len(tuned_target.index)
     # CCS and D2 read one EL2N here, so that nothing but their own departure tells them apart.
-    one_el2n = columns | {"el2n_released": columns.get("el2n")}
+    one_el2n = columns | {"el2n_released": columns["el2n"]}
     for name, method, read in (("7 EL2N", "el2n", columns), ("8 CCS", "ccs", one_el2n), ("9 D2", "d2", one_el2n)):
-        for seed in (seeds if method == "ccs" else seeds[:1]) if tuned_target else []:
-            settings = selection.num_strata, selection.hardest_cutoff, seed
-            rules = [baseline(method, read, len(small), "paper", by, *settings) for by in ("published", "released")]
-            for rate in selection.rates:
-                rows = [rule(coreset_size(rate, len(small)), None).rows for rule in rules]
-                shared.append((name, rate, overlap(*rows)))
-    means = pd.DataFrame(shared, columns=["departure", "rate", "shared"])
-    means = means.pivot_table("shared", "departure", "rate", sort=False).round(4)[selection.rates]
-    return means.rename(columns="rate_{:g}".format).reset_index()
+        for seed in seeds if method == "ccs" else seeds[:1]:
+            settings = by.num_strata, by.hardest_cutoff, seed
+            rules = [baseline(method, read, count, "paper", rule, *settings) for rule in ("published", "released")]
+            for rate, m in ((rate, staff.coreset_size(rate, count)) for rate in by.rates):
+                shared.append((name, rate, overlap(*(rule(m, None).rows for rule in rules))))
+    return shared
 
 
 def released_scores(experiment: Experiment) -> np.ndarray:
     """The speculator's scores with departure 1, from the same tuned model."""
-    released = experiment.model_copy(deep=True)
-    released.selection.mode = "released"
-    split, folder = training_split(experiment), experiment.folder / "scores" / "small-released"
-    every, tuned = np.arange(len(split.rows)), experiment.tuned_small
-    score_rows(released, split, experiment.small_model, tuned, every, folder, RESET_SCORES)
+    released, split = experiment.model_copy(deep=True), training_split(experiment)
+    released.selection.mode, folder = "released", experiment.folder / "scores" / "small-released"
+    every = np.arange(len(split.rows))
+    score_rows(released, split, experiment.small_model, experiment.tuned_small, every, folder, RESET_SCORES)
     return read_scores(folder).of_all_rows()
 
 
-def staff_coreset(
-    small: np.ndarray, target: Scores, settings: Settings, rate: float, everything: bool = False
+def drawn(small: np.ndarray, by: Settings) -> np.ndarray:
+    return np.sort(np.concatenate(draw(cut_strata(small, by), by)))
+
+
+def ratios(small: np.ndarray, target: Scores, by: Settings, everything: bool = False) -> list[float | None]:
+    """V_i from the drawn samples, normalised over all the target has scored where `everything`."""
+    scored = target if everything else target.only(drawn(small, by))
+    return [record.verification_ratio for record in verify(small, scored, by)]
+
+
+def coreset(
+    small, target, by: Settings, rate: float, everything=False, v=None, budgets=None, within=None
 ) -> np.ndarray:
-    """STAFF's rows; V_i from the drawn samples, normalised over all the target has scored where `everything`."""
-    v, m = ratios(small, target, settings, everything), coreset_size(rate, len(small))
-    return choose_staff(small, cut_strata(small, settings), v, m, settings.mode, settings.seed).rows
-
-
-def sampled(target: Scores, small: np.ndarray, settings: Settings) -> Scores:
-    """What verification would have scored."""
-    return target.only(np.sort(np.concatenate(draw(cut_strata(small, settings), settings))))
-
-
-def ratios(small: np.ndarray, target: Scores, settings: Settings, everything: bool = False) -> list[float | None]:
-    scored = target if everything else sampled(target, small, settings)
-    return [record.verification_ratio for record in verify(small, scored, settings)]
+    """STAFF's rows. `v`: other V_i; `budgets`, `within`: the mode of another rule for budgets or inside strata."""
+    strata, m = cut_strata(small, by), staff.coreset_size(rate, len(small))
+    sizes = staff.allocate_budgets(strata.sizes, v or ratios(small, target, by, everything), m, budgets or by.mode)
+    return staff.choose_within_strata(small, strata, sizes, m, within or by.mode, by.seed).rows
 
 
 if __name__ == "__main__":

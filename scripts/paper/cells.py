@@ -1,7 +1,4 @@
-"""A grid of task × method × rate × seed cells: each tuned and evaluated once, by the stage scripts themselves.
-
-One seed of one task is an experiment with its own run folder, so the stages' commands make every cell again.
-"""
+"""A grid of task × method × rate × seed cells: each tuned and evaluated once, by the stage scripts themselves."""
 
 import contextlib
 import csv
@@ -71,8 +68,7 @@ _Percent, _Cost = Annotated[float, Field(ge=0, le=100.001)], Annotated[float, Fi
 UNITS = {"seconds": _Cost, "tokens": NonNegativeInt, "flops": _Cost}
 # A figure for each evaluation row; in the file with spaces between them.
 _BySample = Annotated[list[_Percent], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)]
-# Earlier evaluations lack these.
-_LATER = {
+_LATER = {  # earlier evaluations lack these
     **dict.fromkeys(("rouge_score_l", "rouge_score_1", "rouge_score_2", "sacrebleu"), _Percent | Literal[""]),
     **dict.fromkeys(("rouge_score_l_by_sample", "sacrebleu_sentence_by_sample"), _BySample),
 }
@@ -136,12 +132,11 @@ def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
     with atomic_path(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        for cell in dict.fromkeys([*order, *done]):
-            if row := done.get(cell):
-                selection = {key: value for key, value in row.items() if key.startswith("selection_")}
-                row |= costs.setdefault((cell.run, cell.method), selection)
-                texts = {k: " ".join(f"{x:g}" for x in v) for k, v in row.items() if isinstance(v, list)}
-                writer.writerow(row | texts)
+        for cell in sorted(done, key=lambda cell: order.index(cell) if cell in order else len(order)):
+            selection = {key: value for key, value in done[cell].items() if key.startswith("selection_")}
+            done[cell] |= costs.setdefault((cell.run, cell.method), selection)
+            texts = {k: " ".join(f"{x:g}" for x in v) for k, v in done[cell].items() if isinstance(v, list)}
+            writer.writerow(done[cell] | texts)
 
 
 def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
@@ -177,25 +172,18 @@ def load(arguments: list[str]) -> Experiment:
     return load_experiment(arguments[1], arguments[3::2])
 
 
-# What a cell's figures do not depend on, and what differs between the cells of a task.
-_NO_SETTINGS = {
-    "output_dir": True,
-    "speculative_run": True,
-    "selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"},
-    "training": {"seed", "report_to", "run_name"},
-    "evaluation": {"batch_size"},
-}
-
-
 def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[str]) -> str:
     """16 hex digits of what the figures of all cells of a task depend on, number formats and rules included.
 
     Args: `fingerprint` of the training split, `models` the two models' fingerprints.
     """
-    settings = experiment.model_dump(exclude=_NO_SETTINGS)
+    no_matter = {"output_dir": True, "speculative_run": True, "evaluation": {"batch_size"}}
+    of_a_cell = {"training": {"seed", "report_to", "run_name"}}
+    of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"}}
+    settings = json.dumps(experiment.model_dump(exclude=no_matter | of_a_cell), sort_keys=True)
     formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
-    texts = [json.dumps(settings, sort_keys=True), *formats, str(SCORER_VERSION), str(RULES_VERSION)]
-    return digest(*(text.encode() for text in (*texts, fingerprint, *models)))[:16]
+    texts = [settings, *formats, str(SCORER_VERSION), str(RULES_VERSION), fingerprint, *models]
+    return digest(*(text.encode() for text in texts))[:16]
 
 
 @dataclass(frozen=True)
@@ -223,10 +211,11 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
         commands += [["selection/coreset.py", "--method", *sorted(scored)]] if scored else []
         commands += [["finetune/eval.py", "--tuned", "full"]] if full else []
         jobs += [Job(f"{cells[0].run} {model}", commands, cell=full)] if commands else []
-    for cell in (cell for cell in cells if cell.method != "full"):
+    for cell in cells:
         select = ["finetune/finetune-select.py", "--select_path", str(coresets / f"{cell.tuned}.json")]
         needs = f"{cell.run} {'small' if cell.rule in selected['small'] else 'target'}"
-        jobs.append(Job(str(cell), [select, ["finetune/eval.py", "--tuned", cell.tuned]], needs, cell))
+        commands = [select, ["finetune/eval.py", "--tuned", cell.tuned]]
+        jobs += [Job(str(cell), commands, needs, cell)] if cell.method != "full" else []
     return [replace(job, commands=[[script, *arguments, *more] for script, *more in job.commands]) for job in jobs]
 
 
@@ -262,18 +251,14 @@ def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callabl
                     finished(job)
                 except BrokenProcessPool:
                     failures.append(f"{job.name}: a process was killed, perhaps for want of memory: give fewer --jobs")
-                except _Failed as error:
+                except UserError as error:
                     failures.append(f"{job.name}: {error} (log: {log})")
     if failures:
         raise UserError(failures[0])
 
 
-class _Failed(Exception):
-    """What a command of a job said."""
-
-
 def run_commands(commands: list[list[str]], log: Path) -> None:
-    """Run stage scripts in this process, with their output in `log`. Raises: _Failed with what one said."""
+    """Run stage scripts in this process, with their output in `log`. Raises: UserError with what one said."""
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -286,10 +271,10 @@ def run_commands(commands: list[list[str]], log: Path) -> None:
             if stop.code:  # the stage has said why in its last line
                 sys.stderr.flush()
                 said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
-                raise _Failed(said.removeprefix("error: ")) from None
+                raise UserError(said.removeprefix("error: ")) from None
         except Exception as error:  # a stage's own bug, or a device out of memory: in full in the log
             traceback.print_exc()
-            raise _Failed(f"{script}: {type(error).__name__}: {error}") from None
+            raise UserError(f"{script}: {type(error).__name__}: {error}") from None
         finally:
             sys.stdout.flush()
 

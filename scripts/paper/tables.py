@@ -9,7 +9,9 @@ unfinished: what is missing is counted and shown as an en dash.
 import itertools
 import math
 import sys
+from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -28,7 +30,6 @@ import numpy as np
 import pandas as pd
 
 from scripts.paper.cells import markdown_table, read_cells
-from scripts.paper.intervals import Estimate, Estimates, Grid, estimate_grid, pool
 from selection.run.config import REPOSITORY
 from selection.run.errors import UserError
 from selection.run.metrics import LLAMA_FACTORYS
@@ -65,12 +66,24 @@ SELECTION = [f"selection_{unit}" for unit in UNITS]
 MISSING = "–"
 
 
+@dataclass(frozen=True)
+class Grid:
+    cells: pd.DataFrame  # the rows of cells.csv; scores by sample are lists
+    tasks: list[str]
+    methods: list[str]
+    rates: list[float]  # of coresets, by ascending pruning rate
+    seeds: list[int]
+
+    def rates_of(self, method: str) -> list[float]:
+        return [1.0] if method == "full" else self.rates
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("folder", type=Path, help="with the cells.csv of scripts/paper/reproduce.py, required")
     folder = parser.parse_args().folder
     grid = read_grid(folder / "cells.csv")
-    estimates = estimate_grid(grid, METRICS, AGAINST)
+    estimates = estimate_grid(grid)
     text = format_tables(grid, estimates)
     outputs = [folder / name for name in ("tables.md", "curves.png", "curves.svg")]
     with ExitStack() as stack:  # all three are written before the first is renamed
@@ -92,9 +105,7 @@ def read_grid(path: Path) -> Grid:
         group = ["task", "method", "seed"] if column in SELECTION else ["task"]
         differs = (cells[column] != cells.groupby(group)[column].transform("first")).to_numpy()
         if differs.any():
-            raise UserError(
-                f"{path}, column {column}: {list(rows)[differs.argmax()]} is of another run than the others"
-            )
+            raise UserError(f"{path}, column {column}: {list(rows)[differs.argmax()]} is of another run")
     names = set(zip(cells.paper_target, cells.paper_task, strict=True)) - {("", ""), *(key[:2] for key in PAPER)}
     if names:
         raise UserError(f"{path}, columns paper_target, paper_task: {names.pop()} is not in data/paper_table1.csv")
@@ -106,6 +117,89 @@ def read_grid(path: Path) -> Grid:
 def pruning_rate(rate: float) -> float:
     """Percent, as in the paper; `rate` is the fraction kept."""
     return round(100 * (1 - rate), 6)
+
+
+# Means and intervals
+
+
+def bootstrap_means(values: np.ndarray, stream: int = 0, replicates: int = 10_000) -> np.ndarray:
+    """Means over seeds and samples, resampled: (replicates, quantities).
+
+    Args: values (quantities, seeds, samples), scores or paired differences of scores; a seed that a quantity lacks is
+    NaN throughout. The same `stream` and shape draw the same.
+
+    Each replicate draws samples with replacement, the same for all quantities and seeds, as all were evaluated on the
+    same rows; then seeds, for each quantity from those that it has. Quantities with the same seeds get the same draw,
+    so that means over quantities can be taken inside a replicate. A quantity without a seed is NaN. Intervals come out
+    too narrow where seeds differ much ((S − 1) / S of their variance), and too wide where only samples do.
+    """
+    num_quantities, num_seeds, num_samples = values.shape
+    rng = np.random.default_rng([stream, num_seeds, num_samples])
+    position = rng.random((replicates, num_seeds))  # of the drawn seeds among those that a quantity has, as a share
+    by_seed = np.empty((replicates, num_quantities, num_seeds))
+    for replicate in range(replicates):
+        times_drawn = np.bincount(rng.integers(num_samples, size=num_samples), minlength=num_samples)
+        by_seed[replicate] = values @ (times_drawn / num_samples)
+    means = np.full((replicates, num_quantities), np.nan)
+    for quantity, here in enumerate(~np.isnan(values).any(axis=2)):
+        if count := int(here.sum()):
+            drawn = (position[:, :count] * count).astype(np.intp)
+            means[:, quantity] = np.take_along_axis(by_seed[:, quantity, here], drawn, axis=1).mean(axis=1)
+    return means
+
+
+@dataclass(frozen=True)
+class Estimate:
+    mean: float
+    replicates: np.ndarray  # of the mean: (replicates,)
+    num_seeds: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The central 95 % of the replicates; its ends are values that occur, so that counts stay whole."""
+        low, high = np.quantile(self.replicates, [0.025, 0.975], method="inverted_cdf")
+        return float(low), float(high)
+
+    @property
+    def sign(self) -> int:
+        """1 where the interval lies above 0, −1 where it lies below, 0 where it includes 0."""
+        low, high = self.interval
+        return (low > 0) - (high < 0)
+
+
+# By (metric, method, other method or "") and then (task, rate): a mean score, or the mean difference from the other.
+Estimates = dict[tuple[str, str, str], dict[tuple[str, float], Estimate]]
+
+
+def estimate_grid(grid: Grid) -> Estimates:
+    """Mean scores, and mean differences over the seeds that both methods have: STAFF's from each of AGAINST, every
+    method's from Random. All of a task share a draw. Tasks do not: they have other rows and tuning runs."""
+    estimates: Estimates = defaultdict(dict)
+    for stream, task in enumerate(grid.tasks):
+        cells, values = grid.cells[grid.cells.task == task], {}
+        empty = np.full((len(grid.seeds), cells.eval_rows.iloc[0]), np.nan)
+        for cell, metric in itertools.product(cells.itertuples(), METRICS):
+            by_seed = values.setdefault((metric, cell.method, "", cell.rate), empty.copy())
+            by_seed[grid.seeds.index(cell.seed)] = getattr(cell, f"{metric}_by_sample")
+        for metric, method, _, rate in list(values):
+            for other in AGAINST if method == "staff" else ("random",):
+                if other != method and (metric, other, "", rate) in values:
+                    difference = values[metric, method, "", rate] - values[metric, other, "", rate]
+                    if not np.isnan(difference).all():
+                        values[metric, method, other, rate] = difference
+        replicates = bootstrap_means(np.stack(list(values.values())), stream).T
+        for ((*key, rate), scores), drawn in zip(values.items(), replicates, strict=True):
+            num_seeds = int((~np.isnan(scores[:, 0])).sum())
+            estimates[tuple(key)][task, rate] = Estimate(float(np.nanmean(scores)), drawn, num_seeds)
+    return estimates
+
+
+def pool(estimates: list[Estimate], together=np.mean) -> Estimate | None:
+    """A figure of several estimates, by default their mean, taken inside each replicate too. None of none."""
+    if not estimates:
+        return None
+    mean, replicates = (together([getattr(one, name) for one in estimates], axis=0) for name in ("mean", "replicates"))
+    return Estimate(float(mean), replicates, min(one.num_seeds for one in estimates))
 
 
 # Tables
@@ -222,13 +316,13 @@ def cost_tables(grid: Grid, task: str) -> str:
     methods, cells = [method for method in grid.methods if method != "full"], grid.cells[grid.cells.task == task]
     once = cells.groupby(["method", "seed"])[SELECTION].first()  # selection costs the same at every rate of a seed
     costs, means = once.groupby("method").mean(), cells.groupby(["method", "rate"]).mean(numeric_only=True)
-    rows = [
-        [METHODS[m][0], *(_shown(costs[f"selection_{u}"].get(m), form) for u, form in UNITS.items())] for m in methods
-    ]
+    forms = [(costs[f"selection_{unit}"], form) for unit, form in UNITS.items()]
+    rows = [[METHODS[m][0], *(_shown(by_method.get(m), form) for by_method, form in forms)] for m in methods]
     savings, whole, ratios = [], {}, {}
     for unit, name in (("seconds", "seconds"), ("flops", "FLOPs")):
         both = once[f"selection_{unit}"].unstack("method").reindex(columns=["staff", "grand"]).dropna().sum()
-        savings.append(f"{_shown(1 - both.staff / both.grand if both.grand else None, percent)} in {name}")
+        saved = _shown(100 * (1 - both.staff / both.grand) if both.grand else None, "{:.1f} %".format)
+        savings.append(f"{saved.replace('-', '−')} in {name}")
         whole[unit] = means[f"tuning_{unit}"].get(("full", 1.0), math.nan)
         ratios[unit] = (means[f"selection_{unit}"] + means[f"tuning_{unit}"]) / (whole[unit] or math.nan)
     ratio_rows = []
@@ -250,10 +344,6 @@ def with_interval(one: Estimate | None) -> str:
         return MISSING
     mean, low, high = (round(value, 2) + 0.0 for value in (one.mean, *one.interval))  # + 0.0 makes −0.0 a 0.0
     return f"{mean:+.2f} ({low:.2f} to {high:.2f})".replace("-", "−")
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %".replace("-", "−")
 
 
 def _shown(value: float | None, form) -> str:
@@ -287,17 +377,15 @@ def _draw_method(axes: plt.Axes, grid: Grid, estimates: dict, task: str, method:
     """A line with a gap where cells are missing; for the whole training split a horizontal one."""
     label, colour, marker = METHODS[method]
     found = [estimates.get((task, rate)) for rate in grid.rates_of(method)]
-    if not any(found):
-        return
-    if method == "full":
+    if method == "full" and found[0]:
         axes.axhline(found[0].mean, color=colour, linewidth=1.2, linestyle="--", label=label)
         axes.axhspan(*found[0].interval, color=colour, alpha=0.07, linewidth=0)
-        return
-    pruned = [pruning_rate(rate) for rate in grid.rates]
-    means, lows, highs = zip(*((one.mean, *one.interval) if one else [math.nan] * 3 for one in found), strict=True)
-    width, size, layer = (2.2, 10, 3) if method == "staff" else (1.2, 5, 2)
-    axes.plot(pruned, means, color=colour, marker=marker, label=label, linewidth=width, markersize=size, zorder=layer)
-    axes.fill_between(pruned, lows, highs, color=colour, alpha=0.08, linewidth=0)
+    elif any(found):
+        pruned = [pruning_rate(rate) for rate in grid.rates]
+        means, lows, highs = zip(*((one.mean, *one.interval) if one else [math.nan] * 3 for one in found), strict=True)
+        style = {"linewidth": 2.2, "markersize": 10, "zorder": 3} if method == "staff" else {"linewidth": 1.2}
+        axes.plot(pruned, means, color=colour, marker=marker, label=label, **style)
+        axes.fill_between(pruned, lows, highs, color=colour, alpha=0.08, linewidth=0)
 
 
 if __name__ == "__main__":

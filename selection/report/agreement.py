@@ -63,7 +63,7 @@ def _common_rows(a: Scores, b: Scores) -> tuple[Scores, Scores]:
     rows = np.intersect1d(a.index, b.index, assume_unique=True)
     if not len(rows):
         raise UserError(f"{a.source} and {b.source} have no row in common: give two scores of the same data")
-    ids = [None if each.ids is None else each.ids_at(each.positions(rows)) for each in (a, b)]
+    ids = [None if each.ids is None else np.array(each.ids)[each.positions(rows)] for each in (a, b)]
     a, b = a.only(rows), b.only(rows)
     tokens = [each.columns.get("n_response_tokens") for each in (a, b)]
     for name, (of_a, of_b) in {"id": ids, "n_response_tokens": tokens}.items():
