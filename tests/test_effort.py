@@ -320,10 +320,9 @@ def test_scoring_leaves_the_model_as_it_was(phi):
             EffortScorer(model, phi).score([[VOCABULARY + 1, 3]], [[-100, 3]])  # a token that it does not have
         assert torch.equal(logits, model(torch.tensor([ids[1]])).logits)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert {key: set(module.__dict__) for key, module in model.named_modules()} == attributes
-    assert not any(module._forward_hooks for module in model.modules())
-    assert model.config._attn_implementation == "sdpa"
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules()) and model.config._attn_implementation == "sdpa"
 
 
 def test_bf16_ranks_like_fp32():

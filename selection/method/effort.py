@@ -8,7 +8,7 @@ gradient depends on the others in its batch.
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from selection.method import norms
-from selection.method.phi import NoPhi, decoder_of, device_of, find_phi, linear, unwrap
+from selection.method.phi import NoPhi, decoder_of, device_of, find_phi, unwrap
 
 IGNORED_LABEL = -100
 # Rows come to the head in fours: on a CPU one to three that are left over, of each thread's share, add up in sequence.
@@ -39,18 +39,12 @@ class EffortScorer:
             "all_lora", every A and B of the model's LoRA. Of a fused projection "v_…" means the values' part.
         rank, alpha: r and α of the fresh LoRA (as released: 81 and 16).
         seed: of its A matrix, drawn as PEFT draws it (Kaiming-uniform with a = √5).
-        columns: what else to return, of "el2n", "el2n_released", "entropy" and "hidden_state".
+        columns: names of what else to return, of "el2n", "el2n_released", "entropy" and "hidden_state".
     Raises: NoPhi, a ValueError, where the model has no such φ.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        phi: str = "v_lora_b",
-        rank: int = 81,
-        alpha: int = 16,
-        seed: int = 42,
-        columns: Sequence[str] = (),
+        self, model: nn.Module, phi: str = "v_lora_b", rank: int = 81, alpha: int = 16, seed: int = 42, columns=()
     ):
         model.requires_grad_(False).eval()
         self.model, self.columns = unwrap(model), columns
@@ -60,10 +54,9 @@ class EffortScorer:
         self.largest_batch = math.inf  # tokens, padding included: what selection/scores/within_memory.py found to fit
         self.table: torch.Tensor | None = None  # (n, V), kept from batch to batch: see `_head`
         if phi == "v_lora_b":
-            projection = self.phi.maps[0]
-            width, _ = projection.width
+            width, _ = self.phi.maps[0].width
             uniform = torch.rand((rank, width), generator=torch.Generator().manual_seed(seed))
-            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(device_of(linear(projection.module)))  # (r, d_in)
+            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(self.phi.maps[0].device)  # (r, d_in)
 
     def score(self, input_ids: _Tokens, labels: _Tokens) -> dict[str, torch.Tensor]:
         """Score a batch of tokenised samples (labels as LLaMA-Factory makes them, −100 where there is no loss).
@@ -77,19 +70,19 @@ class EffortScorer:
             hidden_state (B, d) float32: last hidden state, averaged over the response tokens.
         Raises: NoPhi where the norms of single samples cannot be told apart.
         """
-        # Again where the first pass has found a weight that is used past its module.
-        return self._pass(input_ids, labels) or self._pass(input_ids, labels)
-
-    def _pass(self, input_ids: _Tokens, labels: _Tokens) -> dict[str, torch.Tensor] | None:
         batch = _Batch.of(input_ids, labels, self.device, unshifted="el2n_released" in self.columns)
-        squares = torch.zeros(len(input_ids), device=self.device)
+        # Again where the first pass has found a weight that is used past its module.
+        return self._pass(batch) or self._pass(batch)
+
+    def _pass(self, batch: "_Batch") -> dict[str, torch.Tensor] | None:
+        squares = torch.zeros(len(batch.tokens), device=self.device)
         with self._listening(squares, batch.tokens.shape[1]) as ends:
             hidden = _last_hidden_state(self.model, batch.tokens)  # (B, T, d)
             if self._set_aside(hidden):
                 return None
             batch = batch.to(hidden.device)  # the last layer's, where a model lies on several
             by_token, head_gradient = self._head(hidden.detach().flatten(0, 1)[batch.head_rows], batch)
-            gradient = hidden.new_zeros(hidden.shape)
+            gradient = torch.zeros_like(hidden)
             gradient.flatten(0, 1)[batch.head_rows] = head_gradient
             # Of the SUM of the token losses: one pass for all samples, each norm then divided by its own count.
             others = self._squares_of_others(hidden, gradient)
@@ -117,8 +110,8 @@ class EffortScorer:
         ends: list[torch.Tensor] = []
         with contextlib.ExitStack() as stack:
             # After `enable_input_require_grads` the embeddings would be kept, and all that is made of them.
-            detached = lambda module, inputs, output: output.detach()  # noqa: E731
-            stack.callback(self.model.get_input_embeddings().register_forward_hook(detached).remove)
+            embeddings = self.model.get_input_embeddings()
+            stack.callback(embeddings.register_forward_hook(lambda module, inputs, output: output.detach()).remove)
             # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
             fresh = None if self.lora_a is None else lambda x: self.lora_scaling * functional.linear(x, self.lora_a)
             for each in self.phi.maps:
@@ -145,9 +138,8 @@ class EffortScorer:
         for each in aside.values():
             if each.columns is not None:
                 raise NoPhi(f"{each.name} is used twice in one pass, and only a part of it is φ: take another phi")
-        maps = [each for each in self.phi.maps if each.name not in aside]
-        others = self.phi.others | {name: each.weight for name, each in aside.items()}
-        self.phi = replace(self.phi, maps=maps, others=others)
+        self.phi.maps[:] = [each for each in self.phi.maps if each.name not in aside]
+        self.phi.others.update({name: each.weight for name, each in aside.items()})
         return bool(aside)
 
     def _head(self, hidden: torch.Tensor, batch: "_Batch") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -285,17 +277,11 @@ def _chunks(model: nn.Module, hidden: torch.Tensor, *labels: torch.Tensor) -> It
     return zip(*(each.split(max(IN_FOURS, size)) for each in columns), strict=True)
 
 
-class _Answer:
-    """A decoder's answer in which everything but the last hidden state is None, whatever the family asks for."""
+class _Answer(list):
+    """A decoder's answer: the last hidden state, and None for all else that a family asks for."""
 
-    def __init__(self, hidden: torch.Tensor):
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, name: str) -> None:
-        return None
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
 
 
 def _logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -303,16 +289,15 @@ def _logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
     The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
     """
-    with norms.replaced_forward(decoder_of(model), lambda *args, **kwargs: _Answer(hidden[None])):
+    with norms.replaced_forward(decoder_of(model), lambda *args, **kwargs: _Answer([hidden[None]])):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits
     return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
 
 
 def tokens_per_batch(phi: str, device: torch.device) -> int:
-    """Tokens of a batch where nothing is configured. Under all_lora the whole model keeps its activations; a CPU loses
-    no speed by small batches."""
-    small, large = (512, 2048) if device.type == "cpu" else (4096, 16384)
-    return small if phi == "all_lora" else large
+    """Tokens of a batch where nothing is configured: few on a CPU, which loses no speed by it, and under all_lora,
+    where the whole model keeps its activations."""
+    return (2048 if device.type == "cpu" else 16384) // (4 if phi == "all_lora" else 1)
 
 
 def plan_batches(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: float) -> list[list[int]]:

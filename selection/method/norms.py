@@ -33,14 +33,13 @@ def sum_of_squares(values: torch.Tensor, dim: tuple[int, ...] | None = None) -> 
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Another forward for a while; what accelerate put in its place (it moves inputs between devices) comes back."""
-    before = module.__dict__.get("forward")
+    before = {key: value for key, value in module.__dict__.items() if key == "forward"}
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
-        if before is not None:
-            module.forward = before
+        module.__dict__.update(before)
 
 
 class Recorder:
@@ -58,10 +57,8 @@ class Recorder:
     def norms(self, *pair: torch.Tensor) -> torch.Tensor:
         """`squared_norms` of inputs and output gradients; some families flatten samples and tokens inside a layer."""
         shape = len(self.squares), self.length
-        for rows in pair:
-            if rows.shape[:-1] not in (shape, (shape[0] * shape[1],)):
-                found = f"{self.name} gets {tuple(rows.shape)} for {shape} tokens"
-                raise NoPhi(f"{found}: whose they are is lost, take another phi")
+        if any(rows.shape[:-1] not in (shape, (shape[0] * shape[1],)) for rows in pair):
+            raise NoPhi(f"{self.name} gets {tuple(pair[0].shape)} for {shape} tokens: take another phi")
         return squared_norms(*(rows.reshape(*shape, rows.shape[-1]) for rows in pair))
 
     def add(self, norms: torch.Tensor) -> None:
@@ -69,12 +66,7 @@ class Recorder:
 
 
 def listen_to_linear(
-    linear_map: LinearMap,
-    record: Recorder,
-    ends: list[torch.Tensor],
-    undo: contextlib.ExitStack,
-    projected: Callable | None = None,
-    always_end: bool = False,
+    linear_map: LinearMap, record: Recorder, ends: list, undo: contextlib.ExitStack, projected=None, always_end=False
 ) -> None:
     """Record the norms of a linear map's weight gradient until `undo` is closed.
 
@@ -82,7 +74,7 @@ def listen_to_linear(
     ends, and below nothing was kept. The weight itself requires a gradient except in the module's first call: whatever
     else is made of it, by a second call or past the module, shows in the graph (see weights_in_graph).
 
-    `projected`: applied to the inputs first (the A of a fresh LoRA, whose B the gradient is then taken for).
+    `projected`: a function of the inputs (the A of a fresh LoRA, whose B the gradient is then taken for).
     `always_end`: it joins `ends` in any case, as what needs a gradient below may be none of them.
     """
     weight = linear_map.weight if projected is None and linear_map.weight_at_hand else None
@@ -123,14 +115,12 @@ def listen_to_linear(
 
 def weights_in_graph(output: torch.Tensor) -> set[int]:
     """`id` of every parameter and other leaf that `output` was computed from."""
-    leaves, seen, nodes = set(), set(), [output.grad_fn]
+    seen, nodes = {None}, [output.grad_fn]
     while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
+        if (node := nodes.pop()) not in seen:
             seen.add(node)
-            leaves.add(id(getattr(node, "variable", None)))
             nodes += [following for following, _ in node.next_functions]
-    return leaves
+    return {id(getattr(node, "variable", None)) for node in seen}
 
 
 def listen_to_lora(

@@ -21,7 +21,7 @@ class LinearMap:
 
     name: str
     module: nn.Module  # under PEFT its wrapper
-    columns: torch.Tensor | None = None  # of the output, that belong to φ; None: all
+    columns: torch.Tensor | None = None  # of the output, where only these belong to φ
 
     @property
     def weight(self) -> nn.Parameter:
@@ -32,6 +32,10 @@ class LinearMap:
         """d_in, d_out; of a fused projection all of it."""
         inner = linear(self.module)  # Conv1D, of GPT-2, stores its weight as (d_in, d_out)
         return tuple(inner.weight.shape) if isinstance(inner, Conv1D) else (inner.in_features, inner.out_features)
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(linear(self.module))
 
     @property
     def weight_at_hand(self) -> bool:
@@ -67,9 +71,8 @@ def find_phi(model: nn.Module, name: str) -> Phi:
         for key, parameter in layer.named_parameters()
         if parameter.dim() >= 2 and id(parameter) not in inside and "lora_" not in key
     }
-    for key, parameter in others.items():
-        if parameter.is_meta:
-            raise NoPhi(f"phi last_layer: {key} is offloaded from its device: use phi v_lora_b or v_weight")
+    if offloaded := [key for key, parameter in others.items() if parameter.is_meta]:
+        raise NoPhi(f"phi last_layer: {offloaded[0]} is offloaded from its device: use phi v_lora_b or v_weight")
     return Phi(name, [LinearMap(f"{layer_name}.{key}", linear(module)) for key, module in found.items()], others)
 
 
@@ -113,10 +116,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def device_of(module: nn.Module) -> torch.device:
     """Where the module computes: its weights' device, or the one that accelerate brings them to for it."""
     hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
-        if getattr(each, "execution_device", None) is not None:
-            return torch.device(each.execution_device)
-    return next(module.parameters()).device
+    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
+    return next((torch.device(device) for device in devices if device is not None), next(module.parameters()).device)
 
 
 def last_decoder_layer(model: nn.Module) -> tuple[str, nn.Module]:
@@ -149,8 +150,7 @@ def projections(layer: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_linear_map(module: nn.Module) -> bool:
-    """Whether it answers with its product. Some routers (Phi-3.5-MoE, Llama 4) are an nn.Linear that answers with a
-    tuple of other things."""
+    """Whether it answers with its product: some routers (Phi-3.5-MoE, Llama 4) are an nn.Linear with other answers."""
     if not isinstance(module, nn.Linear | Conv1D):
         return False
     # A forward of its own: the only way to know is to call it. (bitsandbytes' answer with the product.)
@@ -212,10 +212,10 @@ def find_value_projection(model: nn.Module) -> LinearMap:
         direction = torch.randn(reached.shape, generator=torch.Generator().manual_seed(0)).to(reached)
         outputs = [output for _, output in seen.values()]
         gradients = torch.autograd.grad(reached, outputs, direction, allow_unused=True)
-    alive = {}  # which columns (d_out,) of each map's output reach the values, or the hidden state
-    for name, output, gradient in zip(seen, outputs, gradients, strict=True):
-        gradient = torch.zeros_like(output) if gradient is None else gradient
-        alive[name] = (gradient != 0).reshape(-1, gradient.shape[-1]).any(0).cpu()
+    alive = {  # which columns (d_out,) of each map's output reach the values, or the hidden state
+        name: torch.zeros(output.shape[-1], dtype=torch.bool) if g is None else (g != 0).flatten(0, -2).any(0).cpu()
+        for name, output, g in zip(seen, outputs, gradients, strict=True)
+    }
     values = [name for name, columns in alive.items() if columns.any()] if noted else _read_with_the_query(seen, alive)
     if not values:
         looked_at = ", ".join(seen) or "no linear map"

@@ -55,13 +55,12 @@ def score_rows(
     stage: str,
     dry_run: bool = False,
 ) -> None:
-    """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already.
+    """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already; `dry_run`: only say so.
 
     Under torchrun every process scores its share of the parts. The first `selection.self_test` rows are scored one by
-    one too, and must agree with their batch. A row whose loss or score is NaN or infinite is named and gets the score
-    NaN: it is left out of every coreset. Released: each score is doubled, as by the released code's two backward
-    passes per sample; nothing that follows depends on the factor. `dry_run`: only say what would be done.
-    Raises: UserError where more than 1 % are left out, or `folder` holds scores made otherwise.
+    one too, and must agree with their batch. A row whose loss or score is NaN or infinite is named, gets the score NaN
+    and is left out of every coreset. Released: each score is doubled, as by the released code's two backward passes per
+    sample. Raises: UserError where more than 1 % are left out, or `folder` holds scores made otherwise.
     """
     together, columns = processes(), experiment.selection.columns
     if together.count > 1 and placement(experiment, model, tuned).get("device_map"):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from selection.method.effort import IGNORED_LABEL, IN_FOURS, EffortScorer, plan_batches
-from selection.method.phi import LinearMap, device_of, linear
+from selection.method.phi import LinearMap
 from selection.method.reference import effort_score
 from selection.run.device import out_of_memory
 from selection.run.errors import UserError
@@ -86,9 +86,9 @@ def _phi_as_parameters(scorer: EffortScorer) -> Iterator[list[torch.Tensor]]:
     def parameter(each: LinearMap) -> torch.Tensor:
         if a is None and each.columns is None and each.weight_at_hand:
             return each.weight
-        (wide, high), device = each.width, device_of(linear(each.module))
-        columns = torch.arange(high, device=device) if each.columns is None else each.columns
-        zero = torch.zeros((len(columns), wide if a is None else len(a)), device=device)
+        wide, high = each.width
+        columns = torch.arange(high, device=each.device) if each.columns is None else each.columns
+        zero = torch.zeros((len(columns), wide if a is None else len(a)), device=each.device)
 
         def add(module, inputs, output):
             x = inputs[0].float() if a is None else scorer.lora_scaling * functional.linear(inputs[0].float(), a)

@@ -12,7 +12,7 @@ from selection.run.log import say
 
 
 def score_within_memory(
-    scorer: EffortScorer, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], names: Sequence[str]
+    scorer: EffortScorer, input_ids: Sequence, labels: Sequence, names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """`scorer.score`, in smaller batches where its device's memory does not hold this one; `names` say what each is.
 
@@ -21,32 +21,29 @@ def score_within_memory(
     it is more than the last bits: see TOLERANCE in self_test.py.)
     Raises: UserError where one sample alone does not fit.
     """
-    lengths, pieces, order = [len(ids) for ids in input_ids], [], []
-    pending = plan_batches(range(len(lengths)), lengths, scorer.largest_batch)
-    while pending:
-        batch, piece = pending[0], None
+    lengths = [len(ids) for ids in input_ids]
+    size = len(lengths) * max(lengths)
+    if size <= scorer.largest_batch or len(lengths) == 1:
         try:
             with refusals():
-                piece = scorer.score([input_ids[i] for i in batch], [labels[i] for i in batch])
+                return scorer.score(input_ids, labels)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
         # Only here is the failed pass's memory free: within the clause above the traceback holds its tensors.
-        if piece is not None:
-            pieces.append(piece)
-            order += pending.pop(0)
-            continue
         scorer.table = None
         gc.collect()
         torch.cuda.empty_cache()
-        longest = lengths[batch[0]]
-        if len(batch) == 1:
+        if len(lengths) == 1:
             raise UserError(
-                f"out of memory on {names[batch[0]]}, {longest} tokens, scored alone: lower cutoff_len, or, if this is "
-                "the target, give selection.device_map auto or selection.quantization_bit"
+                f"out of memory on {names[0]}, {size} tokens, scored alone: lower cutoff_len, or, if this is the "
+                "target, give selection.device_map auto or selection.quantization_bit"
             )
-        scorer.largest_batch = min(scorer.largest_batch, len(batch) * longest) // 2
+        scorer.largest_batch = size // 2
         say(f"out of memory: batches of at most {scorer.largest_batch} tokens from here on")
-        pending = plan_batches([i for batch in pending for i in batch], lengths, scorer.largest_batch)
-    back = torch.tensor(order).argsort()
+    parts = plan_batches(range(len(lengths)), lengths, scorer.largest_batch)
+    pieces = [
+        score_within_memory(scorer, *([each[i] for i in p] for each in (input_ids, labels, names))) for p in parts
+    ]
+    back = torch.tensor([i for part in parts for i in part]).argsort()
     return {name: torch.cat([piece[name] for piece in pieces])[back] for name in pieces[0]}
