@@ -10,7 +10,6 @@ import torch
 import transformers
 from conftest import REPOSITORY
 from test_effort import PHIS, assert_close, autograd, make_model, make_samples, with_tuned_adapter
-from transformers.utils import is_bitsandbytes_available
 
 from selection.method.effort import EffortScorer, response_losses
 from selection.method.phi import NoPhi
@@ -237,54 +236,31 @@ def test_the_keys_concern_the_target_alone():
             load_experiment(path, [f"selection.{wrong}"])
 
 
-@pytest.fixture
-def plain_weights(monkeypatch):
-    """A function that puts what quantised maps stand for in their place, in fp32."""
-    if not is_bitsandbytes_available():
-        pytest.skip("bitsandbytes is not installed")
-    import bitsandbytes
-
-    def plain(model):
-        for name, module in list(model.named_modules()):
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
-                state = module.state
-                scale = module.weight.SCB if state.SCB is None else state.SCB
-                weight = (module.weight.data if state.CB is None else state.CB).float() * scale[:, None] / 127
-            else:
-                continue
-            replacement = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
-            replacement.weight.data = weight.float()
-            if module.bias is not None:
-                replacement.bias.data = module.bias.data.float()
-            model.set_submodule(name, replacement)
-        return model
-
-    return plain
+def dequantised(model):
+    """The model with what its quantised maps stand for in their place, in fp32."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear:
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight.data = module(torch.eye(module.in_features)).detach().T.contiguous()
+            model.set_submodule(name, plain)
+    return model
 
 
 @pytest.mark.parametrize("phi", PHIS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_scores_are_autograd_on_the_dequantised_weights(bits, phi, plain_weights, on_disk_models):
+def test_quantised_scores_are_autograd_on_the_dequantised_weights(bits, phi, on_disk_models):
+    pytest.importorskip("bitsandbytes")
     ids, labels = make_samples()
-    losses = response_losses(make_model("llama"), ids, labels)
-
-    def scorer(model):
-        return EffortScorer(with_fresh_lora(model, 4, 8, "all", 0) if phi == "all_lora" else model, phi)
-
-    quantised, dequantised = (
-        load_for_scoring(on_disk_models[0], None, "fp32", quantization_bit=bits) for _ in range(2)
-    )
-    assert count_parameters(quantised) == count_parameters(make_model("llama"))
-    response_losses(quantised, ids, labels)  # a pass without gradients first: bitsandbytes changes its weights in one
-    dequantised = plain_weights(dequantised)
-    assert not torch.equal(response_losses(dequantised, ids, labels), losses)
-    quantised, dequantised = scorer(quantised), scorer(dequantised)
-    efforts = quantised.score(ids, labels)["effort"]
-    tolerance = 1e-4 if bits == 4 else 0.05  # LLM.int8 rounds the inputs to 8 bits too
-    for expected in (dequantised.score(ids, labels)["effort"], plain_scores(quantised, ids, labels)[:, 0]):
-        torch.testing.assert_close(efforts, expected, rtol=tolerance, atol=0)
+    model, plain = (load_for_scoring(on_disk_models[0], None, "fp32", quantization_bit=bits) for _ in range(2))
+    assert count_parameters(model) == count_parameters(make_model("llama"))
+    response_losses(model, ids, labels)  # a pass without gradients first: bitsandbytes changes its weights in one
+    plain = dequantised(plain)
+    assert not torch.equal(*(response_losses(each, ids, labels) for each in (plain, make_model("llama"))))
+    if phi == "all_lora":
+        model, plain = (with_fresh_lora(each, 4, 8, "all", 0) for each in (model, plain))
+    scorer, expected = EffortScorer(model, phi), EffortScorer(plain, phi)
+    others = [expected.score(ids, labels)["effort"], plain_scores(scorer, ids, labels)[:, 0]]
     if phi == "v_weight":
-        norms, _ = autograd(dequantised.model, [dequantised.phi.maps[0].weight], ids, labels)
-        torch.testing.assert_close(efforts, norms, rtol=tolerance, atol=0)
+        others.append(autograd(plain, [expected.phi.maps[0].weight], ids, labels)[0])
+    for other in others:  # LLM.int8 rounds the inputs to 8 bits too
+        torch.testing.assert_close(scorer.score(ids, labels)["effort"], other, rtol=1e-4 if bits == 4 else 0.05, atol=0)
