@@ -1,13 +1,11 @@
 """Damage every kind of input file at random and see how the stages take it. Run by hand:
 
-    FUZZ_CASES=100 python -m pytest -n 2 tests/fuzz.py
-    FUZZ_CASES=100 python -m pytest tests/fuzz.py -k manifest --hypothesis-seed 7      # the same cases in every run
+    FUZZ_CASES=100 python -m pytest -n 2 tests/fuzz.py      # --hypothesis-seed 7: the same cases in every run
 
 Each case copies a small finished run, damages one file in it and calls the script that reads it, in a process of its
-own. It must end in success or in exactly one line `error: …` with exit code 2: never in a traceback, after 60 s, with
-a file written beside the run folder, with code of the file run, or with a wrong result. KINDS says what is a wrong
-result: files that carry a hash must give the undamaged result or be refused; numbers that nothing vouches for must
-give a sound one.
+own. It must end in success or in one line `error: …` with exit code 2: never in a traceback, after 60 s, with a file
+written beside the run folder, with code of the file run, or with a wrong result (KINDS). Files that carry a hash must
+give the undamaged result or be refused; numbers that nothing vouches for must give a sound one.
 """
 
 import atexit
@@ -17,15 +15,12 @@ import gc
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
-import resource
 import runpy
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -43,12 +38,12 @@ import torch
 from conftest import REPOSITORY, run_script
 from damage import BYTES, CSV, JSON, JSON_LINES, NPY, PARQUET, PT, SAFETENSORS, SEALED, YAML, Damage, Format, damage
 from hypothesis import HealthCheck, Phase, event, given, settings
+from sandbox import WRITABLE, in_fork, run_case
 
 from selection.method.effort import EffortScorer
 from selection.rows.split import row_id, rows_of, training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run import ending, model_folder
-from selection.run.cli import run_stage
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.scores import coresets as coreset_files
@@ -56,9 +51,6 @@ from selection.scores import models
 from selection.scores.folder import read_scores
 
 CASES = int(os.environ.get("FUZZ_CASES", "20"))  # of each kind
-SECONDS = 60  # of one case at most
-MEMORY = 6 * 2**30  # bytes that a case may ask for beyond what it starts with
-WRITABLE = ("run", "begun", "out", "tmp")  # folders of a case in which a stage may write
 RATES = (0.3, 0.6)
 CONFIG = ("--config_path", "experiment.yaml")
 EXPERIMENT = {  # "@" is the case's folder
@@ -72,9 +64,6 @@ GRID = {"tasks": {"biology": {"config": "@/experiment.yaml", "set": ["cutoff_len
 GRID |= {"methods": ["full", "random", "staff"], "rates": [0.3], "seeds": [1]}
 _SCRIPTS = ("scripts/costs.py", "selection/coreset.py", "selection/effort_score.py", "finetune/finetune-select.py")
 _SCRIPTS += ("finetune/eval.py", "scripts/paper/reproduce.py", "scripts/paper/tables.py")
-
-
-# What is run
 
 
 @cache
@@ -138,8 +127,7 @@ def run_select(file: str) -> list:
         chosen.extend(map(row_id, rows))
 
     stage("finetune/finetune-select.py", *CONFIG, "--select_path", file, tune_once=tune_once)
-    ids = training_split(load_experiment("experiment.yaml")).ids
-    return sorted(map(ids.index, chosen))
+    return sorted(map(run_split().index, chosen))
 
 
 def run_plan() -> list:
@@ -166,8 +154,7 @@ def run_tokenised() -> list:
 
 
 def run_split() -> list:
-    split = training_split(load_experiment("experiment.yaml"))
-    return [split.fingerprint, split.ids]
+    return training_split(load_experiment("experiment.yaml")).ids
 
 
 def run_tuned() -> list:
@@ -196,7 +183,7 @@ def run_model(tuned: str | None = None) -> list:
     return scores
 
 
-# What is wrong with a result: each is called in the case's folder with the result and that of the undamaged file
+# What is wrong with a result: called in the case's folder with the result and that of the undamaged file
 
 
 def same(result: object, reference: object) -> str | None:
@@ -255,8 +242,8 @@ def sound_rows(name: str, result: list, reference: object) -> str | None:
 
 
 def as_listed(result: list, reference: object) -> str | None:
-    rows = sorted(int(row) for row in torch.load("rows.pt", weights_only=True))
-    return None if result == rows else "other rows than the file's"
+    rows = torch.load("rows.pt", weights_only=True)
+    return None if result == sorted(map(int, rows)) else "other rows than the file's"
 
 
 def same_or_without_hashes(result: list, reference: list) -> str | None:
@@ -286,8 +273,7 @@ class Kind(NamedTuple):
     tuned: bool = False  # needs a tuned target
 
 
-def data(ending: str, format: Format) -> Kind:
-    name = f"data.{ending}"
+def data(name: str, format: Format) -> Kind:
     return Kind(name, format, partial(run_data, name), partial(sound_rows, name))
 
 
@@ -308,10 +294,10 @@ _adapted = partial(run_model, TUNED)
 KINDS = {
     "experiment": Kind("experiment.yaml", YAML, run_experiment, sound_coresets),
     "grid": Kind("grid.yaml", YAML, run_grid, sound_jobs),
-    "data.json": data("json", JSON),
-    "data.jsonl": data("jsonl", JSON_LINES),
-    "data.csv": data("csv", CSV),
-    "data.parquet": data("parquet", PARQUET),
+    "data.json": data("data.json", JSON),
+    "data.jsonl": data("data.jsonl", JSON_LINES),
+    "data.csv": data("data.csv", CSV),
+    "data.parquet": data("data.parquet", PARQUET),
     "score part": Kind(f"{SMALL}/part-*", PARQUET, _methods, same),
     "score part, target": Kind(f"{TARGET}/part-*", PARQUET, _both, same),
     "manifest": Kind(MANIFEST, JSON, _both, same),
@@ -342,9 +328,6 @@ KINDS = {
     "tokenizer": Kind("model/tokenizer.json", JSON, run_tokenised, anything),
     "tokenizer_config": Kind("model/tokenizer_config.json", JSON, run_tokenised, anything),
 }
-
-
-# A small finished run
 
 
 def copy_case(base: Path, case: Path) -> Path:
@@ -390,23 +373,21 @@ def finished() -> Path:
     _write_cells(work / "run" / "cells.csv")
     for path in _SCRIPTS:  # once, for all the cases that are forked from this process
         script(path)
+    coreset_files.code_version = lambda: "fuzz"  # asks git each time
     gc.freeze()  # else every case copies what it never touches
     return work
 
 
 def _interrupted(case: Path) -> None:
-    score, calls = EffortScorer.score, []
+    score, batches = EffortScorer.score, iter([1])
 
     def breaking_off(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+        next(batches)  # StopIteration at the second
         return score(*arguments)
 
     EffortScorer.score = breaking_off
     os.chdir(case)
-    with contextlib.suppress(KeyboardInterrupt):
-        run_plan()
+    run_plan()
 
 
 def _write_cells(path: Path) -> None:
@@ -416,9 +397,8 @@ def _write_cells(path: Path) -> None:
     for column in [name for name in cells if name.endswith("_by_sample")]:
         values = cells[column].str.split().str[:3]
         cells[column] = values.str.join(" ")
-        metric = column.removesuffix("_by_sample")
-        if metric in cells:
-            cells[metric] = [f"{np.mean(list(map(float, each))):.4f}" if each else "" for each in values]
+        if (metric := column.removesuffix("_by_sample")) in ("rouge_l", "bleu_4"):
+            cells[metric] = values.map(lambda each: f"{np.mean(list(map(float, each))):.4f}")
     cells.to_csv(path, index=False)
 
 
@@ -428,25 +408,6 @@ def tuned(finished) -> Path:
     run_script("finetune/finetune-select.py", *CONFIG, "--select_path", STAFF, cwd=work)
     run_script("finetune/eval.py", *CONFIG, cwd=work)
     return work
-
-
-# The cases
-
-
-def in_fork(call: Callable, *arguments: object) -> tuple[str, object]:
-    """What the call returns, in a process of its own, or ("failed", why) where it gives nothing."""
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(call(*arguments)))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(SECONDS) else ("failed", f"still at work after {SECONDS} s")
-    except EOFError:
-        process.join()
-        return "failed", f"the process ended with {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
 
 
 def put(found: Damage, path: Path, around: Path) -> None:
@@ -462,96 +423,24 @@ def put(found: Damage, path: Path, around: Path) -> None:
         path.symlink_to(targets.get(found.what, around / "linked"))
 
 
-def snapshot(case: Path) -> dict[Path, tuple]:
-    """What lies beside the folders in which a stage may write."""
-    found = [path for path in case.rglob("*") if path.relative_to(case).parts[0] not in WRITABLE]
-    status = {path: path.lstat() for path in found}
-    return {path: (each.st_mode, each.st_size, path.is_dir() or each.st_mtime_ns) for path, each in status.items()}
-
-
-def watch(case: Path, seen: list[str]) -> None:
-    """Note what this process does from now on that no input file may make it do."""
-    allowed = [*(case / name for name in WRITABLE), _HOME / "cache", Path(os.devnull)]
-    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod"}
-    starts = {"os.system", "os.exec", "os.posix_spawn", "socket.connect", "pty.spawn"}
-
-    def hook(name: str, arguments: tuple) -> None:
-        first, paths = arguments[0] if arguments else None, []
-        if name == "open" and isinstance(first, str | bytes) and arguments[2] & writes:
-            paths = [first]
-        elif name in changes and arguments[-1] in (-1, 0o777):  # else relative to an open folder
-            paths = arguments[:2] if name == "os.rename" else [arguments[1] if name == "os.symlink" else first]
-        elif name == "subprocess.Popen" and arguments[1][:2] != ["git", "-C"]:
-            seen.append(f"starts {arguments[1]}")
-        elif name in starts:
-            seen.append(f"{name} {arguments}")
-        elif name == "exec" and getattr(first, "co_filename", "").startswith(str(case)):
-            seen.append(f"runs {first.co_filename}")
-        for path in paths:
-            folder, file = os.path.split(os.fsdecode(path))
-            where = Path(os.path.realpath(folder or "."), file)
-            if not any(where.is_relative_to(each) for each in allowed):
-                seen.append(f"{name} {where}")
-
-    sys.addaudithook(hook)
-
-
-def run_case(kind: Kind, case: Path, reference: object) -> tuple[str, object]:
-    """("succeeded", result), ("refused", line) or ("failed", why)."""
-    os.chdir(case)
-    tempfile.tempdir, log = str(case / "tmp"), case / "tmp" / "log"
-    coreset_files.code_version = lambda: "fuzz"  # asks git each time
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
-    sys.stdout = sys.stderr = log.open("w", encoding="utf-8", errors="backslashreplace")
-    for number in (1, 2):
-        os.dup2(sys.stdout.fileno(), number)
-    before, seen, code, results = snapshot(case), [], 0, []
-    watch(case, seen)
-    try:
-        run_stage(lambda: results.append(kind.run()))
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException as error:
-        ours = [each for each in traceback.extract_tb(error.__traceback__) if each.filename.startswith(str(REPOSITORY))]
-        return "failed", f"traceback: {type(error).__name__}: {str(error)[:300]} ({ours[-1]})"
-    happened = seen.copy()
-    sys.stdout.flush()
-    after = snapshot(case)
-    happened += [f"changed {path}" for path in {**before, **after} if before.get(path) != after.get(path)]
-    happened += ["code of the file was run"] * any(case.rglob("PWNED"))
-    if happened:
-        return "failed", happened[0]
-    said = [line for line in log.read_text("utf-8", "replace").split("\n") if line.startswith("error:")]
-    if code == 2 and len(said) == 1 and said[0].isprintable() and len(said[0]) <= 1000:
-        return "refused", said[0]
-    if code or said:
-        return "failed", f"exit code {code}, {len(said)} error lines: {said[:1]!r:.300}"
-    result = json.loads(json.dumps(results[0]))
-    why = kind.wrong(result, reference) if reference is not None else None
-    return ("failed", f"wrong result: {why}") if why else ("succeeded", result)
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_damage_ends_in_one_line_or_in_a_sound_result(name, request):
     kind, case = KINDS[name], _HOME / "case"
     base = request.getfixturevalue("tuned" if kind.tuned else "finished")
     shutil.rmtree(case, ignore_errors=True)
     content = next(copy_case(base, case).glob(kind.file)).read_bytes()
-    verdict, reference = in_fork(run_case, kind, case, None)
+    verdict, reference = in_fork(run_case, kind.run, lambda result: None, case, _HOME / "cache")
     assert verdict == "succeeded", reference
 
-    @settings(
-        max_examples=CASES, deadline=None, database=None, phases=[Phase.generate], print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    options = {"deadline": None, "database": None, "suppress_health_check": HealthCheck}
+
+    @settings(max_examples=CASES, phases=[Phase.generate], **options)
     @given(damage(lambda: content, kind.format))
     def cases(found: Damage) -> None:
         shutil.rmtree(case, ignore_errors=True)
         copy_case(base, case)
         put(found, next(case.glob(kind.file)), case / "around")
-        verdict, said = in_fork(run_case, kind, case, reference)
+        verdict, said = in_fork(run_case, kind.run, lambda result: kind.wrong(result, reference), case, _HOME / "cache")
         event(verdict)
         assert verdict != "failed", said
 
