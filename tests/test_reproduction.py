@@ -97,20 +97,17 @@ def test_cells_are_read_as_they_were_written_in_the_grids_order(tmp_path):
     assert read_cells(tmp_path / "none.csv") == {}
 
 
-@pytest.mark.parametrize(
-    "changes, key",
-    [
+def test_a_wrong_key_of_a_grid_is_named():
+    for changes, key in (
         ({"methods": ["best"]}, "methods.0"),
         ({"tasks": {"a/b": TASKS["biology"]}}, "tasks.a/b"),
         ({"tasks": {}}, "tasks"),
         ({"rates": [1.0]}, "rates.0"),
         ({"rates": [0.1, 0.2, 0.1]}, "each may be given once"),
         ({"seed": 1}, "unknown key seed"),
-    ],
-)
-def test_a_wrong_key_of_a_grid_is_named(changes, key):
-    with pytest.raises(UserError, match=key):
-        grid(**changes)
+    ):
+        with pytest.raises(UserError, match=key):
+            grid(**changes)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "reproduce").glob("*.yaml")), ids=lambda p: p.stem)

@@ -37,13 +37,8 @@ def fake_cell(task="biology", method="staff", rate=0.5, seed=0, lead=0.0, **chan
 
 
 def fake_grid(methods=METHODS, rates=(0.5, 0.1), without=(), **lead) -> list[dict]:
-    cells = [
-        fake_cell(task, method, rate, seed, lead.get(method, 0.0))
-        for task in TASKS
-        for method in methods
-        for rate in ((1.0,) if method == "full" else rates)
-        for seed in (0, 1)
-    ]
+    each = ((m, rate) for m in methods for rate in ((1.0,) if m == "full" else rates))
+    cells = [fake_cell(task, m, rate, seed, lead.get(m, 0.0)) for task, (m, rate), seed in product(TASKS, each, (0, 1))]
     return [cell for cell in cells if key(cell) not in without]
 
 
@@ -94,16 +89,14 @@ def test_intervals_cover_the_mean_they_are_for():
 def test_replicates_are_those_of_a_literal_bootstrap():
     values = np.random.default_rng(2).normal(size=(3, 3, 8))
     values[1, 1], values[2] = np.nan, np.nan
-    replicates = bootstrap_means(values, stream=4, replicates=12)
+    replicates, other = (bootstrap_means(values, stream=stream, replicates=12) for stream in (4, 5))
     rng = np.random.default_rng([4, 3, 8])
     for replicate, shares in enumerate(rng.random((12, 3))):
         rows = rng.integers(8, size=8)
         for quantity, has in enumerate([[0, 1, 2], [0, 2]]):
             seeds = [has[int(share * len(has))] for share in shares[: len(has)]]
-            literal = np.mean([values[quantity, seed, row] for seed in seeds for row in rows])
-            assert replicates[replicate, quantity] == pytest.approx(literal)
+            assert replicates[replicate, quantity] == pytest.approx(values[quantity][np.ix_(seeds, rows)].mean())
     assert np.isnan(replicates[:, 2]).all()
-    other = bootstrap_means(values, stream=5, replicates=12)
     assert not np.isclose(replicates[:, :2], other[:, :2]).all(axis=0).any()
 
 
@@ -271,9 +264,9 @@ def test_curves_show_every_method_and_leave_gaps(tmp_path, monkeypatch):
         assert list(lines) == [tables.METHODS[method][0] for method in METHODS]
         for method in ("random", "staff"):
             found = (estimates["rouge_l", method, ""].get((task, rate)) for rate in rates)
-            line = lines[tables.METHODS[method][0]]
-            assert list(line.get_xdata()) == [20, 50, 90]
-            np.testing.assert_allclose(line.get_ydata(), [one.mean if one else np.nan for one in found])
+            pruned, means = lines[tables.METHODS[method][0]].get_data()
+            assert list(pruned) == [20, 50, 90]
+            np.testing.assert_allclose(means, [one.mean if one else np.nan for one in found])
     (band,) = (path.vertices for path in figures[0].axes[0].collections[0].get_paths())
     at_90 = band[np.isclose(band[:, 0], 90), 1]
     expected = estimates["rouge_l", "random", ""]["biology", 0.1].interval
@@ -309,9 +302,8 @@ def test_damaged_cells_are_one_line_with_row_and_column(tmp_path, monkeypatch, r
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("change", "said"),
     [
-        (None, "no cells yet"),
         (lambda text: text.splitlines()[0] + "\n", "no cells yet"),
         (lambda text: "", "no readable CSV"),
         (lambda text: text.replace(",seed,", ",sead,"), "row 2, column seed: .*required"),
@@ -321,12 +313,11 @@ def test_damaged_cells_are_one_line_with_row_and_column(tmp_path, monkeypatch, r
         (lambda text: text.replace("abc1234", "\udcff", 1), "no readable CSV"),
     ],
 )
-def test_unreadable_file_is_one_line(tmp_path, monkeypatch, content, said):
+def test_unreadable_file_is_one_line(tmp_path, monkeypatch, change, said):
+    with pytest.raises(UserError, match="no cells yet"):
+        make(tmp_path, monkeypatch)
     path = write_cells(tmp_path, [fake_cell(), fake_cell(seed=1)]) / "cells.csv"
-    text = path.read_text(encoding="utf-8")
-    path.unlink()
-    if content:
-        path.write_bytes(content(text).encode(errors="surrogateescape"))
+    path.write_bytes(change(path.read_text(encoding="utf-8")).encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=rf"^[^\n]*{said}[^\n]*$"):
         make(tmp_path, monkeypatch)
 

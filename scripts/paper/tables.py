@@ -40,8 +40,7 @@ TEMPLATE = Path(__file__).with_name("tables_template.md")
 _KEY = ["target", "task", "method", "pruning_rate_percent"]
 PAPER = pd.read_csv(REPOSITORY / "data" / "paper_table1.csv").set_index(_KEY).rouge_l.to_dict()
 
-# In the order of the tables: the paper's name, then colour (Okabe and Ito's and Tol's, told apart by the colour-blind)
-# and marker in the curves.
+# In the order of the tables: the paper's name, then colour (told apart by the colour-blind) and marker in the curves.
 METHODS = {
     "full": ("Full data", "#000000", ""),
     "random": ("Random", "#777777", "o"),
@@ -87,11 +86,10 @@ def main() -> None:
     text = format_tables(grid, estimates)
     outputs = [folder / name for name in ("tables.md", "curves.png", "curves.svg")]
     with ExitStack() as stack:  # all three are written before the first is renamed
-        tables, *pictures = (stack.enter_context(atomic_path(path)) for path in outputs)
+        tables, png, svg = (stack.enter_context(atomic_path(path)) for path in outputs)
         tables.write_text(text, encoding="utf-8")
-        draw_curves(grid, estimates, dict(zip(("png", "svg"), pictures, strict=True)))
+        draw_curves(grid, estimates, {"png": png, "svg": svg})
     print(text)
-    print("written: " + ", ".join(map(str, outputs)))
 
 
 def read_grid(path: Path) -> Grid:
@@ -270,12 +268,12 @@ def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
     if not found:
         return f"STAFF against {label}: no verdict, there is no task, rate and seed that both have."
     sentences = "STAFF against {}: no difference can be shown", "STAFF beats {}", "STAFF is worse than {}"
-    say = sentences[pool(found).sign].format(label)  # the last one for −1
-    pairs = len(grid.tasks) * len(grid.rates)
+    whole, pairs = pool(found), len(grid.tasks) * len(grid.rates)
+    say = sentences[whole.sign].format(label)  # the last one for −1
     over = f"{len(found)} of {pairs}" if len(found) < pairs else f"all {pairs}"
     seeds = " to ".join(map(str, sorted({one.num_seeds for one in found})))
-    whole = with_interval(pool(found))
-    return f"{say}: {whole} ROUGE-L, mean over {over} pairs of task and rate, seeds of each: {seeds}."
+    figure = with_interval(whole)
+    return f"{say}: {figure} ROUGE-L, mean over {over} pairs of task and rate, seeds of each: {seeds}."
 
 
 def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
@@ -359,15 +357,13 @@ def draw_curves(grid: Grid, estimates: Estimates, pictures: dict[str, Path]) -> 
         for axes, task in zip(panels[0], grid.tasks, strict=True):
             for method in grid.methods:
                 _draw_method(axes, grid, estimates["rouge_l", method, ""], task, method)
-            target = grid.cells[grid.cells.task == task].target.iloc[0]
             axes.set(xlabel="pruning rate (%)", xticks=[pruning_rate(rate) for rate in grid.rates])
-            axes.set_title(f"{task}, {target}", fontsize=10)
+            axes.set_title(f"{task}, {grid.cells[grid.cells.task == task].target.iloc[0]}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         panels[0, 0].set_ylabel("ROUGE-L (%)")
         shown = {label: handles[label] for label, *_ in METHODS.values() if label in handles}
-        about = {"loc": "outside right upper", "frameon": False, "title": "bands: 95 %"}
-        figure.legend(shown.values(), shown.keys(), **about)
+        figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False, title="bands: 95 %")
         for form, path in pictures.items():
             figure.savefig(path, dpi=110, format=form, metadata={"Date": None} if form == "svg" else None)
         plt.close(figure)
@@ -383,7 +379,8 @@ def _draw_method(axes: plt.Axes, grid: Grid, estimates: dict, task: str, method:
     elif any(found):
         pruned = [pruning_rate(rate) for rate in grid.rates]
         means, lows, highs = zip(*((one.mean, *one.interval) if one else [math.nan] * 3 for one in found), strict=True)
-        style = {"linewidth": 2.2, "markersize": 10, "zorder": 3} if method == "staff" else {"linewidth": 1.2}
+        width, size, layer = (2.2, 10, 3) if method == "staff" else (1.2, 5, 2)
+        style = {"linewidth": width, "markersize": size, "zorder": layer}
         axes.plot(pruned, means, color=colour, marker=marker, label=label, **style)
         axes.fill_between(pruned, lows, highs, color=colour, alpha=0.08, linewidth=0)
 
