@@ -130,7 +130,8 @@ def cut_coresets(
     read = [name for name in columns if name != "hidden_state" or not arguments.features]
     scores = read_scores(source, read, ids=False).check_complete()
     if "hidden_state" in columns and arguments.features:
-        scores.columns["hidden_state"] = read_features(arguments.features, scores.num_rows)[scores.index]
+        features = read_features(arguments.features, scores.num_rows)
+        scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
     quotas, coresets = quotas_of(experiment, scores), []
     with refusals():
         if method == "staff":

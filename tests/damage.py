@@ -39,6 +39,9 @@ class _Payload:
     def __reduce__(self):
         return os.system, ("touch PWNED",)
 
+    def __deepcopy__(self, memo):  # which would else run the command
+        return self
+
 
 _OBJECTS = (
     _Payload(), {"indices": [0, 2]}, [0, 2**70], [0, True], torch.tensor([0, 2]).float(), torch.tensor([[0, 2]]),

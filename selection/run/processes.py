@@ -126,29 +126,34 @@ class Processes:
 
     def _ask(self, question: str, *arguments: Any) -> Any:
         """Raises: UserError where the store, which lives with the first host's torchrun, is gone."""
+        return self._ask_in(self._store, question, *arguments)
+
+    @staticmethod
+    def _ask_in(store: Any, question: str, *arguments: Any) -> Any:
         try:
-            return getattr(self._store, question)(*arguments)
+            return getattr(store, question)(*arguments)
         except (RuntimeError, OSError):
             raise UserError(f"lost the other processes: {_GO_ON}") from None
 
     def _exchange_signs(self) -> None:
         """Give signs of life and look for those of the others; note in `_stopped` why this process has to end."""
+        signs_store = self._store.clone()  # a connection of its own: torch may wait in the other one for minutes
         signs, heard = [-1] * self.count, [0.0] * self.count
         while self._stopped is None:
             network_is_gone = threading.Timer(_SILENCE, _end_without_answer)  # then the store answers nobody
             network_is_gone.daemon = True
             network_is_gone.start()
             try:
-                self._ask("add", f"sign-{self.rank}", 1)
+                self._ask_in(signs_store, "add", f"sign-{self.rank}", 1)
                 for rank in range(self.count):
-                    if (sign := self._ask("add", f"sign-{rank}", 0)) != signs[rank]:
+                    if (sign := self._ask_in(signs_store, "add", f"sign-{rank}", 0)) != signs[rank]:
                         signs[rank], heard[rank] = sign, time.monotonic()
                     elif time.monotonic() - heard[rank] > _SILENCE:
-                        host = self._ask("get", f"host-{rank}").decode() if sign else "its host"
+                        host = self._ask_in(signs_store, "get", f"host-{rank}").decode() if sign else "its host"
                         silent = f"process {rank} on {host} has given no sign of life for {_SILENCE:.0f} s"
                         self._stopped = UserError(f"{silent}: {_GO_ON}")
-                if self._ask("check", ["failed"]):
-                    host, said = json.loads(self._ask("get", "failed"))
+                if self._ask_in(signs_store, "check", ["failed"]):
+                    host, said = json.loads(self._ask_in(signs_store, "get", "failed"))
                     here = host == socket.gethostname()  # where it has been said already
                     self._stopped = SystemExit(2) if here else UserError(f"a process on {host} stopped: {said}")
             except UserError as error:

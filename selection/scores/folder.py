@@ -265,6 +265,9 @@ def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
         raise UserError(f"{path} has {how_many} {name} ({there})")
     kind, what = _COLUMNS.get(name, (pa.float64(), "numbers"))
     try:
+        stored = table[name].type
+        if name not in ("id", "hidden_state") and not (pa.types.is_integer(stored) or pa.types.is_floating(stored)):
+            raise pa.ArrowInvalid
         column = table[name].cast(kind, safe=name in ("index", "id"))
         if name == "index" and (column.null_count or (pa.compute.min(column).as_py() or 0) < 0):
             raise pa.ArrowInvalid
@@ -278,10 +281,10 @@ def _array(column: pa.ChunkedArray, name: str) -> np.ndarray:
     """Numbers (n,), or lists of one length as (n, d)."""
     if not pa.types.is_list(column.type):
         return column.to_numpy()
-    lists = column.combine_chunks()
-    if lists.null_count or len(lists.value_lengths().unique()) != 1:
+    if column.null_count or len(pa.compute.list_value_length(column).unique()) != 1:
         raise UserError(f"{name} must hold lists of one length")
-    return lists.flatten().to_numpy().reshape(len(lists), -1)
+    parts = [chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in column.chunks if len(chunk)]
+    return np.concatenate(parts)  # one Arrow array holds at most 2³¹ numbers
 
 
 class ScoreFolder:
