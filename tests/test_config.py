@@ -110,7 +110,7 @@ def test_a_missing_key_is_named(tmp_path, key):
         load_experiment(path)
 
 
-@pytest.mark.parametrize("key", ["rates", "selection.rate", "evaluation.beam"])
+@pytest.mark.parametrize("key", ["rates", "selection.rate", "evaluation.beam", ""])
 def test_an_unknown_key_is_named_also_in_sections(load, key):
     section, _, name = key.rpartition(".")
     with pytest.raises(UserError, match=f"unknown key {key}:"):

@@ -80,4 +80,5 @@ def check_keys(kind: type[_Section], values: dict[str, Any], source: str) -> _Se
         "extra_forbidden": f"unknown key {key}: selection/run/config.py lists the keys",
         "missing": f"key {key} is missing: add it" + ("" if "." in key else f", or give --set {key}=…"),
     }.get(first["type"], f"key {key}: {first['msg']}, not {reprlib.repr(first['input'])}")
-    raise UserError(f"{source}: {say if key else first['ctx']['error']}")  # no key: of keys that do not go together
+    # No place: keys that do not go together.
+    raise UserError(f"{source}: {say if first['loc'] else first['ctx']['error']}")
