@@ -17,6 +17,7 @@ from selection.run.errors import UserError, refusals
 from selection.run.products import checked, read_record
 from selection.scores.coresets import check_fits, quotas_of, read_coreset
 from selection.scores.folder import has_column, read_scores
+from selection.scores.reasons import explain
 from selection.scores.verification import Settings, StratumRecord, cut_strata, stratified_score
 
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
@@ -45,7 +46,7 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
         "verification_ratio": np.full(num_rows, np.nan),
         "verified": np.zeros(num_rows, dtype=bool),
         "chosen": is_chosen,
-        "reason": _either(is_chosen, f"chosen by {method}", f"not chosen by {method}"),
+        "reason": np.array([f"not chosen by {method}", f"chosen by {method}"], dtype=object)[is_chosen.astype(np.intp)],
     }
     if method == "staff" and experiment.small_scores.exists():
         _explain_staff(experiment, coreset, about, columns)
@@ -103,27 +104,13 @@ def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: 
         choice = choose_by_rule(rule, about["rate"], len(scores.effort), quotas)
     if about["indices"] != scores.index[choice.rows].tolist():
         raise other
-    is_chosen, reason = columns["chosen"], columns["reason"]
-    reason[:] = "left out: its loss or score is not finite"
-    texts = ("chosen: drawn at random in its stratum", "not drawn in its stratum")
-    if settings.rules == "released":
-        texts = ("chosen: among the highest of its stratum", "below the chosen of its stratum")
+    columns["reason"][:] = "left out: its loss or score is not finite"
+    columns["reason"][scores.index] = explain(choice, strata, len(scores.effort), settings)
     for record, members in zip(records, strata.members, strict=True):
         rows = scores.index[members]
         columns["stratum"][rows] = record.stratum
         columns["verification_ratio"][rows] = record.verification_ratio  # None becomes nan
         columns["verified"][record.verified] = True
-        reason[rows] = _either(is_chosen[rows], *texts)
-    reason[scores.index[choice.fill]] = "chosen: random fill of what the budgets left"
-    hardest = scores.index[strata.hardest]
-    taken_back = "chosen: taken back from the hardest, as the strata do not hold enough"
-    dropped = f"dropped: among the hardest {settings.hardest_cutoff:.0%}"
-    reason[hardest] = _either(is_chosen[hardest], taken_back, dropped)
-
-
-def _either(mask: np.ndarray, yes: str, no: str) -> np.ndarray:
-    """One of the two texts for each row (n,): the texts themselves, not a copy a row."""
-    return np.array([no, yes], dtype=object)[mask.astype(np.intp)]
 
 
 def _in_order_of_the_data(experiment: Experiment, columns: dict[str, np.ndarray]) -> pa.Table:
