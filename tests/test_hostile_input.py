@@ -373,8 +373,10 @@ def test_the_fuzzer_finds_nothing_but_what_is_broken_on_purpose(tmp_path):
     (tmp_path / "broken.py").write_text(
         "import json\n"
         "from selection.run import ledger\n"
+        "whole = ledger.read_ledger\n"
         "def read(folder):\n"
-        "    return [ledger.Cost(**json.loads(line)) for line in ledger.ledger_path(folder).open()]\n"
+        "    path = ledger.ledger_path(folder)\n"
+        "    return [ledger.Cost(**json.loads(line)) for line in path.open()] if path.exists() else whole(folder)\n"
         "ledger.read_ledger = read\n"
     )
     kinds = [f"tests/fuzz.py::test_damage_ends_in_one_line_or_in_a_sound_result[{name}]" for name in ("costs", *_LIGHT)]
