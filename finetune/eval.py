@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 from finetune import trainer
 from finetune.comparable import comparable_scores
 from selection.rows.split import held_out_ids, rows_of, training_split
 from selection.rows.tokens import lengths, tokenised_rows
-from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser, run_stage
+from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, load_experiment
 from selection.run.device import choose_precision, device_name
 from selection.run.errors import UserError

@@ -10,14 +10,11 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 from finetune.tuning import parse_arguments, tune_once
 from selection.rows.split import training_split
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 from selection.run.ledger import SPECULATIVE_TUNING, TARGET_TUNING
 from selection.run.log import say
 from selection.run.model_folder import model_path

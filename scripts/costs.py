@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+from selection.run.ending import run_stage
 
-from selection.run.ending import end_on_signals
-
-end_on_signals()
-
-from selection.run.cli import argument_parser, load_experiment_from_arguments, run_stage
+from selection.run.cli import argument_parser, load_experiment_from_arguments
 from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise

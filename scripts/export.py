@@ -12,13 +12,10 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 from selection.report.export import coreset_paths, export
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 from selection.run.config import load_run
 
 

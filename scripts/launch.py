@@ -13,13 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+from selection.run.ending import Interrupted, end_on_signals, run_stage
 
-from selection.run.ending import end_on_signals
-
-end_on_signals()
-
-from selection.run.cli import argument_parser, run_stage
-from selection.run.ending import Interrupted
+from selection.run.cli import argument_parser
 from selection.run.errors import UserError
 from selection.run.processes import visible_gpus
 
@@ -34,6 +30,7 @@ def main() -> None:
         raise UserError(f"NPROC={asked}: give the number of processes")
     if (count := int(asked or len(visible_gpus()))) > 1:
         return _run_many(count, sys.argv[1:])
+    end_on_signals()
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

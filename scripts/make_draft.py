@@ -7,19 +7,15 @@ and writes an ordinary Hugging Face checkpoint with draft.json: on which rows, w
 drop. A speculator serves runs that hold none of these rows out.
 """
 
+import random
+import shutil
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
-
-import random
-import shutil
-import time
-from collections.abc import Callable, Sequence
+from selection.run.ending import run_stage
 
 import torch
 from torch import nn
@@ -29,7 +25,7 @@ from selection.method.effort import plan_batches, response_losses
 from selection.method.phi import decoder_of, last_decoder_layer
 from selection.rows.split import held_out_ids, training_split
 from selection.rows.tokens import tokenised_rows
-from selection.run.cli import add_experiment_arguments, argument_parser, run_stage
+from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import REPOSITORY, from_repository, load_experiment
 from selection.run.device import choose_precision, device_name
 from selection.run.errors import UserError, refusals

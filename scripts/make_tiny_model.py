@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+from selection.run.ending import run_stage
 
-from selection.run.ending import end_on_signals
-
-end_on_signals()
-
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY
 from selection.run.log import say
 from selection.run.products import building, reuse

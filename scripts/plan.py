@@ -7,23 +7,19 @@ some seconds how fast small and target model are scored and tuned here, and mult
 into the run folder. Times are those of this device, as busy as it is now; measure again before you trust ten per cent.
 """
 
+import itertools
 import os
+import random
 import sys
 import tempfile
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
-
-import itertools
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+from selection.run.ending import run_stage
 
 import torch
 from datasets import Dataset
@@ -33,7 +29,7 @@ from selection.method.staff import coreset_size, floor_share
 from selection.rows.llama_factory import common_arguments, import_llama_factory, quiet, user_errors
 from selection.rows.split import training_split
 from selection.rows.tokens import check_embeddings, tokenised_rows
-from selection.run.cli import add_experiment_arguments, argument_parser, run_stage
+from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, load_experiment
 from selection.run.device import choose_precision, device, out_of_memory
 from selection.run.errors import UserError, refusals

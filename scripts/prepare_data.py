@@ -12,15 +12,6 @@ data/prepared/NAME.jsonl. Every line is a JSON object with the keys id, instruct
 except for BioInstruct, whose rows carry their own. Licences: data/README.md.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
-
 import contextlib
 import gettext
 import itertools
@@ -30,10 +21,15 @@ import re
 import sqlite3
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
-from selection.run.cli import argument_parser, run_stage
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+from selection.run.ending import run_stage
+
+from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY
 from selection.run.errors import UserError
 from selection.run.log import say

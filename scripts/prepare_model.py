@@ -15,16 +15,13 @@ import zipfile
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selection.rows.tokens import check_tokenizer
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY
 from selection.run.device import choose_precision
 from selection.run.errors import UserError

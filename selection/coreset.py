@@ -20,10 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 import numpy as np
 
@@ -35,7 +32,6 @@ from selection.run.cli import (
     add_experiment_arguments,
     argument_parser,
     load_experiment,
-    run_stage,
 )
 from selection.run.config import Experiment, Method, Selection, validated
 from selection.run.errors import UserError, refusals

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 from selection.method.staff import floor_share
 from selection.rows.form import detect_form
 from selection.rows.llama_factory import check_template
 from selection.rows.read import raw_rows
-from selection.run.cli import add_set_argument, argument_parser, run_stage
+from selection.run.cli import add_set_argument, argument_parser
 from selection.run.config import REPOSITORY, Experiment, Selection, load_experiment
 from selection.run.errors import UserError
 from selection.run.families import Pair, find_pair, local_folder

@@ -10,15 +10,12 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 import numpy as np
 
 from selection.rows.split import training_split
-from selection.run.cli import argument_parser, load_scoring_arguments, run_stage
+from selection.run.cli import argument_parser, load_scoring_arguments
 from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.ledger import VERIFICATION, share_costs

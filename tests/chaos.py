@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+from selection.run.ending import run_stage
+
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 import numpy as np
 import torch  # noqa: F401  forks take it over
 
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 from selection.run.ledger import read_ledger
 from selection.run.products import file_digest
 from selection.scores.folder import read_scores

@@ -5,13 +5,18 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from selection.run.ending import on_signals, run_stage
+
 import pytest
 from forks import REPOSITORY, start
+
+on_signals(signal.default_int_handler)  # not yet as a script ends
 
 # One thread, as in the scripts' processes: those are forked from this one, and OpenMP's threads do not survive that.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -181,8 +186,6 @@ def stage(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [name, "--config_path", str(config), *map(str, arguments)])
         code = 0
         try:
-            from selection.run.cli import run_stage
-
             run_stage(importlib.import_module(name).main)
         except SystemExit as stop:
             code = stop.code

@@ -43,7 +43,7 @@ from sandbox import WRITABLE, in_fork, run_case
 from selection.method.effort import EffortScorer
 from selection.rows.split import row_id, rows_of, training_split
 from selection.rows.tokens import tokenised_rows
-from selection.run import ending, model_folder
+from selection.run import model_folder
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.scores import coresets as coreset_files
@@ -68,9 +68,8 @@ _SCRIPTS += ("finetune/eval.py", "scripts/paper/reproduce.py", "scripts/paper/ta
 
 @cache
 def script(path: str) -> dict:
-    """A script's globals; its imports stay with this process, its handling of signals does not."""
+    """A script's globals; its imports stay with this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ending, "end_on_signals", lambda: None)
         patch.setattr(sys, "path", sys.path.copy())
         return runpy.run_path(str(REPOSITORY / path), run_name="fuzz")
 

@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from forks import REPOSITORY
+from selection.run.ending import run_stage
 
-from selection.run.cli import run_stage
+from forks import REPOSITORY
 
 SECONDS = 60  # of one case at most
 MEMORY = 6 * 2**30  # bytes that a case may ask for beyond what it starts with

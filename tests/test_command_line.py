@@ -11,13 +11,14 @@ import sys
 import termios
 from pathlib import Path
 
+from selection.run.ending import run_stage
+
 import pytest
 from conftest import REPOSITORY
 
 from finetune.tuning import _logs_to, tune_once
 from selection.rows.split import training_split
 from selection.run import cli, log
-from selection.run.cli import run_stage
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING

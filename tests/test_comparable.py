@@ -10,7 +10,6 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from finetune.comparable import UnicodeWords, comparable_scores
-from selection.run import ending
 from selection.run.config import load_experiment
 from selection.run.metrics import read_metrics, two_decimals
 
@@ -56,7 +55,6 @@ def test_words_of_a_text_are_split_at_punctuation_and_underscores():
 
 def test_metrics_hold_both_kinds_and_those_without_are_read(make_experiment, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setattr(ending, "end_on_signals", lambda: None)
     evaluation = importlib.import_module("finetune.eval")
     answers, references = map(list, zip(*(pair[:2] for pair in [*ENGLISH, *OTHERS]), strict=True))
     lines = [json.dumps({"predict": a, "label": r}) for a, r in zip(answers, references, strict=True)]

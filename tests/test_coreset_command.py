@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from selection.run.ending import run_stage
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -15,7 +17,6 @@ import pytest
 from conftest import assert_one_line_error, run_script
 
 from selection.method.staff import choose_staff, stratify
-from selection.run.cli import run_stage
 from selection.scores.folder import ScoreFolder, read_scores
 from selection.scores.verification import Settings, cut_strata, draw, verify, write_verification
 

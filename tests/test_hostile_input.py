@@ -14,6 +14,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from selection.run.ending import run_stage
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,6 @@ from selection.coreset import read_features
 from selection.rows.read import reading_rows
 from selection.rows.split import training_split
 from selection.rows.tokens import tokenised_rows
-from selection.run.cli import run_stage
 from selection.run.config import DatasetFormat, load_experiment
 from selection.run.errors import UserError
 from selection.run.ledger import Cost, read_ledger, summarise

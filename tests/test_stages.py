@@ -19,7 +19,6 @@ from finetune.tuning import tune_once
 from selection.method.effort import EffortScorer
 from selection.rows.split import held_out_ids, rows_of, training_split
 from selection.rows.tokens import tokenised_rows
-from selection.run import ending
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_SCORES, VERIFICATION
@@ -327,8 +326,7 @@ def test_evaluation_takes_the_keys_of_the_model_and_not_those_of_training(load, 
 def test_flash_attn_reaches_the_model_that_answers_and_belongs_to_the_evaluation(load, monkeypatch):
     from llamafactory.train.sft import workflow
 
-    monkeypatch.setattr(sys, "path", sys.path.copy())  # the script changes it, and handles signals
-    monkeypatch.setattr(ending, "end_on_signals", lambda: None)
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the script changes it
     script = importlib.import_module("finetune.eval")
 
     def evaluate(experiment) -> None:

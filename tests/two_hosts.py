@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+from selection.run.ending import run_stage
 
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY
 from selection.run.errors import UserError
 from selection.scores.folder import read_scores

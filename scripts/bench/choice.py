@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
+from selection.run.ending import run_stage
 
 import numpy as np
 
 from scripts.bench.apart import measure_apart, process_peak_gib
 from selection.method.baselines import baseline, columns_of
 from selection.method.staff import choose_staff, coreset_size
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 from selection.run.config import Method, Selection
 from selection.run.errors import UserError
 from selection.run.products import write_sealed

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
+from selection.run.ending import run_stage
 
 import matplotlib
 
@@ -33,7 +34,7 @@ from transformers import AutoTokenizer
 from scripts.bench.apart import measure_apart, process_peak_gib
 from scripts.bench.contestants import CONTESTANTS, load
 from selection.method.effort import plan_batches, tokens_per_batch
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 from selection.run.config import from_repository
 from selection.run.device import device, device_name
 from selection.run.errors import UserError

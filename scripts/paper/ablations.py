@@ -18,10 +18,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 import numpy as np
 import pandas as pd
@@ -31,7 +28,7 @@ from selection.method import staff
 from selection.method.baselines import baseline
 from selection.report.agreement import agreement, overlap
 from selection.rows.split import training_split
-from selection.run.cli import add_experiment_arguments, argument_parser, run_stage
+from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import REPOSITORY, Experiment, load_experiment
 from selection.run.errors import UserError
 from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, selection_costs

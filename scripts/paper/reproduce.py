@@ -13,14 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 from scripts.paper import cells as grids
 from selection.rows.split import training_split
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY, load_grid
 from selection.run.errors import UserError
 from selection.run.log import say

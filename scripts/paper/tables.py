@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from selection.run.ending import end_on_signals
-
-end_on_signals()
+from selection.run.ending import run_stage
 
 import matplotlib
 
-from selection.run.cli import argument_parser, run_stage
+from selection.run.cli import argument_parser
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,6 +1,7 @@
-"""How a script ends on a signal or a missing package, also while it still imports."""
+"""How a script ends. It imports this first: a signal or a missing package ends its other imports with one line."""
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from selection.run.errors import INSTALL
+from selection.run.errors import INSTALL, UserError
 
 INTERRUPTED = "interrupted: call the same command again to go on"
 _ONE_SIGNAL = 10.0  # seconds within which signals count as one
@@ -30,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def end_on_signals() -> None:
-    """Until `run_stage`, while a script imports: Ctrl-C, SIGTERM and a missing package end it with one line."""
+    """Until `run_stage`: Ctrl-C, SIGTERM and a missing package end the process with one line."""
     on_signals(lambda number, frame: _end(INTERRUPTED, 128 + number))
     sys.excepthook = _end_without_package
 
@@ -70,3 +71,51 @@ def interrupt(number: int, frame) -> None:
     if time.monotonic() - _interrupted_at > _ONE_SIGNAL:
         _interrupted_at = time.monotonic()
         raise Interrupted(number)
+
+
+# What the user can mend: no space, no permission, a read-only file system, and the like.
+_OF_THE_SYSTEM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+    errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.ETIMEDOUT, errno.ENOTCONN,
+}  # fmt: skip
+
+
+def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
+    """Run a script's `main`: an error of the user's becomes one line on stderr and exit code 2, a signal 130 or 143.
+
+    `one_gpu`: see only the first GPU where the user names none, as LLaMA-Factory refuses to tune when it sees several
+    and was not started by torchrun.
+    """
+    from selection.run.processes import processes
+
+    if one_gpu and "LOCAL_RANK" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    on_signals(interrupt)
+    together = None
+    try:
+        together = processes()
+        main()
+    except BaseException as error:
+        if (text := _as_text(error)) is None:
+            raise
+        if together is None or together.first_to_say(one_line(text)):
+            print(one_line(text), file=sys.stderr, flush=True)
+        sys.exit(128 + error.number if isinstance(error, Interrupted) else 2)
+
+
+def _as_text(error: BaseException) -> str | None:
+    """What to say of an error that the user can mend; None for a fault of the suite's."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, Interrupted):
+        return INTERRUPTED
+    if isinstance(error, MemoryError):
+        return "error: out of memory: give fewer rows or a smaller model"
+    if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+        where = f": {error.filename}" if error.filename else ""
+        return f"error: {error.strerror}{where}: see to it, then call the same command again to go on"
+    return not_installed(error)
+
+
+end_on_signals()
