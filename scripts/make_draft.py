@@ -3,8 +3,8 @@
     python scripts/make_draft.py --config_path configs/demo.yaml --layers 16
 
 Needs the target. Skips each decoder layer alone on calibration rows of the training split, drops the least missed ones,
-and writes an ordinary Hugging Face checkpoint with draft.json: on which rows, what was dropped and the loss after each
-drop. A speculator serves runs that hold none of these rows out.
+and writes a Hugging Face checkpoint with draft.json: the rows, what was dropped and the loss after each drop. The
+speculator serves runs that hold none of these rows out.
 """
 
 import random
@@ -37,8 +37,8 @@ from selection.scores.checks import check_machine
 from selection.scores.models import NO_CODE, count_parameters, load_for_scoring
 
 _TOKENS_PER_BATCH = 2048
-_OF_NUMBERS = ("moe_layers", "mlp_only_layers")  # keys of a config that list layers by number
-_OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "pre", "processor")
+_LAYER_NUMBERS = ("moe_layers", "mlp_only_layers")  # keys of a config that list layers by number
+_COPIED = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "pre", "processor")
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
@@ -49,11 +49,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], None]:
-    """Leave only `kept` layers in the model and its config; returns what undoes it.
+    """Leave only `kept` layers in the model and in its config's lists (one entry a layer, or layer numbers).
 
-    Lists in the config with one entry a layer (kinds of attention, …) are cut too; layer numbers (of those with
-    experts) are counted anew.
-    """
+    Returns a function that undoes it."""
     parent, name = decoder_layers(model)
     layers, config = getattr(parent, name), model.config.get_text_config()
     before = dict(vars(config))
@@ -61,7 +59,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], Non
     for key, value in before.items():
         if key == "num_hidden_layers":
             setattr(config, key, len(kept))
-        elif key in _OF_NUMBERS:
+        elif key in _LAYER_NUMBERS:
             setattr(config, key, value and [new for new, old in enumerate(kept) if old in value])
         elif isinstance(value, list) and len(value) == len(layers):
             setattr(config, key, [value[i] for i in kept])
@@ -73,12 +71,14 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], Non
     return undo
 
 
+@torch.no_grad()
 def choose_layers(model: PreTrainedModel, num_kept: int, samples: dict[str, list], progress: Callable) -> dict:
-    """Skip each layer alone, then drop the least missed one by one, measuring the loss after each drop.
+    """Skip each layer alone, then drop the least missed one by one and measure the loss after each drop.
 
-    `samples`: calibration rows as input_ids and labels. `progress` is called after each of the 1 + layers + dropped
-    passes over them. Returns layers by number (`kept`, and `dropped` in that order) and mean losses in nats per
-    response token: `full_loss`, its increase without each layer (`sensitivity`), `loss_after_drop`.
+    Args: `samples`, calibration rows as input_ids and labels; `progress` is called after each of the 1 + layers +
+    dropped passes over them.
+    Returns layers by number (`kept`, and `dropped` in that order) and mean losses in nats per response token:
+    `full_loss`, its increase without each layer (`sensitivity`), `loss_after_drop`.
     """
     input_ids, labels = samples["input_ids"], samples["labels"]
     batches = plan_batches(range(len(input_ids)), list(map(len, input_ids)), _TOKENS_PER_BATCH)
@@ -86,10 +86,8 @@ def choose_layers(model: PreTrainedModel, num_kept: int, samples: dict[str, list
 
     def loss_without(skipped: Sequence[int]) -> float:
         undo = keep_layers(model, [i for i in every if i not in skipped])
-        try:
-            losses = [response_losses(model, [input_ids[r] for r in b], [labels[r] for r in b]) for b in batches]
-        finally:
-            undo()
+        losses = [response_losses(model, [input_ids[r] for r in b], [labels[r] for r in b]) for b in batches]
+        undo()
         progress()
         return float(torch.cat(losses).mean())
 
@@ -104,25 +102,22 @@ def choose_layers(model: PreTrainedModel, num_kept: int, samples: dict[str, list
 def check_loads(model: PreTrainedModel) -> None:
     """Raises: UserError where the model's configuration, as it was cut, describes other layers than it has."""
     with torch.device("meta"):
-        described = AutoModelForCausalLM.from_config(model.config, **NO_CODE).state_dict()
-    shapes = [{(name, tensor.shape) for name, tensor in each.items()} for each in (described, model.state_dict())]
+        described = AutoModelForCausalLM.from_config(model.config, **NO_CODE)
+    shapes = [{(name, tensor.shape) for name, tensor in each.state_dict().items()} for each in (described, model)]
     if odd := shapes[0] ^ shapes[1]:
-        raise UserError(
-            f"{type(model).__name__}: {min(odd)[0]} would have another place or shape in a model of fewer layers: give "
-            "a small model (--small)"
-        )
+        name = f"{type(model).__name__}: {min(odd)[0]}"
+        raise UserError(f"{name} has another place or shape in a model of fewer layers: give a small model (--small)")
 
 
 def save(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Save the model with the tokenizer and image processor of `source`; a local folder's files are copied as they
-    are, since loading and saving a tokenizer may write another class into its config."""
+    """Save the model with the tokenizer and image processor of `source`."""
     model.save_pretrained(folder)
     if not Path(source).is_dir():
         AutoTokenizer.from_pretrained(source, **NO_CODE).save_pretrained(folder)
         return
-    for path in Path(source).iterdir():
-        if path.name.startswith(_OF_TOKENIZERS) and path.is_file():
-            shutil.copy(path, folder / path.name)
+    for path in Path(source).iterdir():  # copied: loading and saving may write another class into the config
+        if path.name.startswith(_COPIED) and path.is_file():
+            shutil.copy(path, folder)
 
 
 def main() -> None:
@@ -136,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
     name = arguments.target or experiment.target_model
-    if arguments.target and Path(name).is_dir():  # as every path on a command line, from the working directory
+    if arguments.target and Path(name).is_dir():  # paths on a command line begin at the working directory
         name = str(Path(name).resolve())
     target = model_path(name)
     out = arguments.out.resolve() if arguments.out else from_repository(experiment.small_model)
@@ -148,7 +143,7 @@ def main() -> None:
     own = [row for row, row_id in enumerate(split.ids) if row_id not in held_out]
     rows = sorted(random.Random(42).sample(own, min(arguments.rows, len(own))))
     if not rows:
-        raise UserError("every row of the training split is held out too: no row to calibrate on, mend the data")
+        raise UserError("every row of the training split is held out too: mend the data")
     identity = {
         "target_fingerprint": model_fingerprint(target, experiment.folder),
         "layers": arguments.layers,
@@ -180,14 +175,14 @@ def main() -> None:
         keep_layers(whole, cut["kept"])
         check_loads(whole)
         save(whole, target, draft)
-        # The cost stays with the model: every experiment that uses it owes that.
         seconds = round(time.perf_counter() - started, 2)
+        # The cost stays with the model: every experiment that uses it pays for it.
         paid = {"tokens": cost.tokens, "parameters": cost.parameters, "seconds": seconds}
-        ids = {"calibration_ids": [split.ids[row] for row in rows]}
-        write_json(draft / "draft.json", {"target": Path(target).name, **identity, **ids, **cut, "cost": paid})
-    print(
-        f"loss {cut['full_loss']:.3f} with {count} layers, {cut['loss_after_drop'][-1]:.3f} with {cut['kept']} -> {out}"
-    )
+        ids = [split.ids[row] for row in rows]
+        record = {"target": Path(target).name, **identity, "calibration_ids": ids, **cut, "cost": paid}
+        write_json(draft / "draft.json", record)
+    losses = cut["full_loss"], cut["loss_after_drop"][-1]
+    print(f"loss {losses[0]:.3f} with {count} layers, {losses[1]:.3f} with {cut['kept']} -> {out}")
 
 
 if __name__ == "__main__":

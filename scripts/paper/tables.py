@@ -2,8 +2,8 @@
 
     python scripts/paper/tables.py data/results/smollm2_cpu
 
-Needs that folder. Writes tables.md, curves.png and curves.svg into that folder and prints the tables. The grid may be
-unfinished: what is missing is counted and shown as an en dash.
+Needs that folder. Writes tables.md, curves.png and curves.svg into it and prints the tables. Of an unfinished grid,
+what is missing is counted and shown as an en dash.
 """
 
 import itertools
@@ -18,15 +18,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from selection.run.ending import run_stage
 
 import matplotlib
-
-from selection.run.cli import argument_parser
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from scripts.paper.cells import markdown_table, read_cells
+from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY
 from selection.run.errors import UserError
 from selection.run.metrics import LLAMA_FACTORYS
@@ -85,7 +82,10 @@ def main() -> None:
     with ExitStack() as stack:  # all three are written before the first is renamed
         tables, png, svg = (stack.enter_context(atomic_path(path)) for path in outputs)
         tables.write_text(text, encoding="utf-8")
-        draw_curves(grid, estimates, {"png": png, "svg": svg})
+        curves = draw_curves(grid, estimates)
+        curves.savefig(png, dpi=110, format="png")
+        with matplotlib.rc_context({"svg.hashsalt": "tables"}):  # else the SVG's ids are random
+            curves.savefig(svg, dpi=110, format="svg", metadata={"Date": None})
     print(text)
 
 
@@ -118,15 +118,15 @@ def pruning_rate(rate: float) -> float:
 
 
 def bootstrap_means(values: np.ndarray, stream: int = 0, replicates: int = 10_000) -> np.ndarray:
-    """Means over seeds and samples, resampled: (replicates, quantities).
+    """Means over seeds and samples, resampled: (replicates, quantities); NaN for a quantity without a seed.
 
     Args: values (quantities, seeds, samples), scores or paired differences of scores; a seed that a quantity lacks is
     NaN throughout. The same `stream` and shape draw the same.
 
     Each replicate draws samples with replacement, the same for all quantities and seeds, as all were evaluated on the
-    same rows; then seeds, for each quantity from those that it has. Quantities with the same seeds get the same draw,
-    so that means over quantities can be taken inside a replicate. A quantity without a seed is NaN. Intervals come out
-    too narrow where seeds differ much ((S − 1) / S of their variance), and too wide where only samples do.
+    same rows; then seeds, for each quantity from those that it has, the same where they are the same: so means over
+    quantities can be taken inside a replicate. Intervals are too narrow where seeds differ much ((S − 1) / S of their
+    variance), and too wide where only samples do.
     """
     num_quantities, num_seeds, num_samples = values.shape
     rng = np.random.default_rng([stream, num_seeds, num_samples])
@@ -168,7 +168,7 @@ Estimates = dict[tuple[str, str, str], dict[tuple[str, float], Estimate]]
 
 def estimate_grid(grid: Grid) -> Estimates:
     """Mean scores, and mean differences over the seeds that both methods have: STAFF's from each of AGAINST, every
-    method's from Random. All of a task share a draw. Tasks do not: they have other rows and tuning runs."""
+    method's from Random. All figures of a task share a draw; tasks do not, as they have other rows."""
     estimates: Estimates = defaultdict(dict)
     for stream, task in enumerate(grid.tasks):
         cells, values = grid.cells[grid.cells.task == task], {}
@@ -178,10 +178,9 @@ def estimate_grid(grid: Grid) -> Estimates:
             by_seed[grid.seeds.index(cell.seed)] = getattr(cell, f"{metric}_by_sample")
         for metric, method, _, rate in list(values):
             for other in AGAINST if method == "staff" else ("random",):
-                if other != method and (metric, other, "", rate) in values:
-                    difference = values[metric, method, "", rate] - values[metric, other, "", rate]
-                    if not np.isnan(difference).all():
-                        values[metric, method, other, rate] = difference
+                difference = values[metric, method, "", rate] - values.get((metric, other, "", rate), np.nan)
+                if other != method and not np.isnan(difference).all():
+                    values[metric, method, other, rate] = difference
         replicates = bootstrap_means(np.stack(list(values.values())), stream).T
         for ((*key, rate), scores), drawn in zip(values.items(), replicates, strict=True):
             num_seeds = int((~np.isnan(scores[:, 0])).sum())
@@ -207,8 +206,15 @@ def format_tables(grid: Grid, estimates: Estimates) -> str:
     size = len(grid.tasks) * n * sum(len(grid.rates_of(method)) for method in grid.methods)
     missing = size - len(grid.cells)
     some = f"{missing} of the {size} cells of this grid are missing (shown as {MISSING})."
+    about = []
+    for task, cells in grid.cells.groupby("task"):
+        first, commits = cells.iloc[0], ", ".join(sorted(set(cells.commit)))
+        counts = f"{first.num_rows} training rows, {first.eval_rows} evaluation rows"
+        where = "; ".join(sorted(set(cells.precision + " on " + cells.device)))
+        mode = " and ".join(cells["mode"].unique())
+        about.append(f"- {task}: target {first.target}, {counts}, mode {mode}, {where}, commit {commits}")
     return TEMPLATE.read_text(encoding="utf-8").format(
-        about="\n".join(describe(task, cells) for task, cells in grid.cells.groupby("task")),
+        about="\n".join(about),
         seeds=", ".join(map(str, grid.seeds)),
         state=some if missing else f"No cell of this grid is missing ({size}).",
         rouge_l=join(score_table(grid, estimates, "rouge_l", task) for task in grid.tasks),
@@ -225,15 +231,6 @@ def format_tables(grid: Grid, estimates: Estimates) -> str:
 
 def titled(title: str, heading: list[str], rows: list[list[str]]) -> str:
     return f"### {title}\n\n{markdown_table(heading, rows)}"
-
-
-def describe(task: str, cells: pd.DataFrame) -> str:
-    first, modes = cells.iloc[0], " and ".join(cells["mode"].unique())
-    where = "; ".join(sorted(set(cells.precision + " on " + cells.device)))
-    return (
-        f"- {task}: target {first.target}, {first.num_rows} training rows, {first.eval_rows} evaluation rows, "
-        f"mode {modes}, {where}, commit {', '.join(sorted(set(cells.commit)))}"
-    )
 
 
 def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str:
@@ -260,17 +257,16 @@ def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str
 
 
 def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
-    """One plain sentence on ROUGE-L over all tasks and rates."""
+    """One sentence on ROUGE-L over all tasks and rates."""
     label, found = METHODS[other][0], list(estimates["rouge_l", "staff", other].values())
     if not found:
         return f"STAFF against {label}: no verdict, there is no task, rate and seed that both have."
-    sentences = "STAFF against {}: no difference can be shown", "STAFF beats {}", "STAFF is worse than {}"
+    says = {0: "STAFF against {}: no difference can be shown", 1: "STAFF beats {}", -1: "STAFF is worse than {}"}
     whole, pairs = pool(found), len(grid.tasks) * len(grid.rates)
-    say = sentences[whole.sign].format(label)  # the last one for −1
     over = f"{len(found)} of {pairs}" if len(found) < pairs else f"all {pairs}"
     seeds = " to ".join(map(str, sorted({one.num_seeds for one in found})))
-    figure = with_interval(whole)
-    return f"{say}: {figure} ROUGE-L, mean over {over} pairs of task and rate, seeds of each: {seeds}."
+    figure = f"{says[whole.sign].format(label)}: {with_interval(whole)} ROUGE-L"
+    return f"{figure}, mean over {over} pairs of task and rate, seeds of each: {seeds}."
 
 
 def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
@@ -283,7 +279,8 @@ def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
     rows.append(["**all**", "**all**", *(with_interval(pool(found)) for found in lists)])
     rows.append(["above 0", "", *map(count_above_zero, lists)])
     for say, sign in (("interval above 0", 1), ("interval below 0", -1)):
-        rows.append([say, "", *(f"{sum(e.sign == sign for e in c)} of {len(c)}" if c else MISSING for c in lists)])
+        counts = [f"{sum(e.sign == sign for e in found)} of {len(found)}" if found else MISSING for found in lists]
+        rows.append([say, "", *counts])
     heading = ["task", "pruned, %", *(f"STAFF − {METHODS[other][0]}" for other in AGAINST)]
     return titled(METRICS[metric], heading, rows)
 
@@ -311,8 +308,10 @@ def cost_tables(grid: Grid, task: str) -> str:
     methods, cells = [method for method in grid.methods if method != "full"], grid.cells[grid.cells.task == task]
     once = cells.groupby(["method", "seed"])[SELECTION].first()  # selection costs the same at every rate of a seed
     costs, means = once.groupby("method").mean(), cells.groupby(["method", "rate"]).mean(numeric_only=True)
-    forms = [(costs[f"selection_{unit}"], form) for unit, form in UNITS.items()]
-    rows = [[METHODS[m][0], *(_shown(by_method.get(m), form) for by_method, form in forms)] for m in methods]
+    rows = [
+        [METHODS[m][0], *(_shown(costs[f"selection_{unit}"].get(m), form) for unit, form in UNITS.items())]
+        for m in methods
+    ]
     savings, whole, ratios = [], {}, {}
     for unit, name in (("seconds", "seconds"), ("flops", "FLOPs")):
         both = once[f"selection_{unit}"].unstack("method").reindex(columns=["staff", "grand"]).dropna().sum()
@@ -345,41 +344,38 @@ def _shown(value: float | None, form) -> str:
     return MISSING if value is None or math.isnan(value) else form(value)
 
 
-def draw_curves(grid: Grid, estimates: Estimates, pictures: dict[str, Path]) -> None:
-    """ROUGE-L against pruning rate, a panel for each task. `pictures`: format ("png", "svg") to path."""
-    with matplotlib.rc_context({"svg.hashsalt": "tables"}):  # else the SVG's ids are random
-        width = 4.2 * len(grid.tasks) + 1.6
-        figure, panels = plt.subplots(1, len(grid.tasks), figsize=(width, 4.2), squeeze=False, layout="constrained")
-        handles = {}
-        for axes, task in zip(panels[0], grid.tasks, strict=True):
-            for method in grid.methods:
-                _draw_method(axes, grid, estimates["rouge_l", method, ""], task, method)
-            axes.set(xlabel="pruning rate (%)", xticks=[pruning_rate(rate) for rate in grid.rates])
-            axes.set_title(f"{task}, {grid.cells[grid.cells.task == task].target.iloc[0]}", fontsize=10)
-            axes.spines[["top", "right"]].set_visible(False)
-            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        panels[0, 0].set_ylabel("ROUGE-L (%)")
-        shown = {label: handles[label] for label, *_ in METHODS.values() if label in handles}
-        figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False, title="bands: 95 %")
-        for form, path in pictures.items():
-            figure.savefig(path, dpi=110, format=form, metadata={"Date": None} if form == "svg" else None)
-        plt.close(figure)
+def draw_curves(grid: Grid, estimates: Estimates) -> Figure:
+    """ROUGE-L against pruning rate, a panel for each task."""
+    figure = Figure(figsize=(4.2 * len(grid.tasks) + 1.6, 4.2), layout="constrained")
+    panels, handles = figure.subplots(1, len(grid.tasks), squeeze=False)[0], {}
+    for axes, task in zip(panels, grid.tasks, strict=True):
+        for method in grid.methods:
+            found = [estimates["rouge_l", method, ""].get((task, rate)) for rate in grid.rates_of(method)]
+            if any(found):
+                _draw_method(axes, found, grid, method)
+        axes.set(xlabel="pruning rate (%)", xticks=[pruning_rate(rate) for rate in grid.rates])
+        axes.set_title(f"{task}, {grid.cells[grid.cells.task == task].target.iloc[0]}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    panels[0].set_ylabel("ROUGE-L (%)")
+    shown = {label: handles[label] for label, *_ in METHODS.values() if label in handles}
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False, title="bands: 95 %")
+    return figure
 
 
-def _draw_method(axes: plt.Axes, grid: Grid, estimates: dict, task: str, method: str) -> None:
+def _draw_method(axes, found: list[Estimate | None], grid: Grid, method: str) -> None:
     """A line with a gap where cells are missing; for the whole training split a horizontal one."""
     label, colour, marker = METHODS[method]
-    found = [estimates.get((task, rate)) for rate in grid.rates_of(method)]
-    if method == "full" and found[0]:
+    if method == "full":
         axes.axhline(found[0].mean, color=colour, linewidth=1.2, linestyle="--", label=label)
         axes.axhspan(*found[0].interval, color=colour, alpha=0.07, linewidth=0)
-    elif any(found):
-        pruned = [pruning_rate(rate) for rate in grid.rates]
-        means, lows, highs = zip(*((one.mean, *one.interval) if one else [math.nan] * 3 for one in found), strict=True)
-        width, size, layer = (2.2, 10, 3) if method == "staff" else (1.2, 5, 2)
-        style = {"linewidth": width, "markersize": size, "zorder": layer}
-        axes.plot(pruned, means, color=colour, marker=marker, label=label, **style)
-        axes.fill_between(pruned, lows, highs, color=colour, alpha=0.08, linewidth=0)
+        return
+    pruned = [pruning_rate(rate) for rate in grid.rates]
+    means, lows, highs = zip(*((one.mean, *one.interval) if one else [math.nan] * 3 for one in found), strict=True)
+    width, size, layer = (2.2, 10, 3) if method == "staff" else (1.2, 5, 2)
+    style = {"linewidth": width, "markersize": size, "zorder": layer}
+    axes.plot(pruned, means, color=colour, marker=marker, label=label, **style)
+    axes.fill_between(pruned, lows, highs, color=colour, alpha=0.08, linewidth=0)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,6 @@ class EffortScorer:
         return torch.stack(squares)
 
 
-@torch.no_grad()
 def response_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch.Tensor:
     """Mean cross-entropy per response token of each sample (B,): a forward pass and nothing else."""
     model = unwrap(model)
