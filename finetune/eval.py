@@ -1,10 +1,11 @@
-"""Evaluate tuned targets: greedy answers to the held-out split, ROUGE and BLEU of the paper and of other work.
+"""Evaluate tuned targets on the held-out split: log likelihood of the reference answers; ROUGE and BLEU of greedy ones.
 
     CUDA_VISIBLE_DEVICES=0 python eval.py --config_path ../configs/demo.yaml      # in finetune/
 
 Needs a tuned target (finetune-select.py). Evaluates all of the run folder, or those named with --tuned ("untuned" is
 the target as it is). Prints a table; writes <run folder>/eval/<name>/predictions.jsonl and metrics.json, which has
-every answer's figures too.
+every answer's figures too. nll is the negative log likelihood a response token in nats, averaged over the answers:
+lower is better. `evaluation.generate: false` leaves the answers out, which takes most of the time.
 """
 
 import json
@@ -15,8 +16,11 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 from selection.run.ending import run_stage
 
+import numpy as np
+
 from finetune import trainer
 from finetune.comparable import comparable_scores
+from finetune.likelihood import held_out_losses
 from selection.rows.split import held_out_ids, rows_of, training_split
 from selection.rows.tokens import lengths, tokenised_rows
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
@@ -25,7 +29,7 @@ from selection.run.device import choose_precision, device_name
 from selection.run.errors import UserError
 from selection.run.ledger import EVALUATION, Cost, measured
 from selection.run.log import say
-from selection.run.metrics import ABOUT, read_metrics, two_decimals
+from selection.run.metrics import ABOUT, NLL, read_metrics, shown
 from selection.run.model_folder import check_base, model_fingerprint
 from selection.run.processes import processes
 from selection.run.products import building_together, check_same_everywhere, code_version, reuse, write_json
@@ -66,10 +70,10 @@ def main() -> None:
         return
     write_experiment(experiment)
     results = {name: evaluate(experiment, name, identities[name], there[name]) for name in names}
-    widths = {metric: len(metric) + 3 for metric in (*METRICS, *COMPARABLE)}
+    widths = {metric: max(8, len(metric) + 3) for metric in (NLL, *METRICS, *COMPARABLE)}
     print(f"\n{'':<16}" + "".join(f"{metric:>{width}}" for metric, width in widths.items()))
     for name, metrics in results.items():
-        print(f"{name:<16}" + "".join(f"{two_decimals(metrics, key):>{width}}" for key, width in widths.items()))
+        print(f"{name:<16}" + "".join(f"{shown(metrics, key):>{width}}" for key, width in widths.items()))
     print(f"({ABOUT})")
 
 
@@ -92,6 +96,7 @@ def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:
         "max_new_tokens": experiment.evaluation.max_new_tokens,
         "precision": choose_precision(experiment.precision),
         "model_keys": trainer.model_keys(experiment),
+        **({} if experiment.evaluation.generate else {"generate": False}),  # earlier evaluations do not say
     }
 
 
@@ -113,27 +118,32 @@ def evaluate(experiment: Experiment, name: str, identity: dict[str, Any], there:
     if together.leads:  # tokens of prompts and references
         cost.tokens = int(lengths(tokenised_rows(experiment, experiment.target_model, "eval", held_out)).sum())
     with building_together(folder, identity) as draft, measured(experiment.folder, cost):
-        computed = trainer.predict(experiment, tuned, draft, precision)
+        losses = held_out_losses(experiment, tuned, precision)
+        computed = trainer.predict(experiment, tuned, draft, precision) if experiment.evaluation.generate else {}
         if together.leads:
-            write_metrics(experiment, name, draft, computed)
+            metrics = {NLL: round(float(np.mean(losses)), 6), "samples": len(losses), "target": experiment.target_model}
+            metrics |= {"tuned": name, "code_version": code_version()}
+            metrics["by_sample"] = {NLL: [round(loss, 6) for loss in losses]}
+            if computed:
+                add_answers(metrics, experiment, draft, computed)
+            write_json(draft / "metrics.json", metrics)
     metrics = read_metrics(folder)
-    print(f"evaluation of {name}: ROUGE-L {metrics['rouge-l']:.2f}, BLEU-4 {metrics['bleu-4']:.2f} -> {folder}")
+    answers = f", ROUGE-L {shown(metrics, 'rouge-l')}, BLEU-4 {shown(metrics, 'bleu-4')}" * ("rouge-l" in metrics)
+    print(f"evaluation of {name}: negative log likelihood {shown(metrics, NLL)}{answers} -> {folder}")
     return metrics
 
 
-def write_metrics(experiment: Experiment, name: str, folder: Path, computed: dict[str, float]) -> None:
-    """Write metrics.json into `folder`, from its predictions.jsonl and what `trainer.predict` returned."""
+def add_answers(metrics: dict[str, Any], experiment: Experiment, folder: Path, computed: dict[str, float]) -> None:
+    """Add the figures of `folder`'s predictions.jsonl and what `trainer.predict` returned."""
     with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
         answers = [json.loads(line) for line in file]
     texts = [answer["predict"] for answer in answers], [answer["label"] for answer in answers]
     of_paper, (overall, comparable) = trainer.scores_by_sample(*texts), comparable_scores(*texts)
-    metrics = {metric: round(computed[f"predict_{metric}"], 4) for metric in METRICS}
-    metrics |= {"samples": len(answers), "target": experiment.target_model, "tuned": name}
-    metrics |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "code_version": code_version()}
+    metrics |= {metric: round(computed[f"predict_{metric}"], 4) for metric in METRICS}
+    metrics["max_new_tokens"] = experiment.evaluation.max_new_tokens
     metrics |= {key: round(value, 4) if key in COMPARABLE else value for key, value in overall.items()}
-    by_sample = {metric: of_paper[metric] for metric in METRICS}
-    by_sample |= {key: [round(value, 4) for value in values] for key, values in comparable.items()}
-    write_json(folder / "metrics.json", metrics | {"by_sample": by_sample})
+    metrics["by_sample"] |= {metric: of_paper[metric] for metric in METRICS}
+    metrics["by_sample"] |= {key: [round(value, 4) for value in values] for key, values in comparable.items()}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from selection.run.cli import argument_parser, load_experiment_from_arguments
 from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise
-from selection.run.metrics import read_metrics, two_decimals
+from selection.run.metrics import NLL, read_metrics, shown
 from selection.scores.coresets import coreset_name
 from selection.scores.identity import check_run
 
@@ -34,18 +34,19 @@ def main() -> None:
 
 def print_tuned(experiment: Experiment, rate: float) -> None:
     tuning = {cost.what: cost for cost in read_ledger(experiment.folder) if cost.stage == TARGET_TUNING}
-    print("\ncoreset         rows   ROUGE-L   BLEU-4   rouge_score   sacreBLEU    selection     tuning")
+    print("\ncoreset         rows     nll   ROUGE-L   BLEU-4   rouge_score   sacreBLEU    selection     tuning")
     for method in experiment.selection.methods:
         name = coreset_name(method, rate)
         if name not in tuning:
             raise UserError(f"{experiment.folder} has no tuned target {name}: run finetune-select.py first")
         metrics = read_metrics(experiment.folder / "eval" / name)
         selection = sum(cost.seconds for cost in selection_costs(experiment, method))
-        figures = f"{metrics['rouge-l']:>10.2f}{metrics['bleu-4']:>9.2f}"
-        figures += f"{two_decimals(metrics, 'rouge_score-l'):>14}{two_decimals(metrics, 'sacrebleu'):>12}"
+        widths = {NLL: 8, "rouge-l": 10, "bleu-4": 9, "rouge_score-l": 14, "sacrebleu": 12}
+        figures = "".join(f"{shown(metrics, key):>{width}}" for key, width in widths.items())
         print(f"{name:<14}{tuning[name].samples:>6}{figures}{selection:>11.1f} s{tuning[name].seconds:>9.1f} s")
-    print("(ROUGE-L over words that jieba cuts and BLEU-4 over characters, as in the paper; rouge_score's ROUGE-L and")
-    print("sacreBLEU are those of other work)")
+    print("(nll: negative log likelihood a response token of the held-out answers, in nats, lower is better; ROUGE-L")
+    print("over words that jieba cuts and BLEU-4 over characters, as in the paper; rouge_score's ROUGE-L and sacreBLEU")
+    print("are those of other work)")
     print(f"({metrics['samples']} evaluation rows and one seed: a demonstration, no evidence)\n")
 
 

@@ -24,7 +24,7 @@ from selection.run.ending import run_stage
 
 import numpy as np
 
-from selection.method.baselines import baseline, columns_of
+from selection.method.baselines import baseline, columns_of, rs2
 from selection.method.quotas import Rule, choose_by_rule
 from selection.method.staff import choose_staff
 from selection.run.cli import (
@@ -33,7 +33,7 @@ from selection.run.cli import (
     argument_parser,
     load_experiment,
 )
-from selection.run.config import Experiment, Method, Selection, validated
+from selection.run.config import WITHOUT_SCORES, Experiment, Method, Selection, validated
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
@@ -135,8 +135,10 @@ def cut_coresets(
         else:
             rule, record, strata = baseline_rule(method, scores, selection)
         for rate in arguments.rate:
-            choice = choose_by_rule(rule, rate, len(scores.index), quotas)
-            about = dict(record)
+            about, share = dict(record), rate
+            if method == "rs2":
+                share, about["num_train_epochs"] = rs2(rate, passes_of(experiment))
+            choice = choose_by_rule(rule, share, len(scores.index), quotas)
             if strata is not None:
                 parts = zip(strata, choice.budgets, choice.filled, strict=True)
                 about["strata"] = [asdict(s) | {"budget": m, "of_which_random_fill": fill} for s, m, fill in parts]
@@ -151,10 +153,17 @@ def cut_coresets(
     return coresets
 
 
+def passes_of(experiment: Experiment | None) -> float:
+    """Passes of the target's tuning."""
+    if experiment is None:
+        raise UserError("rs2 counts the passes of target_training.num_train_epochs: give --config_path")
+    return (experiment.training | experiment.target_training).get("num_train_epochs", 3)
+
+
 def scores_of(experiment: Experiment, method: str) -> Path:
     """The scores of a run folder that a method reads. Random and Length only count rows and tokens: any will do."""
     small, tuned = experiment.small_scores, experiment.tuned_target_scores
-    if method == "staff" or (method in ("random", "length") and (small.exists() or not tuned.exists())):
+    if method == "staff" or (method in WITHOUT_SCORES and (small.exists() or not tuned.exists())):
         return small
     if not tuned.exists():
         raise UserError(

@@ -16,6 +16,7 @@ def columns_of(method: str, variant: str) -> tuple[str, ...]:
     el2n = "el2n" if variant == "published" else "el2n_released"
     return {
         "random": (),
+        "rs2": (),
         "length": ("n_response_tokens",),
         "grand": ("effort",),
         "el2n": (el2n,),
@@ -47,7 +48,7 @@ def baseline(
         order = moderate_order(values[0]) if method == "moderate" else _d2_after_cut(*values, variant, cutoff)
         return lambda m, within: Choice(np.sort((order if within is None else order[within[order]])[:m]))
     # GraNd (Paul et al. 2021): highest ‖∇_φ L‖₂. EL2N (same): highest error norm. Entropy: highest mean entropy.
-    keys = random_ranks(num_rows, seed, RANDOM) if method == "random" else -values[0]
+    keys = random_ranks(num_rows, seed, RANDOM) if method in ("random", "rs2") else -values[0]
 
     def choose_lowest(m: int, within: np.ndarray | None) -> Choice:
         if within is None:
@@ -56,6 +57,16 @@ def baseline(
         return Choice(rows[lowest(keys[rows], m)])
 
     return choose_lowest
+
+
+def rs2(rate: float, passes: float) -> tuple[float, float]:
+    """Repeated sampling (Okanovic et al. 2024): a fresh random subset of rate · N rows in each pass, at the same number
+    of optimiser steps as `passes` passes over one. No row comes again before all have come, so it is one pass over
+    rate · passes of the rows, drawn at random, or, where that is more than all, as many passes over all of them.
+
+    Returns: the fraction of rows to draw, and the passes to tune for.
+    """
+    return min(1.0, rate * passes), max(1.0, rate * passes)
 
 
 def moderate_order(features: np.ndarray) -> np.ndarray:

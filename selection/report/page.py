@@ -22,7 +22,7 @@ from selection.rows.split import rows_of
 from selection.run.config import REPOSITORY, Experiment
 from selection.run.errors import UserError
 from selection.run.ledger import TARGET_TUNING, Cost, CostSummary, format_summary, read_ledger, summarise
-from selection.run.metrics import ABOUT, two_decimals
+from selection.run.metrics import ABOUT
 from selection.run.products import atomic_path, code_version
 from selection.run.yaml_file import to_yaml
 
@@ -68,7 +68,7 @@ def render(experiment: Experiment) -> str:
     here = Path(__file__).parent
     script = (here / "page.js").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "percent": percent, "two_decimals": two_decimals}
+    environment.filters |= {"number": number, "percent": percent, "shown": shown}
     environment.filters |= {"counted": counted, "correlation": correlation}
     return environment.from_string((here / "page.html").read_text(encoding="utf-8")).render(
         style=Markup((here / "page.css").read_text(encoding="utf-8")),

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from selection.rows.conversation import in_common_form
 from selection.rows.read import as_json, reading_rows
 from selection.run import products
-from selection.run.config import Experiment, from_repository
+from selection.run.config import DataSet, Experiment, from_repository
 from selection.run.errors import UserError
 from selection.run.log import say
 from selection.run.processes import processes
@@ -97,14 +97,18 @@ def recorded_fingerprint(experiment: Experiment) -> str | None:
     """
     if not _record_path(experiment).exists():
         return None
-    here = all(from_repository(each.path).is_file() for each in experiment.data_sets)
+    here = all(from_repository(each.path).is_file() for each in experiment.data_sets + experiment.eval_set)
     return _read_record(experiment, _made_from(experiment, data=here))["fingerprint"]
 
 
 def split_numbers(experiment: Experiment, num_rows: int | None = None) -> dict[str, np.ndarray]:
-    """Pooled row numbers of "train" and "eval", in their order; without `num_rows` the split must be made."""
+    """Pooled row numbers of "train" and "eval", in their order; without `num_rows` the split must be made. Rows of
+    `eval_data` are not pooled and have none."""
     from datasets import Dataset
 
+    if experiment.eval_set:
+        count = len(rows_of(experiment, "train")) if num_rows is None else num_rows
+        return {"train": np.arange(count), "eval": np.arange(0)}
     numbers = Dataset.from_dict({"row": range(num_rows or _num_rows(experiment))})
     try:  # the permutation depends on the number of rows and the seed alone
         parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
@@ -162,7 +166,7 @@ def _record_path(experiment: Experiment) -> Path:
 
 
 def _num_rows(experiment: Experiment) -> int:
-    return sum(len(rows_of(experiment, name)) for name in _PARTS)
+    return sum(len(rows_of(experiment, name)) for name in _PARTS[: 1 if experiment.eval_set else 2])
 
 
 def _made_from(experiment: Experiment, data: bool = True) -> dict[str, Any]:
@@ -172,6 +176,9 @@ def _made_from(experiment: Experiment, data: bool = True) -> dict[str, Any]:
     of_each["dataset_format"] = [each.dataset_format.entry for each in sets]
     of_each["max_samples"] = [each.max_samples for each in sets]
     made_from = {key: values[0] if len(sets) == 1 else values for key, values in of_each.items()}
+    if sets := experiment.eval_set:
+        own = {"eval_dataset_sha256": _content(sets[0].path)} if data else {}
+        return made_from | own | {"eval_dataset_format": sets[0].dataset_format.entry}
     return made_from | {"eval_size": experiment.eval_size, "split_seed": experiment.split_seed}
 
 
@@ -213,26 +220,29 @@ def _identify(experiment: Experiment) -> TrainingSplit:
 
 
 def _make_split(experiment: Experiment, made_from: dict) -> None:
-    with _pooled_rows(experiment) as (rows, counts):
+    with _pooled_rows(experiment, experiment.data_sets) as (rows, counts):
         if len(rows) < 2:
             raise UserError(f"dataset {experiment.dataset_paths} has {len(rows)} usable rows: a split needs at least 2")
         numbers = split_numbers(experiment, len(rows))
         for name in _PARTS:
             write_dataset(experiment, name, rows.select(numbers[name]))
+    if experiment.eval_set:
+        with _pooled_rows(experiment, experiment.eval_set) as (held_out, _):
+            write_dataset(experiment, "eval", held_out)
     files = [products.file_digest(split_path(experiment, name)) for name in _PARTS]
     record = {"made_from": made_from, "fingerprint": _identify(experiment).fingerprint, "files": files}
     products.write_sealed(_record_path(experiment), record | ({"num_rows": counts} if len(counts) > 1 else {}))
     named = ", ".join(Path(each.path).name for each in experiment.data_sets)
-    train, held_out = map(len, numbers.values())
+    train, held_out = (len(rows_of(experiment, name)) for name in _PARTS)
     say(f"split {named}: {train} training and {held_out} evaluation rows -> {experiment.data_folder}")
 
 
 @contextlib.contextmanager
-def _pooled_rows(experiment: Experiment) -> Iterator[tuple["datasets.Dataset", list[int]]]:  # noqa: F821
-    """The rows of all data sets in `row_format`, in the order given, and how many each has. They stay on disk."""
+def _pooled_rows(experiment: Experiment, sets: list[DataSet]) -> Iterator[tuple["datasets.Dataset", list[int]]]:  # noqa: F821
+    """The rows of `sets` in `row_format`, in the order given, and how many each has. They stay on disk."""
     from datasets import Value, concatenate_datasets
 
-    sets, parts, kinds = experiment.data_sets, [], {}
+    parts, kinds = [], {}
     mixed = any(each.dataset_format != experiment.row_format for each in sets)
     with contextlib.ExitStack() as stack:
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))

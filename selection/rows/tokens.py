@@ -93,6 +93,19 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
     return text_of
 
 
+def empty_prompt(experiment: Experiment, model: str) -> list[int]:
+    """The tokens that stand before a response where the prompt is empty: the template's own alone."""
+    import_llama_factory()
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from llamafactory.model import load_tokenizer
+
+    with user_errors(f"model {model}, template {experiment.template}"):
+        tokenizer = load_tokenizer(ModelArguments(model_name_or_path=model_path(model)))["tokenizer"]
+        template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template=experiment.template))
+        return template.encode_oneturn(tokenizer, [{"role": role, "content": ""} for role in ("user", "assistant")])[0]
+
+
 def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821
     """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
 

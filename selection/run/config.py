@@ -35,7 +35,8 @@ _NOT_FOR_TUNING = {
     "swanlab_logdir", "push_to_hub", "hub_model_id", "export_hub_model_id", "generation_config",
 }  # fmt: skip
 
-Method = Literal["staff", "random", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy"]
+Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy"]
+WITHOUT_SCORES = ("random", "rs2", "length")  # methods that need the number of rows and their tokens alone
 Mode = Literal["paper", "released", "extended"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and transformers take
 _Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -64,8 +65,8 @@ class Selection(Section):
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"
     # residual (extended alone): strata and V_i of what response length leaves unexplained of the effort scores. (ours)
     length_control: Literal["none", "residual"] = "none"
-    # Coresets to cut; all but staff, random and length read the scores of the tuned target.
-    # (paper; released: moderate, entropy; ours: length)
+    # Coresets to cut; all but staff, random, rs2 and length read the scores of the tuned target. rs2: a fresh random
+    # subset for each pass of target_training. (paper; released: moderate, entropy; ours: length, rs2)
     methods: list[Method] = Field(default=["staff", "random"], min_length=1)
     # Whose EL2N, CCS and D2, their papers' or the authors' code's; by_mode: released under released. (ours)
     variant: Literal["by_mode", "published", "released"] = "by_mode"
@@ -167,6 +168,7 @@ class DataSet(Section):
 class Evaluation(Section):
     """Keys under `evaluation:`. (ours; the paper is silent)"""
 
+    generate: bool = True  # false: only the log likelihood of the reference answers, no answers and no ROUGE
     max_new_tokens: PositiveInt = 128  # longest answer
     batch_size: PositiveInt = 16  # answers generated at a time
 
@@ -193,6 +195,9 @@ class Experiment(Section):
     # Take only the first rows of each file, before the split; rates count the rows that are left. (LLaMA-Factory)
     max_samples: int | None = Field(default=None, ge=2)
     eval_size: _Part = 0.1  # fraction held out (paper)
+    # Rows to evaluate on, a file in the form of `dataset_format`: nothing is held out then, and every row of `dataset`
+    # is of the training split, in the file's order. (ours)
+    eval_data: str | None = Field(default=None, min_length=1)
     split_seed: Seed = 42  # of the split, train_test_split of `datasets` (LLaMA-Factory's seed, 42 there too)
     cutoff_len: int = Field(default=1024, ge=2)  # most tokens of a sample, cut as LLaMA-Factory does (paper)
     # Arithmetic of tuning and generation (the weights stay as the checkpoint has them); auto: bf16 where the device
@@ -246,9 +251,14 @@ class Experiment(Section):
         ]
 
     @property
+    def eval_set(self) -> list[DataSet]:
+        """The entry of `eval_data`; none where a part of `dataset` is held out."""
+        return [DataSet(path=self.eval_data, dataset_format=self.dataset_format)] if self.eval_data else []
+
+    @property
     def row_format(self) -> DatasetFormat:
         """Form of the rows in the run folder: that of the data sets, or `COMMON_FORM` where they differ."""
-        first, *others = (each.dataset_format for each in self.data_sets)
+        first, *others = (each.dataset_format for each in self.data_sets + self.eval_set)
         return first if all(each == first for each in others) else COMMON_FORM
 
     @property
@@ -288,8 +298,9 @@ class Grid(Section):
     """task × method × rate × seed: what scripts/paper/reproduce.py tunes and evaluates."""
 
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Task], Field(min_length=1)]  # by name
-    # full: the target tuned on everything; staff_length: STAFF with length_control residual. (paper; ours: the latter)
-    methods: list[Literal["full", "staff_length", Method]] = Field(min_length=1)
+    # full: the target tuned on everything; staff_length: STAFF with length_control residual; oracle: rows drawn among
+    # those that a pool's kinds call clean. (paper: full; ours: the others)
+    methods: list[Literal["full", "staff_length", "oracle", Method]] = Field(min_length=1)
     rates: list[_Part] = Field(min_length=1)  # fractions of the training split to keep (paper, Table 1)
     seeds: list[Seed] = Field(min_length=1)  # of tuning, scoring and every choice; the split stays the same (ours)
 

@@ -18,7 +18,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 from typing_extensions import TypedDict
 
-from selection.run.config import Experiment, from_repository
+from selection.run.config import WITHOUT_SCORES, Experiment, from_repository
 from selection.run.errors import UserError
 from selection.run.log import say
 from selection.run.processes import processes
@@ -178,7 +178,7 @@ def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
         if n > 1:
             paid = [replace(c, samples=c.samples / n, tokens=c.tokens / n, seconds=c.seconds / n) for c in paid]
         paid += _scoring(ours, VERIFICATION)
-    elif method not in ("random", "length"):
+    elif method not in WITHOUT_SCORES:
         paid = _last(ours, TARGET_TUNING, "full") + _scoring(ours, TARGET_SCORES)
     return paid + _last(ours, CORESETS, method)
 

@@ -15,15 +15,17 @@ LLAMA_FACTORYS = (
 )
 ABOUT = f"{LLAMA_FACTORYS} Only those of rouge_score and sacreBLEU compare with other work."
 
+NLL = "nll"  # the column of the held-out negative log likelihood, wherever figures are kept
 _Percent = Annotated[float, Field(ge=0, le=100.001, allow_inf_nan=False)]
+_Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _OURS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 _OF_OTHER_WORK = ("rouge_score-1", "rouge_score-2", "rouge_score-l", "sacrebleu")  # earlier evaluations have none
 Metrics = TypedDict(
     "Metrics",
-    dict.fromkeys(_OURS, _Percent)
-    | dict.fromkeys(_OF_OTHER_WORK, NotRequired[_Percent])
+    dict.fromkeys((*_OURS, *_OF_OTHER_WORK), NotRequired[_Percent])  # none where no answers were generated
+    | {NLL: NotRequired[_Nats]}
     | {"sacrebleu_signature": NotRequired[str], "samples": PositiveInt, "code_version": str}
-    | {"by_sample": NotRequired[dict[str, list[_Percent]]]},  # of each answer
+    | {"by_sample": NotRequired[dict[str, list[_Nats]]]},  # of each answer
 )
 
 
@@ -33,6 +35,6 @@ def read_metrics(folder: Path) -> Metrics:
     return checked(Metrics, read_json(path), path)
 
 
-def two_decimals(metrics: Metrics, key: str) -> str:
-    """A figure of an evaluation with two decimals; a dash where an earlier one has none."""
-    return f"{metrics[key]:.2f}" if key in metrics else "–"
+def shown(metrics: Metrics, key: str) -> str:
+    """A figure of an evaluation, percentages with two decimals; a dash where there is none."""
+    return f"{metrics[key]:.{3 if key == NLL else 2}f}" if key in metrics else "–"

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from selection.method.effort import EffortScorer
 from selection.method.phi import NoPhi, decoder_of
 from selection.method.staff import coreset_size, floor_share
-from selection.run.config import Experiment
+from selection.run.config import WITHOUT_SCORES, Experiment
 from selection.run.errors import UserError, refusals
 from selection.run.log import say, warn
 from selection.run.model_folder import model_path
@@ -24,7 +24,7 @@ from selection.scores.models import NO_CODE, check_bitsandbytes, default_lora_ta
 
 _TOKENS = [[5, 9, 3, 7, 12], [8, 4, 6]]
 _LABELS = [[-100, -100, 3, 7, 12], [-100, 4, 6]]
-_ANY_TARGET = ("staff", "random", "length")  # methods that do not read the scores of the tuned target
+_ANY_TARGET = ("staff", *WITHOUT_SCORES)  # methods that do not read the scores of the tuned target
 
 
 def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:

@@ -39,6 +39,7 @@ class Coreset:
     # What made the scores that it was cut from, and those of the target that V_i is of (`made_by` in folder.py).
     scores: dict | None = None
     target: dict | None = None
+    num_train_epochs: float | None = None  # passes to tune for; None: as configured
 
 
 class _Record(TypedDict):
@@ -50,6 +51,7 @@ class _Record(TypedDict):
     indices_sha256: NotRequired[str]
     scores: NotRequired[dict | None]
     target: NotRequired[dict | None]
+    num_train_epochs: NotRequired[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None]
 
 
 def coreset_name(method: str, rate: float) -> str:
@@ -103,7 +105,8 @@ def read_coreset(path: Path) -> Coreset:
         )
     ids = ids and [ids[i] for i in order]
     known = [record.get(key) for key in ("data_fingerprint", "num_rows")]
-    return Coreset(path.stem, indices, ids, *known, published, record.get("scores"), record.get("target"))
+    known += [published, *(record.get(key) for key in ("scores", "target", "num_train_epochs"))]
+    return Coreset(path.stem, indices, ids, *known)
 
 
 def _checksum(indices: np.ndarray) -> str:
