@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, NonNega
 from typing_extensions import TypedDict
 
 from selection.run import ledger
-from selection.run.config import REPOSITORY, Experiment, Grid, Method, load_experiment
+from selection.run.config import REPOSITORY, WITHOUT_SCORES, Experiment, Grid, Method, load_experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.metrics import read_metrics
@@ -66,21 +66,23 @@ class Cell:
 
 _Percent, _Cost = Annotated[float, Field(ge=0, le=100.001)], Annotated[float, Field(ge=0)]
 UNITS = {"seconds": _Cost, "tokens": NonNegativeInt, "flops": _Cost}
-# A figure for each evaluation row; in the file with spaces between them.
-_BySample = Annotated[list[_Percent], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)]
-_LATER = {  # earlier evaluations lack these
-    **dict.fromkeys(("rouge_score_l", "rouge_score_1", "rouge_score_2", "sacrebleu"), _Percent | Literal[""]),
-    **dict.fromkeys(("rouge_score_l_by_sample", "sacrebleu_sentence_by_sample"), _BySample),
+# A figure for each evaluation row; in the file with spaces between them. nll: of log likelihood, in nats a token.
+_BySample = Annotated[list[_Cost], BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)]
+METRICS = ("nll", "rouge_l", "bleu_4")
+_ANSWERS = ("rouge_l", "bleu_4", "rouge_1", "rouge_2", "rouge_score_l", "rouge_score_1", "rouge_score_2", "sacrebleu")
+_SAMPLED = (*METRICS, "rouge_score_l", "sacrebleu_sentence")
+_FIGURES = {  # empty where no answers were generated; earlier evaluations have no nll
+    "nll": _Cost | Literal[""],
+    **dict.fromkeys(_ANSWERS, _Percent | Literal[""]),
+    **dict.fromkeys((f"{metric}_by_sample" for metric in _SAMPLED), _BySample),
 }
 COLUMNS = {
     **dict.fromkeys(("task", "target"), str),
-    "method": Literal["full", "staff_length", Method],
+    "method": Literal["full", "staff_length", "oracle", Method],
     "mode": str,
     "rate": Annotated[float, Field(gt=0, le=1)],
     **dict.fromkeys(("seed", "size", "num_rows", "eval_rows"), int),
-    **dict.fromkeys(("rouge_l", "bleu_4", "rouge_1", "rouge_2"), _Percent),
-    **dict.fromkeys(("rouge_l_by_sample", "bleu_4_by_sample"), _BySample),
-    **_LATER,
+    **_FIGURES,
     **{f"{kind}_{unit}": one for kind in ("selection", "tuning") for unit, one in UNITS.items()},
     "peak_memory_gb": _Cost,
     **dict.fromkeys(("device", "precision", "commit", "settings", "paper_target", "paper_task"), str),
@@ -90,10 +92,13 @@ COLUMNS = {
 def _consistent(row: dict) -> dict:
     if (row["rate"] == 1) != (row["method"] == "full"):
         raise ValueError("column rate: full has 1, coresets less")
-    for metric in ("rouge_l", "bleu_4"):
+    metrics = [metric for metric in METRICS if row[metric] != ""]
+    for metric in metrics:
         values = row[f"{metric}_by_sample"]
         if not values or len(values) != row["eval_rows"] or abs(np.mean(values) - row[metric]) > 0.05:  # rounding
             raise ValueError(f"column {metric}_by_sample: not eval_rows values with {metric} as their mean")
+    if not metrics:
+        raise ValueError(f"columns {', '.join(METRICS)}: all are empty")
     return row
 
 
@@ -108,7 +113,7 @@ def read_cells(path: Path) -> dict[Cell, dict]:
     """
     try:
         records = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-        rows = _ROWS.validate_python([dict.fromkeys(_LATER, "") | record for record in records])
+        rows = _ROWS.validate_python([dict.fromkeys(_FIGURES, "") | record for record in records])
     except FileNotFoundError:
         return {}
     except ValidationError as error:
@@ -154,7 +159,7 @@ def cells_of(grid: Grid) -> list[Cell]:
 def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
     """The stages' command line for the run folder of a cell."""
     task, variant = grid.tasks[cell.task], VARIANTS.get(cell.method, ())
-    methods = [method for method in grid.methods if method != "full" and method not in VARIANTS] or ["random"]
+    methods = [method for method in grid.methods if method not in ("full", "oracle", *VARIANTS)] or ["random"]
     changes = [
         *task.set,
         *variant,
@@ -200,15 +205,16 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
     """The jobs that make `cells`, all of one run folder: the small model's scores and STAFF's selection; the target
     tuned on everything with the scores that baselines read; each coreset's tuning and evaluation."""
     methods, jobs, coresets = {cell.rule for cell in cells}, [], load(arguments).coresets
-    selected = {"small": methods & {"staff"}, "target": methods - {"staff", "random", "length", "full"}}
-    # Random and Length need any scores, for the number of rows and their tokens.
-    selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & {"random", "length"}
+    any_scores = {*WITHOUT_SCORES, "oracle"}  # they need the number of rows and their tokens
+    selected = {"small": methods & {"staff"}, "target": methods - {"staff", "full", *any_scores}}
+    selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & any_scores
     for model, scored in selected.items():
         full = next((cell for cell in cells if cell.method == "full" and model == "target"), None)
         commands = [["finetune/finetune.py", "--model", model]] if scored or full else []
         commands += [["selection/effort_score.py", "--model", model]] if scored else []
         commands += [["selection/verify.py"]] if "staff" in scored else []
-        commands += [["selection/coreset.py", "--method", *sorted(scored)]] if scored else []
+        commands += [["selection/coreset.py", "--method", *rules]] if (rules := sorted(scored - {"oracle"})) else []
+        commands += [["scripts/paper/oracle.py"]] if "oracle" in scored else []
         commands += [["finetune/eval.py", "--tuned", "full"]] if full else []
         jobs += [Job(f"{cells[0].run} {model}", commands, cell=full)] if commands else []
     for cell in cells:
@@ -288,7 +294,7 @@ def finished_cell(cell: Cell, grid: Grid, experiment: Experiment, about: dict, s
         raise UserError(f"{experiment.folder} lacks the scores by sample or the tuning cost of {cell.tuned}: remove it")
     scores = metrics | {f"{metric}_by_sample": values for metric, values in metrics["by_sample"].items()}
     row = {name.replace("-", "_"): value for name, value in scores.items()} | vars(cell) | about
-    selection = [] if cell.method == "full" else ledger.selection_costs(experiment, cell.rule)
+    selection = [] if cell.method in ("full", "oracle") else ledger.selection_costs(experiment, cell.rule)
     for kind, costs in (("selection", selection), ("tuning", tuned[-1:])):
         row[f"{kind}_seconds"] = round(sum(cost.seconds for cost in costs), 2)
         row[f"{kind}_tokens"] = round(sum(cost.tokens for cost in costs))
@@ -297,7 +303,7 @@ def finished_cell(cell: Cell, grid: Grid, experiment: Experiment, about: dict, s
     row |= {"target": Path(experiment.target_model).name, "mode": experiment.selection.mode}
     row |= {"size": tuned[-1].samples, "eval_rows": metrics["samples"], "commit": metrics["code_version"]}
     row |= {name: getattr(grid.tasks[cell.task], name) or "" for name in ("paper_target", "paper_task")}
-    return _ROWS.validate_python([dict.fromkeys(_LATER, "") | row])[0]
+    return _ROWS.validate_python([dict.fromkeys(_FIGURES, "") | row])[0]
 
 
 def stage_flops(cost: ledger.Cost, experiment: Experiment, sizes: tuple[int, int]) -> float:

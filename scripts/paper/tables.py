@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from scripts.paper.cells import markdown_table, read_cells
+from scripts.paper.cells import METRICS, markdown_table, read_cells
+from scripts.paper.worth import worth
 from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY
 from selection.run.errors import UserError
@@ -38,6 +39,8 @@ PAPER = pd.read_csv(REPOSITORY / "data" / "paper_table1.csv").set_index(_KEY).ro
 METHODS = {
     "full": ("Full data", "#000000", ""),
     "random": ("Random", "#777777", "o"),
+    "oracle": ("Oracle", "#000000", "*"),
+    "rs2": ("RS2", "#bbbbbb", "h"),
     "length": ("Length", "#ddaa33", "s"),
     "grand": ("GraNd", "#117733", "^"),
     "el2n": ("EL2N", "#88ccee", "v"),
@@ -49,7 +52,10 @@ METHODS = {
     "staff_length": ("STAFF, length control", "#882255", "p"),
 }
 AGAINST = ("random", "ccs", "length")
-METRICS = {"rouge_l": "ROUGE-L", "bleu_4": "BLEU-4"}
+# Of every metric more is better: nll's is the log likelihood a response token, in nats.
+NAMES = {"nll": "log likelihood", "rouge_l": "ROUGE-L", "bleu_4": "BLEU-4"}
+PLACES = {"nll": 3, "rouge_l": 2, "bleu_4": 2}  # decimals
+FEWEST_SIZES, FEWEST_SEEDS = 5, 3  # of Random's curve, for the worth of a coreset
 UNITS = {
     "seconds": "{:.1f}".format,
     "tokens": "{:,.0f}".format,
@@ -66,6 +72,7 @@ class Grid:
     methods: list[str]
     rates: list[float]  # of coresets, by ascending pruning rate
     seeds: list[int]
+    metrics: list[str]  # that some cell has
 
     def rates_of(self, method: str) -> list[float]:
         return [1.0] if method == "full" else self.rates
@@ -106,7 +113,8 @@ def read_grid(path: Path) -> Grid:
         raise UserError(f"{path}, columns paper_target, paper_task: {names.pop()} is not in data/paper_table1.csv")
     methods = [method for method in METHODS if method in set(cells.method)]
     rates = sorted(set(cells.rate) - {1.0}, reverse=True)
-    return Grid(cells, sorted(set(cells.task)), methods, rates, sorted(set(cells.seed)))
+    metrics = [metric for metric in METRICS if (cells[metric] != "").any()]
+    return Grid(cells, sorted(set(cells.task)), methods, rates, sorted(set(cells.seed)), metrics)
 
 
 def pruning_rate(rate: float) -> float:
@@ -173,9 +181,10 @@ def estimate_grid(grid: Grid) -> Estimates:
     for stream, task in enumerate(grid.tasks):
         cells, values = grid.cells[grid.cells.task == task], {}
         empty = np.full((len(grid.seeds), cells.eval_rows.iloc[0]), np.nan)
-        for cell, metric in itertools.product(cells.itertuples(), METRICS):
-            by_seed = values.setdefault((metric, cell.method, "", cell.rate), empty.copy())
-            by_seed[grid.seeds.index(cell.seed)] = getattr(cell, f"{metric}_by_sample")
+        for cell, metric in itertools.product(cells.itertuples(), grid.metrics):
+            if scores := getattr(cell, f"{metric}_by_sample"):
+                by_seed = values.setdefault((metric, cell.method, "", cell.rate), empty.copy())
+                by_seed[grid.seeds.index(cell.seed)] = np.negative(scores) if metric == "nll" else scores
         for metric, method, _, rate in list(values):
             for other in AGAINST if method == "staff" else ("random",):
                 difference = values[metric, method, "", rate] - values.get((metric, other, "", rate), np.nan)
@@ -217,13 +226,14 @@ def format_tables(grid: Grid, estimates: Estimates) -> str:
         about="\n".join(about),
         seeds=", ".join(map(str, grid.seeds)),
         state=some if missing else f"No cell of this grid is missing ({size}).",
-        rouge_l=join(score_table(grid, estimates, "rouge_l", task) for task in grid.tasks),
+        worth=join(worth_table(grid, estimates, task) for task in grid.tasks),
+        first=join(score_table(grid, estimates, grid.metrics[0], task) for task in grid.tasks),
         verdicts="\n".join(f"- {verdict(grid, other, estimates)}" for other in AGAINST),
         fewer="† fewer seeds than the others. " * fewer,
         of_seeds=of_seeds if n > 1 else "With one seed the intervals know nothing of how seeds differ.",
         about_metrics=LLAMA_FACTORYS,
-        bleu_4=join(score_table(grid, estimates, "bleu_4", task) for task in grid.tasks),
-        differences=join(difference_table(grid, estimates, metric) for metric in METRICS),
+        others=join(score_table(grid, estimates, *of) for of in itertools.product(grid.metrics[1:], grid.tasks)),
+        differences=join(difference_table(grid, estimates, metric) for metric in grid.metrics),
         from_random=random_table(grid, estimates),
         costs=join(cost_tables(grid, task) for task in grid.tasks),
     )
@@ -235,7 +245,7 @@ def titled(title: str, heading: list[str], rows: list[list[str]]) -> str:
 
 def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str:
     """Means ± half an interval; the best two coresets of a column are marked, by the mean as printed."""
-    columns, rows = [1.0] * ("full" in grid.methods) + grid.rates, []
+    columns, rows, places = [1.0] * ("full" in grid.methods) + grid.rates, [], PLACES[metric]
     found = {(m, r): estimates[metric, m, ""].get((task, r)) for m in grid.methods for r in grid.rates_of(m)}
     first = grid.cells[grid.cells.task == task].iloc[0]
     for method in grid.methods:
@@ -245,44 +255,75 @@ def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str
             if one is None:
                 rows[-1].append(MISSING if (method, rate) in found else "")
                 continue
-            places = sorted({round(e.mean, 2) for (_, r), e in found.items() if e and r == rate < 1}, reverse=True)
-            mark = dict(zip(places, ("**{}**", "<u>{}</u>"), strict=False)).get(round(one.mean, 2), "{}")
+            means = sorted({round(e.mean, places) for (_, r), e in found.items() if e and r == rate < 1}, reverse=True)
+            mark = dict(zip(means, ("**{}**", "<u>{}</u>"), strict=False)).get(round(one.mean, places), "{}")
             low, high = one.interval
-            text = f"{mark.format(f'{one.mean:.2f}')} ± {(high - low) / 2:.2f}"
+            text = f"{mark.format(f'{one.mean:.{places}f}')} ± {(high - low) / 2:.{places}f}".replace("-", "−")
             text += "†" * (one.num_seeds < len(grid.seeds))
             paper = PAPER.get((first.paper_target, first.paper_task, METHODS[method][0], pruning_rate(rate)))
             rows[-1].append(text if paper is None or metric != "rouge_l" else f"{text} [{paper:.1f}]")
     heading = ["pruned, %", *(f"{pruning_rate(rate):g}" for rate in columns)]
-    return titled(f"{METRICS[metric]}, {task}", heading, rows)
+    return titled(f"{NAMES[metric]}, {task}", heading, rows)
+
+
+def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
+    """Worth of every coreset in rows (see worth.py), with its interval over seeds and answers together; below it at
+    equal tokens."""
+    random, cells = estimates["nll", "random", ""], grid.cells[grid.cells.task == task]
+    rates = [rate for rate in sorted(grid.rates) if (task, rate) in random]
+    seeds = min((random[task, rate].num_seeds for rate in rates), default=0)
+    if len(rates) < FEWEST_SIZES or seeds < FEWEST_SEEDS:
+        has = f"it has {len(rates)} and {seeds} with a log likelihood"
+        return f"{task}: no worth, which needs Random at {FEWEST_SIZES} sizes and {FEWEST_SEEDS} seeds; {has}."
+    losses = np.array([-np.array([random[task, r].mean, *random[task, r].replicates]) for r in rates]).T
+    means, blocks = cells.groupby(["method", "rate"])[["size", "tuning_tokens"]].mean(), []
+    for column, unit in (("size", "rows"), ("tuning_tokens", "tokens")):
+        sizes, rows = np.array([means[column]["random", rate] for rate in rates]), []
+        for method in grid.methods:
+            row = [METHODS[method][0]]
+            for rate in grid.rates if method not in ("full", "random") else []:
+                one = estimates["nll", method, ""].get((task, rate))
+                if one is None:
+                    row.append(MISSING)
+                    continue
+                size = sizes[rates.index(rate)] if method == "rs2" else means[column][method, rate]
+                found = worth(sizes, losses, -np.array([one.mean, *one.replicates]), size)
+                low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
+                row.append(f"{found[0]:.2f} ({low:.2f} to {high:.2f})")
+            rows += [row] if len(row) > 1 else []
+        heading = ["pruned, %", *(f"{pruning_rate(rate):g}" for rate in grid.rates)]
+        blocks.append(titled(f"Worth in {unit}, {task}", heading, rows))
+    return "\n\n".join(blocks)
 
 
 def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
-    """One sentence on ROUGE-L over all tasks and rates."""
-    label, found = METHODS[other][0], list(estimates["rouge_l", "staff", other].values())
+    """One sentence on the first metric over all tasks and rates."""
+    metric = grid.metrics[0]
+    label, found = METHODS[other][0], list(estimates[metric, "staff", other].values())
     if not found:
         return f"STAFF against {label}: no verdict, there is no task, rate and seed that both have."
     says = {0: "STAFF against {}: no difference can be shown", 1: "STAFF beats {}", -1: "STAFF is worse than {}"}
     whole, pairs = pool(found), len(grid.tasks) * len(grid.rates)
     over = f"{len(found)} of {pairs}" if len(found) < pairs else f"all {pairs}"
     seeds = " to ".join(map(str, sorted({one.num_seeds for one in found})))
-    figure = f"{says[whole.sign].format(label)}: {with_interval(whole)} ROUGE-L"
+    figure = f"{says[whole.sign].format(label)}: {with_interval(whole, PLACES[metric])} {NAMES[metric]}"
     return f"{figure}, mean over {over} pairs of task and rate, seeds of each: {seeds}."
 
 
 def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
-    columns = [estimates[metric, "staff", other] for other in AGAINST]
+    columns, places = [estimates[metric, "staff", other] for other in AGAINST], PLACES[metric]
     rows = [
-        [task, f"{pruning_rate(rate):g}", *(with_interval(found.get((task, rate))) for found in columns)]
+        [task, f"{pruning_rate(rate):g}", *(with_interval(found.get((task, rate)), places) for found in columns)]
         for task, rate in itertools.product(grid.tasks, grid.rates)
     ]
     lists = [list(found.values()) for found in columns]
-    rows.append(["**all**", "**all**", *(with_interval(pool(found)) for found in lists)])
+    rows.append(["**all**", "**all**", *(with_interval(pool(found), places) for found in lists)])
     rows.append(["above 0", "", *map(count_above_zero, lists)])
     for say, sign in (("interval above 0", 1), ("interval below 0", -1)):
         counts = [f"{sum(e.sign == sign for e in found)} of {len(found)}" if found else MISSING for found in lists]
         rows.append([say, "", *counts])
     heading = ["task", "pruned, %", *(f"STAFF − {METHODS[other][0]}" for other in AGAINST)]
-    return titled(METRICS[metric], heading, rows)
+    return titled(NAMES[metric], heading, rows)
 
 
 def count_above_zero(estimates: list[Estimate]) -> str:
@@ -292,14 +333,14 @@ def count_above_zero(estimates: list[Estimate]) -> str:
 
 def random_table(grid: Grid, estimates: Estimates) -> str:
     """Every method against Random, which costs nothing."""
-    rows = []
+    rows, metric = [], grid.metrics[0]
     for method in grid.methods:
         for task in grid.tasks if method not in ("full", "random") else []:
-            found = [estimates["rouge_l", method, "random"].get((task, rate)) for rate in grid.rates]
+            found = [estimates[metric, method, "random"].get((task, rate)) for rate in grid.rates]
             found.append(pool([one for one in found if one]))
-            rows.append([METHODS[method][0], task, *map(with_interval, found)])
+            rows.append([METHODS[method][0], task, *(with_interval(one, PLACES[metric]) for one in found)])
     heading = ["method − Random", "task", *(f"{pruning_rate(rate):g} %" for rate in grid.rates), "mean"]
-    return titled("ROUGE-L of every method against Random, by pruning rate", heading, rows)
+    return titled(f"{NAMES[metric]} of every method against Random, by pruning rate", heading, rows)
 
 
 def cost_tables(grid: Grid, task: str) -> str:
@@ -333,11 +374,11 @@ def cost_tables(grid: Grid, task: str) -> str:
     )
 
 
-def with_interval(one: Estimate | None) -> str:
+def with_interval(one: Estimate | None, places: int = 2) -> str:
     if one is None:
         return MISSING
-    mean, low, high = (round(value, 2) + 0.0 for value in (one.mean, *one.interval))  # + 0.0 makes −0.0 a 0.0
-    return f"{mean:+.2f} ({low:.2f} to {high:.2f})".replace("-", "−")
+    mean, low, high = (round(value, places) + 0.0 for value in (one.mean, *one.interval))  # + 0.0 makes −0.0 a 0.0
+    return f"{mean:+.{places}f} ({low:.{places}f} to {high:.{places}f})".replace("-", "−")
 
 
 def _shown(value: float | None, form) -> str:
@@ -345,19 +386,19 @@ def _shown(value: float | None, form) -> str:
 
 
 def draw_curves(grid: Grid, estimates: Estimates) -> Figure:
-    """ROUGE-L against pruning rate, a panel for each task."""
+    """The first metric against pruning rate, a panel for each task."""
     figure = Figure(figsize=(4.2 * len(grid.tasks) + 1.6, 4.2), layout="constrained")
     panels, handles = figure.subplots(1, len(grid.tasks), squeeze=False)[0], {}
     for axes, task in zip(panels, grid.tasks, strict=True):
         for method in grid.methods:
-            found = [estimates["rouge_l", method, ""].get((task, rate)) for rate in grid.rates_of(method)]
+            found = [estimates[grid.metrics[0], method, ""].get((task, rate)) for rate in grid.rates_of(method)]
             if any(found):
                 _draw_method(axes, found, grid, method)
         axes.set(xlabel="pruning rate (%)", xticks=[pruning_rate(rate) for rate in grid.rates])
         axes.set_title(f"{task}, {grid.cells[grid.cells.task == task].target.iloc[0]}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    panels[0].set_ylabel("ROUGE-L (%)")
+    panels[0].set_ylabel(f"{NAMES[grid.metrics[0]]} ({'nats a token' if grid.metrics[0] == 'nll' else '%'})")
     shown = {label: handles[label] for label, *_ in METHODS.values() if label in handles}
     figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False, title="bands: 95 %")
     return figure
