@@ -41,8 +41,8 @@ def main() -> None:
     for coreset in coresets:
         say(f"{coreset.name}: {len(coreset.indices)} of {len(split.rows)} rows")
         rows, folder = split.rows.select(coreset.indices), experiment.tuned_target(coreset.name)
-        own = keys | ({"num_train_epochs": coreset.num_train_epochs} if coreset.num_train_epochs else {})
-        tune_once(experiment, model, coreset.name, rows, folder, own, TARGET_TUNING, report, arguments.dry_run)
+        own = {"num_train_epochs": coreset.num_train_epochs} if coreset.num_train_epochs else {}
+        tune_once(experiment, model, coreset.name, rows, folder, keys, TARGET_TUNING, report, arguments.dry_run, own)
 
 
 if __name__ == "__main__":

@@ -50,16 +50,19 @@ def tune_once(
     stage: str,
     report: dict[str, Any],
     dry_run: bool = False,
+    keys_of_coreset: dict[str, Any] | None = None,
 ) -> None:
     """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`, which appears when all is done.
 
-    `keys` are LLaMA-Factory's, `report` those that only add logging. Under torchrun the processes share each optimiser
-    step's samples. (accelerate fills the last step of a pass with samples from its start.) `dry_run`: only say what
+    `keys` are LLaMA-Factory's, `report` those that only add logging, `keys_of_coreset` go before `keys`. Under torchrun
+    the processes share each optimiser step's samples. (accelerate fills the last step of a pass with samples from its start.) `dry_run`: only say what
     would be done. Raises: UserError where `folder` was made otherwise, or tuning cannot be done.
     """
     together, precision = processes(), choose_precision(experiment.precision)
     with together.leader_first():
+        keys = keys | (keys_of_coreset or {})
         identity = tuning_identity(experiment, model, rows, keys)
+        identity |= {"keys_of_coreset": keys_of_coreset} if keys_of_coreset else {}
     check_same_everywhere(identity)
     if together.from_leader(lambda: reuse(folder, identity)):
         (print if dry_run else say)(f"{stage}: reusing {folder}")

@@ -60,7 +60,9 @@ def test_metrics_hold_both_kinds_and_those_without_are_read(make_experiment, row
     lines = [json.dumps({"predict": a, "label": r}) for a, r in zip(answers, references, strict=True)]
     (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
     computed = {f"predict_{metric}": 1.0 for metric in evaluation.METRICS}
-    evaluation.write_metrics(load_experiment(make_experiment(rows)), "untuned", tmp_path, computed)
+    metrics = {"samples": len(answers), "code_version": "1", "by_sample": {}}
+    evaluation.add_answers(metrics, load_experiment(make_experiment(rows)), tmp_path, computed)
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     metrics = read_metrics(tmp_path)
     overall, by_sample = comparable_scores(answers, references)
     assert {key: metrics[key] for key in overall} == pytest.approx(overall, abs=1e-4)

@@ -22,7 +22,7 @@ from scripts.paper.cells import markdown_table
 from scripts.paper.pools import POOLS, is_faulty
 from selection.method.effort import EffortScorer
 from selection.rows.split import training_split
-from selection.rows.tokens import empty_prompt, tokenised_split
+from selection.rows.tokens import empty_turn, tokenised_split
 from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, load_experiment
 from selection.run.device import choose_precision
@@ -53,7 +53,7 @@ def main() -> None:
             rows = tokenised_split(experiment, experiment.target_model, training_split(experiment))
             scorer = scorer or load_scorer(experiment)
             faulty = is_faulty(source)
-            columns = row_figures(rows, scorer, empty_prompt(experiment, experiment.target_model), known)
+            columns = row_figures(rows, scorer, empty_turn(experiment, experiment.target_model), known)
             for name, values in suspicions(columns).items() if faulty.any() else ():
                 worst = np.argsort(-values, kind="stable")[: len(values) // 10]
                 auc, purity = roc_auc_score(faulty, values), faulty[worst].mean()

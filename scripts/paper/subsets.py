@@ -24,7 +24,7 @@ from scripts.paper.cells import Job, markdown_table, run_jobs
 from scripts.paper.pools import is_faulty
 from scripts.paper.purity import load_scorer
 from selection.rows.split import TrainingSplit, training_split
-from selection.rows.tokens import empty_prompt, tokenised_split
+from selection.rows.tokens import empty_turn, tokenised_split
 from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, from_repository, load_experiment
 from selection.run.errors import UserError
@@ -91,7 +91,7 @@ def main() -> None:
 def figures_of_rows(experiment: Experiment, split: TrainingSplit) -> tuple[pd.DataFrame, np.ndarray]:
     """Scores of every row by the untuned target, its cluster and, where known, whether it is faulty; its tokens."""
     rows = tokenised_split(experiment, experiment.target_model, split)
-    columns = row_figures(rows, load_scorer(experiment), empty_prompt(experiment, experiment.target_model))
+    columns = row_figures(rows, load_scorer(experiment), empty_turn(experiment, experiment.target_model))
     found = pd.DataFrame(suspicions(columns))
     found["IFD"] = np.log(found["IFD"])  # as the mean over rows is read
     found["response tokens"] = np.log(found["response tokens"])

@@ -93,8 +93,8 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
     return text_of
 
 
-def empty_prompt(experiment: Experiment, model: str) -> list[int]:
-    """The tokens that stand before a response where the prompt is empty: the template's own alone."""
+def empty_turn(experiment: Experiment, model: str) -> tuple[list[int], list[int]]:
+    """The tokens before and after a response that the template itself writes, around an empty prompt."""
     import_llama_factory()
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments, ModelArguments
@@ -103,7 +103,9 @@ def empty_prompt(experiment: Experiment, model: str) -> list[int]:
     with user_errors(f"model {model}, template {experiment.template}"):
         tokenizer = load_tokenizer(ModelArguments(model_name_or_path=model_path(model)))["tokenizer"]
         template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template=experiment.template))
-        return template.encode_oneturn(tokenizer, [{"role": role, "content": ""} for role in ("user", "assistant")])[0]
+        turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
+        before, after = template.encode_oneturn(tokenizer, turns)
+    return before, after + [tokenizer.eos_token_id] * template.efficient_eos
 
 
 def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821

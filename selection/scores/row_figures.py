@@ -8,34 +8,34 @@ from selection.run.errors import refusals
 from selection.run.log import progress_bar
 
 COLUMNS = ("el2n", "entropy", "hidden_state")  # that the scorer has to be made with
-_END_AT_MOST = 4  # tokens of a template's end of a response that are looked for
 _Sample = tuple[tuple[int, ...], tuple[int, ...]]  # token ids and labels
 
 
 def row_figures(
-    tokenised, scorer: EffortScorer, empty: list[int], known: dict[_Sample, dict] | None = None
+    tokenised, scorer: EffortScorer, around: tuple[list[int], list[int]], known: dict[_Sample, dict] | None = None
 ) -> dict[str, np.ndarray]:
     """Figures (N,) of each row by name; hidden_state (N, d). Equal rows are scored once.
 
-    Args: `tokenised` as `tokenised_rows` makes it; `scorer` made with COLUMNS; `empty`: `empty_prompt`'s tokens;
-    `known`: rows that were scored before, which grows. Beside the scorer's columns:
+    Args: `tokenised` as `tokenised_rows` makes it; `scorer` made with COLUMNS; `around`: `empty_turn`'s tokens; `known`: rows
+    that were scored before, which grows. Beside the scorer's columns:
         loss_without_prompt: mean loss of the response behind an empty prompt, in nats a token;
-        end_loss: loss of the tokens with which responses end, in nats, in all: high where an answer breaks off;
+        end_loss: loss of the template's tokens after the response, in nats, all together: high where an answer breaks
+            off; 0 where cutoff_len has cut them;
         n_response_tokens.
     """
     known, budget = {} if known is None else known, tokens_per_batch("v_lora_b", scorer.device)
+    (before, after), end = around, max(1, len(around[1]))
     samples = [(tuple(row["input_ids"]), tuple(row["labels"])) for row in tokenised]
     responses = {sample: [label for label in sample[1] if label != IGNORED_LABEL] for sample in samples}
-    end = _common_end(list(responses.values()))
     missing = [sample for sample in responses if sample not in known]
     with progress_bar(total=len(missing), unit="samples", desc="figures") as progress:
         for numbers in plan_batches(range(len(missing)), [len(ids) for ids, _ in missing], budget):
             batch = [missing[number] for number in numbers]
             ids, labels = zip(*batch, strict=True)
-            alone, ends = [empty + responses[sample] for sample in batch], [own[-end:] for own in labels]
+            alone, ends = [before + responses[sample] for sample in batch], [own[-end:] for own in labels]
             with refusals():
                 figures = scorer.score(ids, labels)
-            without_prompt = [_ignored(len(empty)) + responses[sample] for sample in batch]
+            without_prompt = [_ignored(len(before)) + responses[sample] for sample in batch]
             figures["loss_without_prompt"] = response_losses(scorer.model, alone, without_prompt).double()
             only_end = [_ignored(len(own) - end) + list(last) for own, last in zip(ids, ends, strict=True)]
             figures["end_loss"] = end * response_losses(scorer.model, ids, only_end).double()
@@ -43,6 +43,7 @@ def row_figures(
                 known[sample] = {name: values[number].numpy() for name, values in figures.items()}
             progress.update(len(batch))
     columns = {name: np.array([known[sample][name] for sample in samples]) for name in known[samples[0]]}
+    columns["end_loss"] *= [list(ids[-end:]) == after for ids, _ in samples]
     return columns | {"n_response_tokens": np.array([len(responses[sample]) for sample in samples])}
 
 
@@ -71,13 +72,3 @@ def suspicions(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _ignored(count: int) -> list[int]:
     return [IGNORED_LABEL] * count
-
-
-def _common_end(responses: list[list[int]]) -> int:
-    """How many tokens at the end are the same in most responses (some are cut at cutoff_len), at least one."""
-    count = 1
-    for size in range(2, _END_AT_MOST + 1):
-        ends = [tuple(response[-size:]) for response in responses if len(response) > size]
-        if ends and max(map(ends.count, set(ends))) > 0.9 * len(responses):
-            count = size
-    return count

@@ -1,0 +1,163 @@
+"""The instrument: held-out log likelihood, worth, RS2, pools with known faults, random subsets."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import REPOSITORY, assert_one_line_error, run_main, run_script, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from scripts.paper import pools, subsets
+from scripts.paper.worth import equivalent_size, worth
+from selection.method.baselines import rs2
+from selection.method.effort import EffortScorer
+from selection.rows.split import rows_of, split_numbers, training_split
+from selection.rows.tokens import empty_turn, tokenised_rows, tokenised_split
+from selection.run.config import load_experiment
+from selection.run.metrics import read_metrics
+from selection.scores.coresets import read_coreset
+from selection.scores.row_figures import COLUMNS, row_figures, suspicions
+
+
+def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
+    """nll is transformers' own loss, answer by answer; RS2's coreset is tuned on for its own number of passes."""
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[20:])
+    small, evaluation = {"num_train_epochs": 0}, {"generate": False}
+    changes = {"small_training": small, "evaluation": evaluation, "eval_data": held_out}
+    config = make_experiment(rows[:20], target_training={"num_train_epochs": 3}, **changes)
+    run_script("selection/effort_score.py", "--config_path", config)
+    run_script("selection/coreset.py", "--config_path", config, "--method", "rs2", "--rate", 0.25, 0.5)
+    experiment = load_experiment(config)
+    assert split_numbers(experiment)["train"].tolist() == list(range(20)) and len(rows_of(experiment, "eval")) == 10
+    paths = [experiment.coresets / f"rs2-{rate}.json" for rate in (0.25, 0.5)]
+    assert [(len(c.indices), c.num_train_epochs) for c in map(read_coreset, paths)] == [(15, 1.0), (20, 1.5)]
+    run_script("finetune/finetune-select.py", "--config_path", config, "--select_path", paths[1])
+    state = json.loads((experiment.tuned_target("rs2-0.5") / "trainer_state.json").read_text())
+    assert state["max_steps"] == 8  # 20 rows in steps of 4, one and a half times, as transformers rounds
+    done = run_script("finetune/eval.py", "--config_path", config, "--tuned", "untuned", "rs2-0.5")
+    assert "nll" in done.stdout
+    metrics = read_metrics(experiment.folder / "eval" / "untuned")
+    model = AutoModelForCausalLM.from_pretrained(experiment.target_model, dtype=torch.float32)
+    tokenised = tokenised_rows(experiment, experiment.target_model, "eval", rows_of(experiment, "eval"))
+    own = []
+    for row in tokenised:
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+        own.append(model(**batch).loss.item())
+    assert metrics["by_sample"]["nll"] == pytest.approx(own, abs=1e-4)
+    assert metrics["nll"] == pytest.approx(np.mean(own), abs=1e-4)
+    assert "rouge-l" not in metrics and not (experiment.folder / "eval" / "untuned" / "predictions.jsonl").exists()
+    assert read_metrics(experiment.folder / "eval" / "rs2-0.5")["nll"] < metrics["nll"]
+    Path(held_out).write_text(Path(held_out).read_text() + json.dumps(rows[0]) + "\n")
+    done = run_script("finetune/eval.py", "--config_path", config, "--tuned", "untuned", check=False)
+    assert_one_line_error(done, "belongs to other data")
+
+
+def test_rs2_takes_as_many_steps_as_passes_over_one_subset():
+    for rate, passes in ((0.1, 4), (0.25, 4), (0.3, 4), (0.8, 2.5)):
+        share, epochs = rs2(rate, passes)
+        assert share <= 1 and share * epochs == pytest.approx(rate * passes)
+
+
+def test_worth_counts_random_rows():
+    """On a curve that falls by 0.1 with each doubling, and is 1 for a random subset's own loss, noise or not."""
+    sizes = 20.0 * 2 ** np.arange(5)
+    losses = 3 - 0.1 * np.arange(5)
+    assert equivalent_size(sizes, losses, 2.85) == pytest.approx(20 * 2**1.5)
+    assert [equivalent_size(sizes, losses, loss) for loss in (9.0, 0.0)] == pytest.approx([20, 320])  # the curve's ends
+    noisy = losses + np.random.default_rng(0).normal(scale=0.01, size=(500, 5))
+    found = worth(sizes, noisy, noisy[:, 2], 80)
+    assert abs(np.median(found) - 1) < 0.05
+    assert np.median(worth(sizes, noisy, noisy[:, 2] - 0.1, 80)) == pytest.approx(2, rel=0.1)
+
+
+def test_pools_have_the_faults_that_they_name_and_leave_the_held_out_rows_alone(tmp_path):
+    data, other = (REPOSITORY / "data" / f"{name}.jsonl" for name in ("go_biology", "kazakh_english"))
+    options = ["--other", other, "--out", tmp_path, "--seeds", 1, 2, "--rows", 200, "--held_out", 50]
+    run_main("scripts.paper.pools", data, *options)
+    held_out = {row["id"] for row in pools.read_rows(tmp_path / "held_out.jsonl")}
+    for seed in (1, 2):
+        folder = tmp_path / f"seed-{seed}"
+        clean = pools.read_rows(folder / "clean.jsonl")
+        assert len(held_out) == 50 and not held_out & {row["id"] for row in clean}
+        for name, (_, share) in pools.POOLS.items():
+            rows, faulty = pools.read_rows(folder / f"{name}.jsonl"), pools.is_faulty(folder / f"{name}.jsonl")
+            assert faulty.sum() == round(200 * share) and len(rows) == 200
+            assert all((own == before) != fault for own, before, fault in zip(rows, clean, faulty, strict=True))
+            assert name == "other_30" or not held_out & {row["id"] for row in rows}
+        swapped = pools.read_rows(folder / "swapped_30.jsonl")
+        assert Counter(row["output"] for row in swapped) == Counter(row["output"] for row in clean)
+        changed = [len(a["output"]) - len(b["output"]) for a, b in zip(swapped, clean, strict=True) if a != b]
+        assert np.median(np.abs(changed)) < 10  # of about 160 letters
+        copied = pools.read_rows(folder / "copies_50.jsonl")
+        assert len({row["id"] for row in copied}) == 100
+        assert len({json.dumps(row) for row in copied}) == 150  # half of the copies are exact
+
+
+@pytest.fixture
+def pool(make_experiment, rows, tmp_path):
+    """The experiment of a pool of 30 rows with 9 swapped ones, and which these are."""
+    made = pools.make_pools(rows, rows, 1)["swapped_30"]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[:5])
+    config = make_experiment([row for row, _ in made], name="pool", eval_data=held_out)
+    kinds = [kind for _, kind in made]
+    (tmp_path / "pool.kinds.json").write_text(json.dumps(kinds))
+    return config, np.array(kinds) != "clean"
+
+
+def test_figures_of_rows_are_those_of_single_passes(pool):
+    experiment = load_experiment(pool[0])
+    rows = tokenised_split(experiment, experiment.target_model, training_split(experiment))
+    model = AutoModelForCausalLM.from_pretrained(experiment.target_model, dtype=torch.float32)
+    around, known = empty_turn(experiment, experiment.target_model), {}
+    columns = row_figures(rows, EffortScorer(model, columns=COLUMNS), around, known)
+    assert len(known) == len(rows)
+
+    def loss(ids: list[int], first: int) -> np.ndarray:
+        """Of each token from `first` on."""
+        logits = model(torch.tensor([ids])).logits[0, first - 1 : -1]
+        return -logits.log_softmax(-1).gather(1, torch.tensor(ids[first:])[:, None])[:, 0].detach().numpy()
+
+    for number in (0, 7):
+        ids, start = rows[number]["input_ids"], rows[number]["labels"].count(-100)
+        alone = around[0] + ids[start:]
+        assert columns["loss"][number] == pytest.approx(loss(ids, start).mean(), rel=1e-4)
+        assert columns["loss_without_prompt"][number] == pytest.approx(loss(alone, len(around[0])).mean(), rel=1e-4)
+        # chatml ends a response with <|im_end|> and a line break.
+        assert columns["end_loss"][number] == pytest.approx(loss(ids, start)[-2:].sum(), rel=1e-4)
+        assert columns["n_response_tokens"][number] == len(ids) - start
+    assert all(np.isfinite(values).all() and len(values) == 30 for values in suspicions(columns).values())
+
+
+def test_the_oracle_takes_randoms_rows_but_the_faulty(pool):
+    config, faulty = pool
+    run_script("scripts/paper/oracle.py", "--config_path", config)
+    oracle = read_coreset(load_experiment(config).coresets / "oracle-0.5.json").indices
+    assert len(oracle) == 15 and not faulty[oracle].any()
+    done = run_script("scripts/paper/oracle.py", "--config_path", config, "--set", "selection.rates=[0.9]", check=False)
+    assert_one_line_error(done, "21 clean ones")
+
+
+def test_subsets_lean_and_the_regression_finds_what_matters(pool, tmp_path):
+    """Subsets of one script; and planted losses, which follow one score: its slope's interval holds the truth."""
+    values = np.random.default_rng(0).normal(size=(400, 3))
+    means = np.array([values[subsets.lean_subset(values, 40, 0.7, number)].mean(0) for number in range(60)])
+    chance = np.array([values[subsets.lean_subset(values, 40, 0.0, number)].mean(0) for number in range(60)])
+    assert (means.std(0) > 2 * chance.std(0)).all() and abs(means.mean()) < 0.15
+    rng, found = np.random.default_rng(1), pd.DataFrame(means, columns=["a", "b", "c"])
+    found["nll"] = 2 + 0.05 * (found.a - found.a.mean()) / found.a.std(ddof=0)
+    answers = found.nll.to_numpy()[:, None] + rng.normal(scale=0.05, size=(60, 30))
+    found["nll_by_sample"] = [" ".join(f"{loss:.4f}" for loss in row) for row in answers]
+    found = found.assign(rows=40, tokens=1000.0, clusters=3.0, **{"unique rows": 40})
+    text = subsets.format_table(found, ["a", "b", "c"], load_experiment(pool[0]))
+    of = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in text.splitlines() if line.startswith("| ")}
+    slope, low, high = (float(part.strip("()to ").replace("−", "-")) for part in of["a"].replace("to", " ").split())
+    assert low < 50 < high and abs(slope - 50) < 10
+
+    options = ["--config_path", pool[0], "--set", "evaluation.generate=false", "--subsets", 2, "--rows", 6]
+    run_script("scripts/paper/subsets.py", *options, "--out", tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "subsets.csv")
+    assert len(table) == 2 and table["faulty"].between(0, 1).all() and (tmp_path / "out" / "subsets.md").exists()
