@@ -16,13 +16,13 @@ from forks import REPOSITORY
 
 SECONDS = 60  # of one case at most
 MEMORY = 6 * 2**30  # bytes that a case may ask for beyond what it starts with
-WRITABLE = ("run", "begun", "out", "tmp")  # folders of a case in which a stage may write
+WRITABLE = ("run", "out", "tmp")  # folders of a case in which a stage may write
 
 
-def in_fork(call: Callable, *arguments: object) -> tuple[str, object]:
-    """What the call returns, in a process of its own, or ("failed", why) where it gives nothing."""
+def run_case(call: Callable, wrong: Callable[[object], str | None], case: Path, cache: Path) -> tuple[str, object]:
+    """Call it in a fork, in folder `case`: ("succeeded", result), ("refused", line) or ("failed", why)."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(call(*arguments)))
+    process = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(_run(call, wrong, case, cache)))
     process.start()
     theirs.close()
     try:
@@ -35,14 +35,44 @@ def in_fork(call: Callable, *arguments: object) -> tuple[str, object]:
         process.join()
 
 
-def snapshot(case: Path) -> dict[Path, tuple]:
-    """What lies beside the folders in which a stage may write."""
+def _run(call: Callable, wrong: Callable, case: Path, cache: Path) -> tuple[str, object]:
+    os.chdir(case)
+    tempfile.tempdir, log = str(case / "tmp"), case / "tmp" / "log"
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+    sys.stdout = sys.stderr = log.open("w", encoding="utf-8", errors="backslashreplace")
+    for number in (1, 2):
+        os.dup2(sys.stdout.fileno(), number)
+    before, seen, code, results = _snapshot(case), [], 0, []
+    _watch(case, cache, seen)
+    try:
+        run_stage(lambda: results.append(call()))
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException as error:
+        ours = [each for each in traceback.extract_tb(error.__traceback__) if each.filename.startswith(str(REPOSITORY))]
+        return "failed", f"traceback: {type(error).__name__}: {str(error)[:300]} ({ours[-1]})"
+    if happened := seen + [f"changed {path}" for path, _ in before ^ _snapshot(case)]:
+        return "failed", happened[0]
+    sys.stdout.flush()
+    said = [line for line in log.read_text("utf-8", "replace").split("\n") if line.startswith("error:")]
+    if code == 2 and len(said) == 1 and said[0].isprintable() and len(said[0]) <= 1000:
+        return "refused", said[0]
+    if code or said:
+        return "failed", f"exit code {code}, {len(said)} error lines: {said[:1]!r:.300}"
+    result = json.loads(json.dumps(results[0]))
+    why = wrong(result)
+    return ("failed", f"wrong result: {why}") if why else ("succeeded", result)
+
+
+def _snapshot(case: Path) -> set[tuple]:
+    """What lies beside the folders in which a stage may write, and what hostile code would make anywhere."""
     found = [path for path in case.rglob("*") if path.relative_to(case).parts[0] not in WRITABLE]
-    status = {path: path.lstat() for path in found}
-    return {path: (each.st_mode, each.st_size, path.is_dir() or each.st_mtime_ns) for path, each in status.items()}
+    status = {path: path.lstat() for path in [*found, *case.rglob("PWNED")]}
+    return {(path, (s.st_mode, s.st_size, path.is_dir() or s.st_mtime_ns)) for path, s in status.items()}
 
 
-def watch(case: Path, cache: Path, seen: list[str]) -> None:
+def _watch(case: Path, cache: Path, seen: list[str]) -> None:
     """Note what this process does from now on that no input file may make it do."""
     allowed = [*(case / name for name in WRITABLE), cache, Path(os.devnull)]
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -66,39 +96,3 @@ def watch(case: Path, cache: Path, seen: list[str]) -> None:
                 seen.extend([f"{name} {where}"] * (not any(where.is_relative_to(each) for each in allowed)))
 
     sys.addaudithook(hook)
-
-
-def run_case(
-    call: Callable[[], object], wrong: Callable[[object], str | None], case: Path, cache: Path
-) -> tuple[str, object]:
-    """Call it in folder `case`: ("succeeded", result), ("refused", line) or ("failed", why)."""
-    os.chdir(case)
-    tempfile.tempdir, log = str(case / "tmp"), case / "tmp" / "log"
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
-    sys.stdout = sys.stderr = log.open("w", encoding="utf-8", errors="backslashreplace")
-    for number in (1, 2):
-        os.dup2(sys.stdout.fileno(), number)
-    before, seen, code, results = snapshot(case), [], 0, []
-    watch(case, cache, seen)
-    try:
-        run_stage(lambda: results.append(call()))
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException as error:
-        ours = [each for each in traceback.extract_tb(error.__traceback__) if each.filename.startswith(str(REPOSITORY))]
-        return "failed", f"traceback: {type(error).__name__}: {str(error)[:300]} ({ours[-1]})"
-    happened, after = seen.copy(), snapshot(case)
-    sys.stdout.flush()
-    happened += [f"changed {path}" for path in {**before, **after} if before.get(path) != after.get(path)]
-    happened += ["code of the file was run"] * any(case.rglob("PWNED"))
-    if happened:
-        return "failed", happened[0]
-    said = [line for line in log.read_text("utf-8", "replace").split("\n") if line.startswith("error:")]
-    if code == 2 and len(said) == 1 and said[0].isprintable() and len(said[0]) <= 1000:
-        return "refused", said[0]
-    if code or said:
-        return "failed", f"exit code {code}, {len(said)} error lines: {said[:1]!r:.300}"
-    result = json.loads(json.dumps(results[0]))
-    why = wrong(result)
-    return ("failed", f"wrong result: {why}") if why else ("succeeded", result)

@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 
 from selection.method.interval import ratio_interval
 from selection.report import page as report_page
-from selection.report.charts import bars, bin_edges, fifths
+from selection.report.charts import bars, bin_edges
 from selection.report.run_data import STATUSES, evaluations, project, read_run
 from selection.rows.split import split_numbers
 from selection.run.errors import UserError
@@ -135,7 +135,7 @@ def test_strata_have_the_coresets_own_budgets_and_the_librarys_intervals(run, ex
         strata = json.loads((experiment.coresets / f"{name}.json").read_text())["strata"]
         for ours, own, (_, of_small, of_target) in zip(shown[name].strata, strata, pairs, strict=True):
             kept = [own[key] for key in ("budget", "of_which_random_fill", "verification_ratio", "size")]
-            assert [ours[key] for key in ("budget", "fill", "ratio", "size")] == kept
+            assert [ours[key] for key in ("budget", "of_which_random_fill", "ratio", "size")] == kept
             interval = ratio_interval(of_target, of_small, own["size"])
             assert (ours["ratio_low"], ours["ratio_high"]) == pytest.approx(interval, nan_ok=True)
         assert sum(s["budget"] for s in strata) == shown[name].m
@@ -192,7 +192,6 @@ def test_map_is_scikit_learns(page, experiment):
     assert places == pytest.approx(pca.transform(features)) and explained == list(pca.explained_variance_ratio_)
     first, second = (f"{100 * share:.0f} %" for share in explained)
     assert f"hold {first} and {second} of" in page.read_text(encoding="utf-8")
-    assert fifths(np.arange(11.0))[1] == ["0 to 2", "2 to 4", "4 to 6", "6 to 8", "8 to 10"]
 
 
 def test_costs_and_evaluations_and_those_that_cannot_be_read(page, copy):
@@ -225,12 +224,12 @@ def test_texts_are_cut_no_more_than_the_limit_asks(lengths, total):
 
 def test_of_more_rows_than_the_table_holds_it_has_all_chosen_ones(experiment, run, monkeypatch):
     figures, shown, _ = run
-    for most, said in ((40, "all 24 chosen by staff-0.2"), (20, "20 of the 24 chosen by staff-0.2")):
+    for most in (40, 20):
         monkeypatch.setattr(report_page, "MOST_ROWS", most)
         table = report_page.table_rows(experiment, figures, shown[0], seed=1)
         assert len(table) == most and shown[0].chosen[table.index].sum() == min(most, 24)
         assert table.equals(report_page.table_rows(experiment, figures, shown[0], seed=1))
-        assert f"{most} of 120 rows of the training split: {said}" in report_page.render(experiment)
+    assert "20 of 120 rows of the training split: 20 of the 24 chosen by staff-0.2" in report_page.render(experiment)
 
 
 def test_a_conversation_shows_who_says_what(tmp_path):
@@ -242,10 +241,7 @@ def test_a_conversation_shows_who_says_what(tmp_path):
     assert set(rows["prompt"]) == {"user: a\nassistant: b\nuser: c"} and set(rows["response"]) == {"d"}
 
 
-# The page as a file
-
-
-def test_page_asks_for_nothing_and_lets_its_own_script_alone_run(page, experiment):
+def test_page_asks_for_nothing_and_lets_its_own_script_alone_run(page):
     text = page.read_text(encoding="utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
     markup = re.sub(r"<script.*?</script>", "", text, flags=re.S)
@@ -254,7 +250,7 @@ def test_page_asks_for_nothing_and_lets_its_own_script_alone_run(page, experimen
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
     assert policy.startswith(f"default-src 'none'; script-src 'sha256-{hashed}'; style-src 'unsafe-inline'; ")
-    assert report_page.write_report(experiment).read_text(encoding="utf-8") == text and len(text) < 2e6
+    assert len(text) < 2e6
 
 
 # What may be missing
@@ -270,12 +266,10 @@ def test_with_random_coresets_alone_there_are_no_strata(copy, scored):
     assert "No coreset of STAFF can be shown" in text and "Selection took" not in text
     assert ("has scored nothing in this run" in text) != scored
     assert text.count("<svg") == (5 if scored else 0)  # two histograms, three figures of points
-    data = data_of(text)
-    assert sum(data["reasons"][i].startswith("chosen") for i in data["coresets"][0]["reason"]) == 24
 
 
 def test_without_target_scores_features_and_costs_the_rest_is_there(tmp_path):
-    experiment = scored_run(tmp_path, [{"instruction": "?", "input": "", "output": "!"}] * 60, np.arange(1.0, 49))
+    experiment = made_up(tmp_path, 60, columns=[])
     shutil.rmtree(experiment.target_scores)
     ledger_path(experiment.folder).unlink()
     text = report_page.render(experiment)
@@ -290,17 +284,12 @@ def equal_but_the_hardest(values):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "like", "selection"),
-    [
-        (60, lambda values: np.zeros_like(values) + values[0], {}),
-        (60, equal_but_the_hardest, {}),
-        (8, lambda values: values, {"num_strata": 1, "verify_per_stratum": 1}),
-        (3, lambda values: values, {}),
-    ],
-    ids=["all equal", "equal but the hardest", "eight rows", "two rows"],
+    ("num_rows", "like"),
+    [(60, lambda values: np.zeros_like(values) + values[0]), (60, equal_but_the_hardest), (3, lambda values: values)],
+    ids=["all equal", "equal but the hardest", "two rows"],
 )
-def test_scores_that_span_nothing_are_drawn(tmp_path, num_rows, like, selection):
-    experiment = made_up(tmp_path, num_rows, like, **selection)
+def test_scores_that_span_nothing_are_drawn(tmp_path, num_rows, like):
+    experiment = made_up(tmp_path, num_rows, like)
     figures, [shown], _ = read_run(experiment)
     bins, strata, budgets = bars(shown)
     assert bins["rows"].sum() == len(figures) and budgets["rows"].sum() == sum(s["size"] for s in shown.strata)
@@ -321,10 +310,11 @@ def test_of_one_verified_row_the_interval_is_not_known(tmp_path):
     assert len(re.findall(r"<title>stratum[^<]*95 % interval not known", text)) == unknown
 
 
-def test_script_takes_a_run_folder_wherever_it_is_and_ends_with_the_page(copy, capsys):
+def test_script_takes_a_run_folder_wherever_it_is_and_draws_the_same_page(copy, page, experiment, capsys):
     run_main("scripts.report", copy.folder)  # in this process: what draws the figures does not survive a fork
-    assert capsys.readouterr().out.splitlines()[-1] == str(copy.folder / "report.html")
-    assert (copy.folder / "report.html").stat().st_size
+    written = copy.folder / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(written)
+    assert written.read_text().replace(str(copy.folder), str(experiment.folder)) == page.read_text()
     (copy.folder / "experiment.yaml").unlink()
     with pytest.raises(UserError, match=r"no experiment\.yaml"):
         run_main("scripts.report", copy.folder)
@@ -415,15 +405,9 @@ def test_search_filters_and_pages(opened, page):
         opened.click("#next")
         seen += column(opened, 0)
     assert seen == [str(row) for row in rows["row"]] and opened.locator("#page").text_content() == "page 3 of 3"
-
-
-@in_chromium
-def test_another_coreset_changes_head_scores_and_table(opened):
     opened.select_option("#coreset", "random-0.5")
     assert opened.locator("h1:visible").all_text_contents() == ["60 of 120 rows random-0.5"]
-    shown = opened.locator("#scores > details:visible")
-    assert shown.count() == 1 and "what random-0.5 takes" in shown.locator("summary").text_content()
-    assert shown.locator("svg:visible").count() == 1
+    assert "what random-0.5 takes" in opened.locator("#scores > details:visible summary").text_content()
     opened.select_option("#which", label="chosen")
     assert found(opened) == "60 of 120 rows" and set(column(opened, 9)) == {"chosen by random"}
 
@@ -466,26 +450,21 @@ def test_without_scripts_the_page_reads(show, page):
     assert "Shown here are 100" in said and "staff-0.2 (24 rows), staff-0.5 (60 rows)" in said
     assert window.locator("h1:visible").count() == 1
     assert column(window, 8) == ["yes"] * 24 + ["no"] * 76
-    assert window.locator("#settings pre").is_visible()
     window.locator("#scores summary").nth(1).click()
     assert window.locator("#scores svg:visible").count() == 2
 
 
 @in_chromium
-def test_the_configuration_is_folded_on_screen_and_stands_on_paper(opened):
-    shown = "document.querySelector('#settings pre').checkVisibility({contentVisibilityAuto: true})"
-    assert not opened.evaluate(shown)
-    opened.emulate_media(media="print")
-    opened.wait_for_function(shown, timeout=10_000)
-
-
-@in_chromium
-def test_light_and_dark(opened):
+def test_light_dark_and_paper(opened):
     colours = "['body', '.chart svg text'].map((e) => getComputedStyle(document.querySelector(e)))"
     for scheme, sign in (("light", 1), ("dark", -1)):
         opened.emulate_media(color_scheme=scheme)
         paper, ink = opened.evaluate(f"(([b, t]) => [b.backgroundColor, t.fill])({colours})")
         assert sign * (sum(map(int, re.findall(r"\d+", paper)[:3])) - sum(map(int, re.findall(r"\d+", ink)[:3]))) > 500
+    shown = "document.querySelector('#settings pre').checkVisibility({contentVisibilityAuto: true})"
+    assert not opened.evaluate(shown)  # the configuration is folded on screen alone
+    opened.emulate_media(media="print")
+    opened.wait_for_function(shown, timeout=10_000)
 
 
 @in_chromium

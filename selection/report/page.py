@@ -16,7 +16,7 @@ from markupsafe import Markup
 from selection.method.interval import FEWEST
 from selection.method.staff import lowest
 from selection.report.charts import bin_edges, data_map, scatter, score_figure
-from selection.report.run_data import Shown, correlations, evaluations, number, percent, project, read_run
+from selection.report.run_data import Shown, correlations, evaluations, interval, number, percent, project, read_run
 from selection.rows.conversation import as_messages
 from selection.rows.split import rows_of
 from selection.run.config import REPOSITORY, Experiment
@@ -45,14 +45,14 @@ def render(experiment: Experiment) -> str:
     """The page's HTML."""
     figures, shown, refused = read_run(experiment)
     first, seed = shown[0], experiment.selection.seed
-    stratified_by = first.about.get("stratified_by", "effort").replace("effort", "effort score")
     scored = np.flatnonzero(figures["effort"].notna())
     both = scored[figures["target"].notna()[scored]]
     points, pairs = sample(scored, MOST_POINTS, seed), sample(both, MOST_POINTS, seed)
+    of_points, of_pairs = (figures.loc[rows].assign(status=first.status(rows)) for rows in (points, pairs))
     places, explained, why_no_map = project(experiment, points)
-    drawn, of_points = {}, figures.loc[points].assign(status=first.status(points))
+    drawn = {}
     if len(both):
-        drawn["target"] = scatter(figures.loc[pairs].assign(status=first.status(pairs)), "effort", "target")
+        drawn["target"] = scatter(of_pairs, "effort", "target")
     if len(scored) and figures["length"][scored].notna().all():
         drawn["length"] = scatter(of_points, "length", "effort")
     if places is not None:
@@ -65,13 +65,14 @@ def render(experiment: Experiment) -> str:
         summary, costs, no_costs = None, [], str(error)
     evaluated, unread = evaluations(experiment, [each.name for each in shown])
     folder, record = experiment.folder, experiment.record
-    here = Path(__file__).parent
-    script = (here / "page.js").read_text(encoding="utf-8")
+    template, style, script = (
+        Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "percent": percent, "two_decimals": two_decimals}
-    environment.filters |= {"counted": counted, "correlation": correlation}
-    return environment.from_string((here / "page.html").read_text(encoding="utf-8")).render(
-        style=Markup((here / "page.css").read_text(encoding="utf-8")),
+    filters = (number, percent, two_decimals, counted, correlation, interval)
+    environment.filters |= {function.__name__: function for function in filters}
+    return environment.from_string(template).render(
+        style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=as_data(table, shown),
@@ -86,7 +87,7 @@ def render(experiment: Experiment) -> str:
         refused=refused,
         verdict=verdict,
         correlations=correlations(figures),
-        stratified_by=stratified_by,
+        stratified_by=first.about.get("stratified_by", "effort").replace("effort", "effort score"),
         score_figure=score_figure if len(scored) else None,
         score_note=score_note,
         drawn=drawn,
@@ -136,23 +137,16 @@ def longest_text(lengths: list[int], total: int) -> int:
 
 
 def as_data(table: pd.DataFrame, shown: list[Shown]) -> Markup:
-    """What the page's script reads, JSON that holds no `<`, so that nothing in it can end the <script> element."""
+    """What the page's script reads: JSON without `<`, so that nothing in it can end the <script> element."""
     index = table.index
     numbers, reasons = pd.factorize(np.concatenate([each.reason[index] for each in shown]))
-    coresets = [
-        {
-            "name": each.name,
-            "reason": of_each.tolist(),
-            "stratum": each.stratum[index].tolist(),
-            "ratio": [stratum["ratio"] for stratum in each.strata],
-        }
-        for each, of_each in zip(shown, np.split(numbers, len(shown)), strict=True)
-    ]
+    coresets = []
+    for each, reason in zip(shown, np.split(numbers, len(shown)), strict=True):
+        own = {"name": each.name, "reason": reason.tolist(), "stratum": each.stratum[index].tolist()}
+        coresets.append(own | {"ratio": [stratum["ratio"] for stratum in each.strata]})
     rows = table.astype(object).where(table.notna(), None).to_dict("list")
-    text = json.dumps(
-        {"rows": rows, "reasons": list(reasons), "coresets": coresets}, ensure_ascii=False, allow_nan=False
-    )
-    return Markup(text.replace("<", "\\u003c"))
+    data = {"rows": rows, "reasons": list(reasons), "coresets": coresets}
+    return Markup(json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"))
 
 
 def verdict(summary: CostSummary, costs: list[Cost], name: str) -> str:
@@ -171,11 +165,10 @@ def verdict(summary: CostSummary, costs: list[Cost], name: str) -> str:
 def score_note(shown: Shown) -> str:
     """What the figure of scores leaves out."""
     score, text = shown.score[np.isfinite(shown.score)], ""
-    unknown = [s for s in shown.strata if np.isnan(s["ratio_low"])]
-    if unknown and len(unknown) == len(shown.strata) and any(s["verified"] >= min(FEWEST, s["size"]) for s in unknown):
-        text = "The scores that V is made of are not in this run: no interval is known. "
-    elif unknown:
+    if unknown := [s for s in shown.strata if np.isnan(s["ratio_low"])]:
         text = f"A stratum with fewer than {FEWEST} verified rows has no interval, unless all its rows are verified. "
+        if len(unknown) == len(shown.strata) and any(s["verified"] >= min(FEWEST, s["size"]) for s in unknown):
+            text = "The scores that V is made of are not in this run: no interval is known. "
     *_, before, top = bin_edges(score, shown.strata)
     if beyond := int((score > top + 1e-9 * (top - before)).sum()):
         text += f"The last bar also holds the rows beyond it: {beyond:,}, up to a score of {number(score.max())}."

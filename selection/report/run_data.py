@@ -2,24 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-from pydantic import ConfigDict, Field, NonNegativeInt
-from typing_extensions import TypedDict
 
 from selection.method.interval import ratio_interval
 from selection.report.agreement import partial_spearman, spearman
-from selection.report.annotated import annotated
+from selection.report.annotated import CoresetRecord, annotated
 from selection.rows.split import finished_split
 from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.metrics import Metrics, read_metrics
-from selection.run.products import checked, read_json
+from selection.run.products import checked, read_record
 from selection.scores.folder import Scores, has_column, read_scores
 from selection.scores.verification import Settings, cut_strata, stratified_score, verified_pairs
 
@@ -37,7 +35,7 @@ class Shown:
     reason: np.ndarray  # text
     score: np.ndarray  # what strata are cut by, nan where not known: effort, or its length residual
     stratum: np.ndarray  # −1 where there is none
-    strata: list[dict[str, Any]]  # stratum, low, high, size, verified, ratio, ratio_low, ratio_high, budget, fill
+    strata: list[dict[str, Any]]  # the record's, with low, high, ratio (V_i), ratio_low, ratio_high; verified: a number
     strata_of: str | None  # the coreset that they were cut for
 
     @property
@@ -50,28 +48,6 @@ class Shown:
         return np.select([self.chosen[rows], dropped], [CHOSEN, HARDEST], NOT_CHOSEN)
 
 
-class _Budget(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
-
-    budget: NonNegativeInt
-    of_which_random_fill: NonNegativeInt
-
-
-class _Record(TypedDict, total=False):
-    """What the page reads of a coreset's file and nobody else checks."""
-
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
-
-    method: str
-    rate: float
-    mode: str
-    from_hardest: int
-    stratified_by: str
-    code_version: str
-    data_fingerprint: str | None
-    strata: Annotated[list[_Budget], Field(min_length=1)]
-
-
 def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[str]]:
     """Read the scores, the coresets (STAFF's first), and a line for each coreset that cannot be shown.
 
@@ -81,19 +57,18 @@ def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[st
     """
     if not (paths := sorted(experiment.coresets.glob("*.json"))):
         raise UserError(f"{experiment.folder} has no coreset yet: run coreset.py, then this again")
-    records, shown, refused = [], [], []
+    records, shown, refused = {}, [], []
     for path in paths:
         try:
-            records.append((path, checked(_Record, read_json(path), path)))
+            records[path] = checked(CoresetRecord, read_record(path), path)
         except UserError as error:
             refused.append(f"{path.stem} is not shown: {error}")
-    records.sort(key=lambda each: (each[1].get("method") != "staff", each[1].get("method", ""), each[1].get("rate", 0)))
     figures, split = None, finished_split(experiment)
-    for path, about in records:
+    for path in sorted(records, key=lambda path: records[path].get("method") != "staff"):
         try:
             table = annotated(experiment, path, split)
             train = table.filter(pc.equal(table["split"], "train")).sort_by("index")
-            shown.append(_shown(experiment, path, about, train, shown[0] if shown else None))
+            shown.append(_shown(experiment, path, records[path], train, shown[0] if shown else None))
         except UserError as error:
             refused.append(f"{path.stem} is not shown: {error}")
             continue
@@ -106,39 +81,27 @@ def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[st
 
 
 def _shown(experiment: Experiment, path: Path, about: dict, train: pa.Table, first: Shown | None) -> Shown:
-    name, chosen, reason = path.stem, train["chosen"].to_numpy(), train["reason"].to_numpy()
-    score = train["effort"].to_numpy().copy()
+    name, chosen, reason, score = path.stem, *(train[column].to_numpy() for column in ("chosen", "reason", "effort"))
     if "strata" in about:
         settings = Settings.from_record(about, path)
         scores = stratified_score(read_scores(experiment.small_scores, settings.columns, ids=False), settings)
+        score = np.full(len(chosen), np.nan)
         score[scores.index] = scores.effort
-        intervals = _intervals(experiment, about, scores, settings)
-        strata = [
-            {
-                "stratum": entry["stratum"],
-                "low": entry["score_range"][0],
-                "high": entry["score_range"][1],
-                "size": entry["size"],
-                "verified": len(entry["verified"]),
-                "ratio": entry["verification_ratio"],
-                "ratio_low": low,
-                "ratio_high": high,
-                "budget": entry["budget"],
-                "fill": entry["of_which_random_fill"],
-            }
-            for entry, (low, high) in zip(about["strata"], intervals, strict=True)
-        ]
-        stratum = train["stratum"].fill_null(-1).to_numpy()
+        stratum, strata = train["stratum"].fill_null(-1).to_numpy(), []
+        for entry, spread in zip(about["strata"], _intervals(experiment, about, scores, settings), strict=True):
+            (low, high), ratio = entry.score_range, entry.verification_ratio
+            own = {"low": low, "high": high, "ratio": ratio, "ratio_low": spread[0], "ratio_high": spread[1]}
+            strata.append({**vars(entry), **own, "verified": len(entry.verified)})
         return Shown(name, about, chosen, reason, score, stratum, strata, name)
     if first and first.strata:  # another method's coreset, by the strata of STAFF's first
         taken = [int((chosen & (first.stratum == s["stratum"])).sum()) for s in first.strata]
-        strata = [{**s, "budget": n, "fill": 0} for s, n in zip(first.strata, taken, strict=True)]
+        strata = [{**s, "budget": n, "of_which_random_fill": 0} for s, n in zip(first.strata, taken, strict=True)]
         return Shown(name, about, chosen, reason, first.score, first.stratum, strata, first.name)
     return Shown(name, about, chosen, reason, score, np.full(len(chosen), -1), [], None)
 
 
 def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Settings) -> list[tuple[float, float]]:
-    """Of each stratum's V_i; nan where the target's scores are not in the run folder, or are not those of V_i."""
+    """Of each stratum's V_i; nan where the run folder does not hold the target's scores that V_i was made of."""
     unknown = [(float("nan"), float("nan"))] * len(about["strata"])
     if not experiment.target_scores.exists():
         return unknown
@@ -148,23 +111,22 @@ def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Se
     except UserError:  # the target has scored other rows than this coreset's
         return unknown
     for (rows, _, theirs), entry in zip(pairs, about["strata"], strict=True):
-        if rows.tolist() != entry["verified"] or not np.isclose(theirs.sum(), entry["target_sum"] or 0):
+        if rows.tolist() != entry.verified or not np.isclose(theirs.sum(), entry.target_sum or 0):
             return unknown
-    sizes = [entry["size"] for entry in about["strata"]]
-    return [ratio_interval(theirs, ours, size) for (_, ours, theirs), size in zip(pairs, sizes, strict=True)]
+    strata = about["strata"]
+    return [ratio_interval(theirs, ours, entry.size) for (_, ours, theirs), entry in zip(pairs, strata, strict=True)]
 
 
 def correlations(figures: pd.DataFrame) -> dict[str, float | None]:
     """Spearman's, None where it has no meaning: of small and target scores (`target`), the same with response length
     held fixed (`target_by_length`), of scores and response length (`length`)."""
     scored = figures[figures["effort"].notna()]
-    both, known = scored[scored["target"].notna()], len(scored) and scored["length"].notna().all()
+    both, lengths = scored[scored["target"].notna()], len(scored) and scored["length"].notna().all()
+    partial = lengths and len(both) > 2
     return {
         "target": spearman(both["effort"], both["target"]) if len(both) > 1 else None,
-        "target_by_length": partial_spearman(both["effort"], both["target"], both["length"])
-        if known and len(both) > 2
-        else None,
-        "length": spearman(scored["effort"], scored["length"]) if known else None,
+        "target_by_length": partial_spearman(both["effort"], both["target"], both["length"]) if partial else None,
+        "length": spearman(scored["effort"], scored["length"]) if lengths else None,
     }
 
 
@@ -211,3 +173,9 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
+
+
+def interval(stratum: dict[str, Any]) -> str:
+    """The 95 % interval of V_i."""
+    low, high = stratum["ratio_low"], stratum["ratio_high"]
+    return f"{number(low, 3)} to {number(high, 3)}" if np.isfinite(low) else "not known"
