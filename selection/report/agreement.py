@@ -68,10 +68,8 @@ def _common_rows(a: Scores, b: Scores) -> tuple[Scores, Scores]:
         in_a, in_b = (np.array(of)[each.positions(rows)] for of, each in zip(both, (a, b), strict=True))
         if len(different := np.flatnonzero(in_a != in_b)):
             first, second = (str(values[different[0]]).removesuffix(".0") for values in (in_a, in_b))
-            raise UserError(
-                f"row {rows[different[0]]} has {name} {first} in {a.source} and {second} in {b.source} "
-                f"({len(different)} such rows in all): they are scores of different data"
-            )
+            where = f"row {rows[different[0]]} has {name} {first} in {a.source} and {second} in {b.source}"
+            raise UserError(f"{where}: they are scores of different data")
     return a.only(rows), b.only(rows)
 
 
@@ -100,11 +98,11 @@ def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest
     for group, each in zip(groups, strata[:2], strict=True):
         for number, rows in enumerate(each.members):
             group[rows] = number
-    known = [scores.columns["n_response_tokens"] for scores in (a, b) if "n_response_tokens" in scores.columns]
+    tokens = (a.columns | b.columns).get("n_response_tokens")
     return Agreement(
         num_rows=num_rows,
         spearman=spearman(a.effort, b.effort),
-        partial_spearman=partial_spearman(a.effort, b.effort, known[0]) if known else None,
+        partial_spearman=None if tokens is None else partial_spearman(a.effort, b.effort, tokens),
         rand_index=float(rand_score(*groups)),
         adjusted_rand_index=float(adjusted_rand_score(*groups)),
         overlaps=overlaps,

@@ -41,24 +41,21 @@ class CoresetRecord(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
 
     method: str
-    mode: str
     rate: float
     indices: list[NonNegativeInt]
     strata: Annotated[list[_Stratum], Field(min_length=1)]  # of STAFF's
     from_hardest: int
     data_sets: list[_DataSet]
     stratified_by: str
-    code_version: str
     data_fingerprint: str | None
 
 
 def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None = None) -> pa.Table:
     """One line for each row of training and evaluation split, in the order of the user's data.
 
-    Columns: row (in the user's data), dataset (where there are several; rows then count in each), split ("train",
-    "eval"), index (row of the training split), id, effort and loss of the speculative model, n_prompt_tokens,
-    n_response_tokens, target_effort, stratum, verification_ratio (V_i), verified, chosen, reason (a sentence); null
-    where not known. `split`: of `finished_split`, if at hand.
+    Columns, null where not known: row (in the user's data), dataset (where there are several; rows then count in each),
+    split ("train", "eval"), index (row of the training split), id, effort and loss of the speculative model,
+    n_prompt_tokens, n_response_tokens, target_effort, stratum, verification_ratio (V_i), verified, chosen, reason.
     Raises: UserError where the coreset is of other data, or was cut from other scores than the run has now.
     """
     split, chosen = split or finished_split(experiment), read_coreset(coreset)

@@ -14,8 +14,7 @@ from selection.report.run_data import CHOSEN, STATUSES, Shown, interval, number
 WIDTH = 1000  # of a figure, pixels
 BARS = 60  # of the histogram below the cut, about
 BUDGETS = ["chosen by budget", "chosen by random fill", "not chosen"]
-# Axis titles by column.
-TITLES = {
+TITLES = {  # of axes, by column
     "effort": "effort score of the speculative model",
     "target": "effort score of the target",
     "length": "response tokens",
@@ -86,17 +85,14 @@ def score_figure(shown: Shown, stratified_by: str) -> Markup:
     edges = ends.mark_rule(opacity=0.2, color="var(--text)").encode(x=alt.X("value:Q", **plain))
     strata = strata.assign(
         middle=(strata["low"] + strata["high"]) / 2,
-        # A line without length where no interval is known: the library complains of a column without a number.
-        low_end=strata["ratio_low"].fillna(strata["ratio"]),
-        high_end=strata["ratio_high"].fillna(strata["ratio"]),
         said=[f"stratum {s['stratum']}: V {number(s['ratio'], 3)}, 95 % interval {interval(s)}" for s in shown.strata],
     )
     panel = alt.Chart(strata, width=WIDTH, height=130).encode(x=alt.X("middle:Q", **plain), description="said:N")
     one = alt.Chart(pd.DataFrame({"ratio": [1]})).mark_rule(strokeDash=[4, 4], opacity=0.6, color="var(--text)")
-    lines = panel.mark_rule(strokeWidth=2, color="var(--ratio)")
+    lines = panel.properties(data=strata.dropna(subset="ratio_low")).mark_rule(strokeWidth=2, color="var(--ratio)")
     ratios = panel.mark_point(filled=True, size=45, opacity=1, color="var(--ratio)")
     one, ratios = (chart.encode(y=alt.Y("ratio:Q", title="V")) for chart in (one, ratios))
-    lines = lines.encode(y=alt.Y("low_end:Q", title="V"), y2="high_end:Q")
+    lines = lines.encode(y=alt.Y("ratio_low:Q", title="V"), y2="ratio_high:Q")
     parts = _stacked(budgets, labelled, 130, "rows of a stratum", _colours(BUDGETS, ["chosen", "filled", "other"]))
     panels = (shaded(plain) + histogram + edges, shaded(plain) + edges + one + lines + ratios, shaded(labelled) + parts)
     return _svg(alt.vconcat(*panels, spacing=14).resolve_scale(x="shared", color="independent"))
@@ -120,7 +116,7 @@ def _stacked(data: pd.DataFrame, axis: dict, height: int, title: str, colours: a
 
 
 def bars(shown: Shown) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The data of `score_figure`: bins (low, high, status, rows), strata, and budgets, bins with `stratum`."""
+    """The data of `score_figure`: bins (low, high, status, rows), strata, and budgets, as bins."""
     scored = np.flatnonzero(np.isfinite(shown.score))
     score, strata = shown.score[scored], pd.DataFrame(shown.strata)
     edges = bin_edges(score, shown.strata)
@@ -133,8 +129,8 @@ def bars(shown: Shown) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
         place[kept] = place[kept].clip(max=np.abs(edges - strata["high"].max()).argmin() - 1)
         fill = strata["of_which_random_fill"]
         parts = (strata["budget"] - fill, fill, strata["size"] - strata["budget"])
-        budgets = strata[["stratum", "low", "high"]].assign(**dict(zip(BUDGETS, parts, strict=True)))
-        budgets = budgets.melt(["stratum", "low", "high"], var_name="status", value_name="rows")
+        both = zip(BUDGETS, parts, strict=True)
+        budgets = pd.concat([strata[["low", "high"]].assign(status=status, rows=rows) for status, rows in both])
     bins = pd.DataFrame({"low": edges[place], "high": edges[place + 1], "status": shown.status(scored)})
     bins = bins.groupby(["low", "high", "status"], as_index=False).size().rename(columns={"size": "rows"})
     return bins, strata, budgets

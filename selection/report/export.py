@@ -20,7 +20,6 @@ from selection.run.log import set_library_bars
 from selection.run.products import building, code_version, file_digest, held, read_record, write_json
 from selection.scores.coresets import Coreset, check_fits, read_coreset
 
-PREFIX = "staff_"  # of our columns beside the user's
 _BATCH = 1000  # rows in memory at a time
 
 
@@ -43,14 +42,15 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     record = folder / "made_from.json"
     before = read_record(record) if record.exists() else {}
     if folder.exists() and any(before.get(key) != identity[key] for key in ("export_of", "run")):
-        run = experiment.folder.name
-        raise UserError(f"{folder} is no export of {coreset.name} of run {run}: remove it or give another --out")
+        made = f"{coreset.name} of run {identity['run']}"
+        raise UserError(f"{folder} is no export of {made}: remove it or give another --out")
     new = folder.with_name(f".{folder.name}.new")
     with held(folder):
         shutil.rmtree(new, ignore_errors=True)
         with building(new, identity) as draft:
             said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
-        shutil.rmtree(folder, ignore_errors=True)  # only now that the new one is whole
+        if folder.exists():
+            shutil.rmtree(folder)  # only now that the new one is whole
         new.rename(folder)
     return said
 
@@ -63,7 +63,7 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
     from datasets import concatenate_datasets
 
     figures = annotated(experiment, path, split)
-    figures = figures.rename_columns([PREFIX + name for name in figures.column_names])
+    figures = figures.rename_columns([f"staff_{name}" for name in figures.column_names])
     if taken := sorted(set(figures.column_names) & set(split.rows.column_names)):
         raise UserError(f"the data have a column {taken[0]} already, which the export writes: rename it in the data")
     pooled = concatenate_datasets([split.rows, rows_of(experiment, "eval")])
@@ -84,12 +84,9 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
 def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset, draft: Path) -> list[str]:
     """The chosen rows alone, in every form.
 
-    prompt_completion.jsonl holds text as LLaMA-Factory's template writes it. SFTTrainer trains on the completion: the
-    last response, whose tokens were scored. (In messages TRL 0.24 with transformers 5 counts the wrong thing for the
-    prompt's tokens, and so trains on the prompt.)
-
-    chat.jsonl holds messages for the tokenizer's chat template. With assistant_only_loss SFTTrainer trains on every
-    response, as LLaMA-Factory does, if the template has {% generation %} around them; else on all tokens.
+    prompt_completion.jsonl: SFTTrainer trains on the completions, the last responses, whose tokens were scored. Both
+    are text by LLaMA-Factory's template: given messages, TRL 0.24 with transformers 5 trains on the prompts too.
+    chat.jsonl: with assistant_only_loss it trains on every response that the chat template marks ({% generation %}).
     """
     rows, name = split.rows.select(coreset.indices), coreset.name
     set_library_bars(long_work=len(rows) >= 10_000)
@@ -130,10 +127,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
 
 
 def as_chat(messages: list[dict[str, str]], tools: str) -> dict[str, Any]:
-    """`as_messages`' messages as chat templates take them: {"messages"}, and "tools" where the row has some.
-
-    A call becomes an assistant's `tool_calls`, a tool's answer the role `tool`.
-    """
+    """`as_messages`' messages as chat templates take them: {"messages"}, and "tools" where the row has some."""
     chat = []
     for message in messages:
         if message["role"] == "function":
@@ -165,9 +159,7 @@ def coreset_paths(experiment: Experiment, names: list[str]) -> list[Path]:
     own = {path.stem: path for path in sorted(experiment.coresets.glob("*.json"))}
     if not names and not own:
         raise UserError(f"{experiment.coresets} holds no coreset: run coreset.py first")
-    paths = []
-    for name in names or own:
+    for name in names:
         if name not in own and not name.endswith((".json", ".pt")):
             raise UserError(f"{experiment.folder} has no coreset {name}; there: {', '.join(own) or 'none'}")
-        paths.append(own.get(name, Path(name)))
-    return paths
+    return [own.get(name, Path(name)) for name in names or own]

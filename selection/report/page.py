@@ -1,7 +1,4 @@
-"""One HTML page about a run: scores, strata, verification ratios, samples, costs, and what each coreset takes.
-
-The page holds everything it shows and reaches for nothing else. Its figures are drawn once, as SVG.
-"""
+"""One HTML page about a run. It holds all that it shows and fetches nothing; its figures are drawn once, as SVG."""
 
 import base64
 import hashlib
@@ -28,7 +25,7 @@ from selection.run.yaml_file import to_yaml
 
 MOST_ROWS = 20_000  # in the table
 MOST_POINTS = 3_000  # in a figure
-MOST_TEXT = 16_000_000  # characters of all prompts and responses; longer ones are cut to fit
+MOST_TEXT = 16_000_000  # characters of all prompts and responses; where there are more, long ones are cut
 ROWS_WITHOUT_SCRIPT = 100
 
 
@@ -49,14 +46,14 @@ def render(experiment: Experiment) -> str:
     both = scored[figures["target"].notna()[scored]]
     points, pairs = sample(scored, MOST_POINTS, seed), sample(both, MOST_POINTS, seed)
     of_points, of_pairs = (figures.loc[rows].assign(status=first.status(rows)) for rows in (points, pairs))
-    places, explained, why_no_map = project(experiment, points)
-    drawn = {}
+    drawn, projected = {}, project(experiment, points)
     if len(both):
         drawn["target"] = scatter(of_pairs, "effort", "target")
     if len(scored) and figures["length"][scored].notna().all():
         drawn["length"] = scatter(of_points, "length", "effort")
-    if places is not None:
-        drawn["map"] = data_map(of_points.assign(x=places[:, 0], y=places[:, 1]), figures["effort"][scored])
+    if projected:
+        x, y = projected[0].T
+        drawn["map"] = data_map(of_points.assign(x=x, y=y), figures["effort"][scored])
     table = table_rows(experiment, figures, first, seed)
     chosen_first = np.argsort(~first.chosen[table.index], kind="stable")
     try:
@@ -69,7 +66,7 @@ def render(experiment: Experiment) -> str:
         Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    filters = (number, percent, two_decimals, counted, correlation, interval)
+    filters = (number, percent, two_decimals, counted, interval, format_summary, score_note, verdict)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.from_string(template).render(
         style=Markup(style),
@@ -85,15 +82,12 @@ def render(experiment: Experiment) -> str:
         unscored=int(figures["effort"].isna().sum()),
         shown=shown,
         refused=refused,
-        verdict=verdict,
         correlations=correlations(figures),
         stratified_by=first.about.get("stratified_by", "effort").replace("effort", "effort score"),
         score_figure=score_figure if len(scored) else None,
-        score_note=score_note,
         drawn=drawn,
         counts={"target": (len(pairs), len(both)), "points": (len(points), len(scored))},
-        explained=explained,
-        why_no_map=why_no_map,
+        explained=projected and projected[1],
         table=table,
         static_rows=list(table.iloc[chosen_first[:ROWS_WITHOUT_SCRIPT]].itertuples()),
         evaluated=evaluated,
@@ -103,7 +97,6 @@ def render(experiment: Experiment) -> str:
         costs=costs,
         no_costs=no_costs,
         summary=summary,
-        format_summary=format_summary,
     )
 
 
@@ -114,26 +107,17 @@ def sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 def table_rows(experiment: Experiment, figures: pd.DataFrame, first: Shown, seed: int) -> pd.DataFrame:
     """`figures`, prompt and response of the rows in the table: those that the first coreset chose, then others."""
-    chosen, others = np.flatnonzero(first.chosen), np.flatnonzero(~first.chosen)
-    chosen = sample(chosen, MOST_ROWS, seed)
-    others = sample(others, MOST_ROWS - len(chosen), seed)
-    table = figures.loc[np.concatenate([chosen, others])].sort_values("row")
-    entry = experiment.row_format.entry
-    texts = []
+    order = np.random.default_rng(seed).random(len(figures)) - first.chosen
+    table = figures.loc[lowest(order, MOST_ROWS)].sort_values("row")
+    entry, texts = experiment.row_format.entry, []
     for row in rows_of(experiment, "train").select(table.index):
         *prompt, response = as_messages(row, entry)
         lines = [m["content"] if len(prompt) == 1 else f"{m['role']}: {m['content']}" for m in prompt]
-        texts.append(("\n".join(lines), response["content"]))
-    longest = longest_text([len(text) for pair in texts for text in pair], MOST_TEXT)
-    texts = [[text if len(text) <= longest else f"{text[: longest - 1]}…" for text in pair] for pair in texts]
-    return table.assign(prompt=[prompt for prompt, _ in texts], response=[response for _, response in texts])
-
-
-def longest_text(lengths: list[int], total: int) -> int:
-    """The most characters that a text may keep so that all together keep at most `total`."""
-    ascending = np.sort(lengths)
-    shorter = np.cumsum(ascending) - ascending  # kept by the shorter ones, were this the first that is cut
-    return int(((total - shorter) // np.arange(len(ascending), 0, -1)).max())
+        texts += ["\n".join(lines), response["content"]]
+    if sum(map(len, texts)) > MOST_TEXT:
+        longest = MOST_TEXT // len(texts)
+        texts = [text if len(text) <= longest else f"{text[: longest - 1]}…" for text in texts]
+    return table.assign(prompt=texts[::2], response=texts[1::2])
 
 
 def as_data(table: pd.DataFrame, shown: list[Shown]) -> Markup:
@@ -178,8 +162,3 @@ def score_note(shown: Shown) -> str:
 def counted(count: int, what: str) -> str:
     """Like 1 row, 2,000 rows."""
     return f"{count:,} {what}" + "s" * (count != 1)
-
-
-def correlation(value: float | None) -> str:
-    """Two decimals; – where it is not known."""
-    return "–" if value is None or np.isnan(value) else f"{value:.2f}".replace("-", "−")

@@ -49,35 +49,27 @@ class Shown:
 
 
 def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[str]]:
-    """Read the scores, the coresets (STAFF's first), and a line for each coreset that cannot be shown.
+    """The scores, the coresets (STAFF's first), and a line for each coreset that cannot be shown.
 
-    Scores are (N, 4), by row of the training split, nan where not known: row (number in the user's data, from 0),
-    effort, target (effort score of the target), length (response tokens).
+    Scores are (N, 4), by row of the training split, nan where not known: row (in the user's data, from 0), effort,
+    target (the target's effort score), length (response tokens).
     Raises: UserError where there is no coreset, or none that can be shown.
     """
     if not (paths := sorted(experiment.coresets.glob("*.json"))):
         raise UserError(f"{experiment.folder} has no coreset yet: run coreset.py, then this again")
-    records, shown, refused = {}, [], []
-    for path in paths:
+    shown, refused, split = [], [], finished_split(experiment)
+    for path in sorted(paths, key=lambda path: not path.name.startswith("staff-")):
         try:
-            records[path] = checked(CoresetRecord, read_record(path), path)
-        except UserError as error:
-            refused.append(f"{path.stem} is not shown: {error}")
-    figures, split = None, finished_split(experiment)
-    for path in sorted(records, key=lambda path: records[path].get("method") != "staff"):
-        try:
+            about = checked(CoresetRecord, read_record(path), path)
             table = annotated(experiment, path, split)
             train = table.filter(pc.equal(table["split"], "train")).sort_by("index")
-            shown.append(_shown(experiment, path, records[path], train, shown[0] if shown else None))
+            shown.append(_shown(experiment, path, about, train, shown[0] if shown else None))
         except UserError as error:
             refused.append(f"{path.stem} is not shown: {error}")
-            continue
-        if figures is None:
-            named = {"row": "row", "effort": "effort", "target": "target_effort", "length": "n_response_tokens"}
-            figures = pd.DataFrame({name: train[column].to_numpy() for name, column in named.items()})
-    if figures is None:
+    if not shown:
         raise UserError(refused[0])
-    return figures, shown, refused
+    named = {"row": "row", "effort": "effort", "target": "target_effort", "length": "n_response_tokens"}
+    return pd.DataFrame({name: train[column].to_numpy() for name, column in named.items()}), shown, refused
 
 
 def _shown(experiment: Experiment, path: Path, about: dict, train: pa.Table, first: Shown | None) -> Shown:
@@ -103,12 +95,10 @@ def _shown(experiment: Experiment, path: Path, about: dict, train: pa.Table, fir
 def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Settings) -> list[tuple[float, float]]:
     """Of each stratum's V_i; nan where the run folder does not hold the target's scores that V_i was made of."""
     unknown = [(float("nan"), float("nan"))] * len(about["strata"])
-    if not experiment.target_scores.exists():
-        return unknown
-    target = read_scores(experiment.target_scores, settings.columns, ids=False)
     try:
+        target = read_scores(experiment.target_scores, settings.columns, ids=False)
         pairs = verified_pairs(scores.effort, target, settings, cut_strata(scores.effort, settings), scores.index)
-    except UserError:  # the target has scored other rows than this coreset's
+    except UserError:  # the target has scored nothing, or other rows than this coreset's
         return unknown
     for (rows, _, theirs), entry in zip(pairs, about["strata"], strict=True):
         if rows.tolist() != entry.verified or not np.isclose(theirs.sum(), entry.target_sum or 0):
@@ -118,35 +108,32 @@ def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Se
 
 
 def correlations(figures: pd.DataFrame) -> dict[str, float | None]:
-    """Spearman's, None where it has no meaning: of small and target scores (`target`), the same with response length
-    held fixed (`target_by_length`), of scores and response length (`length`)."""
-    scored = figures[figures["effort"].notna()]
-    both, lengths = scored[scored["target"].notna()], len(scored) and scored["length"].notna().all()
-    partial = lengths and len(both) > 2
-    return {
-        "target": spearman(both["effort"], both["target"]) if len(both) > 1 else None,
-        "target_by_length": partial_spearman(both["effort"], both["target"], both["length"]) if partial else None,
-        "length": spearman(scored["effort"], scored["length"]) if lengths else None,
+    """Spearman's of small and target scores (`target`), the same with response length held fixed (`target_by_length`),
+    and of scores and response length (`length`); None where it has no meaning."""
+    scored, both = figures.dropna(subset="effort"), figures.dropna(subset=["effort", "target"])
+    found = {
+        "target": spearman(both["effort"], both["target"]),
+        "target_by_length": partial_spearman(both["effort"], both["target"], both["length"]),
+        "length": spearman(scored["effort"], scored["length"]),
     }
+    return {name: None if np.isnan(value) else value for name, value in found.items()}
 
 
-def project(experiment: Experiment, rows: np.ndarray) -> tuple[np.ndarray | None, list[float], str]:
+def project(experiment: Experiment, rows: np.ndarray) -> tuple[np.ndarray, list[float]] | None:
     """The first two principal components (n, 2) of the speculative model's features of `rows`, ascending, and their
-    share of the variance; or None and why there is no map: "features" or "rows"."""
+    share of the variance. None where there are no features or fewer than three different rows."""
     folder = experiment.small_scores
-    if not folder.exists() or not has_column(folder, "hidden_state"):
-        return None, [], "features"
-    if len(rows) < 3:
-        return None, [], "rows"
+    if len(rows) < 3 or not has_column(folder, "hidden_state"):
+        return None
     from sklearn.decomposition import PCA  # seconds to import, for runs with features alone
 
     parts = pa.dataset.dataset([str(path) for path in sorted(folder.glob("part-*.parquet"))], format="parquet")
     table = parts.to_table(["index", "hidden_state"], filter=pc.field("index").isin(rows.tolist())).sort_by("index")
     features = np.stack(table["hidden_state"].to_numpy()).astype(np.float64)
     if features.shape[1] < 2 or not np.ptp(features, axis=0).any():
-        return None, [], "rows"
+        return None
     pca = PCA(n_components=2, svd_solver="full")
-    return pca.fit_transform(features), pca.explained_variance_ratio_.tolist(), ""
+    return pca.fit_transform(features), pca.explained_variance_ratio_.tolist()
 
 
 def evaluations(experiment: Experiment, first: list[str]) -> tuple[dict[str, Metrics], list[str]]:
