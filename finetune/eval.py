@@ -29,7 +29,7 @@ from selection.run.device import choose_precision, device_name
 from selection.run.errors import UserError
 from selection.run.ledger import EVALUATION, Cost, measured
 from selection.run.log import say
-from selection.run.metrics import ABOUT, NLL, read_metrics, shown
+from selection.run.metrics import ABOUT, NLL, read_metrics, shown_figure
 from selection.run.model_folder import check_base, model_fingerprint
 from selection.run.processes import processes
 from selection.run.products import building_together, check_same_everywhere, code_version, reuse, write_json
@@ -73,7 +73,7 @@ def main() -> None:
     widths = {metric: max(8, len(metric) + 3) for metric in (NLL, *METRICS, *COMPARABLE)}
     print(f"\n{'':<16}" + "".join(f"{metric:>{width}}" for metric, width in widths.items()))
     for name, metrics in results.items():
-        print(f"{name:<16}" + "".join(f"{shown(metrics, key):>{width}}" for key, width in widths.items()))
+        print(f"{name:<16}" + "".join(f"{shown_figure(metrics, key):>{width}}" for key, width in widths.items()))
     print(f"({ABOUT})")
 
 
@@ -128,8 +128,8 @@ def evaluate(experiment: Experiment, name: str, identity: dict[str, Any], there:
                 add_answers(metrics, experiment, draft, computed)
             write_json(draft / "metrics.json", metrics)
     metrics = read_metrics(folder)
-    answers = f", ROUGE-L {shown(metrics, 'rouge-l')}, BLEU-4 {shown(metrics, 'bleu-4')}" * ("rouge-l" in metrics)
-    print(f"evaluation of {name}: negative log likelihood {shown(metrics, NLL)}{answers} -> {folder}")
+    answers = f", ROUGE-L {shown_figure(metrics, 'rouge-l')}, BLEU-4 {shown_figure(metrics, 'bleu-4')}" * ("rouge-l" in metrics)
+    print(f"evaluation of {name}: negative log likelihood {shown_figure(metrics, NLL)}{answers} -> {folder}")
     return metrics
 
 

@@ -16,7 +16,7 @@ from selection.run.cli import argument_parser, load_experiment_from_arguments
 from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise
-from selection.run.metrics import NLL, read_metrics, shown
+from selection.run.metrics import NLL, read_metrics, shown_figure
 from selection.scores.coresets import coreset_name
 from selection.scores.identity import check_run
 
@@ -42,7 +42,7 @@ def print_tuned(experiment: Experiment, rate: float) -> None:
         metrics = read_metrics(experiment.folder / "eval" / name)
         selection = sum(cost.seconds for cost in selection_costs(experiment, method))
         widths = {NLL: 8, "rouge-l": 10, "bleu-4": 9, "rouge_score-l": 14, "sacrebleu": 12}
-        figures = "".join(f"{shown(metrics, key):>{width}}" for key, width in widths.items())
+        figures = "".join(f"{shown_figure(metrics, key):>{width}}" for key, width in widths.items())
         print(f"{name:<14}{tuning[name].samples:>6}{figures}{selection:>11.1f} s{tuning[name].seconds:>9.1f} s")
     print("(nll: negative log likelihood a response token of the held-out answers, in nats, lower is better; ROUGE-L")
     print("over words that jieba cuts and BLEU-4 over characters, as in the paper; rouge_score's ROUGE-L and sacreBLEU")

@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from selection.run.ending import run_stage
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -49,9 +50,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], None]:
-    """Leave only `kept` layers in the model and in its config's lists (one entry a layer, or layer numbers).
-
-    Returns a function that undoes it."""
+    """Leave only `kept` layers in the model and in the lists of its config; returns a function that undoes it."""
     parent, name = decoder_layers(model)
     layers, config = getattr(parent, name), model.config.get_text_config()
     before = dict(vars(config))
@@ -61,7 +60,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], Non
             setattr(config, key, len(kept))
         elif key in _LAYER_NUMBERS:
             setattr(config, key, value and [new for new, old in enumerate(kept) if old in value])
-        elif isinstance(value, list) and len(value) == len(layers):
+        elif isinstance(value, list) and len(value) == len(layers):  # one entry a layer, such as kinds of attention
             setattr(config, key, [value[i] for i in kept])
 
     def undo() -> None:
@@ -72,21 +71,20 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], Non
 
 
 @torch.no_grad()
-def choose_layers(model: PreTrainedModel, num_kept: int, samples: dict[str, list], progress: Callable) -> dict:
+def choose_layers(model: PreTrainedModel, num_kept: int, samples: Dataset, progress: Callable) -> dict:
     """Skip each layer alone, then drop the least missed one by one and measure the loss after each drop.
 
-    Args: `samples`, calibration rows as input_ids and labels; `progress` is called after each of the 1 + layers +
+    Args: `samples`, calibration rows with input_ids and labels; `progress` is called after each of the 1 + layers +
     dropped passes over them.
     Returns layers by number (`kept`, and `dropped` in that order) and mean losses in nats per response token:
     `full_loss`, its increase without each layer (`sensitivity`), `loss_after_drop`.
     """
-    input_ids, labels = samples["input_ids"], samples["labels"]
-    batches = plan_batches(range(len(input_ids)), list(map(len, input_ids)), _TOKENS_PER_BATCH)
-    every = range(len(getattr(*decoder_layers(model))))
+    batches = plan_batches(range(len(samples)), list(map(len, samples["input_ids"])), _TOKENS_PER_BATCH)
+    batches, every = [samples[batch] for batch in batches], range(len(getattr(*decoder_layers(model))))
 
     def loss_without(skipped: Sequence[int]) -> float:
         undo = keep_layers(model, [i for i in every if i not in skipped])
-        losses = [response_losses(model, [input_ids[r] for r in b], [labels[r] for r in b]) for b in batches]
+        losses = [response_losses(model, batch["input_ids"], batch["labels"]) for batch in batches]
         undo()
         progress()
         return float(torch.cat(losses).mean())
@@ -138,7 +136,7 @@ def main() -> None:
     check_machine(experiment)
     split = training_split(experiment)
     if arguments.rows < 1:
-        raise UserError(f"--rows {arguments.rows}: at least one calibration row is needed")
+        raise UserError(f"--rows {arguments.rows}: give at least one calibration row")
     held_out = set(held_out_ids(experiment))  # the same row may stand in the data twice
     own = [row for row, row_id in enumerate(split.ids) if row_id not in held_out]
     rows = sorted(random.Random(42).sample(own, min(arguments.rows, len(own))))
@@ -157,7 +155,7 @@ def main() -> None:
         say(f"draft: reusing {out}")
         return
 
-    samples = tokenised_rows(experiment, name, "train", split.rows)[rows]
+    samples = tokenised_rows(experiment, name, "train", split.rows).select(rows)
     cost = Cost(CUTTING, Path(target).name, len(rows), device=device_name(), precision=identity["precision"])
     started = time.perf_counter()
     with building(out, identity) as draft, measured(experiment.folder, cost):

@@ -65,9 +65,9 @@ def make_plan(
     """The costs of every stage by name, in the order of the table; and of tuning on each coreset, by rate.
 
     Args: `lengths` (tokens of each row of the training split) and `speeds`, by "small" and "target".
-    Leaves out the split, evaluation, and cutting a speculator out of the target. Verification's rows are an upper bound
-    (strata may be empty or small); its tokens, and a coreset's, are those of mean rows. Raises: UserError as
-    `tuning_keys`, and for a rate that keeps no row.
+    Without the split, evaluation and cutting a speculator. Verification's rows are an upper bound, as strata may be
+    small; its tokens, and a coreset's, are those of mean rows. Raises: UserError where tuning cannot be planned
+    (`tuning_keys`), and for a rate that keeps no row.
     """
     settings, num_rows = experiment.selection, len(lengths["target"])
 
@@ -141,16 +141,14 @@ def verdict(rate: float, selection: float, coreset: float, full: float, reuses: 
     return f"at rate {rate:g} selection does not pay: {said}; {when}"
 
 
-Batches = list[list[int]]  # row numbers
-Step = Callable[[dict[str, list]], object]  # computes one batch of samples: input_ids, labels
+Step, Batches = Callable[[dict[str, list]], object], list[list[int]]  # computes input_ids and labels; row numbers
 
 
 def calibrate(experiment: Experiment, tokenised: dict[str, Dataset], seconds: float) -> dict[str, Speed]:
     """Speeds of both models on this device, on real rows in the batches of scoring and of tuning.
 
     Args: `tokenised`, the training split by "small" and "target"; `seconds` of all four measurements together, without
-    the loading of the models and a first batch that does not count.
-    Raises: UserError where a model does not load or does not fit into the device's memory.
+    loading and first batches. Raises: UserError where a model does not load or does not fit into memory.
     """
     speeds, models = {}, {"small": experiment.small_model, "target": experiment.target_model}
     for name, rows in tokenised.items():
@@ -163,16 +161,15 @@ def calibrate(experiment: Experiment, tokenised: dict[str, Dataset], seconds: fl
                 if not out_of_memory(error):
                     raise
                 keys = "selection.tokens_per_batch, training.per_device_train_batch_size"
-                says = f"{what} on {models[name]} does not fit into the memory of this device"
-                raise UserError(f"{says}: give smaller batches ({keys}) or another device") from None
+                raise UserError(f"{what} on {models[name]} does not fit into memory: give smaller {keys}") from None
             say(f"{what} on {models[name]}: {1 / measured[-1]:,.0f} tokens/s")
         speeds[name] = Speed(parameters_of(model_path(models[name])), *measured)
     return speeds
 
 
 def seconds_per_token(step: Step, batches: Batches, multiple: int, rows: Dataset, seconds: float) -> float:
-    """Seconds for each token without padding: measured per padded token on some batches after the first, times the
-    padding of all batches. Batches are padded to a `multiple`."""
+    """Seconds for each token of the data: those of a padded token on some batches after the first, times the padding of
+    all batches. Batches are padded to a `multiple`."""
     lengths = [len(ids) for ids in rows["input_ids"]]
 
     def padded(batch: list[int]) -> int:
@@ -201,8 +198,8 @@ def prepare_scoring(experiment: Experiment, name: str, model: str, rows: Dataset
     if settings.phi == "all_lora" or tuned:
         loaded = with_fresh_lora(loaded, **tuning_lora(keys), seed=settings.seed)
     check_embeddings(experiment, model, loaded, rows)
-    phi = settings.phi, settings.phi_rank, settings.phi_alpha
     with refusals():
+        phi = settings.phi, settings.phi_rank, settings.phi_alpha
         scorer = EffortScorer(loaded, *phi, settings.seed, settings.columns)
     budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
     batches = plan_batches(range(len(rows)), [len(ids) for ids in rows["input_ids"]], budget)

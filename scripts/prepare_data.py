@@ -83,10 +83,7 @@ def unpacked(package: str, source: Path | None) -> Iterator[Path]:
 
 def without_duplicates(rows: list[Row]) -> list[Row]:
     """The first row of each (instruction, input, output)."""
-    first = {}
-    for row in rows:
-        first.setdefault(row[1:], row)
-    return list(first.values())
+    return list(pd.DataFrame(rows, columns=range(4)).drop_duplicates([1, 2, 3]).itertuples(index=False, name=None))
 
 
 def draw_slice(rows: list[Row]) -> list[Row]:
@@ -164,11 +161,9 @@ def load(name: str, source: Path | None, cache: str):
     try:
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # the hub's client and the parsers raise errors of many types
-        reason = error.__cause__ or error
-        raise UserError(
-            f"cannot read {' '.join(arguments)} ({type(reason).__name__}: {reason}): give --source a folder of JSON, "
-            f"CSV or Parquet files named after {', '.join(SPLITS)}"
-        ) from None
+        reason, files = error.__cause__ or error, f"JSON, CSV or Parquet files named after {', '.join(SPLITS)}"
+        said = f"cannot read {' '.join(arguments)} ({type(reason).__name__}: {reason})"
+        raise UserError(f"{said}: give --source a folder of {files}") from None
 
 
 def pool_rows(name: str, parts) -> list[Row]:
@@ -192,10 +187,9 @@ def pool_rows(name: str, parts) -> list[Row]:
     good = table.map(lambda field: isinstance(field, str)).all(axis=1)
     good &= table.iloc[:, -1].astype(str).str.strip() != ""
     if bad := table.index[~good].tolist():
-        raise UserError(
-            f"{name}: {len(bad):,} rows have an empty response or a field that is not text; first rows: "
-            f"{', '.join(map(str, bad[:3]))} (from 0, over the pooled splits): mend them in local files (--source)"
-        )
+        first = f"first rows: {', '.join(map(str, bad[:3]))} (from 0, over the pooled splits)"
+        said = f"{len(bad):,} rows have an empty response or a field that is not text"
+        raise UserError(f"{name}: {said}; {first}: mend them in local files (--source)")
     return [(f"{name}:{i}", *texts) for i, texts in enumerate(table.itertuples(index=False, name=None))]
 
 

@@ -1,8 +1,6 @@
-"""A headless Chromium for tests, by playwright.
+"""A headless Chromium for tests, by playwright. Draws the upper part of a report for README.md:
 
-    python tests/browser.py runs/demo/report.html data/results/demo/report.png
-
-draws the upper part of a report, for README.md.
+python tests/browser.py runs/demo/report.html data/results/demo/report.png
 """
 
 import contextlib

@@ -13,10 +13,9 @@ _PATIENCE = 5.0  # seconds that a process has to end when another one failed; to
 
 
 def start(command: list, stdout: int, stderr: int, cwd: Path = REPOSITORY, **environment: str):
-    """Start a script (`command`: its path and arguments) in a fork, which writes to the given descriptors.
+    """Start a script (`command`: its path and arguments) in a fork that writes to the given descriptors.
 
-    torch, transformers and LLaMA-Factory, 5 to 9 s of a fresh process, come with the fork; the suite's own modules are
-    imported anew. Returns the multiprocessing.Process.
+    The libraries come with the fork; the suite's own modules are imported anew. Returns the multiprocessing.Process.
     """
     if "torch" in sys.modules:
         from selection.rows.llama_factory import import_llama_factory
@@ -45,21 +44,18 @@ def _become(command: list[str], stdout: int, stderr: int, cwd: Path, environment
 def run_processes(commands: list[list], log: Path, moment: float | None = None, victims: str = "all") -> int | None:
     """Run one process for each command, as torchrun would, and kill them after `moment` seconds.
 
-    `victims`: "all", or "one", the last; the others are then stopped as torchrun stops them. Returns the exit code
-    furthest from 0, or None where they were killed.
+    `victims`: "all", or "one", the last; the others are then stopped. Returns the exit code furthest from 0, or None
+    where they were killed.
     """
     environments, killed = [{}], False
     if len(commands) > 1:
         from torch.distributed import TCPStore
 
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        count = str(len(commands))
+        store, count = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), str(len(commands))
         common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
         common |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        ranks = map(str, range(len(commands)))
-        environments = [
-            common | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": "0"} for rank in ranks
-        ]
+        common["TORCHELASTIC_RESTART_COUNT"] = "0"
+        environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(commands))]
     log.write_bytes(b"")
     with log.open("ab") as file:
         pairs = zip(commands, environments, strict=True)
@@ -77,6 +73,5 @@ def run_processes(commands: list[list], log: Path, moment: float | None = None, 
         each.join(_PATIENCE)
         each.kill()
         each.join()
-    return (
-        None if killed and any(each.exitcode for each in running) else max((each.exitcode for each in running), key=abs)
-    )
+    codes = [each.exitcode for each in running]
+    return None if killed and any(codes) else max(codes, key=abs)

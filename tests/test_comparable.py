@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from finetune.comparable import UnicodeWords, comparable_scores
 from selection.run.config import load_experiment
-from selection.run.metrics import read_metrics, shown
+from selection.run.metrics import read_metrics, shown_figure
 
 ENGLISH = [
     ("The cell divides into two cells.", "The cell, it divides into two daughter cells!"),
@@ -70,4 +70,4 @@ def test_metrics_hold_both_kinds_and_those_without_are_read(make_experiment, row
     assert all(metrics["by_sample"][key] == pytest.approx(values, abs=1e-4) for key, values in by_sample.items())
     earlier = {key: value for key, value in metrics.items() if key not in overall}
     (tmp_path / "metrics.json").write_text(json.dumps(earlier))
-    assert shown(read_metrics(tmp_path), "sacrebleu") == "–"
+    assert shown_figure(read_metrics(tmp_path), "sacrebleu") == "–"

@@ -2,17 +2,13 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
-    REPOSITORY,
     assert_one_line_error,
     everything_in,
     rows_of_llama_factory,
@@ -61,19 +57,24 @@ def conversations() -> list[dict]:
     return rows
 
 
+def made(experiment, path: Path, folder: Path, said=()) -> SimpleNamespace:
+    """An export with what it was made from: the chosen rows, and their tokens as tuning has them."""
+    split, chosen = training_split(experiment), read_coreset(path).indices
+    tokens = tokenised_rows(experiment, experiment.target_model, "train", split.rows).select(chosen).to_list()
+    rows = split.rows.select(chosen).to_list()
+    return SimpleNamespace(experiment=experiment, path=path, folder=folder, said=said, rows=rows, tokens=tokens)
+
+
 @pytest.fixture
 def exported(make_experiment, tiny_model, tmp_path):
-    """A function that exports a published list, and gives all it was made from; `tokens` are those of its rows."""
+    """A function that exports a published list."""
 
     def exported(rows: list[dict], chosen: list[int], model=tiny_model, **changes):
         changes = {"target_model": str(model), "small_model": str(model), "cutoff_len": 1024} | changes
-        experiment = load_experiment(make_experiment(rows, **changes))
-        path, folder = tmp_path / "mine.pt", tmp_path / "out"
+        experiment, path = load_experiment(make_experiment(rows, **changes)), tmp_path / "mine.pt"
         torch.save(chosen, path)
-        split = training_split(experiment)
-        tokens = tokenised_rows(experiment, str(model), "train", split.rows).select(chosen).to_list()
-        said, mine = export(experiment, path, folder), split.rows.select(chosen)
-        return SimpleNamespace(experiment=experiment, path=path, folder=folder, said=said, rows=mine, tokens=tokens)
+        training_split(experiment)
+        return made(experiment, path, tmp_path / "out", export(experiment, path, tmp_path / "out"))
 
     return exported
 
@@ -81,40 +82,31 @@ def exported(make_experiment, tiny_model, tmp_path):
 @pytest.fixture(scope="module")
 def run(finished_run, tmp_path_factory):
     """The finished run with the export of staff-0.2, made by the script's own main."""
-    folder, experiment = tmp_path_factory.mktemp("export"), finished_run
+    folder = tmp_path_factory.mktemp("export")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("selection.report.export._BATCH", 7)  # several batches
-        run_main("scripts.export", experiment.folder, "--coreset", "staff-0.2", "--out", folder)
-    coreset = experiment.coresets / "staff-0.2.json"
-    split, chosen = training_split(experiment), read_coreset(coreset).indices
-    tokens = tokenised_rows(experiment, experiment.target_model, "train", split.rows).select(chosen).to_list()
-    mine = split.rows.select(chosen).to_list()
-    return SimpleNamespace(experiment=experiment, path=coreset, folder=folder / "staff-0.2", rows=mine, tokens=tokens)
+        run_main("scripts.export", finished_run.folder, "--coreset", "staff-0.2", "--out", folder)
+    return made(finished_run, finished_run.coresets / "staff-0.2.json", folder / "staff-0.2")
 
 
 @pytest.fixture
 def train(tiny_model, tmp_path):
-    """A function that takes two steps with TRL's SFTTrainer; returns what it trained on: input_ids, labels, row by row.
+    """A function that takes two steps with TRL's SFTTrainer; returns the rows' input_ids and labels by its collator."""
 
-    Labels are those of the trainer's own collator.
-    """
-
-    def train(rows, template: str | None = None, formatting_func=None, steps: int = 2, **keys) -> list[dict]:
+    def train(rows, template: str | None = None, **keys) -> list[dict]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from trl import SFTConfig, SFTTrainer
 
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         tokenizer.chat_template = template or tokenizer.chat_template
-        keys |= {"max_steps": steps, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none"}
+        keys |= {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none"}
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_model),
             args=SFTConfig(output_dir=tmp_path / "sft", save_strategy="no", disable_tqdm=True, **keys),
             train_dataset=rows,
             processing_class=tokenizer,
-            formatting_func=formatting_func,
         )
-        if steps:
-            assert math.isfinite(trainer.train().training_loss) and trainer.state.global_step == steps
+        assert math.isfinite(trainer.train().training_loss) and trainer.state.global_step == 2
         batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
         return [{key: batch[key][0].tolist() for key in ("input_ids", "labels")} for batch in batches]
 
@@ -139,10 +131,8 @@ def to_end_mark(row: dict, last_response_alone: bool = False) -> dict:
     """LLaMA-Factory's tokens of a row, without the line end behind the last end mark."""
     assert row["input_ids"][-2] == 2  # the tiny tokenizer's end mark
     labels = row["labels"][:-1]
-    if last_response_alone:
-        start = len(labels) - labels[::-1].index(-100)
-        labels = [-100] * start + labels[start:]
-    return {"input_ids": row["input_ids"][:-1], "labels": labels}
+    start = len(labels) - labels[::-1].index(-100) if last_response_alone else 0
+    return {"input_ids": row["input_ids"][:-1], "labels": [-100] * start + labels[start:]}
 
 
 def inputs_and_labels(rows: list[dict]) -> list[dict]:
@@ -165,24 +155,9 @@ def test_files_hold_every_row_as_it_was_with_what_is_known_of_it_and_the_chosen_
     assert [rows[number] for number in numbers] == run.rows == load_from_disk(run.folder / "dataset").to_list()
 
 
-def test_llama_factory_trains_on_the_exported_rows_anywhere(run, tmp_path):
+def test_llama_factory_reads_the_exported_rows_anywhere_as_they_were_scored(run, tmp_path):
     moved = shutil.copytree(run.folder / "llamafactory", tmp_path / "elsewhere")
-    assert read_lines(moved / "staff-0.2.jsonl") == run.rows
-    keys = {
-        "stage": "sft", "do_train": True, "model_name_or_path": run.experiment.target_model, "template": "chatml",
-        "dataset_dir": moved, "dataset": "staff-0.2", "output_dir": tmp_path / "tuned", "max_steps": 2,
-        "per_device_train_batch_size": 4, "finetuning_type": "lora", "lora_target": "all", "report_to": "none",
-        "use_cpu": True, "overwrite_cache": True,
-    }  # fmt: skip
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    own["PYTHONPATH"] = str(REPOSITORY / "selection" / "rows" / "no_torchaudio")
-    command = [Path(sys.executable).with_name("llamafactory-cli"), "train"]
-    command += [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
-    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    state = read_json(tmp_path / "tuned" / "trainer_state.json")
-    assert state["global_step"] == 2 and state["epoch"] == pytest.approx(2 / 6)  # 6 steps of 4 rows are a pass
-    assert math.isfinite(read_json(tmp_path / "tuned/train_results.json")["train_loss"])
+    assert load("parquet", moved / "staff-0.2.parquet").to_list() == run.rows
     theirs = rows_of_llama_factory(run.experiment, moved, "staff-0.2")
     assert inputs_and_labels(theirs) == inputs_and_labels(run.tokens)
 
@@ -198,18 +173,7 @@ def test_trl_trains_on_prompts_and_on_messages_as_llama_factory_does(run, train)
     assert train(chats, CHATML, assistant_only_loss=True) == inputs_and_labels(run.tokens)
 
 
-def test_trl_trains_on_the_folder_of_rows(run, train):
-    """Rows in the user's own columns: TRL takes them through a function, or renamed to its own names."""
-    rows, model = load_from_disk(run.folder / "dataset"), run.experiment.target_model
-    trained = train(rows, formatting_func=lambda row: f"{row['instruction']}\n{row['output']}")
-    texts = [f"{row['instruction']}\n{row['output']}<|im_end|>" for row in run.rows]
-    assert [text(model, row["labels"]) for row in trained] == texts
-    renamed = rows.rename_columns({"instruction": "prompt", "output": "completion"}).remove_columns(["input"])
-    texts = [f"{row['instruction']}{row['output']}<|im_end|>" for row in run.rows]
-    assert [text(model, row["input_ids"]) for row in train(renamed, steps=0)] == texts
-
-
-def test_conversations_train_on_the_scored_responses(exported, train, tiny_model):
+def test_conversations_train_on_the_scored_responses(exported, train):
     talks = exported(conversations(), list(range(8)), dataset_format=SHAREGPT)
     pairs = load("json", talks.folder / "prompt_completion.jsonl")
     assert train(pairs) == [to_end_mark(row, last_response_alone=True) for row in talks.tokens]
@@ -222,26 +186,14 @@ def test_conversations_train_on_the_scored_responses(exported, train, tiny_model
     assert trained == inputs_and_labels([talks.tokens[number] for number in without_tools])
     call = {"type": "function", "function": {"name": "weigh", "arguments": {"thing": "cell"}}}
     (chat,) = (line for line in read_lines(talks.folder / "chat.jsonl") if "tools" in line)
-    assert chat == {
-        "messages": [
-            {"role": "user", "content": "How heavy?"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "1 ng"},
-            {"role": "assistant", "content": "One nanogram."},
-        ],
-        "tools": json.loads(conversations()[4]["tools"]),
-    }
+    assert chat["tools"] == json.loads(conversations()[4]["tools"])
+    assert chat["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert chat["messages"][2] == {"role": "tool", "content": "1 ng"} and len(chat["messages"]) == 4
     two_calls = {"role": "function", "content": json.dumps([call["function"]] * 2)}
     assert as_chat([two_calls], "")["messages"][0]["tool_calls"] == [call, call]
-    shows_all = "{% for message in messages %}{{ message }}{% endfor %}{{ tools }}"
-    shown = [text(tiny_model, row["labels"]) for row in train(chats, shows_all)]
-    assert ["'tool_calls': [{'" in row and "Weighs." in row for row in shown].count(True) == 1
-    assert sum("None" in row for row in shown) == 7  # the others' tools
     read = read_lines(talks.folder / "annotated.jsonl")
     assert [{key: line[key] for key in COLUMNS} for line in read] == conversations()
     assert {line["staff_effort"] for line in read} == {None}  # nothing was scored
-    chosen = [line["staff_row"] for line in read if line["staff_chosen"]]
-    assert chosen == sorted(split_numbers(talks.experiment)["train"])
 
 
 def test_messages_are_llama_factorys_own():
@@ -267,101 +219,71 @@ def test_a_tokenizers_own_first_mark_is_not_doubled(exported, rows, tiny_model, 
     mark = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{mark[0]} $A", special_tokens=[mark])
     tokenizer.save_pretrained(model)
-    made = exported(rows, [0, 3, 7], model, template="llama2")  # writes that mark, and a bare end mark
+    out = exported(rows, [0, 3, 7], model, template="llama2")  # writes that mark, and a bare end mark
     tokenizer = AutoTokenizer.from_pretrained(model)
-    lines = read_lines(made.folder / "prompt_completion.jsonl")
-    for line, row, wanted in zip(lines, made.rows, made.tokens, strict=True):
+    lines = read_lines(out.folder / "prompt_completion.jsonl")
+    for line, row, wanted in zip(lines, out.rows, out.tokens, strict=True):
         assert tokenizer(line["prompt"] + line["completion"])["input_ids"] == wanted["input_ids"]
         assert line["prompt"].startswith("[INST]") and line["completion"].strip() == row["output"] + "<|im_end|>"
-    assert not any("otherwise" in line for line in made.said)
-    # The same tokenizer under a template without the mark cuts every row otherwise.
+    assert not any("otherwise" in line for line in out.said)
     other = exported(rows, [0, 3, 7], model, template="empty", output_dir=str(tmp_path / "other" / "run"))
-    assert any("; 3 of them the tokenizer cuts otherwise" in line for line in other.said)
+    assert any("; 3 of them the tokenizer cuts otherwise" in line for line in other.said)  # without the mark
 
 
 def test_an_end_mark_that_only_the_last_turn_gets(exported, rows, tiny_model):
     """Templates with efficient_eos write none behind a response; tuning adds one."""
-    made = exported(rows, [0, 3], template="bailing")
-    lines = read_lines(made.folder / "prompt_completion.jsonl")
-    for line, row, wanted in zip(lines, made.rows, made.tokens, strict=True):
+    out = exported(rows, [0, 3], template="bailing")
+    lines = read_lines(out.folder / "prompt_completion.jsonl")
+    for line, row, wanted in zip(lines, out.rows, out.tokens, strict=True):
         assert line["completion"] == row["output"] + "<|im_end|>"
         assert line["prompt"] + line["completion"] == text(tiny_model, wanted["input_ids"])
-
-
-def test_conversational_prompts_would_train_on_the_prompt(train):
-    """Where this fails, TRL and transformers fit again, and prompt_completion.jsonl may hold messages."""
-    row = {"prompt": [{"role": "user", "content": "Where?"}], "completion": [{"role": "assistant", "content": "Here."}]}
-    (trained,) = train(Dataset.from_list([row]), CHATML, steps=0)
-    assert trained["labels"].count(-100) == 2
-
-
-def test_text_of_dates_alone_goes_out_as_parquet(exported, tmp_path):
-    rows = [{"instruction": f"When was {i}?", "input": "", "output": f"2020-01-{i + 1:02}"} for i in range(10)]
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    made = exported([], [1, 2], dataset=str(tmp_path / "rows.parquet"))
-    folder = made.folder / "llamafactory"
-    assert len(rows_of_llama_factory(made.experiment, folder, "mine")) == 2
-    assert {path.name for path in folder.iterdir()} == {"dataset_info.json", "mine.parquet"}
 
 
 def test_figures_that_are_no_numbers_go_out_as_null(exported, rows, tmp_path):
     rows = [row | {"weight": math.nan if number == 2 else 0.5} for number, row in enumerate(rows)]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    made = exported([], [0], dataset=str(tmp_path / "rows.parquet"), max_samples=20)
-    weights = [line["weight"] for line in read_lines(made.folder / "annotated.jsonl")]
-    assert len(weights) == 20 and weights[2] is None and set(weights) == {None, 0.5}
+    out = exported([], [0], dataset=str(tmp_path / "rows.parquet"), max_samples=20)
+    weights = [line["weight"] for line in read_lines(out.folder / "annotated.jsonl")]
+    assert weights == [0.5] * 2 + [None] + [0.5] * 17
 
 
 @pytest.mark.parametrize("form", ["the same", "two"])
 def test_rows_of_several_files_are_numbered_in_their_own(exported, rows, tmp_path, form):
-    parts, sets = {"first": rows[:9], "second": conversations() if form == "two" else rows[9:19]}, []
-    for name, part in parts.items():
-        sets.append({"path": write_jsonl(tmp_path / f"{name}.jsonl", part)})
+    parts = {"first": rows[:9], "second": conversations() if form == "two" else rows[9:19]}
+    sets = [{"path": write_jsonl(tmp_path / f"{name}.jsonl", part)} for name, part in parts.items()]
     sets[1] |= {"max_samples": 8} | ({"dataset_format": SHAREGPT} if form == "two" else {})
     chosen = list(range(0, 13, 2))
-    made = exported([], chosen, dataset=sets)
-    numbers = split_numbers(made.experiment)["train"][chosen]
-    expected = [n for n in numbers if n < 9], [n - 9 for n in numbers if n >= 9]
-    for name, own in zip(parts, expected, strict=True):
-        assert own and [int(line) for line in (made.folder / f"indices-{name}.txt").read_text().split()] == own
-    assert not (made.folder / "indices.txt").exists()
-    lines = read_lines(made.folder / "annotated.jsonl")
+    out = exported([], chosen, dataset=sets)
+    numbers = split_numbers(out.experiment)["train"][chosen]
+    for name, own in (("first", [n for n in numbers if n < 9]), ("second", [n - 9 for n in numbers if n >= 9])):
+        assert own and [int(line) for line in (out.folder / f"indices-{name}.txt").read_text().split()] == own
+    lines = read_lines(out.folder / "annotated.jsonl")
     assert [line["staff_dataset"] for line in lines] == ["first"] * 9 + ["second"] * 8
     if form == "the same":
         assert [{key: line[key] for key in rows[0]} for line in lines] == rows[:17]
-    theirs = rows_of_llama_factory(made.experiment, made.folder / "llamafactory", "mine")
-    assert theirs["input_ids"] == [row["input_ids"] for row in made.tokens]
+    theirs = rows_of_llama_factory(out.experiment, out.folder / "llamafactory", "mine")
+    assert theirs["input_ids"] == [row["input_ids"] for row in out.tokens]
 
 
 def test_a_second_export_replaces_the_first_and_nothing_else(exported, rows, tmp_path, monkeypatch):
-    made = exported(rows, [0, 1])
-    (made.folder / "of the first").touch()
-    torch.save([2, 3, 4], made.path)
-    export(made.experiment, made.path, made.folder)
-    assert len(read_lines(made.folder / "chat.jsonl")) == 3 and not (made.folder / "of the first").exists()
-    before = everything_in(made.folder)
-    broken = made.experiment.model_copy(update={"template": "no such"})
-    for chosen, experiment, said in (
-        ([999], made.experiment, "outside the training split"),
-        ([2], broken, "no such"),  # after annotated.* was written
-        ([2], made.experiment, "disk is full"),
-    ):
-        torch.save(chosen, made.path)
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
-            if "disk" in said:  # at the very last file
-
-                def full(path, record):
-                    raise UserError("the disk is full")
-
-                patch.setattr("selection.run.products.write_sealed", full)
-            export(experiment, made.path, made.folder)
-    assert everything_in(made.folder) == before
-    assert not list(tmp_path.glob(".out.*al")) and not list(tmp_path.glob(".out.earlier"))
+    out = exported(rows, [0, 1])
+    (out.folder / "of the first").touch()
+    torch.save([2, 3, 4], out.path)
+    export(out.experiment, out.path, out.folder)
+    assert len(read_lines(out.folder / "chat.jsonl")) == 3 and not (out.folder / "of the first").exists()
+    before, around = everything_in(out.folder), set(tmp_path.iterdir())
+    broken = out.experiment.model_copy(update={"template": "no such"})
+    for chosen, experiment, said in (([999], out.experiment, "outside the training split"), ([2], broken, "no such")):
+        torch.save(chosen, out.path)
+        with pytest.raises(UserError, match=said):
+            export(experiment, out.path, out.folder)
+    monkeypatch.delattr("selection.run.products.write_sealed")  # the very last file
+    with pytest.raises(NameError):
+        export(out.experiment, out.path, out.folder)
+    assert everything_in(out.folder) == before and set(tmp_path.iterdir()) == around
     (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "thesis.txt").touch()
     with pytest.raises(UserError, match="no export of mine"):
-        export(made.experiment, made.path, tmp_path / "theirs")
-    assert (tmp_path / "theirs" / "thesis.txt").exists()
+        export(out.experiment, out.path, tmp_path / "theirs")
 
 
 def test_a_column_of_ours_in_the_data_is_refused(exported, rows):

@@ -4,8 +4,7 @@
     python scripts/bench/choice.py --method d2 --rows 115784 --features 576
 
 Every point is a process of its own: it reads what the method needs from a score folder of random figures, chooses, and
-writes the coreset. "CPU" is the choice's processor time, which other work hardly changes. Needs nothing; prints
-a table.
+writes the coreset. "CPU" is the choice's processor time. Needs nothing; prints a table.
 """
 
 import json

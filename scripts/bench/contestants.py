@@ -21,19 +21,18 @@ from selection.run.errors import UserError
 from selection.scores.models import load_for_scoring
 
 RANK, ALPHA, SEED = 81, 16, 42  # of v_lora_b, as released
-# Gets ids and labels of a batch; returns norms (B,), or None, and losses (B,).
-Score = Callable[[list, list], tuple[torch.Tensor | None, torch.Tensor]]
+Score = Callable[[list, list], tuple[torch.Tensor | None, torch.Tensor]]  # ids and labels -> norms (B,), losses (B,)
 
 
 def load(folder: str, dtype: str, phi: str) -> nn.Module:
-    """The model on its device; under all_lora with the LoRA that is φ, its B off zero so that A has a gradient."""
+    """The model on its device; under all_lora with the LoRA that is φ, B not zero so that A has a gradient."""
     torch.manual_seed(SEED)
     model = load_for_scoring(folder, None, dtype)
     if phi == "all_lora":
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         for name, parameter in model.named_parameters():
-            if "lora_" in name:  # drawn in fp32 for every dtype, so that norms can be compared
+            if "lora_" in name:  # drawn in fp32 for every dtype: norms can be compared
                 parameter.data.copy_(torch.randn(parameter.shape).mul_(0.02))
     return model.requires_grad_(False).eval()
 
@@ -71,7 +70,7 @@ def _mean_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _sample_norms(gradients) -> torch.Tensor:
-    """Norms (B,) over all of φ of per-sample gradients, one (B, …) for each parameter."""
+    """Norms (B,) over φ of per-sample gradients, (B, …) for each parameter."""
     return torch.stack([g.flatten(1).float().norm(dim=1) for g in gradients]).norm(dim=0)
 
 

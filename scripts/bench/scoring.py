@@ -4,10 +4,9 @@ r"""How fast effort scores are made, against other ways to the same per-sample g
         --phi v_lora_b all_lora --dtype fp32 bf16 --repeat 3 --json bench.json --out bench.png
     python scripts/bench/scoring.py --json data/results/bench/scoring.json --out bench.png
 
-Every measurement is a fresh process. Contestants take turns, in an order that rotates. All get
-batches of similar length, but `loop` and `released` one sample at a time. What cannot be measured is skipped with the
-reason. The contestants' packages: scripts/bench/requirements.txt. Needs a model and data; writes --json and prints a
-table. --out draws a --json.
+Every measurement is a fresh process. Contestants take turns, in an order that rotates, on the same batches of similar
+length; `loop` and `released` take one sample at a time. What cannot be measured is skipped with the reason. Needs a
+model, data and scripts/bench/requirements.txt; writes --json and prints a table. --out draws a --json.
 """
 
 import importlib.metadata
@@ -21,14 +20,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 from selection.run.ending import run_stage
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from scripts.bench.apart import measure_apart, process_peak_gib
@@ -86,14 +82,15 @@ def compare(arguments) -> dict:
                 say(f"skipped: {about}: {error}")
     if not measured:
         raise UserError(f"nothing could be measured: {skipped}")
-    rounds, results = {key: own for key, own in pd.DataFrame(measured).groupby(KEY)}, []
+    rounds, results = dict(list(pd.DataFrame(measured).groupby(KEY))), []
     for key, own in rounds.items():
         result = dict(zip(KEY, key, strict=True)) | {"seconds_of_rounds": own.seconds.tolist()}
         result["samples_per_second"] = arguments.rows / own.seconds.median()
         result["peak_memory_gib"] = own.peak_memory_gib.max()
-        if (key[0], "fp32", "loop") in rounds and (norms := own.norms.iloc[0]):
-            exact = np.array(rounds[key[0], "fp32", "loop"].norms.iloc[0])
-            result["largest_relative_difference"] = float(np.max(np.abs(np.array(norms) / exact - 1)))  # of the norms
+        exact = rounds.get((key[0], "fp32", "loop"))
+        if exact is not None and (norms := own.norms.iloc[0]):
+            difference = np.abs(np.array(norms) / np.array(exact.norms.iloc[0]) - 1)
+            result["largest_relative_difference"] = float(difference.max())  # of the norms
         results.append(result)
     print(pd.DataFrame(results).drop(columns="seconds_of_rounds").to_string(index=False, na_rep="-"))
     settings = {"model": Path(job["model"]).name, "data": Path(job["data"]).name, "rows": arguments.rows}
@@ -107,10 +104,10 @@ def measure(model: str, data: str, rows: int, phi: str, dtype: str, contestant: 
     """Time a contestant once over all rows; memory of the process, or of the GPU where there is one."""
     ids, labels = tokenised_rows(model, data, rows)
     budget = 1 if contestant in ("loop", "released") else tokens_per_batch(phi, device())
-    batches = plan_batches(range(len(ids)), [len(row) for row in ids], budget)
+    batches = plan_batches(range(len(ids)), list(map(len, ids)), budget)
     score = CONTESTANTS[contestant](load(model, dtype, phi), phi)
     gpu = torch.cuda if torch.cuda.is_available() else None
-    # The peak of scoring is not to be hidden under that of loading.
+    # Forget the peak of loading.
     gpu.reset_peak_memory_stats() if gpu else Path("/proc/self/clear_refs").write_text("5")
 
     def score_all(batches: list[list[int]]) -> list:
@@ -133,10 +130,8 @@ def measure(model: str, data: str, rows: int, phi: str, dtype: str, contestant: 
 
 
 def tokenised_rows(model: str, data: str, rows: int) -> tuple[tuple, tuple]:
-    """Token ids and labels (−100 on the prompt) of the file's first rows, cut to 1,024 tokens.
-
-    By transformers alone, as LLaMA-Factory is not on every machine that is measured: the tokenizer's chat template.
-    """
+    """Token ids and labels (−100 on the prompt) of the file's first rows, cut to 1,024 tokens, by the tokenizer's own
+    chat template: LLaMA-Factory is not on every machine that is measured."""
     samples = []
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -155,12 +150,12 @@ def tokenised_rows(model: str, data: str, rows: int) -> tuple[tuple, tuple]:
 def draw(record: dict, out: Path) -> None:
     """A panel for each φ and dtype: samples per second, the fastest on top."""
     panels = pd.DataFrame(record["results"]).groupby(["phi", "dtype"])
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
     figure.suptitle(", ".join(str(record["settings"][key]) for key in ("model", "device")))
-    for ax, (names, results) in zip(axes[0], panels, strict=True):
-        bars = results.sort_values("samples_per_second").set_index("contestant").samples_per_second
-        bars.plot.barh(ax=ax, title=", ".join(names), xlabel="samples per second", ylabel="")
-        ax.bar_label(ax.containers[0], fmt="%.3g")
+    for axes, (names, results) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        bars = results.sort_values("samples_per_second")
+        axes.bar_label(axes.barh(bars.contestant, bars.samples_per_second), fmt="%.3g")
+        axes.set(title=", ".join(names), xlabel="samples per second")
     with atomic_path(out) as draft:
         figure.savefig(draft, dpi=110, format="png")
 

@@ -4,10 +4,9 @@ r"""What each choice in selection is worth, at the price of scoring only: nothin
         --set max_samples=500 --set eval_size=0.2 --set selection.num_strata=20 --set selection.verify_per_stratum=5 \
         --jobs 2 --baseline_scores runs/reproduce/smollm2_cpu/go_biology-seed-1/scores/target-full
 
-Needs the target (scripts/demo_models.sh). Cuts speculators of some sizes out of the target, tunes each for some passes,
-and scores the training split on all of them and on the target. Verification and departures are those of the first.
-Writes data/results/ablations/ (--out): a CSV for each table, and ablations.md with all three. Finished models and
-scores are reused.
+Needs the target (scripts/demo_models.sh). Cuts speculators of some sizes out of it, tunes each for some passes, and
+scores the training split on all of them and on the target. Verification and departures are those of the first. Writes
+three CSVs and ablations.md to data/results/ablations/ (--out). Finished models and scores are reused.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from selection.report.agreement import agreement, overlap
 from selection.rows.split import training_split
 from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import REPOSITORY, Experiment, load_experiment
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, selection_costs
 from selection.run.model_folder import model_path
 from selection.run.products import atomic_path, code_version
@@ -42,26 +41,27 @@ from selection.scores.verification import Settings, cut_strata, draw, verify
 COLUMNS = ("effort", "n_response_tokens")
 RESET_SCORES = "speculative scores, adapters reset"  # a stage of its own in the ledger: no method pays for it
 BASELINE_COLUMNS = ("el2n", "el2n_released", "hidden_state")
+NUMBERS = {  # option: (default, meaning)
+    "layers": ("16", "decoder layers kept of the target"),
+    "passes": ("3 1 0", "epochs of tuning"),
+    "verify_per_stratum": ("5 10 20", "b_v, rows"),
+    "num_strata": ("20 50", "K"),
+    "seeds": ("1 2 3 4 5 6 7 8 9 10", "of draws, two or more"),
+}
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
-    for name, default, meaning in (
-        ("layers", "16", "decoder layers kept of the target"),
-        ("passes", "3 1 0", "epochs of tuning"),
-        ("verify_per_stratum", "5 10 20", "b_v, rows"),
-        ("num_strata", "20 50", "K"),
-        ("seeds", "1 2 3 4 5 6 7 8 9 10", "of draws, two or more"),
-    ):
+    for name, (default, meaning) in NUMBERS.items():
         given = [int(number) for number in default.split()]
         parser.add_argument(f"--{name}", type=int, nargs="+", default=given, help=f"{meaning}; default: {default}")
     said = "of the tuned target with all columns: EL2N, CCS and D2 too; default: none"
     parser.add_argument("--baseline_scores", type=Path, help=said)
     parser.add_argument("--jobs", type=int, default=1, help="speculators at a time; default: 1")
-    runs, out = "runs/ablations", "data/results/ablations"
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / runs, help=f"folder of run folders; default: {runs}")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / out, help=f"folder of the tables; default: {out}")
+    for option, folder in (("runs", "runs/ablations"), ("out", "data/results/ablations")):
+        said = f"folder of the {'run folders' if option == 'runs' else 'tables'}; default: {folder}"
+        parser.add_argument(f"--{option}", type=Path, default=REPOSITORY / folder, help=said)
     arguments = parser.parse_args()
     arguments.runs, tuned_target = arguments.runs.resolve(), None
     if len(arguments.seeds) < 2:
@@ -74,20 +74,24 @@ def main() -> None:
     experiments = run_speculators(arguments)
     reference = next(iter(experiments.values()))
     small, target = read_scores(reference.small_scores).of_all_rows(), read_scores(reference.target_scores, COLUMNS)
-    departures = departures_of_staff(reference, small, target, arguments.seeds)
-    departures += departures_of_baselines(reference, tuned_target, arguments.seeds) if tuned_target else []
+    with refusals():
+        departures = departures_of_staff(reference, small, target, arguments.seeds)
+        if tuned_target:
+            departures += departures_of_baselines(reference, tuned_target, arguments.seeds)
+        verification = verification_table(reference, small, target, arguments)
     means = pd.DataFrame(departures, columns=["departure", "rate", "shared"])
     means = means.pivot_table("shared", "departure", "rate", sort=False)[reference.selection.rates]
     tables = {
         "speculator": speculator_table(experiments, target),
-        "verification": verification_table(reference, small, target, arguments),
+        "verification": verification,
         "departures": means.rename(columns="rate_{:g}".format).reset_index(),
     }
     text = f"# What each choice in selection is worth\n\n{len(small)} rows, {code_version()}\n"
     for name, table in tables.items():
+        table = table.round(4)
         with atomic_path(arguments.out / f"{name}.csv") as draft:
-            table.round(4).to_csv(draft, index=False)
-        heading, rows = [column.replace("_", " ") for column in table], table.round(4).astype(str).to_numpy().tolist()
+            table.to_csv(draft, index=False)
+        heading, rows = [column.replace("_", " ") for column in table], table.astype(str).to_numpy().tolist()
         text += f"\n## {name}\n\n{markdown_table(heading, rows)}\n"
     with atomic_path(arguments.out / "ablations.md") as draft:
         draft.write_text(text, encoding="utf-8")
@@ -99,15 +103,9 @@ def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Expe
     experiments, jobs = {}, []
     for layers, passes in product(arguments.layers, arguments.passes):
         model = str(arguments.runs / f"{layers}-layers")
-        changes = [
-            *arguments.set,
-            f"small_model={json.dumps(model)}",
-            f"output_dir={json.dumps(f'{model}-{passes}-passes')}",
-            f"small_training.num_train_epochs={passes}",
-            "speculative_run=null",
-            "selection.mode=paper",
-            "selection.verify=all",
-        ]
+        changes = [f"small_model={json.dumps(model)}", f"output_dir={json.dumps(f'{model}-{passes}-passes')}"]
+        changes += [f"small_training.num_train_epochs={passes}", "speculative_run=null"]
+        changes = [*arguments.set, *changes, "selection.mode=paper", "selection.verify=all"]
         options = ["--config_path", str(Path(arguments.config_path).resolve())]
         options += [part for change in changes for part in ("--set", change)]
         if passes == arguments.passes[0]:
@@ -121,27 +119,26 @@ def run_speculators(arguments: argparse.Namespace) -> dict[tuple[int, int], Expe
 
 
 def speculator_table(experiments: dict[tuple[int, int], Experiment], target: Scores) -> pd.DataFrame:
-    """Agreement of each speculator's scores with the target's, and what tuning and scoring it cost (cutting it comes on
-    top, the same for all passes)."""
+    """Agreement of each speculator's scores with the target's, and what tuning and scoring it cost, without cutting."""
     rows = []
     for (layers, passes), experiment in experiments.items():
         by, small = experiment.selection, read_scores(experiment.small_scores, COLUMNS)
         found = agreement(small, target, by.rates, by.num_strata, by.hardest_cutoff, by.seed)
         row = {"layers": layers, "passes": passes, "spearman": found.spearman}
         row |= {"spearman_length_fixed": found.partial_spearman, "adjusted_rand_index": found.adjusted_rand_index}
-        row |= {f"overlap_highest_{one.rate:g}": one.highest for one in found.overlaps}
-        row |= {f"overlap_staff_{one.rate:g}": one.staff for one in found.overlaps}
-        row |= {f"by_chance_{one.rate:g}": one.staff_by_chance for one in found.overlaps}
+        names = {"overlap_highest": "highest", "overlap_staff": "staff", "by_chance": "staff_by_chance"}
+        for name, figure in names.items():
+            row |= {f"{name}_{one.rate:g}": getattr(one, figure) for one in found.overlaps}
         costs = [c for c in selection_costs(experiment, "staff") if c.stage in (SPECULATIVE_TUNING, SPECULATIVE_SCORES)]
         sizes = tuple(parameters_of(model_path(model)) for model in (experiment.small_model, experiment.target_model))
-        row |= {"seconds": sum(cost.seconds for cost in costs)}
-        rows.append(row | {"flops": f"{sum(stage_flops(cost, experiment, sizes) for cost in costs):.3g}"})
+        flops = sum(stage_flops(cost, experiment, sizes) for cost in costs)
+        rows.append(row | {"seconds": sum(cost.seconds for cost in costs), "flops": f"{flops:.3g}"})
     return pd.DataFrame(rows)
 
 
 def verification_table(experiment: Experiment, small: np.ndarray, target: Scores, arguments) -> pd.DataFrame:
-    """For each K and b_v: target gradients, and the overlap of the coreset with that of the same strata and draws whose
-    V_i are of ALL samples of a stratum. Beside it the overlap of two seeds' coresets. Means over seeds."""
+    """For each K and b_v: target gradients, and the coreset's overlap with the one whose V_i are of ALL samples of a
+    stratum; beside it the overlap of two seeds' coresets. Means over seeds."""
     rows, asked = [], (arguments.num_strata, arguments.verify_per_stratum, experiment.selection.rates)
     for num_strata, per_stratum, rate in product(*asked):
         shared, gradients, chosen = [], [], []
@@ -158,16 +155,16 @@ def verification_table(experiment: Experiment, small: np.ndarray, target: Scores
 
 
 def departures_of_staff(experiment: Experiment, small: np.ndarray, target: Scores, seeds: list[int]) -> list[tuple]:
-    """Overlap with the published rule's coreset when ONE departure of the released code is made (by its number in
-    README.md), on the same stored scores and draws: (departure, rate, share) for each seed of draws."""
+    """Overlap with the published rule's coreset under ONE departure of the released code (its number in README.md), on
+    the same scores and draws: (departure, rate, share) for each seed."""
     reset, normalised, shared = released_scores(experiment), staff.min_max_normalise(small, small), []
     for seed, rate in product(seeds, experiment.selection.rates):
         paper = replace(Settings.of(experiment.selection), seed=seed)
-        released, known = replace(paper, mode="released"), target.at(drawn(small, paper))
-        draws = draw(cut_strata(small, paper), paper)
-        extremes = [
-            staff.verification_ratio(staff.min_max_normalise(target.at(d), known), normalised[d]) for d in draws
-        ]
+        released, draws = replace(paper, mode="released"), draw(cut_strata(small, paper), paper)
+        known, extremes = target.at(np.concatenate(draws)), []
+        for rows in draws:
+            own = staff.min_max_normalise(target.at(rows), known)
+            extremes.append(staff.verification_ratio(own, normalised[rows]))
         departures = {
             "1 tuned query and value adapters reset": {"small": reset},
             "2 target scores everything": {"everything": True},
@@ -193,7 +190,8 @@ def departures_of_baselines(experiment: Experiment, tuned_target: Scores, seeds:
         for seed in seeds if method == "ccs" else seeds[:1]:
             settings = by.num_strata, by.hardest_cutoff, seed
             rules = [baseline(method, read, count, "paper", rule, *settings) for rule in ("published", "released")]
-            for rate, m in ((rate, staff.coreset_size(rate, count)) for rate in by.rates):
+            for rate in by.rates:
+                m = staff.coreset_size(rate, count)
                 shared.append((name, rate, overlap(*(rule(m, None).rows for rule in rules))))
     return shared
 
@@ -217,9 +215,7 @@ def ratios(small: np.ndarray, target: Scores, by: Settings, everything: bool = F
     return [record.verification_ratio for record in verify(small, scored, by)]
 
 
-def coreset(
-    small, target, by: Settings, rate: float, everything=False, v=None, budgets=None, within=None
-) -> np.ndarray:
+def coreset(small, target, by: Settings, rate: float, everything=False, v=None, budgets=None, within=None):
     """STAFF's rows. `v`: other V_i; `budgets`, `within`: the mode of another rule for budgets or inside strata."""
     strata, m = cut_strata(small, by), staff.coreset_size(rate, len(small))
     sizes = staff.allocate_budgets(strata.sizes, v or ratios(small, target, by, everything), m, budgets or by.mode)

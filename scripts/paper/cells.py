@@ -1,7 +1,6 @@
 """A grid of task × method × rate × seed cells: each tuned and evaluated once, by the stage scripts themselves."""
 
 import contextlib
-import csv
 import json
 import os
 import runpy
@@ -33,8 +32,8 @@ from selection.scores.coresets import coreset_name
 from selection.scores.folder import SCORER_VERSION
 from selection.scores.verification import RULES_VERSION
 
-# STAFF with more than the published rules, and what that changes in a task's experiment. Each has its own run folders,
-# as it has its own verification, and pays for its own speculator.
+# STAFF with more than the published rules, and what that changes in a task's experiment. Each has its own verification,
+# so its own run folders, and pays for its own speculator.
 VARIANTS = {"staff_length": ("selection.mode=extended", "selection.length_control=residual")}
 
 
@@ -130,18 +129,16 @@ def read_cells(path: Path) -> dict[Cell, dict]:
 def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
     """All finished cells, in the grid's order; those of a larger grid stay, at the end.
 
-    Selection has one cost for all rates of a method and seed, the first that was measured: a resumed run pays a little
-    again.
+    All rates of a method and seed get the first selection cost that was measured: a resumed run pays a little again.
     """
-    costs = {}
-    with atomic_path(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        for cell in sorted(done, key=lambda cell: order.index(cell) if cell in order else len(order)):
-            selection = {key: value for key, value in done[cell].items() if key.startswith("selection_")}
-            done[cell] |= costs.setdefault((cell.run, cell.method), selection)
-            texts = {k: " ".join(f"{x:g}" for x in v) for k, v in done[cell].items() if isinstance(v, list)}
-            writer.writerow(done[cell] | texts)
+    costs, rows = {}, []
+    for cell in sorted(done, key=lambda cell: order.index(cell) if cell in order else len(order)):
+        selection = {key: value for key, value in done[cell].items() if key.startswith("selection_")}
+        done[cell] |= costs.setdefault((cell.run, cell.method), selection)
+        texts = {k: " ".join(f"{x:g}" for x in v) for k, v in done[cell].items() if isinstance(v, list)}
+        rows.append(done[cell] | texts)
+    with atomic_path(path) as draft:
+        pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).to_csv(draft, index=False)
 
 
 def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
@@ -160,15 +157,14 @@ def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
     """The stages' command line for the run folder of a cell."""
     task, variant = grid.tasks[cell.task], VARIANTS.get(cell.method, ())
     methods = [method for method in grid.methods if method not in ("full", "oracle", *VARIANTS)] or ["random"]
-    changes = [
-        *task.set,
-        *variant,
-        f"output_dir={json.dumps(str(runs / cell.run))}",
-        f"selection.methods={json.dumps(['staff'] if variant else methods)}",
-        f"selection.rates={json.dumps(grid.rates)}",
-        f"selection.seed={cell.seed}",
-        f"training.seed={cell.seed}",
-    ]
+    values = {
+        "output_dir": str(runs / cell.run),
+        "selection.methods": ["staff"] if variant else methods,
+        "selection.rates": grid.rates,
+        "selection.seed": cell.seed,
+        "training.seed": cell.seed,
+    }
+    changes = [*task.set, *variant, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
     config = str((REPOSITORY / task.config).resolve())
     return ["--config_path", config, *(part for change in changes for part in ("--set", change))]
 
@@ -178,10 +174,7 @@ def load(arguments: list[str]) -> Experiment:
 
 
 def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[str]) -> str:
-    """16 hex digits of what the figures of all cells of a task depend on, number formats and rules included.
-
-    Args: `fingerprint` of the training split, `models` the two models' fingerprints.
-    """
+    """16 hex digits of what a task's figures depend on. Args: fingerprints of training split and of both models."""
     no_matter = {"output_dir": True, "speculative_run": True, "evaluation": {"batch_size"}}
     of_a_cell = {"training": {"seed", "report_to", "run_name"}}
     of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"}}
@@ -202,8 +195,8 @@ class Job:
 
 
 def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
-    """The jobs that make `cells`, all of one run folder: the small model's scores and STAFF's selection; the target
-    tuned on everything with the scores that baselines read; each coreset's tuning and evaluation."""
+    """The jobs that make `cells` of one run folder: STAFF's selection by the small model's scores; the target tuned on
+    everything, and the baselines' selection by its scores; each coreset's tuning and evaluation."""
     methods, jobs, coresets = {cell.rule for cell in cells}, [], load(arguments).coresets
     any_scores = {*WITHOUT_SCORES, "oracle"}  # they need the number of rows and their tokens
     selected = {"small": methods & {"staff"}, "target": methods - {"staff", "full", *any_scores}}
@@ -226,10 +219,9 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
 
 
 def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callable[[Job], None]) -> None:
-    """Run jobs, `parallel` at a time, each in one of that many processes that import everything once and see one GPU.
+    """Run jobs, `parallel` at a time, in as many processes that import everything once and see one GPU.
 
-    `finished` is called after each. Raises: UserError with what a failed job said, after those that run have ended;
-    no more are begun.
+    `finished` is called after each. Raises: UserError with what a failed job said, after those that run have ended.
     """
     if parallel < 1:
         raise UserError(f"--jobs {parallel}: at least one at a time")
@@ -286,8 +278,7 @@ def run_commands(commands: list[list[str]], log: Path) -> None:
 
 
 def finished_cell(cell: Cell, grid: Grid, experiment: Experiment, about: dict, sizes: tuple[int, int]) -> dict:
-    """A cell's row, from its run folder. `about`: columns to take as they are. `sizes`: parameters of the small model
-    and of the target."""
+    """A cell's row, from its run folder. `about`: more columns. `sizes`: parameters of small model and target."""
     metrics, costs = read_metrics(experiment.folder / "eval" / cell.tuned), ledger.read_ledger(experiment.folder)
     tuned = [cost for cost in costs if (cost.stage, cost.what) == (ledger.TARGET_TUNING, cell.tuned)]
     if "by_sample" not in metrics or not tuned:
@@ -307,7 +298,7 @@ def finished_cell(cell: Cell, grid: Grid, experiment: Experiment, about: dict, s
 
 
 def stage_flops(cost: ledger.Cost, experiment: Experiment, sizes: tuple[int, int]) -> float:
-    """Of one stage; `sizes` as above."""
+    """FLOPs of a stage; `sizes` as in `finished_cell`."""
     if cost.stage == ledger.CUTTING:
         return ledger.forward_flops(cost.parameters, cost.tokens)
     if cost.stage not in (ledger.SPECULATIVE_TUNING, ledger.TARGET_TUNING):

@@ -56,11 +56,8 @@ AGAINST = ("random", "ccs", "length")
 NAMES = {"nll": "log likelihood", "rouge_l": "ROUGE-L", "bleu_4": "BLEU-4"}
 PLACES = {"nll": 3, "rouge_l": 2, "bleu_4": 2}  # decimals
 FEWEST_SIZES, FEWEST_SEEDS = 5, 3  # of Random's curve, for the worth of a coreset
-UNITS = {
-    "seconds": "{:.1f}".format,
-    "tokens": "{:,.0f}".format,
-    "flops": lambda value: f"{value:.1e}".replace("e+", "e") if value else "0",
-}
+UNITS = {"seconds": "{:.1f}".format, "tokens": "{:,.0f}".format}
+UNITS["flops"] = lambda value: f"{value:.1e}".replace("e+", "e") if value else "0"
 SELECTION = [f"selection_{unit}" for unit in UNITS]
 MISSING = "–"
 
@@ -112,14 +109,18 @@ def read_grid(path: Path) -> Grid:
     if names:
         raise UserError(f"{path}, columns paper_target, paper_task: {names.pop()} is not in data/paper_table1.csv")
     methods = [method for method in METHODS if method in set(cells.method)]
-    rates = sorted(set(cells.rate) - {1.0}, reverse=True)
-    metrics = [metric for metric in METRICS if (cells[metric] != "").any()]
-    return Grid(cells, sorted(set(cells.task)), methods, rates, sorted(set(cells.seed)), metrics)
+    tasks, seeds = sorted(set(cells.task)), sorted(set(cells.seed))
+    rates, metrics = sorted(set(cells.rate) - {1.0}, reverse=True), [m for m in METRICS if (cells[m] != "").any()]
+    return Grid(cells, tasks, methods, rates, seeds, metrics)
 
 
 def pruning_rate(rate: float) -> float:
     """Percent, as in the paper; `rate` is the fraction kept."""
     return round(100 * (1 - rate), 6)
+
+
+def percent(rate: float) -> str:
+    return f"{pruning_rate(rate):g}"
 
 
 # Means and intervals
@@ -131,10 +132,9 @@ def bootstrap_means(values: np.ndarray, stream: int = 0, replicates: int = 10_00
     Args: values (quantities, seeds, samples), scores or paired differences of scores; a seed that a quantity lacks is
     NaN throughout. The same `stream` and shape draw the same.
 
-    Each replicate draws samples with replacement, the same for all quantities and seeds, as all were evaluated on the
-    same rows; then seeds, for each quantity from those that it has, the same where they are the same: so means over
-    quantities can be taken inside a replicate. Intervals are too narrow where seeds differ much ((S − 1) / S of their
-    variance), and too wide where only samples do.
+    Each replicate draws samples with replacement, the same for all quantities and seeds (all were evaluated on the same
+    rows), then seeds out of those that a quantity has. Means over quantities can be taken inside a replicate. Intervals
+    are too narrow where seeds differ much ((S − 1) / S of their variance), too wide where only samples do.
     """
     num_quantities, num_seeds, num_samples = values.shape
     rng = np.random.default_rng([stream, num_seeds, num_samples])
@@ -209,13 +209,12 @@ def pool(estimates: list[Estimate], together=np.mean) -> Estimate | None:
 
 
 def format_tables(grid: Grid, estimates: Estimates) -> str:
-    n, join = len(grid.seeds), "\n\n".join
+    n, join, about = len(grid.seeds), "\n\n".join, []
     of_seeds = f"With {n} seeds the seeds' part is understated: their variance enters as {n - 1}/{n} of it on average."
     fewer = any(one.num_seeds < n for found in estimates.values() for one in found.values())
     size = len(grid.tasks) * n * sum(len(grid.rates_of(method)) for method in grid.methods)
     missing = size - len(grid.cells)
     some = f"{missing} of the {size} cells of this grid are missing (shown as {MISSING})."
-    about = []
     for task, cells in grid.cells.groupby("task"):
         first, commits = cells.iloc[0], ", ".join(sorted(set(cells.commit)))
         counts = f"{first.num_rows} training rows, {first.eval_rows} evaluation rows"
@@ -251,8 +250,7 @@ def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str
     for method in grid.methods:
         rows.append([METHODS[method][0]])
         for rate in columns:
-            one = found.get((method, rate))
-            if one is None:
+            if (one := found.get((method, rate))) is None:
                 rows[-1].append(MISSING if (method, rate) in found else "")
                 continue
             means = sorted({round(e.mean, places) for (_, r), e in found.items() if e and r == rate < 1}, reverse=True)
@@ -262,8 +260,7 @@ def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str
             text += "†" * (one.num_seeds < len(grid.seeds))
             paper = PAPER.get((first.paper_target, first.paper_task, METHODS[method][0], pruning_rate(rate)))
             rows[-1].append(text if paper is None or metric != "rouge_l" else f"{text} [{paper:.1f}]")
-    heading = ["pruned, %", *(f"{pruning_rate(rate):g}" for rate in columns)]
-    return titled(f"{NAMES[metric]}, {task}", heading, rows)
+    return titled(f"{NAMES[metric]}, {task}", ["pruned, %", *map(percent, columns)], rows)
 
 
 def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
@@ -291,8 +288,7 @@ def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
                 low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
                 row.append(f"{found[0]:.2f} ({low:.2f} to {high:.2f})")
             rows += [row] if len(row) > 1 else []
-        heading = ["pruned, %", *(f"{pruning_rate(rate):g}" for rate in grid.rates)]
-        blocks.append(titled(f"Worth in {unit}, {task}", heading, rows))
+        blocks.append(titled(f"Worth in {unit}, {task}", ["pruned, %", *map(percent, grid.rates)], rows))
     return "\n\n".join(blocks)
 
 
@@ -311,11 +307,9 @@ def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
 
 
 def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
-    columns, places = [estimates[metric, "staff", other] for other in AGAINST], PLACES[metric]
-    rows = [
-        [task, f"{pruning_rate(rate):g}", *(with_interval(found.get((task, rate)), places) for found in columns)]
-        for task, rate in itertools.product(grid.tasks, grid.rates)
-    ]
+    columns, rows, places = [estimates[metric, "staff", other] for other in AGAINST], [], PLACES[metric]
+    for task, rate in itertools.product(grid.tasks, grid.rates):
+        rows.append([task, percent(rate), *(with_interval(found.get((task, rate)), places) for found in columns)])
     lists = [list(found.values()) for found in columns]
     rows.append(["**all**", "**all**", *(with_interval(pool(found), places) for found in lists)])
     rows.append(["above 0", "", *map(count_above_zero, lists)])
@@ -339,38 +333,34 @@ def random_table(grid: Grid, estimates: Estimates) -> str:
             found = [estimates[metric, method, "random"].get((task, rate)) for rate in grid.rates]
             found.append(pool([one for one in found if one]))
             rows.append([METHODS[method][0], task, *(with_interval(one, PLACES[metric]) for one in found)])
-    heading = ["method − Random", "task", *(f"{pruning_rate(rate):g} %" for rate in grid.rates), "mean"]
+    heading = ["method − Random", "task", *(f"{percent(rate)} %" for rate in grid.rates), "mean"]
     return titled(f"{NAMES[metric]} of every method against Random, by pruning rate", heading, rows)
 
 
 def cost_tables(grid: Grid, task: str) -> str:
     """Selection costs, STAFF's saving against GraNd over the seeds that both have, and selection-to-tuning ratios: of
     means over the seeds that each has."""
-    methods, cells = [method for method in grid.methods if method != "full"], grid.cells[grid.cells.task == task]
+    cells, rows, ratio_rows, savings, whole, ratios = grid.cells[grid.cells.task == task], [], [], [], {}, {}
     once = cells.groupby(["method", "seed"])[SELECTION].first()  # selection costs the same at every rate of a seed
     costs, means = once.groupby("method").mean(), cells.groupby(["method", "rate"]).mean(numeric_only=True)
-    rows = [
-        [METHODS[m][0], *(_shown(costs[f"selection_{unit}"].get(m), form) for unit, form in UNITS.items())]
-        for m in methods
-    ]
-    savings, whole, ratios = [], {}, {}
     for unit, name in (("seconds", "seconds"), ("flops", "FLOPs")):
         both = once[f"selection_{unit}"].unstack("method").reindex(columns=["staff", "grand"]).dropna().sum()
         saved = _shown(100 * (1 - both.staff / both.grand) if both.grand else None, "{:.1f} %".format)
         savings.append(f"{saved.replace('-', '−')} in {name}")
         whole[unit] = means[f"tuning_{unit}"].get(("full", 1.0), math.nan)
         ratios[unit] = (means[f"selection_{unit}"] + means[f"tuning_{unit}"]) / (whole[unit] or math.nan)
-    ratio_rows = []
-    for method in methods:
+    for method in (method for method in grid.methods if method != "full"):
+        label = METHODS[method][0]
+        rows.append([label, *(_shown(costs[f"selection_{unit}"].get(method), form) for unit, form in UNITS.items())])
         shown = [[_shown(by.get((method, rate)), "{:.2f}".format) for by in ratios.values()] for rate in grid.rates]
-        ratio_rows.append([METHODS[method][0], *(" / ".join(pair).replace("– / –", MISSING) for pair in shown)])
+        ratio_rows.append([label, *(" / ".join(pair).replace("– / –", MISSING) for pair in shown)])
     everything = f"{UNITS['seconds'](whole['seconds'])} s and {UNITS['flops'](whole['flops'])} FLOPs"
-    rates = ["pruned, %", *(f"{pruning_rate(rate):g}" for rate in grid.rates)]
     costs_table = titled(f"Cost, {task}", ["selection", "seconds", "tokens", "FLOPs"], rows)
+    ratio_table = markdown_table(["pruned, %", *map(percent, grid.rates)], ratio_rows)
     return (
         f"{costs_table}\n\nSTAFF saves {' and '.join(savings)} against GraNd (1 − cost of STAFF / cost of GraNd; the "
         "paper's best case: 70.5 %).\n\nSelection-to-tuning ratio, seconds / FLOPs, by pruning rate; tuning on "
-        f"everything: {_shown(whole['seconds'], lambda _: everything)}.\n\n{markdown_table(rates, ratio_rows)}"
+        f"everything: {_shown(whole['seconds'], lambda _: everything)}.\n\n{ratio_table}"
     )
 
 

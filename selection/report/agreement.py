@@ -1,4 +1,4 @@
-"""How far two sets of scores agree: their ranks, the strata cut from them, and the coresets that follow."""
+"""How far two sets of scores agree: in rank, in strata, and in coresets."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,20 @@ from selection.method.staff import choose_staff, coreset_size, stratify
 from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
 
-_SHUFFLES = 10  # of B's scores, to measure what two of STAFF's coresets share because one seed draws both
+_SHUFFLES = 10  # of B's scores: one seed draws both coresets, so they share rows by chance
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation of two (n,) arrays, ties at their mean rank; nan where one of them is constant."""
-    a, b = np.asarray(a), np.asarray(b)
-    if len(a) < 2 or (a == a[0]).all() or (b == b[0]).all():
+    if min(len(np.unique(a)), len(np.unique(b))) < 2:
         return float("nan")
     return float(spearmanr(a, b).statistic)
 
 
 def partial_spearman(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float:
-    """Rank correlation of `a` and `b`, (n,) each, with `given` held fixed: Pearson's r of what a linear regression on
-    the ranks of `given` leaves of the ranks of each, (r_ab − r_ac·r_bc) / √((1 − r_ac²)·(1 − r_bc²)).
+    """Rank correlation of `a` and `b`, (n,) each, `given` held fixed: (r_ab − r_ac·r_bc) / √((1 − r_ac²)(1 − r_bc²)).
 
-    nan where an array is constant, or where `given` explains one of the other two wholly.
+    nan where an array is constant, or where `given` explains another one wholly.
     """
     r_ab, r_ac, r_bc = spearman(a, b), spearman(a, given), spearman(b, given)
     if not min(1 - r_ac**2, 1 - r_bc**2) > 1e-12:  # rounding alone would make a correlation of it
@@ -35,23 +33,23 @@ def partial_spearman(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Overlap:
-    """|A ∩ B| / m of two coresets of m rows at one rate. By chance the highest scores share the rate."""
+    """|A ∩ B| / m of two coresets of m rows at one rate. By chance, the highest scores share `rate`."""
 
     rate: float
     m: int
-    highest: float  # of the m highest scores (of equal ones the earlier row)
+    highest: float  # of the m highest scores; equal scores in row order
     staff: float  # of STAFF's coresets without verification
-    staff_by_chance: float  # the same after B's scores were shuffled, mean of `_SHUFFLES`
+    staff_by_chance: float  # the same with B's scores shuffled, mean of `_SHUFFLES`
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two sets of scores, over the rows that both have."""
+    """How far two sets of scores agree, over the rows that both have."""
 
     num_rows: int
     spearman: float
-    partial_spearman: float | None  # number of response tokens held fixed; None: neither knows it
-    rand_index: float  # of the strata, the dropped hardest rows as a group of their own
+    partial_spearman: float | None  # with the number of response tokens held fixed; None where it is unknown
+    rand_index: float  # of the strata; the dropped hardest rows are a group too
     adjusted_rand_index: float
     overlaps: list[Overlap]
 
@@ -63,25 +61,22 @@ def _common_rows(a: Scores, b: Scores) -> tuple[Scores, Scores]:
     rows = np.intersect1d(a.index, b.index, assume_unique=True)
     if not len(rows):
         raise UserError(f"{a.source} and {b.source} have no row in common: give two scores of the same data")
-    ids = [None if each.ids is None else np.array(each.ids)[each.positions(rows)] for each in (a, b)]
-    a, b = a.only(rows), b.only(rows)
-    tokens = [each.columns.get("n_response_tokens") for each in (a, b)]
-    for name, (of_a, of_b) in {"id": ids, "n_response_tokens": tokens}.items():
-        if of_a is None or of_b is None:
+    for name in ("id", "n_response_tokens"):
+        both = [each.ids if name == "id" else each.columns.get(name) for each in (a, b)]
+        if any(values is None for values in both):
             continue
-        if len(different := np.flatnonzero(np.array(of_a) != np.array(of_b))):
-            in_a, in_b = (str(values[different[0]]).removesuffix(".0") for values in (of_a, of_b))
-            raise UserError(
-                f"row {rows[different[0]]} has {name} {in_a} in {a.source} and {in_b} in {b.source} "
-                f"({len(different)} such rows in all): they are scores of different data"
-            )
-    return a, b
+        in_a, in_b = (np.array(of)[each.positions(rows)] for of, each in zip(both, (a, b), strict=True))
+        if len(different := np.flatnonzero(in_a != in_b)):
+            first, second = (str(values[different[0]]).removesuffix(".0") for values in (in_a, in_b))
+            where = f"row {rows[different[0]]} has {name} {first} in {a.source} and {second} in {b.source}"
+            raise UserError(f"{where}: they are scores of different data")
+    return a.only(rows), b.only(rows)
 
 
 def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest_cutoff: float, seed: int) -> Agreement:
-    """Cut strata and coresets from the common rows, STAFF's by the published rule without V_i and with one seed.
+    """Compare the common rows' scores, their strata, and coresets that STAFF's published rule cuts without V_i.
 
-    Args: two sets of scores, with the column n_response_tokens where it is known; the rest as in the configuration.
+    Args: scores, with the column n_response_tokens where known; the rest as in the configuration.
     Raises: UserError for scores of different data and rates that keep no row.
     """
     a, b = _common_rows(a, b)
@@ -99,15 +94,15 @@ def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest
         )
         by_chance = float(np.mean([overlap(of_a, rows) for rows in of_shuffled]))
         overlaps.append(Overlap(rate, m, overlap(*highest), overlap(of_a, of_b), by_chance))
-    groups = np.full((2, num_rows), -1)  # number of each row's stratum; −1 for the hardest
+    groups = np.full((2, num_rows), -1)  # each row's stratum; −1 for the hardest
     for group, each in zip(groups, strata[:2], strict=True):
         for number, rows in enumerate(each.members):
             group[rows] = number
-    known = [scores.columns["n_response_tokens"] for scores in (a, b) if "n_response_tokens" in scores.columns]
+    tokens = (a.columns | b.columns).get("n_response_tokens")
     return Agreement(
         num_rows=num_rows,
         spearman=spearman(a.effort, b.effort),
-        partial_spearman=partial_spearman(a.effort, b.effort, known[0]) if known else None,
+        partial_spearman=None if tokens is None else partial_spearman(a.effort, b.effort, tokens),
         rand_index=float(rand_score(*groups)),
         adjusted_rand_index=float(adjusted_rand_score(*groups)),
         overlaps=overlaps,

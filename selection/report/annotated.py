@@ -1,8 +1,8 @@
-"""Every row of the user's data beside what selection found: score, stratum, V_i, chosen or not, and why."""
+"""Every row of the user's data with what selection found: score, stratum, V_i, chosen or not, and why."""
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -23,20 +23,46 @@ from selection.scores.verification import Settings, StratumRecord, cut_strata, s
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
 
 
+@dataclass(frozen=True)
+class _Stratum(StratumRecord):
+    budget: NonNegativeInt
+    of_which_random_fill: NonNegativeInt
+
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+
+
+class _DataSet(TypedDict):
+    quota: Annotated[float, Field(gt=0, le=1)] | None
+
+
+class CoresetRecord(TypedDict, total=False):
+    """What a coreset's file says beside what `Settings` checks."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    method: str
+    rate: float
+    indices: list[NonNegativeInt]
+    strata: Annotated[list[_Stratum], Field(min_length=1)]  # of STAFF's
+    from_hardest: int
+    data_sets: list[_DataSet]
+    stratified_by: str
+    data_fingerprint: str | None
+
+
 def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None = None) -> pa.Table:
     """One line for each row of training and evaluation split, in the order of the user's data.
 
-    Columns: row (in the user's data), dataset (where there are several; rows then count in each), split ("train",
-    "eval"), index (row of the training split), id, effort and loss of the speculative model, n_prompt_tokens,
-    n_response_tokens, target_effort, stratum, verification_ratio (V_i), verified, chosen, reason (a sentence); null
-    where not known. `split`: that of `finished_split`, where it is known already.
-    Raises: UserError where the coreset is of other data, or was cut from other scores than those of now.
+    Columns, null where not known: row (in the user's data), dataset (where there are several; rows then count in each),
+    split ("train", "eval"), index (row of the training split), id, effort and loss of the speculative model,
+    n_prompt_tokens, n_response_tokens, target_effort, stratum, verification_ratio (V_i), verified, chosen, reason.
+    Raises: UserError where the coreset is of other data, or was cut from other scores than the run has now.
     """
     split, chosen = split or finished_split(experiment), read_coreset(coreset)
     check_fits(chosen, split.ids, split.fingerprint, str(coreset))
     num_rows = len(split.rows)
     is_chosen = np.isin(np.arange(num_rows), chosen.indices)
-    about = {} if coreset.suffix == ".pt" else read_record(coreset)
+    about = {} if coreset.suffix == ".pt" else checked(CoresetRecord, read_record(coreset), coreset)
     method = about.get("method", "the given list")
     columns = {
         "index": np.arange(num_rows),
@@ -46,7 +72,7 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
         "verification_ratio": np.full(num_rows, np.nan),
         "verified": np.zeros(num_rows, dtype=bool),
         "chosen": is_chosen,
-        "reason": np.array([f"not chosen by {method}", f"chosen by {method}"], dtype=object)[is_chosen.astype(np.intp)],
+        "reason": np.where(is_chosen, f"chosen by {method}", f"not chosen by {method}").astype(object),
     }
     if method == "staff" and experiment.small_scores.exists():
         _explain_staff(experiment, coreset, about, columns)
@@ -55,9 +81,9 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
 
 def _scores_of_all_rows(experiment: Experiment, num_rows: int) -> dict[str, np.ndarray]:
     """Columns (N,), nan where not known."""
-    small, target = ({name: name for name in ("effort", "loss", *_LENGTHS)}, {"effort": "target_effort"})
-    found = {name: np.full(num_rows, np.nan) for name in [*small.values(), *target.values()]}
-    for folder, names in ((experiment.small_scores, small), (experiment.target_scores, target)):
+    small = {name: name for name in ("effort", "loss", *_LENGTHS)}
+    found = {name: np.full(num_rows, np.nan) for name in (*small, "target_effort")}
+    for folder, names in ((experiment.small_scores, small), (experiment.target_scores, {"effort": "target_effort"})):
         if not folder.exists():
             continue
         scores = read_scores(folder, [name for name in names if has_column(folder, name)], ids=False)
@@ -68,29 +94,16 @@ def _scores_of_all_rows(experiment: Experiment, num_rows: int) -> dict[str, np.n
     return found
 
 
-class _DataSet(TypedDict):
-    quota: Annotated[float, Field(gt=0, le=1)] | None
-
-
-class _StaffRecord(TypedDict):  # what the explanation needs of a coreset's file beside `Settings`
-    __pydantic_config__ = ConfigDict(extra="allow")
-
-    rate: float
-    indices: list[NonNegativeInt]
-    strata: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    data_sets: NotRequired[list[_DataSet]]
-
-
-def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: dict[str, np.ndarray]) -> None:
-    """Strata, V_i and reasons, by cutting the coreset again from its own record."""
-    about, settings = checked(_StaffRecord, about, coreset), Settings.from_record(about, coreset)
-    kept = [{field.name: entry.get(field.name) for field in fields(StratumRecord)} for entry in about["strata"]]
-    records = checked(list[StratumRecord], kept, coreset)
+def _explain_staff(experiment: Experiment, path: Path, about: dict, columns: dict[str, np.ndarray]) -> None:
+    """Fill in strata, V_i and reasons, by cutting the coreset again from its own record."""
+    settings = Settings.from_record(about, path)
+    if absent := {"rate", "strata"} - about.keys():
+        raise UserError(f"{path} is damaged: it has no {min(absent)}: cut it again")
     scores = read_scores(experiment.small_scores, settings.columns, ids=False).check_complete()
     scores = stratified_score(scores, settings)
-    strata = cut_strata(scores.effort, settings)
-    ratios = [record.verification_ratio for record in records]
-    other = UserError(f"{coreset} was cut from other scores than {experiment.small_scores} has now: cut it again")
+    strata, recorded = cut_strata(scores.effort, settings), about["strata"]
+    ratios = [each.verification_ratio for each in recorded]
+    other = UserError(f"{path} was cut from other scores than {experiment.small_scores} has now: cut it again")
     if len(ratios) != len(strata.members):
         raise other
     quotas = quotas_of(experiment, scores)
@@ -106,22 +119,22 @@ def _explain_staff(experiment: Experiment, coreset: Path, about: dict, columns: 
         raise other
     columns["reason"][:] = "left out: its loss or score is not finite"
     columns["reason"][scores.index] = explain(choice, strata, len(scores.effort), settings)
-    for record, members in zip(records, strata.members, strict=True):
+    verified = [row for record in recorded for row in record.verified]
+    columns["verified"] = np.isin(columns["index"], verified)
+    for record, members in zip(recorded, strata.members, strict=True):
         rows = scores.index[members]
         columns["stratum"][rows] = record.stratum
         columns["verification_ratio"][rows] = record.verification_ratio  # None becomes nan
-        columns["verified"][record.verified] = True
 
 
 def _in_order_of_the_data(experiment: Experiment, columns: dict[str, np.ndarray]) -> pa.Table:
     numbers = split_numbers(experiment)
     held_out = {"split": "eval", "verified": False, "chosen": False, "reason": "held out for evaluation"}
-    train = pa.table({"row": numbers["train"], "split": ["train"] * len(numbers["train"])})
-    for name, values in columns.items():
-        array = pa.array(values, from_pandas=True)
-        train = train.append_column(name, array.cast(pa.int64()) if name in ("stratum", *_LENGTHS) else array)
-    rest = {name: pa.array([value] * len(numbers["eval"])) for name, value in held_out.items()}
-    rest = pa.table({"row": numbers["eval"], **rest})
+    arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
+    arrays |= {name: arrays[name].cast(pa.int64()) for name in ("stratum", *_LENGTHS)}
+    train = pa.table({"row": numbers["train"], "split": ["train"] * len(numbers["train"]), **arrays})
+    count = len(numbers["eval"])
+    rest = pa.table({"row": numbers["eval"], **{name: [value] * count for name, value in held_out.items()}})
     table = pa.concat_tables([train, rest], promote_options="default").sort_by("row")
     if len(sets := data_sets(experiment)) == 1:
         return table

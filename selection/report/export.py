@@ -1,6 +1,5 @@
-"""What a coreset leaves a run folder as: annotated data, and data sets for LLaMA-Factory, TRL and `datasets`."""
+"""A coreset outside its run folder: annotated data, and data sets for LLaMA-Factory, TRL and `datasets`."""
 
-import contextlib
 import json
 import math
 import shutil
@@ -12,25 +11,23 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from selection.report.annotated import annotated
-from selection.rows.conversation import as_messages, tools_of, unusable_rows
-from selection.rows.read import raw_rows
+from selection.rows.conversation import as_messages, tools_of
 from selection.rows.split import TrainingSplit, data_sets, finished_split, rows_of, split_numbers
 from selection.rows.tokens import as_text
 from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.log import set_library_bars
-from selection.run.products import building, code_version, file_digest, read_record, write_json
+from selection.run.products import building, code_version, file_digest, held, read_record, write_json
 from selection.scores.coresets import Coreset, check_fits, read_coreset
 
-PREFIX = "staff_"  # of our columns beside the user's
 _BATCH = 1000  # rows in memory at a time
 
 
 def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
-    """Export the coreset in the file `path` (JSON, or a published .pt) as `folder`; returns what was written, in lines.
+    """Export the coreset in the file `path` (JSON, or a published .pt) as `folder`; returns lines about what it wrote.
 
     Chosen rows are in the order of the training split; annotated.* has the user's. An earlier export is replaced.
-    Raises: UserError where the coreset is of other data, and where `folder` is there and no export of it.
+    Raises: UserError where the coreset is of other data, and where `folder` exists and is no export of it.
     """
     split, coreset = finished_split(experiment), read_coreset(path)
     check_fits(coreset, split.ids, split.fingerprint, str(path))
@@ -45,32 +42,28 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     record = folder / "made_from.json"
     before = read_record(record) if record.exists() else {}
     if folder.exists() and any(before.get(key) != identity[key] for key in ("export_of", "run")):
-        raise UserError(
-            f"{folder} is no export of {coreset.name} of run {experiment.folder.name}: remove it or give another --out"
-        )
-    earlier = folder.with_name(f".{folder.name}.earlier")
-    try:
-        with building(folder, identity) as draft:
+        made = f"{coreset.name} of run {identity['run']}"
+        raise UserError(f"{folder} is no export of {made}: remove it or give another --out")
+    new = folder.with_name(f".{folder.name}.new")
+    with held(folder):
+        shutil.rmtree(new, ignore_errors=True)
+        with building(new, identity) as draft:
             said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
-            if folder.exists():
-                shutil.rmtree(earlier, ignore_errors=True)
-                folder.rename(earlier)  # at last, when the new one is whole
-    finally:
-        if earlier.exists() and not folder.exists():
-            earlier.rename(folder)  # it could not take its place after all
-    shutil.rmtree(earlier, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)  # only now that the new one is whole
+        new.rename(folder)
     return said
 
 
 def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, draft: Path) -> list[str]:
-    """annotated.parquet and annotated.jsonl: every row of the run, as it was, with `annotated`'s columns behind.
+    """annotated.parquet and annotated.jsonl: every row of the run, as it was, then `annotated`'s columns.
 
-    Rows of several data sets are pooled in the order given; where these come in different forms, in the common one.
+    Rows of several data sets come in the order given, in the common form where their forms differ.
     """
     from datasets import concatenate_datasets
 
     figures = annotated(experiment, path, split)
-    figures = figures.rename_columns([PREFIX + name for name in figures.column_names])
+    figures = figures.rename_columns([f"staff_{name}" for name in figures.column_names])
     if taken := sorted(set(figures.column_names) & set(split.rows.column_names)):
         raise UserError(f"the data have a column {taken[0]} already, which the export writes: rename it in the data")
     pooled = concatenate_datasets([split.rows, rows_of(experiment, "eval")])
@@ -91,48 +84,36 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
 def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset, draft: Path) -> list[str]:
     """The chosen rows alone, in every form.
 
-    prompt_completion.jsonl holds text as LLaMA-Factory's template writes it: SFTTrainer trains on the completion, the
-    last response, whose tokens are those that were scored. (Of messages in that form TRL 0.24 beside transformers 5
-    counts the fields of the tokenizer's result for its tokens, and so trains on the prompt.)
-
-    chat.jsonl holds messages for the chat template of the model's tokenizer: with assistant_only_loss SFTTrainer trains
-    on every response, as LLaMA-Factory does, if the template has {% generation %} around them; else on all tokens.
+    prompt_completion.jsonl: SFTTrainer trains on the completions, the last responses, whose tokens were scored. Both
+    are text by LLaMA-Factory's template: given messages, TRL 0.24 with transformers 5 trains on the prompts too.
+    chat.jsonl: with assistant_only_loss it trains on every response that the chat template marks ({% generation %}).
     """
     rows, name = split.rows.select(coreset.indices), coreset.name
     set_library_bars(long_work=len(rows) >= 10_000)
     entry = experiment.row_format.entry
     text_of = as_text(experiment, experiment.target_model)
-    folder = draft / "llamafactory"
-    folder.mkdir()
     otherwise = earlier = 0
-    with contextlib.ExitStack() as stack:
-        paths = (folder / f"{name}.jsonl", draft / "prompt_completion.jsonl", draft / "chat.jsonl")
-        own, pairs, chats = (stack.enter_context(path.open("w", encoding="utf-8")) for path in paths)
+    with (
+        (draft / "prompt_completion.jsonl").open("w", encoding="utf-8") as pairs,
+        (draft / "chat.jsonl").open("w", encoding="utf-8") as chats,
+    ):
         for row in rows:
             messages = as_messages(row, entry)
             prompt, completion, same = text_of(row)
             otherwise += not same
             earlier += sum(message["role"] in ("assistant", "function") for message in messages) > 1
-            own.write(_as_line(row))
             pairs.write(_as_line({"prompt": prompt, "completion": completion}))
             chats.write(_as_line(as_chat(messages, tools_of(row, entry))))
     rows.save_to_disk(draft / "dataset")
-    file = paths[0]
-    try:
-        with raw_rows(file) as found:
-            usable = not unusable_rows(found, entry)
-    except UserError:
-        usable = False
-    if not usable:  # readers of JSON take text for dates where every row holds one, for example
-        file.unlink()
-        file = file.with_suffix(".parquet")
-        rows.to_parquet(file)
-    write_json(folder / "dataset_info.json", {name: {"file_name": file.name, **entry}})
+    file = draft / "llamafactory" / f"{name}.parquet"  # of JSON, readers take text for dates where every row holds one
+    file.parent.mkdir()
+    rows.to_parquet(file)
+    write_json(file.with_name("dataset_info.json"), {name: {"file_name": file.name, **entry}})
     numbers, sets = split_numbers(experiment)["train"][coreset.indices], data_sets(experiment)
     for set_name, first, count in sets:
         in_set = numbers[(numbers >= first) & (numbers < first + count)] - first
         listed = "indices.txt" if len(sets) == 1 else f"indices-{set_name}.txt"
-        (draft / listed).write_text("".join(f"{number}\n" for number in in_set), encoding="utf-8")
+        np.savetxt(draft / listed, in_set, "%d")
     size = f"{len(rows)} rows"
     return [
         f"llamafactory/: {size}, --dataset {name}",
@@ -146,10 +127,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
 
 
 def as_chat(messages: list[dict[str, str]], tools: str) -> dict[str, Any]:
-    """`as_messages`' messages as chat templates take them: {"messages"}, and "tools" where the row has some.
-
-    A call becomes an assistant's `tool_calls`, a tool's answer the role `tool`.
-    """
+    """`as_messages`' messages as chat templates take them: {"messages"}, and "tools" where the row has some."""
     chat = []
     for message in messages:
         if message["role"] == "function":
@@ -162,18 +140,18 @@ def as_chat(messages: list[dict[str, str]], tools: str) -> dict[str, Any]:
 
 
 def _as_line(row: dict) -> str:
-    """A line of JSON; dates as ISO 8601, null for the floats that JSON does not know."""
+    """A line of JSON; dates as ISO 8601, null for floats that JSON does not know."""
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        if isinstance(value, float):
-            return value if math.isfinite(value) else None
-        return value.isoformat() if hasattr(value, "isoformat") else value
 
-    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.isoformat() if hasattr(value, "isoformat") else value
 
 
 def coreset_paths(experiment: Experiment, names: list[str]) -> list[Path]:
@@ -181,9 +159,7 @@ def coreset_paths(experiment: Experiment, names: list[str]) -> list[Path]:
     own = {path.stem: path for path in sorted(experiment.coresets.glob("*.json"))}
     if not names and not own:
         raise UserError(f"{experiment.coresets} holds no coreset: run coreset.py first")
-    paths = []
-    for name in names or own:
+    for name in names:
         if name not in own and not name.endswith((".json", ".pt")):
             raise UserError(f"{experiment.folder} has no coreset {name}; there: {', '.join(own) or 'none'}")
-        paths.append(own.get(name, Path(name)))
-    return paths
+    return [own.get(name, Path(name)) for name in names or own]

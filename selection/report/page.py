@@ -1,7 +1,4 @@
-"""One HTML page about a run: scores, strata, verification ratios, samples, costs, and what each coreset takes.
-
-The page holds everything it shows and reaches for nothing else. Its figures are drawn once, as SVG.
-"""
+"""One HTML page about a run. It holds all that it shows and fetches nothing; its figures are drawn once, as SVG."""
 
 import base64
 import hashlib
@@ -16,19 +13,19 @@ from markupsafe import Markup
 from selection.method.interval import FEWEST
 from selection.method.staff import lowest
 from selection.report.charts import bin_edges, data_map, scatter, score_figure
-from selection.report.run_data import Shown, correlations, evaluations, number, percent, project, read_run
+from selection.report.run_data import Shown, correlations, evaluations, interval, number, percent, project, read_run
 from selection.rows.conversation import as_messages
 from selection.rows.split import rows_of
 from selection.run.config import REPOSITORY, Experiment
 from selection.run.errors import UserError
 from selection.run.ledger import TARGET_TUNING, Cost, CostSummary, format_summary, read_ledger, summarise
-from selection.run.metrics import ABOUT
+from selection.run.metrics import ABOUT, shown_figure
 from selection.run.products import atomic_path, code_version
 from selection.run.yaml_file import to_yaml
 
 MOST_ROWS = 20_000  # in the table
 MOST_POINTS = 3_000  # in a figure
-MOST_TEXT = 16_000_000  # characters of all prompts and responses; longer ones are cut to fit
+MOST_TEXT = 16_000_000  # characters of all prompts and responses; where there are more, long ones are cut
 ROWS_WITHOUT_SCRIPT = 100
 
 
@@ -45,18 +42,18 @@ def render(experiment: Experiment) -> str:
     """The page's HTML."""
     figures, shown, refused = read_run(experiment)
     first, seed = shown[0], experiment.selection.seed
-    stratified_by = first.about.get("stratified_by", "effort").replace("effort", "effort score")
     scored = np.flatnonzero(figures["effort"].notna())
     both = scored[figures["target"].notna()[scored]]
     points, pairs = sample(scored, MOST_POINTS, seed), sample(both, MOST_POINTS, seed)
-    places, explained, why_no_map = project(experiment, points)
-    drawn, of_points = {}, figures.loc[points].assign(status=first.status(points))
+    of_points, of_pairs = (figures.loc[rows].assign(status=first.status(rows)) for rows in (points, pairs))
+    drawn, projected = {}, project(experiment, points)
     if len(both):
-        drawn["target"] = scatter(figures.loc[pairs].assign(status=first.status(pairs)), "effort", "target")
+        drawn["target"] = scatter(of_pairs, "effort", "target")
     if len(scored) and figures["length"][scored].notna().all():
         drawn["length"] = scatter(of_points, "length", "effort")
-    if places is not None:
-        drawn["map"] = data_map(of_points.assign(x=places[:, 0], y=places[:, 1]), figures["effort"][scored])
+    if projected:
+        x, y = projected[0].T
+        drawn["map"] = data_map(of_points.assign(x=x, y=y), figures["effort"][scored])
     table = table_rows(experiment, figures, first, seed)
     chosen_first = np.argsort(~first.chosen[table.index], kind="stable")
     try:
@@ -65,13 +62,14 @@ def render(experiment: Experiment) -> str:
         summary, costs, no_costs = None, [], str(error)
     evaluated, unread = evaluations(experiment, [each.name for each in shown])
     folder, record = experiment.folder, experiment.record
-    here = Path(__file__).parent
-    script = (here / "page.js").read_text(encoding="utf-8")
+    template, style, script = (
+        Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "percent": percent, "shown": shown}
-    environment.filters |= {"counted": counted, "correlation": correlation}
-    return environment.from_string((here / "page.html").read_text(encoding="utf-8")).render(
-        style=Markup((here / "page.css").read_text(encoding="utf-8")),
+    filters = (number, percent, shown_figure, counted, interval, format_summary, score_note, verdict)
+    environment.filters |= {function.__name__: function for function in filters}
+    return environment.from_string(template).render(
+        style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=as_data(table, shown),
@@ -84,15 +82,12 @@ def render(experiment: Experiment) -> str:
         unscored=int(figures["effort"].isna().sum()),
         shown=shown,
         refused=refused,
-        verdict=verdict,
         correlations=correlations(figures),
-        stratified_by=stratified_by,
+        stratified_by=first.about.get("stratified_by", "effort").replace("effort", "effort score"),
         score_figure=score_figure if len(scored) else None,
-        score_note=score_note,
         drawn=drawn,
         counts={"target": (len(pairs), len(both)), "points": (len(points), len(scored))},
-        explained=explained,
-        why_no_map=why_no_map,
+        explained=projected and projected[1],
         table=table,
         static_rows=list(table.iloc[chosen_first[:ROWS_WITHOUT_SCRIPT]].itertuples()),
         evaluated=evaluated,
@@ -102,7 +97,6 @@ def render(experiment: Experiment) -> str:
         costs=costs,
         no_costs=no_costs,
         summary=summary,
-        format_summary=format_summary,
     )
 
 
@@ -113,46 +107,30 @@ def sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
 
 def table_rows(experiment: Experiment, figures: pd.DataFrame, first: Shown, seed: int) -> pd.DataFrame:
     """`figures`, prompt and response of the rows in the table: those that the first coreset chose, then others."""
-    chosen, others = np.flatnonzero(first.chosen), np.flatnonzero(~first.chosen)
-    chosen = sample(chosen, MOST_ROWS, seed)
-    others = sample(others, MOST_ROWS - len(chosen), seed)
-    table = figures.loc[np.concatenate([chosen, others])].sort_values("row")
-    entry = experiment.row_format.entry
-    texts = []
+    order = np.random.default_rng(seed).random(len(figures)) - first.chosen
+    table = figures.loc[lowest(order, MOST_ROWS)].sort_values("row")
+    entry, texts = experiment.row_format.entry, []
     for row in rows_of(experiment, "train").select(table.index):
         *prompt, response = as_messages(row, entry)
         lines = [m["content"] if len(prompt) == 1 else f"{m['role']}: {m['content']}" for m in prompt]
-        texts.append(("\n".join(lines), response["content"]))
-    longest = longest_text([len(text) for pair in texts for text in pair], MOST_TEXT)
-    texts = [[text if len(text) <= longest else f"{text[: longest - 1]}…" for text in pair] for pair in texts]
-    return table.assign(prompt=[prompt for prompt, _ in texts], response=[response for _, response in texts])
-
-
-def longest_text(lengths: list[int], total: int) -> int:
-    """The most characters that a text may keep so that all together keep at most `total`."""
-    ascending = np.sort(lengths)
-    shorter = np.cumsum(ascending) - ascending  # kept by the shorter ones, were this the first that is cut
-    return int(((total - shorter) // np.arange(len(ascending), 0, -1)).max())
+        texts += ["\n".join(lines), response["content"]]
+    if sum(map(len, texts)) > MOST_TEXT:
+        longest = MOST_TEXT // len(texts)
+        texts = [text if len(text) <= longest else f"{text[: longest - 1]}…" for text in texts]
+    return table.assign(prompt=texts[::2], response=texts[1::2])
 
 
 def as_data(table: pd.DataFrame, shown: list[Shown]) -> Markup:
-    """What the page's script reads, JSON that holds no `<`, so that nothing in it can end the <script> element."""
+    """What the page's script reads: JSON without `<`, so that nothing in it can end the <script> element."""
     index = table.index
     numbers, reasons = pd.factorize(np.concatenate([each.reason[index] for each in shown]))
-    coresets = [
-        {
-            "name": each.name,
-            "reason": of_each.tolist(),
-            "stratum": each.stratum[index].tolist(),
-            "ratio": [stratum["ratio"] for stratum in each.strata],
-        }
-        for each, of_each in zip(shown, np.split(numbers, len(shown)), strict=True)
-    ]
+    coresets = []
+    for each, reason in zip(shown, np.split(numbers, len(shown)), strict=True):
+        own = {"name": each.name, "reason": reason.tolist(), "stratum": each.stratum[index].tolist()}
+        coresets.append(own | {"ratio": [stratum["ratio"] for stratum in each.strata]})
     rows = table.astype(object).where(table.notna(), None).to_dict("list")
-    text = json.dumps(
-        {"rows": rows, "reasons": list(reasons), "coresets": coresets}, ensure_ascii=False, allow_nan=False
-    )
-    return Markup(text.replace("<", "\\u003c"))
+    data = {"rows": rows, "reasons": list(reasons), "coresets": coresets}
+    return Markup(json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"))
 
 
 def verdict(summary: CostSummary, costs: list[Cost], name: str) -> str:
@@ -171,11 +149,10 @@ def verdict(summary: CostSummary, costs: list[Cost], name: str) -> str:
 def score_note(shown: Shown) -> str:
     """What the figure of scores leaves out."""
     score, text = shown.score[np.isfinite(shown.score)], ""
-    unknown = [s for s in shown.strata if np.isnan(s["ratio_low"])]
-    if unknown and len(unknown) == len(shown.strata) and any(s["verified"] >= min(FEWEST, s["size"]) for s in unknown):
-        text = "The scores that V is made of are not in this run: no interval is known. "
-    elif unknown:
+    if unknown := [s for s in shown.strata if np.isnan(s["ratio_low"])]:
         text = f"A stratum with fewer than {FEWEST} verified rows has no interval, unless all its rows are verified. "
+        if len(unknown) == len(shown.strata) and any(s["verified"] >= min(FEWEST, s["size"]) for s in unknown):
+            text = "The scores that V is made of are not in this run: no interval is known. "
     *_, before, top = bin_edges(score, shown.strata)
     if beyond := int((score > top + 1e-9 * (top - before)).sum()):
         text += f"The last bar also holds the rows beyond it: {beyond:,}, up to a score of {number(score.max())}."
@@ -185,8 +162,3 @@ def score_note(shown: Shown) -> str:
 def counted(count: int, what: str) -> str:
     """Like 1 row, 2,000 rows."""
     return f"{count:,} {what}" + "s" * (count != 1)
-
-
-def correlation(value: float | None) -> str:
-    """Two decimals; – where it is not known."""
-    return "–" if value is None or np.isnan(value) else f"{value:.2f}".replace("-", "−")

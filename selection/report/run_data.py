@@ -2,24 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-from pydantic import ConfigDict, Field, NonNegativeInt
-from typing_extensions import TypedDict
 
 from selection.method.interval import ratio_interval
 from selection.report.agreement import partial_spearman, spearman
-from selection.report.annotated import annotated
+from selection.report.annotated import CoresetRecord, annotated
 from selection.rows.split import finished_split
 from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.metrics import Metrics, read_metrics
-from selection.run.products import checked, read_json
+from selection.run.products import checked, read_record
 from selection.scores.folder import Scores, has_column, read_scores
 from selection.scores.verification import Settings, cut_strata, stratified_score, verified_pairs
 
@@ -37,7 +35,7 @@ class Shown:
     reason: np.ndarray  # text
     score: np.ndarray  # what strata are cut by, nan where not known: effort, or its length residual
     stratum: np.ndarray  # −1 where there is none
-    strata: list[dict[str, Any]]  # stratum, low, high, size, verified, ratio, ratio_low, ratio_high, budget, fill
+    strata: list[dict[str, Any]]  # the record's, with low, high, ratio (V_i), ratio_low, ratio_high; verified: a number
     strata_of: str | None  # the coreset that they were cut for
 
     @property
@@ -50,141 +48,92 @@ class Shown:
         return np.select([self.chosen[rows], dropped], [CHOSEN, HARDEST], NOT_CHOSEN)
 
 
-class _Budget(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
-
-    budget: NonNegativeInt
-    of_which_random_fill: NonNegativeInt
-
-
-class _Record(TypedDict, total=False):
-    """What the page reads of a coreset's file and nobody else checks."""
-
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)
-
-    method: str
-    rate: float
-    mode: str
-    from_hardest: int
-    stratified_by: str
-    code_version: str
-    data_fingerprint: str | None
-    strata: Annotated[list[_Budget], Field(min_length=1)]
-
-
 def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[str]]:
-    """Read the scores, the coresets (STAFF's first), and a line for each coreset that cannot be shown.
+    """The scores, the coresets (STAFF's first), and a line for each coreset that cannot be shown.
 
-    Scores are (N, 4), by row of the training split, nan where not known: row (number in the user's data, from 0),
-    effort, target (effort score of the target), length (response tokens).
+    Scores are (N, 4), by row of the training split, nan where not known: row (in the user's data, from 0), effort,
+    target (the target's effort score), length (response tokens).
     Raises: UserError where there is no coreset, or none that can be shown.
     """
     if not (paths := sorted(experiment.coresets.glob("*.json"))):
         raise UserError(f"{experiment.folder} has no coreset yet: run coreset.py, then this again")
-    records, shown, refused = [], [], []
-    for path in paths:
+    shown, refused, split = [], [], finished_split(experiment)
+    for path in sorted(paths, key=lambda path: not path.name.startswith("staff-")):
         try:
-            records.append((path, checked(_Record, read_json(path), path)))
-        except UserError as error:
-            refused.append(f"{path.stem} is not shown: {error}")
-    records.sort(key=lambda each: (each[1].get("method") != "staff", each[1].get("method", ""), each[1].get("rate", 0)))
-    figures, split = None, finished_split(experiment)
-    for path, about in records:
-        try:
+            about = checked(CoresetRecord, read_record(path), path)
             table = annotated(experiment, path, split)
             train = table.filter(pc.equal(table["split"], "train")).sort_by("index")
             shown.append(_shown(experiment, path, about, train, shown[0] if shown else None))
         except UserError as error:
             refused.append(f"{path.stem} is not shown: {error}")
-            continue
-        if figures is None:
-            named = {"row": "row", "effort": "effort", "target": "target_effort", "length": "n_response_tokens"}
-            figures = pd.DataFrame({name: train[column].to_numpy() for name, column in named.items()})
-    if figures is None:
+    if not shown:
         raise UserError(refused[0])
-    return figures, shown, refused
+    named = {"row": "row", "effort": "effort", "target": "target_effort", "length": "n_response_tokens"}
+    return pd.DataFrame({name: train[column].to_numpy() for name, column in named.items()}), shown, refused
 
 
 def _shown(experiment: Experiment, path: Path, about: dict, train: pa.Table, first: Shown | None) -> Shown:
-    name, chosen, reason = path.stem, train["chosen"].to_numpy(), train["reason"].to_numpy()
-    score = train["effort"].to_numpy().copy()
+    name, chosen, reason, score = path.stem, *(train[column].to_numpy() for column in ("chosen", "reason", "effort"))
     if "strata" in about:
         settings = Settings.from_record(about, path)
         scores = stratified_score(read_scores(experiment.small_scores, settings.columns, ids=False), settings)
+        score = np.full(len(chosen), np.nan)
         score[scores.index] = scores.effort
-        intervals = _intervals(experiment, about, scores, settings)
-        strata = [
-            {
-                "stratum": entry["stratum"],
-                "low": entry["score_range"][0],
-                "high": entry["score_range"][1],
-                "size": entry["size"],
-                "verified": len(entry["verified"]),
-                "ratio": entry["verification_ratio"],
-                "ratio_low": low,
-                "ratio_high": high,
-                "budget": entry["budget"],
-                "fill": entry["of_which_random_fill"],
-            }
-            for entry, (low, high) in zip(about["strata"], intervals, strict=True)
-        ]
-        stratum = train["stratum"].fill_null(-1).to_numpy()
+        stratum, strata = train["stratum"].fill_null(-1).to_numpy(), []
+        for entry, spread in zip(about["strata"], _intervals(experiment, about, scores, settings), strict=True):
+            (low, high), ratio = entry.score_range, entry.verification_ratio
+            own = {"low": low, "high": high, "ratio": ratio, "ratio_low": spread[0], "ratio_high": spread[1]}
+            strata.append({**vars(entry), **own, "verified": len(entry.verified)})
         return Shown(name, about, chosen, reason, score, stratum, strata, name)
     if first and first.strata:  # another method's coreset, by the strata of STAFF's first
         taken = [int((chosen & (first.stratum == s["stratum"])).sum()) for s in first.strata]
-        strata = [{**s, "budget": n, "fill": 0} for s, n in zip(first.strata, taken, strict=True)]
+        strata = [{**s, "budget": n, "of_which_random_fill": 0} for s, n in zip(first.strata, taken, strict=True)]
         return Shown(name, about, chosen, reason, first.score, first.stratum, strata, first.name)
     return Shown(name, about, chosen, reason, score, np.full(len(chosen), -1), [], None)
 
 
 def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Settings) -> list[tuple[float, float]]:
-    """Of each stratum's V_i; nan where the target's scores are not in the run folder, or are not those of V_i."""
+    """Of each stratum's V_i; nan where the run folder does not hold the target's scores that V_i was made of."""
     unknown = [(float("nan"), float("nan"))] * len(about["strata"])
-    if not experiment.target_scores.exists():
-        return unknown
-    target = read_scores(experiment.target_scores, settings.columns, ids=False)
     try:
+        target = read_scores(experiment.target_scores, settings.columns, ids=False)
         pairs = verified_pairs(scores.effort, target, settings, cut_strata(scores.effort, settings), scores.index)
-    except UserError:  # the target has scored other rows than this coreset's
+    except UserError:  # the target has scored nothing, or other rows than this coreset's
         return unknown
     for (rows, _, theirs), entry in zip(pairs, about["strata"], strict=True):
-        if rows.tolist() != entry["verified"] or not np.isclose(theirs.sum(), entry["target_sum"] or 0):
+        if rows.tolist() != entry.verified or not np.isclose(theirs.sum(), entry.target_sum or 0):
             return unknown
-    sizes = [entry["size"] for entry in about["strata"]]
-    return [ratio_interval(theirs, ours, size) for (_, ours, theirs), size in zip(pairs, sizes, strict=True)]
+    strata = about["strata"]
+    return [ratio_interval(theirs, ours, entry.size) for (_, ours, theirs), entry in zip(pairs, strata, strict=True)]
 
 
 def correlations(figures: pd.DataFrame) -> dict[str, float | None]:
-    """Spearman's, None where it has no meaning: of small and target scores (`target`), the same with response length
-    held fixed (`target_by_length`), of scores and response length (`length`)."""
-    scored = figures[figures["effort"].notna()]
-    both, known = scored[scored["target"].notna()], len(scored) and scored["length"].notna().all()
-    return {
-        "target": spearman(both["effort"], both["target"]) if len(both) > 1 else None,
-        "target_by_length": partial_spearman(both["effort"], both["target"], both["length"])
-        if known and len(both) > 2
-        else None,
-        "length": spearman(scored["effort"], scored["length"]) if known else None,
+    """Spearman's of small and target scores (`target`), the same with response length held fixed (`target_by_length`),
+    and of scores and response length (`length`); None where it has no meaning."""
+    scored, both = figures.dropna(subset="effort"), figures.dropna(subset=["effort", "target"])
+    found = {
+        "target": spearman(both["effort"], both["target"]),
+        "target_by_length": partial_spearman(both["effort"], both["target"], both["length"]),
+        "length": spearman(scored["effort"], scored["length"]),
     }
+    return {name: None if np.isnan(value) else value for name, value in found.items()}
 
 
-def project(experiment: Experiment, rows: np.ndarray) -> tuple[np.ndarray | None, list[float], str]:
+def project(experiment: Experiment, rows: np.ndarray) -> tuple[np.ndarray, list[float]] | None:
     """The first two principal components (n, 2) of the speculative model's features of `rows`, ascending, and their
-    share of the variance; or None and why there is no map: "features" or "rows"."""
+    share of the variance. None where there are no features or fewer than three different rows."""
     folder = experiment.small_scores
-    if not folder.exists() or not has_column(folder, "hidden_state"):
-        return None, [], "features"
-    if len(rows) < 3:
-        return None, [], "rows"
+    if len(rows) < 3 or not has_column(folder, "hidden_state"):
+        return None
     from sklearn.decomposition import PCA  # seconds to import, for runs with features alone
 
     parts = pa.dataset.dataset([str(path) for path in sorted(folder.glob("part-*.parquet"))], format="parquet")
     table = parts.to_table(["index", "hidden_state"], filter=pc.field("index").isin(rows.tolist())).sort_by("index")
     features = np.stack(table["hidden_state"].to_numpy()).astype(np.float64)
     if features.shape[1] < 2 or not np.ptp(features, axis=0).any():
-        return None, [], "rows"
+        return None
     pca = PCA(n_components=2, svd_solver="full")
-    return pca.fit_transform(features), pca.explained_variance_ratio_.tolist(), ""
+    return pca.fit_transform(features), pca.explained_variance_ratio_.tolist()
 
 
 def evaluations(experiment: Experiment, first: list[str]) -> tuple[dict[str, Metrics], list[str]]:
@@ -211,3 +160,9 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
+
+
+def interval(stratum: dict[str, Any]) -> str:
+    """The 95 % interval of V_i."""
+    low, high = stratum["ratio_low"], stratum["ratio_high"]
+    return f"{number(low, 3)} to {number(high, 3)}" if np.isfinite(low) else "not known"

@@ -35,6 +35,6 @@ def read_metrics(folder: Path) -> Metrics:
     return checked(Metrics, read_json(path), path)
 
 
-def shown(metrics: Metrics, key: str) -> str:
+def shown_figure(metrics: Metrics, key: str) -> str:
     """A figure of an evaluation, percentages with two decimals; a dash where there is none."""
     return f"{metrics[key]:.{3 if key == NLL else 2}f}" if key in metrics else "–"

@@ -16,8 +16,8 @@ def row_figures(
 ) -> dict[str, np.ndarray]:
     """Figures (N,) of each row by name; hidden_state (N, d). Equal rows are scored once.
 
-    Args: `tokenised` as `tokenised_rows` makes it; `scorer` made with COLUMNS; `around`: `empty_turn`'s tokens; `known`: rows
-    that were scored before, which grows. Beside the scorer's columns:
+    Args: `tokenised` as `tokenised_rows` makes it; `scorer` made with COLUMNS; `around`: `empty_turn`'s tokens;
+    `known`: rows that were scored before, which grows. Beside the scorer's columns:
         loss_without_prompt: mean loss of the response behind an empty prompt, in nats a token;
         end_loss: loss of the template's tokens after the response, in nats, all together: high where an answer breaks
             off; 0 where cutoff_len has cut them;
