@@ -128,8 +128,9 @@ def evaluate(experiment: Experiment, name: str, identity: dict[str, Any], there:
                 add_answers(metrics, experiment, draft, computed)
             write_json(draft / "metrics.json", metrics)
     metrics = read_metrics(folder)
-    answers = f", ROUGE-L {shown_figure(metrics, 'rouge-l')}, BLEU-4 {shown_figure(metrics, 'bleu-4')}" * ("rouge-l" in metrics)
-    print(f"evaluation of {name}: negative log likelihood {shown_figure(metrics, NLL)}{answers} -> {folder}")
+    names = {NLL: "negative log likelihood", "rouge-l": "ROUGE-L", "bleu-4": "BLEU-4"}
+    figures = ", ".join(f"{text} {shown_figure(metrics, key)}" for key, text in names.items() if key in metrics)
+    print(f"evaluation of {name}: {figures} -> {folder}")
     return metrics
 
 

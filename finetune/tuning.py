@@ -56,8 +56,8 @@ def tune_once(
 
     `keys` are LLaMA-Factory's, `report` those that only add logging, `keys_of_coreset` go before `keys`. Under torchrun
     the processes share each optimiser step's samples. (accelerate fills the last step of a pass with samples from its
-    start.) `dry_run`: only say what would be done. Raises: UserError where `folder` was made otherwise, or tuning cannot
-    be done.
+    start.) `dry_run`: only say what would be done. Raises: UserError where `folder` was made otherwise, or tuning
+    cannot be done.
     """
     together, precision = processes(), choose_precision(experiment.precision)
     with together.leader_first():
