@@ -118,7 +118,7 @@ def test_every_number_of_table_1_is_the_mean_of_its_rows(tmp_path, few_replicate
     cells = fake_grid(staff=2.0)
     text = text_of(tmp_path, cells)
     assert "No cell of this grid is missing (44)." in text and "†" not in text
-    for task, (metric, name) in product(TASKS, tables.METRICS.items()):
+    for task, (metric, name) in product(TASKS, {"rouge_l": "ROUGE-L", "bleu_4": "BLEU-4"}.items()):
         table = table_after(text, f"### {name}, {task}\n")
         assert list(table) == [tables.METHODS[method][0] for method in METHODS]
         for method, (rate, pruned) in product(METHODS, WITH_FULL):
