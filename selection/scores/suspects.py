@@ -1,0 +1,126 @@
+"""Rows of a pool that look wrong, by one pass of an untuned model (row_figures.py) and by their text."""
+
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+from scipy.sparse.csgraph import connected_components
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.neighbors import NearestNeighbors
+
+# What is wrong with a row, worst first: one that has several faults is listed under the first.
+KINDS = {
+    "unexplained": "the answer is no more likely with its prompt than without it: perhaps another row's",
+    "stock answer": "the same answer stands behind several prompts",
+    "cut off": "the answer breaks off",
+    "other language": "the answer is in another script than most",
+    "far from all": "unlike every other row",
+    "copy": "the same row stands earlier",
+    "near copy": "almost the same row stands earlier",
+}
+_STOCK = 3  # rows with other prompts that share an answer
+_ALIKE = 0.9  # cosine of two rows' words
+_END = ".!?…:;)]}>\"'»”’。！？।؟`*|"  # signs that end a text
+_MOST_END = 0.9  # share of answers that do, from which on one that does not is suspect
+_UNLIKELY_END = 4.6  # nats: the model gives the end of an answer less than one chance in a hundred
+_FAR = 5.0  # deviations of the distance to the nearest rows, in medians
+
+
+def find_suspects(prompts: list[str], answers: list[str], columns: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Suspect rows, worst first: `row`, `kind` (of KINDS), `also` (other kinds), `group` (the first row of copies and
+    stock answers, else −1), and the figures loss, loss_without_prompt, unexplained (nats, summed over the response:
+    above 0 the prompt does not help) and end_loss.
+
+    Args: texts of N rows, and `row_figures`' columns of them.
+    """
+    unexplained = columns["n_response_tokens"] * (columns["loss"] - columns["loss_without_prompt"])
+    stock, copy, near = _stock_answers(prompts, answers), *_copies(prompts, answers)
+    masks = {
+        "unexplained": unexplained > 0,
+        "stock answer": stock >= 0,
+        "cut off": _cut_off(answers, columns["end_loss"]),
+        "other language": _other_script(answers),
+        "far from all": _far(columns["hidden_state"]),
+        "copy": copy >= 0,
+        "near copy": near >= 0,
+    }
+    found = np.column_stack([masks[kind] for kind in KINDS])
+    rows, names = np.flatnonzero(found.any(1)), np.array(list(KINDS))
+    table = pd.DataFrame({"row": rows, "kind": names[found[rows].argmax(1)]})
+    table["also"], table["group"] = [names[found[row]][1:].tolist() for row in rows], -1
+    for kind, first in {"stock answer": stock, "copy": copy, "near copy": near}.items():
+        table.loc[table.kind == kind, "group"] = first[rows[table.kind == kind]]
+    for name in ("loss", "loss_without_prompt", "end_loss"):
+        table[name] = columns[name][rows]
+    table["unexplained"] = unexplained[rows]
+    order = table.kind.map(list(KINDS).index)
+    return table.iloc[np.lexsort([-table.unexplained, order])].reset_index(drop=True)
+
+
+def _plain(text: str) -> str:
+    """Letters and digits alone, in lower case, with single spaces."""
+    kept = (c if c.isalnum() else " " for c in unicodedata.normalize("NFKC", text).lower())
+    return " ".join("".join(kept).split())
+
+
+def _first_of(keys: list) -> np.ndarray:
+    """The number of the first row with the same key (N,); −1 for the first itself."""
+    first: dict = {}
+    rows = np.array([first.setdefault(key, number) for number, key in enumerate(keys)])
+    return np.where(rows == np.arange(len(keys)), -1, rows)
+
+
+def _stock_answers(prompts: list[str], answers: list[str]) -> np.ndarray:
+    """The first row with the answer (N,), for answers behind at least _STOCK different prompts; else −1."""
+    plain = [_plain(answer) for answer in answers]
+    behind: dict[str, set[str]] = {}
+    for prompt, answer in zip(prompts, plain, strict=True):
+        behind.setdefault(answer, set()).add(_plain(prompt))
+    first = {answer: plain.index(answer) for answer, own in behind.items() if len(own) >= _STOCK}
+    return np.array([first.get(answer, -1) for answer in plain])
+
+
+def _copies(prompts: list[str], answers: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the earlier row that it repeats (N,), exactly and nearly; −1 where it repeats none."""
+    pairs = list(zip(prompts, answers, strict=True))
+    exact, near = _first_of(pairs), np.full(len(pairs), -1)
+    rest = np.flatnonzero(exact < 0)
+    texts = [_plain(" ".join(pairs[row])) for row in rest]
+    try:
+        words = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2), binary=True).fit_transform(texts)
+    except ValueError:  # no word in any row
+        return exact, near
+    graph = NearestNeighbors(radius=1 - _ALIKE, metric="cosine").fit(words).radius_neighbors_graph()
+    _, group = connected_components(graph, directed=False)
+    near[rest] = [-1 if first < 0 else rest[first] for first in _first_of(group.tolist())]
+    return exact, near
+
+
+def _cut_off(answers: list[str], end_loss: np.ndarray) -> np.ndarray:
+    """Answers without a sign that ends a text, where most have one; and where the model did not expect the end."""
+    ends = np.array([answer.rstrip()[-1:] in _END for answer in answers])  # an empty one ends
+    return ~ends & (end_loss > _UNLIKELY_END) if ends.mean() < _MOST_END else ~ends
+
+
+def _other_script(answers: list[str]) -> np.ndarray:
+    """Answers whose letters are mostly of another script than those of most answers."""
+
+    def script(text: str) -> str:
+        letters = Counter(unicodedata.name(c, "").partition(" ")[0] for c in text[:1000] if c.isalpha())
+        return letters.most_common(1)[0][0] if letters else ""
+
+    scripts = [script(answer) for answer in answers]
+    usual, count = Counter(filter(None, scripts)).most_common(1)[0] if any(scripts) else ("", 0)
+    return np.array([bool(own) and own != usual for own in scripts]) & (count > len(answers) / 2)
+
+
+def _far(hidden: np.ndarray) -> np.ndarray:
+    """Rows whose mean distance to their five nearest is far above the usual one."""
+    count = min(5, len(hidden) - 1)
+    if count < 1:
+        return np.zeros(len(hidden), bool)
+    distances, _ = NearestNeighbors(n_neighbors=count, metric="cosine").fit(hidden).kneighbors()
+    distance = distances.mean(1)
+    middle = np.median(distance)
+    return distance > middle + _FAR * np.median(np.abs(distance - middle)) * 1.4826
