@@ -21,6 +21,7 @@ from selection.run.config import load_experiment
 from selection.run.metrics import read_metrics
 from selection.scores.coresets import read_coreset
 from selection.scores.row_figures import COLUMNS, row_figures, suspicions
+from selection.scores.suspects import find_suspects
 
 
 def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
@@ -130,6 +131,40 @@ def test_figures_of_rows_are_those_of_single_passes(pool):
         assert columns["end_loss"][number] == pytest.approx(loss(ids, start)[-2:].sum(), rel=1e-4)
         assert columns["n_response_tokens"][number] == len(ids) - start
     assert all(np.isfinite(values).all() and len(values) == 30 for values in suspicions(columns).values())
+
+
+def test_suspects_are_what_a_pool_was_made_with():
+    """Faults that the text shows, whatever the model says; on clean rows the text alone accuses hardly any."""
+    clean, other = (pools.read_rows(REPOSITORY / "data" / f"{name}.jsonl") for name in ("go_biology", "kazakh_english"))
+    other = [row | {"output": row["input"]} for row in other]  # answers in Kazakh
+    rng = np.random.default_rng(0)
+    says = {name: np.ones(400) for name in ("loss", "n_response_tokens")}
+    says |= {"loss_without_prompt": np.full(400, 2.0), "hidden_state": rng.normal(size=(400, 8))}
+    made = pools.make_pools(clean[:400], other, 1)
+    kinds = {"boilerplate_30": {"stock answer"}, "cut_30": {"cut off"}, "copies_50": {"copy", "near copy"}}
+    kinds |= {"other_30": {"other language"}, "clean": set()}
+    for name, wanted in kinds.items():
+        texts = [(row["instruction"] + row["input"], row["output"]) for row, _ in made[name]]
+        says["end_loss"] = np.array([1.0 if answer.endswith(".") else 6.0 for _, answer in texts])
+        found = find_suspects(*map(list, zip(*texts, strict=True)), says)
+        faulty = np.array([kind != "clean" for _, kind in made[name]])
+        if name == "copies_50":  # of two copies the later one is suspect, whichever was the first
+            assert len(found[found.kind.isin(wanted)]) >= 0.97 * faulty.sum()
+            assert (found.group[found.kind == "copy"] < found.row[found.kind == "copy"]).all()
+        else:
+            assert faulty[found.row[found.kind.isin(wanted)]].sum() >= 0.97 * faulty.sum()
+            assert (~faulty[found.row]).sum() <= 0.03 * len(faulty), found[~faulty[found.row]]
+
+
+def test_a_pool_is_looked_at_before_anything_is_paid(pool, tmp_path):
+    done = run_script("scripts/check_pool.py", "--config_path", pool[0], "--out", tmp_path / "look")
+    lines = [json.loads(line) for line in (tmp_path / "look" / "suspects.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "look" / "pool.json").read_text())
+    assert summary["rows"] == 30 and len(lines) == summary["suspects"] == sum(summary["kinds"].values())
+    rows = pools.read_rows(pool[0].with_name("pool.jsonl"))
+    assert all(line["answer"] == rows[line["row"]]["output"] and line["kind"] for line in lines)
+    assert f"{len(lines)} of 30 rows are suspect" in done.stdout
+    assert_one_line_error(run_script("scripts/check_pool.py", "--target", "x", check=False), "--config_path, or")
 
 
 def test_the_oracle_takes_randoms_rows_but_the_faulty(pool):

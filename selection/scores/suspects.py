@@ -9,19 +9,19 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
-# What is wrong with a row, worst first: one that has several faults is listed under the first.
+# What is wrong with a row, in the order of the list; one that has several faults is listed under the first.
 KINDS = {
-    "unexplained": "the answer is no more likely with its prompt than without it: perhaps another row's",
     "stock answer": "the same answer stands behind several prompts",
-    "cut off": "the answer breaks off",
     "other language": "the answer is in another script than most",
+    "cut off": "the answer breaks off",
+    "unexplained": "the answer is no more likely with its prompt than without it: perhaps another row's",
     "far from all": "unlike every other row",
     "copy": "the same row stands earlier",
     "near copy": "almost the same row stands earlier",
 }
 _STOCK = 3  # rows with other prompts that share an answer
 _ALIKE = 0.9  # cosine of two rows' words
-_END = ".!?…:;)]}>\"'»”’。！？।؟`*|"  # signs that end a text
+_END, _CLOSING = ".!?…。！？।؟", "\"'”’»)]*`"  # signs that end a text, and what may stand after them
 _MOST_END = 0.9  # share of answers that do, from which on one that does not is suspect
 _UNLIKELY_END = 4.6  # nats: the model gives the end of an answer less than one chance in a hundred
 _FAR = 5.0  # deviations of the distance to the nearest rows, in medians
@@ -37,10 +37,10 @@ def find_suspects(prompts: list[str], answers: list[str], columns: dict[str, np.
     unexplained = columns["n_response_tokens"] * (columns["loss"] - columns["loss_without_prompt"])
     stock, copy, near = _stock_answers(prompts, answers), *_copies(prompts, answers)
     masks = {
-        "unexplained": unexplained > 0,
         "stock answer": stock >= 0,
-        "cut off": _cut_off(answers, columns["end_loss"]),
         "other language": _other_script(answers),
+        "cut off": _cut_off(answers, columns["end_loss"]),
+        "unexplained": unexplained > 0,
         "far from all": _far(columns["hidden_state"]),
         "copy": copy >= 0,
         "near copy": near >= 0,
@@ -99,7 +99,7 @@ def _copies(prompts: list[str], answers: list[str]) -> tuple[np.ndarray, np.ndar
 
 def _cut_off(answers: list[str], end_loss: np.ndarray) -> np.ndarray:
     """Answers without a sign that ends a text, where most have one; and where the model did not expect the end."""
-    ends = np.array([answer.rstrip()[-1:] in _END for answer in answers])  # an empty one ends
+    ends = np.array([answer.rstrip().rstrip(_CLOSING)[-1:] in _END for answer in answers])  # an empty one ends
     return ~ends & (end_loss > _UNLIKELY_END) if ends.mean() < _MOST_END else ~ends
 
 
