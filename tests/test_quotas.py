@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
-from conftest import baseline_by_rate, by_rate, write_jsonl
+from conftest import baseline_by_rate, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selection.method.baselines import columns_of, moderate_order
-from selection.method.quotas import Quotas, shares
+from selection.method.quotas import Quotas, choose_by_rule, shares
 from selection.method.staff import (
     RANDOM,
     Strata,
@@ -111,9 +111,11 @@ def rule_of(method: str, num_rows: int, seed: int, quotas: Quotas | None):
         return baseline_by_rate(method, columns_for(method, num_rows, seed), num_rows, selection, quotas)
     scores, strata, ratios = strata_of(num_rows, seed)
     mode = "released" if "released" in method else "paper"
-    return by_rate(
-        lambda m, within: choose_staff(scores, strata.within(within), ratios, m, mode, seed), num_rows, quotas
-    )
+
+    def rule(m: int, within):
+        return choose_staff(scores, strata.within(within), ratios, m, mode, seed)
+
+    return lambda rate: choose_by_rule(rule, rate, num_rows, quotas)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -45,14 +45,13 @@ def main() -> None:
 @contextlib.contextmanager
 def two_hosts() -> Iterator[list[str]]:
     """Names of two network namespaces, joined by a cable; everything in them is killed and removed at the end."""
-    names, ends = [f"staff-{os.getpid()}-{host}" for host in "ab"], [f"st{os.getpid() % 100000}{host}" for host in "ab"]
+    names = [f"staff-{os.getpid()}-{host}" for host in "ab"]
     try:
         for name in names:
             ip(f"netns add {name}")
+        ip(f"link add cable netns {names[0]} type veth peer name cable netns {names[1]}")
+        for name, address in zip(names, _ADDRESSES, strict=True):
             ip(f"-n {name} link set lo up")
-        ip(f"link add {ends[0]} netns {names[0]} type veth peer name {ends[1]} netns {names[1]}")
-        for name, end, address in zip(names, ends, _ADDRESSES, strict=True):
-            ip(f"-n {name} link set {end} name cable")
             ip(f"-n {name} address add {address}/30 dev cable")
             ip(f"-n {name} link set cable up")
         yield names
@@ -62,11 +61,10 @@ def two_hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def ip(command: str) -> str:
+def ip(command: str) -> None:
     done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"ip {command}: {done.stderr.strip()}")
-    return done.stdout
 
 
 def kill_all(host: str) -> None:
@@ -96,10 +94,9 @@ def compare(folder: Path, hosts: list[str], rows: int) -> int:
                 ip(f"-n {hosts[1]} link set cable down")
             lost = time.monotonic()
             (code, _), (said, _) = finish(runs)
-            kept = parts(run)
+            kept, seconds = parts(run), time.monotonic() - lost
             if scenario == "cut off":
                 ip(f"-n {hosts[1]} link set cable up")
-            seconds = time.monotonic() - lost
             print(f"{scenario}: the first host ended {seconds:.0f} s later, {len(kept)} parts kept. It said: {said}")
             wrong += [] if code else ["the first host took the run for finished"]
             runs = [begin(host, run, model, rows) for host in hosts]
