@@ -3,8 +3,7 @@
     python scripts/make_draft.py --config_path configs/demo.yaml --layers 16
 
 Needs the target. Skips each decoder layer alone on calibration rows of the training split, drops the least missed ones,
-and writes a Hugging Face checkpoint with draft.json: the rows, what was dropped and the loss after each drop. The
-speculator serves runs that hold none of these rows out.
+and writes a Hugging Face checkpoint with draft.json. It serves runs that hold none of these rows out.
 """
 
 import random

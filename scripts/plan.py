@@ -2,9 +2,9 @@
 
     python scripts/plan.py --config_path configs/demo.yaml --reuses 3
 
-Needs the models and the data that the YAML names. Makes the split in a temporary folder, tokenises it, measures for
-some seconds how fast small and target model are scored and tuned here, and multiplies. Prints a table; writes nothing
-into the run folder. Times are those of one process on this device, as busy as it is now: do not trust ten per cent.
+Needs the models and the data that the YAML names. Splits and tokenises in a temporary folder, measures for some seconds
+how fast both models are scored and tuned here, and multiplies. Prints a table. Times are those of one process on this
+device, as busy as it is now: do not trust ten per cent.
 """
 
 import itertools

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -31,22 +30,15 @@ from selection.run.products import file_digest
 from selection.scores.folder import read_scores
 from tests.forks import REPOSITORY, run_processes
 
-
-class Stage(NamedTuple):
-    script: str
-    makes: tuple[str, ...]  # in the run folder
-    arguments: tuple[str, ...] = ()
-
-
-_CORESET = ("--select_path", "{run}/coresets/staff-0.2.json")
-STAGES = (
-    Stage("finetune/finetune.py", ("data", "small")),
-    Stage("selection/effort_score.py", ("tokenised", "scores")),
-    Stage("selection/verify.py", ("scores/target", "verification.json")),
-    Stage("selection/coreset.py", ("coresets",)),  # runs in one process whatever there is
-    Stage("finetune/finetune-select.py", ("target", "data/staff-0.2.arrow"), _CORESET),
-    Stage("finetune/eval.py", ("eval",)),
-)
+_CORESET = ("--select_path", "{}/coresets/staff-0.2.json")
+STAGES = {  # script: (what it makes in the run folder, more arguments)
+    "finetune/finetune.py": (("data", "small"), ()),
+    "selection/effort_score.py": (("tokenised", "scores"), ()),
+    "selection/verify.py": (("scores/target", "verification.json"), ()),
+    "selection/coreset.py": (("coresets",), ()),
+    "finetune/finetune-select.py": (("target", "data/staff-0.2.arrow"), _CORESET),
+    "finetune/eval.py": (("eval",), ()),
+}
 _COMPARED = (
     "verification.json", "scores/*/manifest.json", "data/*.arrow", "coresets/*.json", "small/*.safetensors",
     "target/*/*.safetensors", "eval/*/predictions.jsonl",
@@ -63,13 +55,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         trials = Trials(Path(folder))
         for trial in numbers:
-            chance, stage = random.Random(f"{arguments.seed} {trial}"), STAGES[trial % len(STAGES)]
+            chance, script = random.Random(f"{arguments.seed} {trial}"), list(STAGES)[trial % len(STAGES)]
             number = chance.choice((1, 2))
-            killed, wrong = trials.run(chance, stage, number)
-            kills[stage.script] += killed
+            killed, wrong = trials.run(chance, script, number)
+            kills[script] += killed
             if wrong:
                 failed += 1
-                print(f"trial {trial}, {stage.script}, {number} processes, killed {killed} times: {wrong}", flush=True)
+                print(f"trial {trial}, {script}, {number} processes, killed {killed} times: {wrong}", flush=True)
                 print("".join(trials.log.read_text(errors="replace").splitlines(True)[-15:]))
     for script, times in kills.items():
         print(f"{script:<32}{times:>4} kills")
@@ -88,32 +80,32 @@ class Trials:
         self._must([["scripts/make_tiny_model.py", "--out", folder / "model"]])
         self._must([["scripts/make_draft.py", *self.settings, "--set", f"output_dir={folder / 'cut'}", "--layers", 2]])
         for number in (1, 2):
-            for stage in STAGES:
+            for script in STAGES:
                 begun = time.monotonic()
-                self._must(self._commands(stage, folder / f"unbroken-{number}", number))
-                self.durations[stage, number] = time.monotonic() - begun
+                self._must(self._commands(script, folder / f"unbroken-{number}", number))
+                self.durations[script, number] = time.monotonic() - begun
 
-    def run(self, chance: random.Random, stage: Stage, number: int) -> tuple[int, str | None]:
+    def run(self, chance: random.Random, script: str, number: int) -> tuple[int, str | None]:
         """How often the stage was killed before it ended by itself, and what is wrong then."""
         unbroken, run, kills = self.folder / f"unbroken-{number}", self.folder / "run", 0
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(unbroken, run)
-        for later in STAGES[STAGES.index(stage) :]:
-            for path in (run / name for name in later.makes):
+        for later in list(STAGES)[list(STAGES).index(script) :]:
+            for path in (run / name for name in STAGES[later][0]):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        commands = self._commands(stage, run, number)
+        commands = self._commands(script, run, number)
         for _ in range(chance.choice((1, 1, 2, 3))):
-            moment, victims = chance.uniform(0, self.durations[stage, number]), chance.choice(("all", "one"))
+            moment, victims = chance.uniform(0, self.durations[script, number]), chance.choice(("all", "one"))
             if run_processes(commands, self.log, moment, victims) is not None:
                 break  # it ended before the moment came
             kills += 1
         code = run_processes(commands, self.log)
         return kills, f"exit code {code} when called again" if code else difference(unbroken, run)
 
-    def _commands(self, stage: Stage, run: Path, number: int) -> list[list[str]]:
-        more = [argument.format(run=run) for argument in stage.arguments]
-        line = [stage.script, *self.settings, "--set", f"output_dir={run}", *more]
-        return [line] * (1 if stage.script == "selection/coreset.py" else number)
+    def _commands(self, script: str, run: Path, number: int) -> list[list[str]]:
+        more = [argument.format(run) for argument in STAGES[script][1]]
+        line = [script, *self.settings, "--set", f"output_dir={run}", *more]
+        return [line] * (1 if script == "selection/coreset.py" else number)  # that one is one process
 
     def _must(self, commands: list[list[str]]) -> None:
         if code := run_processes(commands, self.log):

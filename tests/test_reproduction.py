@@ -84,10 +84,10 @@ def row_of(cell: Cell, **changes) -> dict:
 
 
 def test_cells_are_read_as_they_were_written_in_the_grids_order(tmp_path):
-    cells = [Cell("a", "staff", rate, 1) for rate in (0.1, 0.2)] + [Cell("a", "random", 0.1, 1)]
-    done = {cell: row_of(cell, selection_seconds=cost) for cell, cost in zip(cells[::-1], (0.1, 8.5, 7.5), strict=True)}
-    other = Cell("of a larger grid", "staff", 0.1, 1)
-    done = {other: row_of(other, selection_seconds=1)} | done
+    names, other = (("staff", 0.1), ("staff", 0.2), ("random", 0.1)), Cell("of a larger grid", "d2", 0.1, 1)
+    cells = [Cell("a", method, rate, 1) for method, rate in names]
+    costs = {other: 1, **dict(zip(cells[::-1], (0.1, 8.5, 7.5), strict=True))}
+    done = {cell: row_of(cell, selection_seconds=cost) for cell, cost in costs.items()}
     grids.write_cells(tmp_path / "cells.csv", done, cells)
     read = read_cells(tmp_path / "cells.csv")
     assert list(read) == [*cells, other] and read == done
@@ -125,7 +125,7 @@ def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
         ([["tests/none.py"]], r"a first: tests/none\.py: FileNotFoundError: "),
     ):
         with pytest.raises(UserError, match=said):
-            run_jobs([Job("a first", commands), Job("second", [], "a first")], 2, tmp_path, finished.append)
+            run_jobs([Job("a first", commands), Job("second", [], "a first")], 1, tmp_path, finished.append)
     log = (tmp_path / "a-first.log").read_text()
     assert "$ scripts/costs.py --config_path none.yaml" in log and "never.py" not in log
     with pytest.raises(UserError, match="--jobs 0"):
@@ -161,8 +161,7 @@ def test_scores_by_sample_are_llama_factorys_own():
 
 
 def test_reproduce_refuses_cells_of_other_settings(make_experiment, rows, tmp_path):
-    tasks = {"a": {"config": str(make_experiment(rows))}}
-    grid = {"tasks": tasks, "methods": ["random"], "rates": [0.5], "seeds": [1]}
+    grid = {"tasks": {"a": {"config": str(make_experiment(rows))}}, "methods": ["random"], "rates": [0.5], "seeds": [1]}
     (tmp_path / "grid.yaml").write_text(json.dumps(grid))
     results, other_seed = tmp_path / "results", Cell("a", "random", 0.5, 2)  # a table would put both into one mean
     grids.write_cells(results / "cells.csv", {other_seed: row_of(other_seed)}, [])

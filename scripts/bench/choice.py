@@ -24,7 +24,7 @@ from selection.method.baselines import baseline, columns_of
 from selection.method.staff import choose_staff, coreset_size
 from selection.run.cli import argument_parser
 from selection.run.config import Method, Selection
-from selection.run.errors import UserError
+from selection.run.errors import UserError, refusals
 from selection.run.products import write_sealed
 from selection.scores.coresets import write_coreset
 from selection.scores.folder import ScoreFolder, read_ids, read_scores
@@ -60,6 +60,7 @@ def main() -> None:
                 print(f"{name:<16}{rows:>12,}{figures}", flush=True)
 
 
+@refusals()
 def measure(folder: str, method: str, mode: str) -> dict[str, float]:
     """FIGURES of one choice."""
     path, selection, marks = Path(folder), Selection(mode=mode), [time.perf_counter()]
@@ -87,8 +88,7 @@ def measure(folder: str, method: str, mode: str) -> dict[str, float]:
 
 
 def make_score_folder(path: Path, rows: int, width: int) -> None:
-    """Random figures in parts of 256 rows, at most 10,000. Features (rows, width) are clusters around a large common
-    mean, like hidden states."""
+    """Random figures in parts of 256 rows, at most 10,000; features (rows, width) in clusters, like hidden states."""
     rng, columns = np.random.default_rng(0), ["el2n", "entropy"] + ["hidden_state"] * (width > 0)
     centres = 10 + 3 * rng.standard_normal((300, width), dtype=np.float32)
     folder = ScoreFolder(path, {"data_fingerprint": "random"}, rows, columns)

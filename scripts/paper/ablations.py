@@ -42,11 +42,11 @@ COLUMNS = ("effort", "n_response_tokens")
 RESET_SCORES = "speculative scores, adapters reset"  # a stage of its own in the ledger: no method pays for it
 BASELINE_COLUMNS = ("el2n", "el2n_released", "hidden_state")
 NUMBERS = {  # option: (default, meaning)
-    "layers": ("16", "decoder layers kept of the target"),
-    "passes": ("3 1 0", "epochs of tuning"),
-    "verify_per_stratum": ("5 10 20", "b_v, rows"),
-    "num_strata": ("20 50", "K"),
-    "seeds": ("1 2 3 4 5 6 7 8 9 10", "of draws, two or more"),
+    "layers": ([16], "decoder layers kept of the target"),
+    "passes": ([3, 1, 0], "epochs of tuning"),
+    "verify_per_stratum": ([5, 10, 20], "b_v, rows"),
+    "num_strata": ([20, 50], "K"),
+    "seeds": (list(range(1, 11)), "of draws, two or more"),
 }
 
 
@@ -54,8 +54,8 @@ def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
     for name, (default, meaning) in NUMBERS.items():
-        given = [int(number) for number in default.split()]
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=given, help=f"{meaning}; default: {default}")
+        said = f"{meaning}; default: %(default)s"
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default, help=said)
     said = "of the tuned target with all columns: EL2N, CCS and D2 too; default: none"
     parser.add_argument("--baseline_scores", type=Path, help=said)
     parser.add_argument("--jobs", type=int, default=1, help="speculators at a time; default: 1")

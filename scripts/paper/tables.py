@@ -10,7 +10,6 @@ import itertools
 import math
 import sys
 from collections import defaultdict
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,14 +74,13 @@ def main() -> None:
     grid = read_grid(folder / "cells.csv")
     estimates = estimate_grid(grid)
     text = format_tables(grid, estimates)
-    outputs = [folder / name for name in ("tables.md", "curves.png", "curves.svg")]
-    with ExitStack() as stack:  # all three are written before the first is renamed
-        tables, png, svg = (stack.enter_context(atomic_path(path)) for path in outputs)
-        tables.write_text(text, encoding="utf-8")
-        curves = draw_curves(grid, estimates)
-        curves.savefig(png, dpi=110, format="png")
-        with matplotlib.rc_context({"svg.hashsalt": "tables"}):  # else the SVG's ids are random
-            curves.savefig(svg, dpi=110, format="svg", metadata={"Date": None})
+    curves = draw_curves(grid, estimates)
+    with matplotlib.rc_context({"svg.hashsalt": "tables"}):  # else the SVG's ids are random
+        for form, metadata in (("png", None), ("svg", {"Date": None})):
+            with atomic_path(folder / f"curves.{form}") as draft:
+                curves.savefig(draft, dpi=110, format=form, metadata=metadata)
+    with atomic_path(folder / "tables.md") as draft:
+        draft.write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -363,8 +361,9 @@ def _draw_method(axes, found: list[Estimate | None], grid: Grid, method: str) ->
         return
     pruned = [pruning_rate(rate) for rate in grid.rates]
     means, lows, highs = zip(*((one.mean, *one.interval) if one else [math.nan] * 3 for one in found), strict=True)
-    width, size, layer = (2.2, 10, 3) if method == "staff" else (1.2, 5, 2)
-    style = {"linewidth": width, "markersize": size, "zorder": layer}
+    style = {"linewidth": 1.2, "markersize": 5, "zorder": 2}
+    if method == "staff":
+        style = {"linewidth": 2.2, "markersize": 10, "zorder": 3}
     axes.plot(pruned, means, color=colour, marker=marker, label=label, **style)
     axes.fill_between(pruned, lows, highs, color=colour, alpha=0.08, linewidth=0)
 
