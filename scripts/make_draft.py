@@ -141,15 +141,10 @@ def main() -> None:
     rows = sorted(random.Random(42).sample(own, min(arguments.rows, len(own))))
     if not rows:
         raise UserError("every row of the training split is held out too: mend the data")
-    identity = {
-        "target_fingerprint": model_fingerprint(target, experiment.folder),
-        "layers": arguments.layers,
-        "data_fingerprint": split.fingerprint,
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "calibration_rows": rows,
-        "precision": choose_precision(experiment.selection.precision),
-    }
+    identity = {"target_fingerprint": model_fingerprint(target, experiment.folder), "layers": arguments.layers}
+    identity |= {"data_fingerprint": split.fingerprint, "template": experiment.template}
+    identity |= {"cutoff_len": experiment.cutoff_len, "calibration_rows": rows}
+    identity["precision"] = choose_precision(experiment.selection.precision)
     if reuse(out, identity):
         say(f"draft: reusing {out}")
         return

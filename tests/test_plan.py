@@ -34,9 +34,6 @@ def experiment(make_experiment, rows):
     return lambda *overrides: load_experiment(str(path), list(overrides))
 
 
-# FLOPs and parameters
-
-
 def test_flops_by_hand():
     assert forward_flops(7, 11) == 2 * 7 * 11
     factors = {(True, False): 4, (True, True): 6, (False, False): 6, (False, True): 8}
@@ -116,9 +113,6 @@ def test_experts_in_a_list_of_llama_4_and_of_dbrx_count_the_active_ones():
     assert inactive("dbrx", d_model=32, n_heads=2, n_layers=3, vocab_size=50, **parts) == 3 * 12 * (3 * 8 * 32)
 
 
-# The table
-
-
 def test_the_stages_by_hand(experiment):
     overrides = ["selection.rates=[0.5,0.1]", "selection.num_strata=3", "selection.verify_per_stratum=4"]
     stages, coresets = made = make_plan(experiment(*overrides), LENGTHS, SPEEDS)
@@ -168,9 +162,6 @@ def test_what_no_plan_can_be_made_for_is_refused(experiment):
             make_plan(experiment(override), LENGTHS, SPEEDS)
 
 
-# The verdict
-
-
 def test_verdicts():
     assert verdict(0.1, selection=30, coreset=10, full=100, reuses=1) == (
         "at rate 0.1 selection pays: 0.40 of the time of tuning on everything (random selection: 0.10)"
@@ -189,9 +180,6 @@ def test_the_first_paying_number_of_reuses(selection, coreset, more):
 
     n = int(re.search(r"from (\d+) re-uses|$", says(1))[1] or 1)
     assert "selection pays" in says(n) and (n == 1 or "does not pay" in says(n - 1))
-
-
-# Measuring
 
 
 def test_speed_is_of_padded_tokens_after_a_first_batch(monkeypatch):
@@ -252,11 +240,8 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
     assert all(s.scoring > 0 and s.tuning > 0 for s in speeds.values())
     assert {s.parameters for s in speeds.values()} == {parameters_of(str(tiny_model))}
     monkeypatch.setattr(plan, "prepare_tuning", too_large)
-    with pytest.raises(UserError, match=r"tuning on .* does not fit into the memory"):
+    with pytest.raises(UserError, match=r"tuning on .* does not fit into memory"):
         plan.calibrate(asked, tokenised, seconds=0.1)
-
-
-# The script
 
 
 def test_the_script_counts_the_true_tokens(make_experiment, rows, tiny_model):

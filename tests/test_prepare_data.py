@@ -66,9 +66,6 @@ def dialogue(*summaries: str) -> list[dict]:
     return [{"id": "x", "dialogue": f"#Person1#: {text}\n#Person2#: Yes.", "summary": text} for text in summaries]
 
 
-# The paper's data
-
-
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
 def test_splits_are_pooled_in_order(run, tmp_path, monkeypatch, ending):
     for split, text in (("test", "c"), ("validation", "None"), ("train", "a")):
@@ -131,9 +128,6 @@ def test_the_hub(tmp_path, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert end.value.code == 2 and message.startswith("error: cannot read knkarthick/dialogsum (ConnectionError: no")
     assert message.count("\n") == 1 and "--source" in message and not (tmp_path / "none.jsonl").exists()
-
-
-# The two slices
 
 
 def words(number: int) -> str:

@@ -118,22 +118,20 @@ def test_the_committed_grids_are_readable_and_their_experiments_too(tmp_path):
             assert load(stage_arguments(grid, tmp_path, Cell(task, "random", 0.1, 5))).selection.seed == 5
 
 
-def test_a_failed_job_is_named_with_its_log_and_stops_what_needs_it(tmp_path):
-    finished, of_none = [], ["scripts/costs.py", "--config_path", "none.yaml"]
-    for commands, said in (
-        ([of_none, ["never.py"]], r"a first: --config_path none\.yaml: No such .* \(log: .*a-first\.log\)"),
-        ([["tests/none.py"]], r"a first: tests/none\.py: FileNotFoundError: "),
-    ):
-        with pytest.raises(UserError, match=said):
-            run_jobs([Job("a first", commands), Job("second", [], "a first")], 1, tmp_path, finished.append)
-    log = (tmp_path / "a-first.log").read_text()
+def test_jobs_wait_for_what_they_need_and_a_failed_one_is_named_with_its_log(tmp_path):
+    finished, fails = [], ["scripts/costs.py", "--config_path", "none.yaml"]
+    jobs = [Job("late", [], needs="early"), Job("early", []), Job("free", [], needs="done long ago")]
+    jobs += [Job("a bad", [fails, ["never.py"]]), Job("second", [], needs="a bad")]
+    said = r"a bad: --config_path none\.yaml: No such .* \(log: .*a-bad\.log\)"
+    with pytest.raises(UserError, match=said):
+        run_jobs(jobs, 1, tmp_path, lambda job: finished.append(job.name))
+    assert sorted(finished) == ["early", "free", "late"] and finished.index("early") < finished.index("late")
+    log = (tmp_path / "a-bad.log").read_text()
     assert "$ scripts/costs.py --config_path none.yaml" in log and "never.py" not in log
+    with pytest.raises(UserError, match=r"a first: tests/none\.py: FileNotFoundError: "):
+        run_jobs([Job("a first", [["tests/none.py"]])], 1, tmp_path, print)
     with pytest.raises(UserError, match="--jobs 0"):
-        run_jobs([], 0, tmp_path, finished.append)
-    assert finished == []
-    order = [Job("late", [], needs="early"), Job("early", []), Job("free", [], needs="done long ago")]
-    run_jobs(order, 1, tmp_path, lambda job: finished.append(job.name))
-    assert finished.index("early") < finished.index("late") and len(finished) == 3
+        run_jobs([], 0, tmp_path, print)
 
 
 def test_jobs_get_the_visible_gpus_in_turn_from_the_start_of_their_processes(tmp_path, monkeypatch):
@@ -144,10 +142,10 @@ def test_jobs_get_the_visible_gpus_in_turn_from_the_start_of_their_processes(tmp
         "import re, sys, time\n"
         "began_with = open('/proc/self/environ').read()\n"
         "print(*re.findall('CUDA_VISIBLE_DEVICES=([^\\0]*)', began_with), file=open(sys.argv[1], 'a'), flush=True)\n"
-        "while len(open(sys.argv[1]).readlines()) < 3: time.sleep(0.05)\n"  # so that each job has a process of its own
+        "while len(open(sys.argv[1]).readlines()) < 2: time.sleep(0.05)\n"  # so that each job has a process of its own
     )
-    run_jobs([Job(f"job {i}", [[str(script), str(tmp_path / "seen")]]) for i in range(3)], 3, tmp_path, print)
-    assert sorted((tmp_path / "seen").read_text().split()) == ["3", "3", "GPU-1f"]
+    run_jobs([Job(f"job {i}", [[str(script), str(tmp_path / "seen")]]) for i in range(2)], 2, tmp_path, print)
+    assert sorted((tmp_path / "seen").read_text().split()) == ["3", "GPU-1f"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,GPU-1f"
 
 

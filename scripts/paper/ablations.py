@@ -81,11 +81,8 @@ def main() -> None:
         verification = verification_table(reference, small, target, arguments)
     means = pd.DataFrame(departures, columns=["departure", "rate", "shared"])
     means = means.pivot_table("shared", "departure", "rate", sort=False)[reference.selection.rates]
-    tables = {
-        "speculator": speculator_table(experiments, target),
-        "verification": verification,
-        "departures": means.rename(columns="rate_{:g}".format).reset_index(),
-    }
+    tables = {"speculator": speculator_table(experiments, target), "verification": verification}
+    tables["departures"] = means.rename(columns="rate_{:g}".format).reset_index()
     text = f"# What each choice in selection is worth\n\n{len(small)} rows, {code_version()}\n"
     for name, table in tables.items():
         table = table.round(4)

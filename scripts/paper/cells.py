@@ -152,13 +152,8 @@ def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
     """The stages' command line for the run folder of a cell."""
     task, variant = grid.tasks[cell.task], VARIANTS.get(cell.method, ())
     methods = [method for method in grid.methods if method != "full" and method not in VARIANTS] or ["random"]
-    values = {
-        "output_dir": str(runs / cell.run),
-        "selection.methods": ["staff"] if variant else methods,
-        "selection.rates": grid.rates,
-        "selection.seed": cell.seed,
-        "training.seed": cell.seed,
-    }
+    values = {"output_dir": str(runs / cell.run), "selection.methods": ["staff"] if variant else methods}
+    values |= {"selection.rates": grid.rates, "selection.seed": cell.seed, "training.seed": cell.seed}
     changes = [*task.set, *variant, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
     config = str((REPOSITORY / task.config).resolve())
     return ["--config_path", config, *(part for change in changes for part in ("--set", change))]
@@ -196,14 +191,18 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
     selected = {"small": methods & {"staff"}, "target": methods - {"staff", "random", "length", "full"}}
     # Random and Length need any scores, for the number of rows and their tokens.
     selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & {"random", "length"}
+    full = next((cell for cell in cells if cell.method == "full"), None)
     for model, scored in selected.items():
-        full = next((cell for cell in cells if cell.method == "full" and model == "target"), None)
-        commands = [["finetune/finetune.py", "--model", model]] if scored or full else []
-        commands += [["selection/effort_score.py", "--model", model]] if scored else []
-        commands += [["selection/verify.py"]] if "staff" in scored else []
-        commands += [["selection/coreset.py", "--method", *sorted(scored)]] if scored else []
-        commands += [["finetune/eval.py", "--tuned", "full"]] if full else []
-        jobs += [Job(f"{cells[0].run} {model}", commands, cell=full)] if commands else []
+        tuned, commands = full if model == "target" else None, []
+        if scored or tuned:
+            commands.append(["finetune/finetune.py", "--model", model])
+        if scored:
+            commands.append(["selection/effort_score.py", "--model", model])
+            commands += [["selection/verify.py"]] if "staff" in scored else []
+            commands.append(["selection/coreset.py", "--method", *sorted(scored)])
+        if tuned:
+            commands.append(["finetune/eval.py", "--tuned", "full"])
+        jobs += [Job(f"{cells[0].run} {model}", commands, cell=tuned)] if commands else []
     for cell in cells:
         select = ["finetune/finetune-select.py", "--select_path", str(coresets / f"{cell.tuned}.json")]
         needs = f"{cell.run} {'small' if cell.rule in selected['small'] else 'target'}"

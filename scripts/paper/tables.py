@@ -113,9 +113,6 @@ def percent(rate: float) -> str:
     return f"{pruning_rate(rate):g}"
 
 
-# Means and intervals
-
-
 def bootstrap_means(values: np.ndarray, stream: int = 0, replicates: int = 10_000) -> np.ndarray:
     """Means over seeds and samples, resampled: (replicates, quantities); NaN for a quantity without a seed.
 
@@ -192,9 +189,6 @@ def pool(estimates: list[Estimate], together=np.mean) -> Estimate | None:
         return None
     mean, replicates = (together([getattr(one, name) for one in estimates], axis=0) for name in ("mean", "replicates"))
     return Estimate(float(mean), replicates, min(one.num_seeds for one in estimates))
-
-
-# Tables
 
 
 def format_tables(grid: Grid, estimates: Estimates) -> str:
