@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from selection.report.annotated import annotated
-from selection.rows.conversation import as_messages, tools_of
+from selection.rows.conversation import as_messages, convert_row
 from selection.rows.split import TrainingSplit, data_sets, finished_split, rows_of, split_numbers
 from selection.rows.tokens import as_text
 from selection.run.config import Experiment
@@ -103,7 +103,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
             otherwise += not same
             earlier += sum(message["role"] in ("assistant", "function") for message in messages) > 1
             pairs.write(_as_line({"prompt": prompt, "completion": completion}))
-            chats.write(_as_line(as_chat(messages, tools_of(row, entry))))
+            chats.write(_as_line(as_chat(messages, convert_row(row, entry)["_tools"] or "")))
     rows.save_to_disk(draft / "dataset")
     file = draft / "llamafactory" / f"{name}.parquet"  # of JSON, readers take text for dates where every row holds one
     file.parent.mkdir()

@@ -31,8 +31,7 @@ def detect_form(columns: list[str], rows: list[dict], source: str) -> tuple[dict
         if not names and texts:
             names = {"prompt": prompt} | ({"query": "input"} if "input" in columns else {}) | {"response": response}
     if not names:
-        known = ", ".join(f"{prompt} and {response}" for prompt, response in _TEXT_COLUMNS)
-        known = f"{known}, or a conversation in messages or conversations"
+        known = "".join(f"{prompt} and {response}, " for prompt, response in _TEXT_COLUMNS) + "messages, conversations"
         how = "name them, e.g. --set dataset_format.columns.prompt=… --set dataset_format.columns.response=…"
         raise UserError(f"--data {source}: its columns ({', '.join(columns)}) have no known form ({known}): {how}")
     names |= {"system": "system"} if "system" in columns else {}

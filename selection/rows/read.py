@@ -49,18 +49,15 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """The rows as `datasets`, and so LLaMA-Factory, reads them; they stay on disk. Raises: UserError."""
     from datasets import Features, Value, load_dataset
 
-    kind = _READERS.get(path.suffix.lower())
+    kind, options = _READERS.get(path.suffix.lower()), {}
     if kind is None:
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     with path.open("rb") as file:
-        mark = file.read(3)
-        file.seek(0)
-        nul = kind == "csv" and any(b"\0" in block for block in iter(lambda: file.read(2**20), b""))
-    if kind != "parquet" and mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise UserError(f"{path} is written in UTF-16: save it as UTF-8")
-    if nul:  # pandas would leave it out
-        raise UserError(f"{path} holds a NUL byte: it is damaged, or no text: save it as UTF-8")
-    options = {}
+        mark = file.peek(3)[:3]
+        if kind != "parquet" and mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path} is written in UTF-16: save it as UTF-8")
+        if kind == "csv" and any(b"\0" in block for block in iter(lambda: file.read(2**20), b"")):
+            raise UserError(f"{path} holds a NUL byte, which pandas would leave out: save it as UTF-8")
     if kind == "json":
         _check_json(path)
         options = {"encoding": "utf-8-sig" if mark == codecs.BOM_UTF8 else "utf-8"}
@@ -89,7 +86,7 @@ def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "dat
     """Give numbers, truth values and dates in `columns` as the file writes them (Parquet: as JSON would)."""
     from datasets import Value
 
-    kinds, kind, names = rows.features, _READERS[path.suffix.lower()], rows.column_names
+    kinds, kind = rows.features, _READERS[path.suffix.lower()]
     odd = [name for name in columns if isinstance(kinds.get(name), Value) and kinds[name].dtype not in _TEXT_TYPES]
     if not odd:
         return rows
@@ -109,7 +106,7 @@ def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "dat
         say(f"dataset {path.name}: {name} holds {kinds[name].dtype}: taken as the text that stands in the file")
         texts = [value if isinstance(value, str | None) else as_json(value) for value in values[name]]
         rows = rows.remove_columns(name).add_column(name, texts, feature=Value("string"))
-    return rows.select_columns(names)
+    return rows.select_columns(list(kinds))
 
 
 def _read_csv(path: Path, **options) -> "pandas.DataFrame":  # noqa: F821
@@ -147,14 +144,12 @@ def _check_json(path: Path) -> None:
 
 def _mixed_column(path: Path) -> str | None:
     """Name the column that is text in one row and not in another: Arrow's own message does not say it well."""
-    first: dict[str, tuple[int, bool]] = {}
-    with contextlib.suppress(ValueError, RecursionError, AttributeError):
-        for number, row in enumerate(_read_json(path)):
-            for name, value in row.items():
-                if value is None:
-                    continue
-                before, was_text = first.setdefault(name, (number, isinstance(value, str)))
-                if isinstance(value, str) != was_text:
-                    text, other = (before, number) if was_text else (number, before)
-                    return f"column {name} is text in row {text} and is none in row {other}: write all of it as text"
+    import pandas
+
+    with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):  # rows that are no objects
+        for name, values in pandas.DataFrame(_read_json(path), dtype=object).items():
+            is_text = values.dropna().map(lambda value: isinstance(value, str))
+            if is_text.nunique() > 1:
+                text, other = is_text.idxmax(), is_text.idxmin()
+                return f"column {name} is text in row {text} and is none in row {other}: write all of it as text"
     return None
