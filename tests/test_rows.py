@@ -10,7 +10,7 @@ from conftest import rows_of_llama_factory
 from datasets import Dataset
 
 from selection.rows.read import reading_rows
-from selection.rows.split import row_id, rows_of, training_split, write_dataset
+from selection.rows.split import rows_of, training_split, write_dataset
 from selection.rows.tokens import check_tokenizer, tokenised_rows
 from selection.run.config import DatasetFormat, load_experiment
 from selection.run.errors import UserError
@@ -30,7 +30,7 @@ def test_our_split_is_the_one_llama_factory_makes(make_experiment, rows, tmp_pat
     assert ours["input_ids"] == theirs["input_ids"] and ours["labels"] == theirs["labels"]
     everything = [*rows_of(experiment, "eval"), *split.rows]
     assert [row["id"] for row in everything] != [row["id"] for row in rows]
-    assert sorted(map(row_id, everything)) == sorted(map(row_id, rows))
+    assert sorted(row["id"] for row in everything) == sorted(row["id"] for row in rows)
 
 
 def test_a_written_coreset_is_what_llama_factory_trains_on(make_experiment, rows):

@@ -47,6 +47,7 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
 @contextlib.contextmanager
 def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """The rows as `datasets`, and so LLaMA-Factory, reads them; they stay on disk. Raises: UserError."""
+    import pandas
     from datasets import Features, Value, load_dataset
 
     kind, options = _READERS.get(path.suffix.lower()), {}
@@ -73,7 +74,7 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
                 if kind != "csv":
                     raise
                 # A column may begin with numbers and go on with words: read all columns as text.
-                text = Features({name: Value("string") for name in _read_csv(path, nrows=0).columns})
+                text = Features({name: Value("string") for name in pandas.read_csv(path, nrows=0).columns})
                 rows = load_dataset(kind, features=text, **options)
             rows.data.validate(full=True)  # finds text that is no UTF-8
         except Exception as error:  # each reader raises its own kinds
@@ -84,6 +85,7 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
 
 def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "datasets.Dataset":  # noqa: F821
     """Give numbers, truth values and dates in `columns` as the file writes them (Parquet: as JSON would)."""
+    import pandas
     from datasets import Value
 
     kinds, kind = rows.features, _READERS[path.suffix.lower()]
@@ -94,7 +96,7 @@ def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "dat
         if kind == "parquet":
             found = rows.select_columns(odd)
         elif kind == "csv":
-            found = _read_csv(path, usecols=odd).to_dict("records")
+            found = pandas.read_csv(path, dtype=str, keep_default_na=False, usecols=odd).to_dict("records")
         else:
             found = _read_json(path, parse_int=str, parse_float=str, parse_constant=str)
         values = {name: [row.get(name) for row in found] for name in odd}
@@ -107,12 +109,6 @@ def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "dat
         texts = [value if isinstance(value, str | None) else as_json(value) for value in values[name]]
         rows = rows.remove_columns(name).add_column(name, texts, feature=Value("string"))
     return rows.select_columns(list(kinds))
-
-
-def _read_csv(path: Path, **options) -> "pandas.DataFrame":  # noqa: F821
-    import pandas
-
-    return pandas.read_csv(path, dtype=str, keep_default_na=False, **options)
 
 
 def _read_json(path: Path, **options) -> list:
