@@ -134,8 +134,8 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
             rows = scores.index[choice.rows]  # a rule counts the rows that have scores
             coresets.append({"method": method, "rate": rate, "rows": rows, "record": about})
     del rule  # and with it what all rates share
-    for each in coresets:
-        each |= {"scores": replace(scores, columns={}), "ids": read_ids(source, each["rows"])}
+    for each, ids in zip(coresets, read_ids(source, *(each["rows"] for each in coresets)), strict=True):
+        each |= {"scores": replace(scores, columns={}), "ids": ids}
     return coresets
 
 

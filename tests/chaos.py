@@ -68,17 +68,22 @@ def main() -> None:
 
 class Trials:
     def __init__(self, folder: Path):
-        """Make the models, and an unbroken run by one process and by two."""
+        """Make the models."""
         self.folder, self.log, self.durations = folder, folder / "log", {}
         self.model, self.draft = folder / "model", folder / "draft"
         self._must([["scripts/make_tiny_model.py", "--out", self.model]])
         cutting = ["scripts/make_draft.py", *self._settings(folder / "cutting"), "--layers", 2]
         self._must([[*cutting, "--target", self.model, "--out", self.draft]])
-        for number in (1, 2):
-            for stage in STAGES:
+
+    def _unbroken(self, number: int) -> Path:
+        """A run by `number` processes that nobody broke, made once."""
+        run = self.folder / f"unbroken-{number}"
+        for stage in STAGES:
+            if (stage, number) not in self.durations:
                 begun = time.monotonic()
-                self._must(self._commands(stage, folder / f"unbroken-{number}", number))
+                self._must(self._commands(stage, run, number))
                 self.durations[stage, number] = time.monotonic() - begun
+        return run
 
     def run(self, count: int, seed: int, only: Sequence[int] | None) -> int:
         """Run the trials and print what came of them; the number of those that failed."""
@@ -102,7 +107,7 @@ class Trials:
 
     def _trial(self, chance: random.Random, stage: Stage, number: int) -> tuple[int, str | None]:
         """How often it was killed before it ended by itself, and what is wrong then."""
-        unbroken, run, kills = self.folder / f"unbroken-{number}", self.folder / "run", 0
+        unbroken, run, kills = self._unbroken(number), self.folder / "run", 0
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(unbroken, run)
         for later in STAGES[STAGES.index(stage) :]:

@@ -178,7 +178,7 @@ def test_parts_in_any_order_are_read_row_by_row(tmp_path, kind, num_parts):
         assert scores.columns[name].tolist() == expected[name].to_pylist()
     without = read_scores(folder, ids=False)
     assert without.ids is None and without.effort.tobytes() == scores.effort.tobytes()
-    assert read_ids(folder, scores.index[::4]) == scores.ids[::4]
+    assert read_ids(folder, scores.index[::4]) == [scores.ids[::4]]
 
 
 @pytest.mark.parametrize(

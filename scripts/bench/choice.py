@@ -82,7 +82,7 @@ def measure(folder: str, method: str, mode: str) -> dict[str, float]:
     cpu += time.process_time()
     marks.append(time.perf_counter())
     scores.columns.clear()
-    write_coreset(path, method, RATE, choice.rows, read_ids(path, choice.rows), scores, {})
+    write_coreset(path, method, RATE, choice.rows, *read_ids(path, choice.rows), scores, {})
     reading, choosing, writing = np.diff([*marks, time.perf_counter()]).tolist()
     return dict(zip(FIGURES, (reading, choosing, cpu, writing, process_peak_gib()), strict=True))
 

@@ -17,8 +17,7 @@ from selection.run.errors import UserError, refusals
 from selection.run.products import checked, read_record
 from selection.scores.coresets import check_fits, quotas_of, read_coreset
 from selection.scores.folder import has_column, read_scores
-from selection.scores.reasons import explain
-from selection.scores.verification import Settings, StratumRecord, cut_strata, stratified_score
+from selection.scores.verification import Settings, StratumRecord, cut_strata, explain, stratified_score
 
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
 

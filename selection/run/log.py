@@ -10,7 +10,7 @@ _quiet = False
 
 
 def be_quiet(quiet: bool) -> None:
-    """Silence `say` and the progress bars from now on (--quiet), or not."""
+    """Silence `say` and the progress bars from now on, or not."""
     global _quiet
     _quiet = quiet
 

@@ -13,8 +13,7 @@ from selection.method.staff import choose_staff, coreset_size
 from selection.run.config import Selection, validated
 from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
-from selection.scores.reasons import explain
-from selection.scores.verification import Settings, cut_strata, draw, verify
+from selection.scores.verification import Settings, cut_strata, draw, explain, verify
 from selection.scores.within_memory import score_within_memory
 
 

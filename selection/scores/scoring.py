@@ -20,7 +20,7 @@ from selection.run.log import progress_bar, say, warn
 from selection.run.model_folder import model_path
 from selection.run.processes import processes, shards
 from selection.run.products import check_same_everywhere, held
-from selection.scores.folder import ScoreFolder, check_left_out
+from selection.scores.folder import ScoreFolder
 from selection.scores.identity import placement, score_identity, tuning_lora, write_experiment
 from selection.scores.models import count_parameters, load_for_scoring, with_fresh_lora
 from selection.scores.self_test import self_test
@@ -149,7 +149,7 @@ def _score_parts(job: _Job, scorer: EffortScorer, parts: list, tokenised: Datase
             if job.experiment.selection.rules == "released":
                 joined["effort"] *= 2
             left_out += int(np.isnan(joined["effort"]).sum())
-            check_left_out(left_out, len(job.rows), str(job.store.path))
+            job.store.check_left_out(job.rows, left_out)
             job.store.write_part(part, joined)
             cost.samples += len(joined["index"])
             cost.tokens += int((joined["n_prompt_tokens"] + joined["n_response_tokens"]).sum())
