@@ -100,13 +100,13 @@ def test_two_processes_tune_and_evaluate_as_one_does(make_experiment, rows, stag
 
 
 STAGE = """
-from selection.run import cli, errors, processes
+from selection.run import ending, errors, processes
 
 def main():
     group = processes.processes()
     raise errors.UserError(f"ranks {group.gather(group.rank)}")
 
-cli.run_stage(main)
+ending.run_stage(main)
 """
 
 

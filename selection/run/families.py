@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, RootModel
 
 from selection.run.config import REPOSITORY, Section, from_repository
 from selection.run.products import read_record
@@ -23,10 +23,6 @@ class Family(Section):
     model_type: str | None = None  # of config.json, where it tells this template (ours)
 
 
-class _Families(Section):
-    families: dict[str, Family]
-
-
 @dataclass(frozen=True)
 class Pair:
     """What is known of a target."""
@@ -41,7 +37,7 @@ class Pair:
 @functools.cache
 def read_families(path: Path = FAMILIES) -> dict[str, Family]:
     """Families by name. Raises: UserError for an unknown key or a wrong type."""
-    return check_keys(_Families, {"families": read_yaml(path)}, str(path)).families
+    return check_keys(RootModel[dict[str, Family]], read_yaml(path), str(path)).root
 
 
 def local_folder(model: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -126,9 +127,7 @@ def checked(kind: type[_T], value: object, source: Path) -> _T:
         raise UserError(f"{source} is damaged: {where}: {first['msg']}: remove it and make it again") from None
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises: UserError."""
-    return read_json(path, dict[str, Any])
+read_record = functools.partial(read_json, kind=dict[str, Any])  # a JSON object
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:

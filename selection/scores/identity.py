@@ -148,7 +148,8 @@ def check_run(experiment: Experiment, split: TrainingSplit | None = None, verifi
         path, todo = experiment.verification, "run verify.py again under the settings of now"
         record = read_sealed(path)
         refuse_difference(path, record, record | Settings.of(experiment.selection).made_from, todo)
-        _refuse_other_scores(experiment, data, path, record.get("target"), experiment.target_scores, todo)
+        if target := record.get("target"):
+            refuse_difference(path, target, target | _wanted_scores(experiment, data, experiment.target_scores), todo)
     if together.leads:
         together.from_leader(lambda: hashed)
 
@@ -199,15 +200,9 @@ def check_coreset(experiment: Experiment, path: Path, coreset: Coreset, data: st
     of_target = coreset.scores.get("tuned") == experiment.tuned_target("full").name
     folder = experiment.tuned_target_scores if of_target else experiment.small_scores
     for stored, of in ((coreset.scores, folder), (coreset.target, experiment.target_scores)):
-        _refuse_other_scores(experiment, data, path, stored, of, "cut it again (coreset.py)")
-
-
-def _refuse_other_scores(
-    experiment: Experiment, data: str | None, path: Path, stored: object, folder: Path, todo: str
-) -> None:
-    """Raises: UserError where the scores that `path` says it is of (`made_by`, if any) are not the configuration's."""
-    if isinstance(stored, dict):
-        refuse_difference(path, stored, stored | _wanted_scores(experiment, data, folder), todo)
+        if stored:
+            wanted = stored | _wanted_scores(experiment, data, of)
+            refuse_difference(path, stored, wanted, "it was cut from other scores, cut it again (coreset.py)")
 
 
 def _check_speculator(experiment: Experiment, split: TrainingSplit) -> None:
