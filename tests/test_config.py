@@ -99,7 +99,7 @@ NO_OVERRIDES += ["training.dataset=a", "training=[1", "max_samples=2024-13-45"]
 
 def test_an_override_that_makes_no_sense_is_refused_by_key(load):
     for override in NO_OVERRIDES:
-        with pytest.raises(UserError, match=override.split("=")[0].rsplit(".", 1)[-1]):
+        with pytest.raises(UserError, match=override.split("=")[0].rsplit(".", 1)[-1] or "--set =3"):
             load(overrides=[override])
     with pytest.raises(UserError, match="unknown key :"):
         load({"": 4})

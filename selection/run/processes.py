@@ -3,6 +3,7 @@
 They meet in torchrun's own key-value store and share the run folder (several hosts need a network file system).
 """
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -36,6 +37,7 @@ class Processes:
         self.rank, self.count, self.leads = rank, count, rank == 0
         self._store, self._waits, self._groups = None, 0, 0
         self._stopped: BaseException | None = None  # how this process has to end because another one did
+        self._left = threading.Event()  # this process ends
         if count > 1:
             self._join()
 
@@ -113,9 +115,16 @@ class Processes:
         except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
             raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}: use torchrun") from None
         self._ask("set", f"host-{self.rank}", socket.gethostname())
-        threading.Thread(target=self._exchange_signs, daemon=True).start()
+        signs = threading.Thread(target=self._exchange_signs, daemon=True)
+        signs.start()
+        atexit.register(self._leave, signs)
         if not self.leads:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def _leave(self, signs: threading.Thread) -> None:
+        """Let `signs` end: Python's end in the middle of a question to the store would abort the process."""
+        self._left.set()
+        signs.join(_SILENCE)
 
     def _ask(self, question: str, *arguments: Any, store: Any = None) -> Any:
         """Raises: UserError where the store, which lives with the first host's torchrun, is gone."""
@@ -129,7 +138,7 @@ class Processes:
         # A connection of its own: torch may wait in the other one for minutes.
         ask = functools.partial(self._ask, store=self._store.clone())
         signs, heard = [-1] * self.count, [0.0] * self.count
-        while self._stopped is None:
+        while self._stopped is None and not self._left.is_set():
             network_is_gone = threading.Timer(_SILENCE, _end_without_answer)  # then the store answers nobody
             network_is_gone.daemon = True
             network_is_gone.start()
@@ -149,7 +158,7 @@ class Processes:
             except UserError as error:
                 self._stopped = error
             network_is_gone.cancel()
-            time.sleep(_BETWEEN_SIGNS)
+            self._left.wait(_BETWEEN_SIGNS)
 
 
 def _end_without_answer() -> None:

@@ -163,6 +163,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
 def code_version() -> str:
     """The suite's version, with the commit where this is a checkout."""
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]

@@ -7,15 +7,9 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict
 
+from selection.method import staff
 from selection.method.length_control import length_residual
-from selection.method.staff import (
-    Choice,
-    Strata,
-    draw_verification_samples,
-    min_max_normalise,
-    stratify,
-    verification_ratio,
-)
+from selection.method.staff import Choice, Strata
 from selection.run.config import Selection, rules_of, validated
 from selection.run.errors import UserError, refusals
 from selection.run.products import checked, digest, read_sealed, refuse_difference, write_sealed
@@ -83,7 +77,7 @@ class StratumRecord:
 
 def cut_strata(speculative: np.ndarray, settings: Settings) -> Strata:
     with refusals():
-        return stratify(speculative, settings.num_strata, settings.hardest_cutoff)
+        return staff.stratify(speculative, settings.num_strata, settings.hardest_cutoff)
 
 
 def stratified_score(scores: Scores, settings: Settings) -> Scores:
@@ -99,7 +93,7 @@ def stratified_score(scores: Scores, settings: Settings) -> Scores:
 
 
 def draw(strata: Strata, settings: Settings) -> list[np.ndarray]:
-    return draw_verification_samples(strata, settings.verify_per_stratum, settings.rules, settings.seed)
+    return staff.draw_verification_samples(strata, settings.verify_per_stratum, settings.rules, settings.seed)
 
 
 def verify(
@@ -116,7 +110,9 @@ def verify(
     strata = cut_strata(speculative, settings) if strata is None else strata
     records = []
     for i, (rows, ours, theirs) in enumerate(verified_pairs(speculative, target, settings, strata, index)):
-        sums = (float(ours.sum()), float(theirs.sum()), verification_ratio(theirs, ours)) if len(rows) else [None] * 3
+        sums = None, None, None
+        if len(rows):
+            sums = float(ours.sum()), float(theirs.sum()), staff.verification_ratio(theirs, ours)
         records.append(StratumRecord(i, strata.score_ranges[i], strata.sizes[i], rows.tolist(), *sums))
     return records
 
@@ -131,13 +127,13 @@ def verified_pairs(
     drawn = np.concatenate(draws)
     speculatives = targets = np.empty(0)  # normalised scores of the drawn rows
     if len(drawn):
-        speculatives = min_max_normalise(speculative[drawn], reference=speculative)
+        speculatives = staff.min_max_normalise(speculative[drawn], reference=speculative)
         targets = target.at(index[drawn])
         if len(target.index) + len(target.left_out) >= len(speculative):
-            targets = min_max_normalise(targets, reference=target.effort)
+            targets = staff.min_max_normalise(targets, reference=target.effort)
         else:
             low, high = speculatives.min(), speculatives.max()
-            targets = low + (high - low) * min_max_normalise(targets, reference=targets)
+            targets = low + (high - low) * staff.min_max_normalise(targets, reference=targets)
     ends = np.cumsum([len(rows) for rows in draws])[:-1]
     return list(zip(np.split(index[drawn], ends), np.split(speculatives, ends), np.split(targets, ends), strict=True))
 
