@@ -230,10 +230,12 @@ class Experiment(Section):
         forms = [each.dataset_format for each in self.data_sets]
         return forms[0] if all(form == forms[0] for form in forms) else COMMON_FORM
 
+    def passes(self, keys: dict[str, Any]) -> float:  # over the data, when tuning with `keys` beside `training`
+        return (self.training | keys).get("num_train_epochs", 3)
+
     @property
     def tuned_small(self) -> Path | None:  # None: it scores untuned
-        passes = (self.training | self.small_training).get("num_train_epochs", 3)
-        return self.speculative_folder / "small" if passes else None
+        return self.speculative_folder / "small" if self.passes(self.small_training) else None
 
     def tuned_target(self, dataset: str) -> Path:
         """The target tuned on "full" or on a coreset, by name."""
