@@ -47,8 +47,7 @@ def tune_once(
     """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`, which appears when all is done.
 
     `keys` are LLaMA-Factory's, `report` those that only add logging. Under torchrun the processes share each optimiser
-    step's samples. (accelerate fills the last step of a pass with samples from its start.) `dry_run`: only say what
-    would be done. Raises: UserError where `folder` was made otherwise, or tuning cannot be done.
+    step's samples. Raises: UserError where `folder` was made otherwise, or tuning cannot be done.
     """
     together, precision = processes(), choose_precision(experiment.precision)
     with together.leader_first():

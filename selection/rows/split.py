@@ -1,7 +1,7 @@
 """One split for every stage: the pooled rows, cut once, written as LLaMA-Factory data sets in the run folder.
 
-It is the split that LLaMA-Factory makes with `val_size` and `seed` (`datasets`' train_test_split on all rows), so
-published index lists fit. `train`, `eval` and every coreset are data sets in `<run folder>/data/dataset_info.json`.
+It is the split that LLaMA-Factory makes with `val_size` and `seed`, so published index lists fit. `train`, `eval` and
+every coreset are data sets in `<run folder>/data/dataset_info.json`.
 """
 
 import contextlib
