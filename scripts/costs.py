@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 from selection.run.ending import run_stage
 
-from selection.run.cli import add_experiment_arguments, argument_parser
-from selection.run.config import Experiment, load_experiment
+from selection.run.cli import argument_parser, load_experiment_from_arguments
+from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.ledger import TARGET_TUNING, format_summary, read_ledger, selection_costs, summarise
 from selection.run.metrics import read_metrics, two_decimals
@@ -24,9 +24,7 @@ from selection.scores.identity import check_run
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--tuned", action="store_true", help="first a table of the tuned targets at the first rate")
-    add_experiment_arguments(parser)
-    arguments = parser.parse_args()
-    experiment = load_experiment(arguments.config_path, arguments.set)
+    experiment, arguments = load_experiment_from_arguments(parser)
     check_run(experiment, verified=arguments.tuned)
     summary = format_summary(summarise(experiment))
     if arguments.tuned:

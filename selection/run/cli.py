@@ -41,13 +41,18 @@ def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="say what would be done and what is there already")
 
 
+def load_experiment_from_arguments(parser: argparse.ArgumentParser) -> tuple[Experiment, argparse.Namespace]:
+    """The experiment that the command line names, and all its options."""
+    add_experiment_arguments(parser)
+    arguments = parser.parse_args()
+    if (rows := getattr(arguments, "self_test", None)) is not None:
+        arguments.set.append(f"selection.self_test={rows}")
+    return load_experiment(arguments.config_path, arguments.set), arguments
+
+
 def load_scoring_arguments(parser: argparse.ArgumentParser) -> tuple[Experiment, argparse.Namespace]:
-    """The experiment that the command line of a stage that scores names, and all its options."""
+    """`load_experiment_from_arguments` for stages that score."""
     about = "rows that are first scored one by one too, 0 for none; default: selection.self_test of the YAML (4)"
     parser.add_argument("--self_test", metavar="N", help=about)
     add_dry_run_argument(parser)
-    add_experiment_arguments(parser)
-    arguments = parser.parse_args()
-    if arguments.self_test is not None:
-        arguments.set.append(f"selection.self_test={arguments.self_test}")
-    return load_experiment(arguments.config_path, arguments.set), arguments
+    return load_experiment_from_arguments(parser)
