@@ -106,17 +106,6 @@ def check_loads(model: PreTrainedModel) -> None:
         raise UserError(f"{name} has another place or shape in a model of fewer layers: give a small model (--small)")
 
 
-def save(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Save the model with the tokenizer and image processor of `source`."""
-    model.save_pretrained(folder)
-    if not Path(source).is_dir():
-        AutoTokenizer.from_pretrained(source, **NO_CODE).save_pretrained(folder)
-        return
-    for path in Path(source).iterdir():  # copied: loading and saving may write another class into the config
-        if path.name.startswith(_COPIED) and path.is_file():
-            shutil.copy(path, folder)
-
-
 def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
@@ -166,7 +155,13 @@ def main() -> None:
         whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto", **NO_CODE)
         keep_layers(whole, cut["kept"])
         check_loads(whole)
-        save(whole, target, draft)
+        whole.save_pretrained(draft)
+        if not Path(target).is_dir():
+            AutoTokenizer.from_pretrained(target, **NO_CODE).save_pretrained(draft)
+        # A local tokenizer is copied: loading and saving may write another class into its config.
+        for path in Path(target).iterdir() if Path(target).is_dir() else []:
+            if path.name.startswith(_COPIED) and path.is_file():
+                shutil.copy(path, draft)
         seconds = round(time.perf_counter() - started, 2)
         # The cost stays with the model: every experiment that uses it pays for it.
         paid = {"tokens": cost.tokens, "parameters": cost.parameters, "seconds": seconds}

@@ -40,7 +40,6 @@ from selection.scores.in_memory import tokens_of
 from selection.scores.models import DTYPES
 
 PHIS, KEY = ("v_lora_b", "all_lora"), ["phi", "dtype", "contestant"]
-CUTOFF = 1024
 
 
 def main() -> None:
@@ -144,7 +143,7 @@ def tokenised_rows(model: str, data: str, rows: int) -> tuple[tuple, tuple]:
         raise UserError(f"cannot tokenise {data} by {model}: {error!r}: give --model and --data") from None
     if len(samples) < rows:
         raise UserError(f"--rows {rows}: {data} has {len(samples)}")
-    return tuple(zip(*tokens_of(Dataset.from_list(samples), tokenizer, CUTOFF), strict=True))
+    return tuple(zip(*tokens_of(Dataset.from_list(samples), tokenizer, 1024), strict=True))
 
 
 def draw(record: dict, out: Path) -> None:

@@ -154,7 +154,12 @@ def verification_table(experiment: Experiment, small: np.ndarray, target: Scores
 def departures_of_staff(experiment: Experiment, small: np.ndarray, target: Scores, seeds: list[int]) -> list[tuple]:
     """Overlap with the published rule's coreset under ONE departure of the released code (its number in README.md), on
     the same scores and draws: (departure, rate, share) for each seed."""
-    reset, normalised, shared = released_scores(experiment), staff.min_max_normalise(small, small), []
+    normalised, shared, split = staff.min_max_normalise(small, small), [], training_split(experiment)
+    # Departure 1: other scores of the same tuned model.
+    mode_released, folder = experiment.model_copy(deep=True), experiment.folder / "scores" / "small-released"
+    mode_released.selection.mode, every = "released", np.arange(len(split.rows))
+    score_rows(mode_released, split, experiment.small_model, experiment.tuned_small, every, folder, RESET_SCORES)
+    reset = read_scores(folder).of_all_rows()
     for seed, rate in product(seeds, experiment.selection.rates):
         paper = replace(Settings.of(experiment.selection), seed=seed)
         released, draws = replace(paper, mode="released"), draw(cut_strata(small, paper), paper)
@@ -191,15 +196,6 @@ def departures_of_baselines(experiment: Experiment, tuned_target: Scores, seeds:
                 m = staff.coreset_size(rate, count)
                 shared.append((name, rate, overlap(*(rule(m, None).rows for rule in rules))))
     return shared
-
-
-def released_scores(experiment: Experiment) -> np.ndarray:
-    """The speculator's scores with departure 1, from the same tuned model."""
-    released, split = experiment.model_copy(deep=True), training_split(experiment)
-    released.selection.mode, folder = "released", experiment.folder / "scores" / "small-released"
-    every = np.arange(len(split.rows))
-    score_rows(released, split, experiment.small_model, experiment.tuned_small, every, folder, RESET_SCORES)
-    return read_scores(folder).of_all_rows()
 
 
 def drawn(small: np.ndarray, by: Settings) -> np.ndarray:

@@ -136,9 +136,9 @@ def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
         pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).to_csv(draft, index=False)
 
 
-def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
+def markdown_table(heading: list[str], rows: list[list[str]], title: str = "") -> str:
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"### {title}\n\n" * bool(title) + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cells_of(grid: Grid) -> list[Cell]:
@@ -228,14 +228,14 @@ def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callabl
             with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}):
                 pool.submit(int)  # starts the process: a library may ask for GPUs while it is imported
         while running or (waiting and not failures):
-            unfinished = {job.name for job in waiting} | {job.name for job, *_ in running.values()}
+            unfinished = {job.name for job in [*waiting, *(job for job, _ in running.values())]}
             ready = [job for job in waiting if job.needs not in unfinished and not failures]
             for job in ready[: len(idle)]:
                 waiting.remove(job)
                 log, pool = log_folder / f"{job.name.replace(' ', '-')}.log", idle.pop()
-                running[pool.submit(run_commands, job.commands, log)] = job, log, pool
+                running[pool.submit(run_commands, job.commands, log)] = job, pool
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, log, pool = running.pop(future)
+                job, pool = running.pop(future)
                 idle.append(pool)
                 try:
                     future.result()
@@ -243,7 +243,7 @@ def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callabl
                 except BrokenProcessPool:
                     failures.append(f"{job.name}: a process was killed, perhaps for want of memory: give fewer --jobs")
                 except UserError as error:
-                    failures.append(f"{job.name}: {error} (log: {log})")
+                    failures.append(f"{job.name}: {error}")
     if failures:
         raise UserError(failures[0])
 
@@ -262,10 +262,10 @@ def run_commands(commands: list[list[str]], log: Path) -> None:
             if stop.code:  # the stage has said why in its last line
                 sys.stderr.flush()
                 said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
-                raise UserError(said.removeprefix("error: ")) from None
+                raise UserError(f"{said.removeprefix('error: ')} (log: {log})") from None
         except Exception as error:  # a stage's own bug, or a device out of memory: in full in the log
             traceback.print_exc()
-            raise UserError(f"{script}: {type(error).__name__}: {error}") from None
+            raise UserError(f"{script}: {type(error).__name__}: {error} (log: {log})") from None
         finally:
             sys.stdout.flush()
 

@@ -220,10 +220,6 @@ def format_tables(grid: Grid, estimates: Estimates) -> str:
     )
 
 
-def titled(title: str, heading: list[str], rows: list[list[str]]) -> str:
-    return f"### {title}\n\n{markdown_table(heading, rows)}"
-
-
 def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str:
     """Means ± half an interval; the best two coresets of a column are marked, by the mean as printed."""
     columns, rows = [1.0] * ("full" in grid.methods) + grid.rates, []
@@ -242,7 +238,7 @@ def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str
             text = f"{mark.format(f'{one.mean:.2f}')} ± {(high - low) / 2:.2f}{dagger}"
             paper = PAPER.get((first.paper_target, first.paper_task, METHODS[method][0], pruning_rate(rate)))
             rows[-1].append(text if paper is None or metric != "rouge_l" else f"{text} [{paper:.1f}]")
-    return titled(f"{METRICS[metric]}, {task}", ["pruned, %", *map(percent, columns)], rows)
+    return markdown_table(["pruned, %", *map(percent, columns)], rows, f"{METRICS[metric]}, {task}")
 
 
 def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
@@ -269,7 +265,7 @@ def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
         counts = [f"{sum(e.sign == sign for e in found)} of {len(found)}" if found else MISSING for found in lists]
         rows.append([say, "", *counts])
     heading = ["task", "pruned, %", *(f"STAFF − {METHODS[other][0]}" for other in AGAINST)]
-    return titled(METRICS[metric], heading, rows)
+    return markdown_table(heading, rows, METRICS[metric])
 
 
 def count_above_zero(estimates: list[Estimate]) -> str:
@@ -286,7 +282,7 @@ def random_table(grid: Grid, estimates: Estimates) -> str:
             found.append(pool([one for one in found if one]))
             rows.append([METHODS[method][0], task, *map(with_interval, found)])
     heading = ["method − Random", "task", *(f"{percent(rate)} %" for rate in grid.rates), "mean"]
-    return titled("ROUGE-L of every method against Random, by pruning rate", heading, rows)
+    return markdown_table(heading, rows, "ROUGE-L of every method against Random, by pruning rate")
 
 
 def cost_tables(grid: Grid, task: str) -> str:
@@ -307,7 +303,7 @@ def cost_tables(grid: Grid, task: str) -> str:
         shown = [[_shown(by.get((method, rate)), "{:.2f}".format) for by in ratios.values()] for rate in grid.rates]
         ratio_rows.append([label, *(" / ".join(pair).replace("– / –", MISSING) for pair in shown)])
     everything = f"{UNITS['seconds'](whole['seconds'])} s and {UNITS['flops'](whole['flops'])} FLOPs"
-    costs_table = titled(f"Cost, {task}", ["selection", "seconds", "tokens", "FLOPs"], rows)
+    costs_table = markdown_table(["selection", "seconds", "tokens", "FLOPs"], rows, f"Cost, {task}")
     ratio_table = markdown_table(["pruned, %", *map(percent, grid.rates)], ratio_rows)
     return (
         f"{costs_table}\n\nSTAFF saves {' and '.join(savings)} against GraNd (1 − cost of STAFF / cost of GraNd; the "
