@@ -159,6 +159,8 @@ def staff_rule(arguments: argparse.Namespace, scores: Scores, settings: Settings
     strata = cut_strata(speculative, settings)
     if verified is not None:
         records, of_target = read_verification(verified, settings, scores)
+        if [record.size for record in records] != list(map(len, strata.members)):
+            raise UserError(f"{verified} is damaged: its strata are not those of the scores: run verify.py again")
     else:
         target = read_scores(target_scores, settings.columns, ids=False)
         same = target.fingerprint == scores.fingerprint or None in (target.fingerprint, scores.fingerprint)
