@@ -120,7 +120,7 @@ def test_torchrun_is_started_by_nproc_and_ends_as_the_stage_ends_and_one_of_two_
 
 
 def test_killed_stages_go_on_to_the_same_result():
-    done = run_script("tests/chaos.py", "--seed", 1, "--only", 13, 24, 29, 32)
+    done = run_script("tests/chaos.py", "--seed", 1, "--only", 13, 24, 32)
     assert re.search(r"\d+ kills in \d trials \(seed 1\): 0 failed", done.stdout), done.stdout
 
 
