@@ -212,7 +212,7 @@ def coreset(small, target, by: Settings, rate: float, everything=False, v=None, 
     """STAFF's rows. `v`: other V_i; `budgets`, `within`: the mode of another rule for budgets or inside strata."""
     strata, m = cut_strata(small, by), staff.coreset_size(rate, len(small))
     sizes = staff.allocate_budgets(strata.sizes, v or ratios(small, target, by, everything), m, budgets or by.mode)
-    return staff.choose_within_strata(small, strata, sizes, m, within or by.mode, by.seed).rows
+    return staff.choose_staff(small, strata, [], m, within or by.mode, by.seed, budgets=sizes).rows
 
 
 if __name__ == "__main__":

@@ -14,16 +14,9 @@ from selection.method.staff import RANDOM, Choice, choose_staff, lowest, random_
 def columns_of(method: str, variant: str) -> tuple[str, ...]:
     """The columns of the score files that a method reads."""
     el2n = "el2n" if variant == "published" else "el2n_released"
-    return {
-        "random": (),
-        "length": ("n_response_tokens",),
-        "grand": ("effort",),
-        "el2n": (el2n,),
-        "entropy": ("entropy",),
-        "moderate": ("hidden_state",),
-        "ccs": (el2n,),
-        "d2": (el2n, "hidden_state"),
-    }[method]
+    columns = {"random": (), "length": ("n_response_tokens",), "grand": ("effort",), "entropy": ("entropy",)}
+    columns |= {"moderate": ("hidden_state",), "el2n": (el2n,), "ccs": (el2n,), "d2": (el2n, "hidden_state")}
+    return columns[method]
 
 
 def baseline(
@@ -31,8 +24,8 @@ def baseline(
 ) -> Rule:
     """The rule of `method`, with what all rates share (D2's graph) computed once.
 
-    Args: `columns` those of `columns_of`, each (N,), hidden_state (N, d); N = `num_rows`; `mode` is Length's; `cutoff`
-    the hardest_cutoff. Raises: ValueError, as `stratify` and `d2_order`.
+    `columns`: those of `columns_of`, (N,) each, hidden_state (N, d); `mode` concerns Length alone; `cutoff` is the
+    hardest_cutoff. Raises: ValueError, as `stratify` and `d2_order`.
     """
     values = [columns[name] for name in columns_of(method, variant)]
     if method != "length" and variant == "released":
@@ -59,10 +52,7 @@ def baseline(
 
 
 def moderate_order(features: np.ndarray) -> np.ndarray:
-    """Moderate (Xia et al. 2023), as released: rows whose distance to the prototype is closest to the median distance.
-
-    The prototype is the median of the features (N, d), coordinate by coordinate; there is one class.
-    """
+    """Moderate (Xia et al. 2023), as released, with one class: rows at about the median distance to the prototype."""
     distances = np.linalg.norm(features - np.median(features, axis=0), axis=1)
     return np.argsort(np.abs(distances - np.median(distances)), kind="stable")
 

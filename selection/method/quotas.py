@@ -27,17 +27,16 @@ class Quotas:
     def record(self, chosen: np.ndarray) -> list[dict[str, Any]]:
         """For the coreset file, of each data set: name, rows in the training split, of which `chosen`, and quota."""
         counts = np.bincount(self.data_set[chosen], minlength=len(self.names)).tolist()
-        return [
-            {"name": name, "rows": rows, "chosen": count, "quota": quota}
-            for name, rows, count, quota in zip(self.names, self.num_rows, counts, self.quotas, strict=True)
-        ]
+        columns = zip(self.names, self.num_rows, counts, self.quotas, strict=True)
+        return [dict(zip(("name", "rows", "chosen", "quota"), each, strict=True)) for each in columns]
 
 
 def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
     """Groups of data sets that are chosen from together, and how many of m rows come from each.
 
     A data set with a quota gives ⌊quota · m⌋ rows; those without give the rest together. Where every data set has one,
-    the rows left over go to the largest fractions cut off. Raises: ValueError where a data set has too few rows."""
+    the rows left over go to the largest fractions cut off. Raises: ValueError where a data set has too few rows.
+    """
     sizes = np.bincount(quotas.data_set, minlength=len(quotas.names)).tolist()
     exact = {j: Fraction(str(quota)) * m for j, quota in enumerate(quotas.quotas) if quota is not None}
     given = {j: math.floor(share) for j, share in exact.items()}
@@ -54,7 +53,7 @@ def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
             f"with {room} to choose from: raise the quotas or lower the rate"
         )
     if free:
-        return [([j], count) for j, count in given.items()] + [(free, left)]
+        return [*(([j], count) for j, count in given.items()), (free, left)]
     for j in itertools.cycle(sorted(given, key=lambda j: given[j] - exact[j])):
         if not left:
             return [([j], count) for j, count in given.items()]
