@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import assert_one_line_error, run_script, write_jsonl
+from conftest import assert_one_line_error, run_main, run_script, write_jsonl
 
 from selection.run.families import read_families
 
@@ -82,11 +82,12 @@ def test_from_a_start_to_a_coreset(kind, tiny_model, rows, tmp_path):
     if kind == "gpt_oss":  # which LLaMA-Factory cannot tune
         assert_one_line_error(run_script("selection/start.py", *begin, check=False), "give small_training.num_train_e")
         begin += ["--set", "small_training.num_train_epochs=0"]
-    run_script("selection/start.py", *begin)
+    run_main("selection.start", *begin)
     config, *cut = (tmp_path / "answer").read_text().splitlines()
-    run_script("scripts/make_draft.py", "--config_path", config, *cut)
-    for stage in ("finetune/finetune.py", "selection/effort_score.py", "selection/verify.py", "selection/coreset.py"):
-        run_script(stage, "--config_path", config)
+    run_main("scripts.make_draft", "--config_path", config, *cut)
+    run_script("finetune/finetune.py", "--config_path", config)
+    for stage in ("effort_score", "verify", "coreset"):
+        run_main(f"selection.{stage}", "--config_path", config)
     coreset = json.loads((tmp_path / "run" / "coresets" / "staff-0.5.json").read_text())
     assert len(coreset["indices"]) == 5
     assert max(stratum["verification_ratio"] for stratum in coreset["strata"]) > 0

@@ -12,7 +12,6 @@ from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.scores import checks
 from selection.scores.checks import check_machine, check_models, check_rows, made_small
-from selection.scores.models import load_for_scoring
 from selection.start import start
 
 SMALL = dict(
@@ -73,9 +72,8 @@ def test_the_first_stage_refuses_what_a_later_one_could_not_use(
 
 def test_what_cannot_be_tried_is_left_to_the_stage_that_loads_it(make_experiment, rows, model, monkeypatch):
     check_models(load_experiment(make_experiment(rows, target_model="some/model")))  # on the hub, which is not reached
-    experiment = load_experiment(make_experiment(rows, target_model=model(LAST_LAYER_HAS_NO_ATTENTION)))
     monkeypatch.setattr(checks, "made_small", lambda config: config.no_such_key)
-    check_models(experiment)
+    check_models(load_experiment(make_experiment(rows, target_model=model(LAST_LAYER_HAS_NO_ATTENTION))))
 
 
 def test_what_the_settings_ask_for_is_said_at_once(make_experiment, rows, capsys):
@@ -91,13 +89,10 @@ def test_what_the_settings_ask_for_is_said_at_once(make_experiment, rows, capsys
 
 
 def test_quantisation_without_its_package_is_refused_at_once(make_experiment, rows, monkeypatch):
-    config = make_experiment(rows, selection={"rates": [0.5], "quantization_bit": 4})
+    experiment = load_experiment(make_experiment(rows, selection={"rates": [0.5], "quantization_bit": 4}))
     monkeypatch.setattr("selection.scores.models.is_bitsandbytes_available", lambda: False)
-    said = r"quantization_bit 4 needs bitsandbytes from .*pip install bitsandbytes"
-    with pytest.raises(UserError, match=said):
-        check_machine(load_experiment(config))
-    with pytest.raises(UserError, match=said):
-        load_for_scoring("no/model", None, "fp32", quantization_bit=4)
+    with pytest.raises(UserError, match=r"quantization_bit 4 needs bitsandbytes from .*pip install bitsandbytes"):
+        check_machine(experiment)
 
 
 def test_layers_listed_by_number_are_counted_anew_and_a_cut_that_its_configuration_does_not_describe_is_refused():

@@ -199,13 +199,9 @@ def test_the_target_verifies_at_most_a_fifth(num_rows):
 
 
 @pytest.fixture
-def data(tmp_path, rows):
-    return Path(write_jsonl(tmp_path / "my.jsonl", rows))
-
-
-@pytest.fixture
-def begin(tiny_model, data, tmp_path):
-    """`start` for the tiny model, in the run folder `run`."""
+def begin(tiny_model, rows, tmp_path):
+    """`start` for the tiny model and my.jsonl, in the run folder `run`."""
+    data = Path(write_jsonl(tmp_path / "my.jsonl", rows))
 
     def begin(**changes):
         arguments = {"target": str(tiny_model), "data": [data], "template": "chatml", "run": tmp_path / "run"}
@@ -214,14 +210,14 @@ def begin(tiny_model, data, tmp_path):
     return begin
 
 
-def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_model, data, tmp_path):
+def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_model, tmp_path):
     path, cut = begin(overrides=["training.lora_rank=4"])
-    run, draft = tmp_path / "run", str(tmp_path / "run" / "tiny-2-layers")
-    experiment = load_experiment(path)
+    run, draft, experiment = tmp_path / "run", str(tmp_path / "run" / "tiny-2-layers"), load_experiment(path)
+    assert experiment.dataset == str(tmp_path / "my.jsonl")
     assert path == run / "start.yaml" and set(yaml.safe_load(path.read_text())) == set(type(experiment).model_fields)
     assert cut == ["--target", str(tiny_model), "--layers", "2", "--out", draft]
     assert (experiment.target_model, experiment.small_model) == (str(tiny_model), draft)
-    assert (experiment.folder, experiment.dataset, experiment.template) == (run, str(data), "chatml")
+    assert (experiment.folder, experiment.template) == (run, "chatml")
     published = load_experiment(REPOSITORY / "configs" / "paper" / "gemma_dialogsum.yaml")
     for key in ("learning_rate", "lr_scheduler_type", "lora_target", "warmup_steps", "per_device_train_batch_size"):
         assert experiment.training[key] == published.training[key]
@@ -254,22 +250,19 @@ def test_published_rates_that_keep_no_row_are_left_out_and_a_layer_is_not_cut(be
         half_the_layers(str(model_folder("one", **config)))
 
 
-def test_several_files_are_entries_with_a_form_each(begin, data, tmp_path):
-    talks = tmp_path / "talks.json"
-    talks.write_text(json.dumps([FORMS["messages"]] * 20))
-    experiment = load_experiment(begin(data=[data, talks])[0])
-    first, second = experiment.data_sets
-    assert (first.path, first.dataset_format) == (str(data), DatasetFormat())
-    assert (second.path, second.dataset_format.columns) == (str(talks), {"messages": "messages"})
-    assert experiment.selection.num_strata == 3  # of 45 training rows
+def test_several_files_are_entries_with_a_form_each(begin, tmp_path):
+    files = [Path(write_jsonl(tmp_path / f"{name}.jsonl", [FORMS[name]] * 20)) for name in ("alpaca", "messages")]
+    experiment = load_experiment(begin(data=files)[0])
+    assert [each.path for each in experiment.data_sets] == list(map(str, files))
+    assert [each.dataset_format.columns for each in experiment.data_sets] == [{}, {"messages": "messages"}]
+    assert experiment.selection.num_strata == 2  # of 36 training rows
 
 
 RELEASED = ["selection.mode=released", "selection.verify=sampled", "selection.verify_per_stratum=25"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_path):
+    for changes, said in (
         ({"overrides": ["template=qwen"]}, "--template"),
         ({"overrides": ["selection.num_strata=many"]}, "selection.num_strata"),
         ({"data": [REPOSITORY / "data" / "none.jsonl"]}, "no such file"),
@@ -279,12 +272,10 @@ RELEASED = ["selection.mode=released", "selection.verify=sampled", "selection.ve
         ({"rates": [0.5, 0.03]}, "rate 0.03 of 27 rows keeps none: give a rate of 0.037 or more"),
         ({"overrides": ["training.lora_target=nowhere"]}, "no LoRA can be put on lora_target nowhere"),
         ({"overrides": RELEASED}, "25 of 27 rows"),
-    ],
-)
-def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_path, changes, said):
-    with pytest.raises(UserError, match=re.escape(said)):
-        begin(**changes)
-    assert not (tmp_path / "run").exists()
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            begin(**changes)
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(begin, tmp_path, capsys):
