@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from selection.run.config import Experiment, from_repository
@@ -29,6 +30,8 @@ SPECULATIVE_SCORES, VERIFICATION, CORESETS = "speculative scores", "verification
 TARGET_TUNING, TARGET_SCORES, EVALUATION = "target tuning", "target scores", "evaluation"
 SPECULATIVE_STAGES = (CUTTING, SPECULATIVE_TUNING, SPECULATIVE_SCORES)
 _SCORING_STAGES = (SPECULATIVE_SCORES, VERIFICATION, TARGET_SCORES)
+_Count = Annotated[int, Field(ge=0, le=10**18)]  # more is damage: sums would be infinite
+_Amount = Annotated[float, Field(ge=0, le=1e12)]
 
 
 def forward_flops(parameters: int, tokens: int) -> float:
@@ -52,11 +55,11 @@ class Cost:
 
     stage: str
     what: str  # model, coreset or method
-    samples: NonNegativeInt = 0
-    tokens: NonNegativeInt = 0
-    parameters: NonNegativeInt = 0  # of the model it ran, of a mixture of experts the active ones
-    seconds: NonNegativeFloat = 0.0
-    peak_memory_gb: NonNegativeFloat = 0.0
+    samples: _Count = 0
+    tokens: _Count = 0
+    parameters: _Count = 0  # of the model it ran, of a mixture of experts the active ones
+    seconds: _Amount = 0.0
+    peak_memory_gb: _Amount = 0.0
     device: str = ""
     precision: str = ""
     finished: str = ""
@@ -177,7 +180,7 @@ def _scoring(costs: list[Cost], stage: str) -> list[Cost]:
     return [c for c in entries if c.folder == entries[-1].folder]
 
 
-_NUMBERS = {"tokens": NonNegativeInt, "parameters": NonNegativeInt, "seconds": NonNegativeFloat}
+_NUMBERS = {"tokens": _Count, "parameters": _Count, "seconds": _Amount}
 _CuttingCost = TypedDict("_CuttingCost", _NUMBERS)
 
 
