@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import ConfigDict, NonNegativeFloat
 
 from selection.method import staff
 from selection.method.length_control import length_residual
@@ -70,7 +70,7 @@ class StratumRecord:
     verified: list[int]
     speculative_sum: float | None  # of the normalised scores of the verified samples
     target_sum: float | None
-    verification_ratio: float | None
+    verification_ratio: NonNegativeFloat | None
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
