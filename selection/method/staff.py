@@ -142,15 +142,15 @@ class Choice:
 
 
 def choose_staff(
-    scores: np.ndarray, strata: Strata, ratios: list[float | None], m: int, mode: str, seed: int, budgets=None
+    scores: np.ndarray, strata: Strata, ratios: list[float | None], m: int, mode: str, seed: int
 ) -> Choice:
     """Algorithm 1 from the speculative scores (N,), strata and their V_i (None: not verified) to m rows.
 
     Take the budget of each stratum (published: at random; released: the highest scores), then fill up to m from the
     unchosen rows of all strata. Where these hold too few (on which the paper is silent), the easiest of the hardest
-    rows come back. `budgets`: in the place of `allocate_budgets`'.
+    rows come back.
     """
-    budgets = allocate_budgets(strata.sizes, ratios, m, mode) if budgets is None else budgets
+    budgets = allocate_budgets(strata.sizes, ratios, m, mode)
     ranks = -scores if mode == "released" else random_ranks(len(scores), seed, WITHIN_STRATUM)
     chosen = np.zeros(len(scores), dtype=bool)
     for rows, budget in zip(strata.members, budgets, strict=True):
