@@ -37,10 +37,10 @@ def test_results_name_no_path_and_what_is_skipped_and_are_drawn(tiny_model, tmp_
     arguments = "--model", tiny_model, "--data", DATA, "--rows", 4, "--repeat", 1, "--json", results, "--out", picture
     monkeypatch.setattr(sys, "argv", ["scoring.py", *map(str, arguments), "--against", "loop", "opacus"])
 
-    def measure(script: str, job: dict) -> dict:
+    def measure(job: dict) -> dict:
         if job["contestant"] == "opacus":
             raise UserError("No module named 'opacus'")
-        return json.loads(run_script(script, "--worker", json.dumps(job)).stdout.splitlines()[-1])
+        return json.loads(run_script("scripts/bench/scoring.py", "--worker", json.dumps(job)).stdout.splitlines()[-1])
 
     monkeypatch.setattr(scoring, "measure_apart", measure)
     scoring.main()
