@@ -184,14 +184,14 @@ def test_rates_of_a_task_share_a_draw_and_tasks_do_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lead", "said", "counts"),
+    ("lead", "said"),
     [
-        (3.0, "STAFF beats {}: +", ["4 of 4 (4 to 4)", "4 of 4", "0 of 4"]),
-        (0.0, "STAFF against {}: no difference can be shown: ", None),
-        (-3.0, "STAFF is worse than {}: −", ["0 of 4 (0 to 0)", "0 of 4", "4 of 4"]),
+        (3.0, "STAFF beats {}: +"),
+        (0.0, "STAFF against {}: no difference can be shown: "),
+        (-3.0, "STAFF is worse than {}: −"),
     ],
 )
-def test_verdict_is_the_first_line_under_table_1(tmp_path, few_replicates, lead, said, counts):
+def test_verdict_is_the_first_line_under_table_1(tmp_path, few_replicates, lead, said):
     cells = fake_grid(staff=lead)
     for cell in [] if lead else cells:  # no difference at all: the same values, in another order
         values = np.roll(range(EVAL_ROWS), len(cell["method"]))
@@ -203,7 +203,6 @@ def test_verdict_is_the_first_line_under_table_1(tmp_path, few_replicates, lead,
         column = {name: row[f"STAFF − {label}"] for name, row in section.items()}
         assert line.startswith("- " + said.format(label)) and column["**all**"] in line
         assert line.endswith(" ROUGE-L, mean over all 4 pairs of task and rate, seeds of each: 2.")
-        assert counts in (None, [column[name] for name in ("above 0", "interval above 0", "interval below 0")])
 
 
 def test_costs_ratios_and_saving_over_the_seeds_that_both_have(tmp_path, few_replicates):

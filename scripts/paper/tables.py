@@ -183,11 +183,11 @@ def estimate_grid(grid: Grid) -> Estimates:
     return estimates
 
 
-def pool(estimates: list[Estimate], together=np.mean) -> Estimate | None:
-    """A figure of several estimates, by default their mean, taken inside each replicate too. None of none."""
+def pool(estimates: list[Estimate]) -> Estimate | None:
+    """The mean of several estimates, taken inside each replicate too. None of none."""
     if not estimates:
         return None
-    mean, replicates = (together([getattr(one, name) for one in estimates], axis=0) for name in ("mean", "replicates"))
+    mean, replicates = (np.mean([getattr(one, name) for one in estimates], axis=0) for name in ("mean", "replicates"))
     return Estimate(float(mean), replicates, min(one.num_seeds for one in estimates))
 
 
@@ -258,19 +258,9 @@ def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
     columns, rows = [estimates[metric, "staff", other] for other in AGAINST], []
     for task, rate in itertools.product(grid.tasks, grid.rates):
         rows.append([task, percent(rate), *(with_interval(found.get((task, rate))) for found in columns)])
-    lists = [list(found.values()) for found in columns]
-    rows.append(["**all**", "**all**", *(with_interval(pool(found)) for found in lists)])
-    rows.append(["above 0", "", *map(count_above_zero, lists)])
-    for say, sign in (("interval above 0", 1), ("interval below 0", -1)):
-        counts = [f"{sum(e.sign == sign for e in found)} of {len(found)}" if found else MISSING for found in lists]
-        rows.append([say, "", *counts])
+    rows.append(["**all**", "**all**", *(with_interval(pool(list(found.values()))) for found in columns)])
     heading = ["task", "pruned, %", *(f"STAFF − {METHODS[other][0]}" for other in AGAINST)]
     return markdown_table(heading, rows, METRICS[metric])
-
-
-def count_above_zero(estimates: list[Estimate]) -> str:
-    count = pool(estimates, lambda values, axis: np.sum(np.array(values) > 0, axis=axis))
-    return f"{count.mean:.0f} of {len(estimates)} ({'{:.0f} to {:.0f}'.format(*count.interval)})" if count else MISSING
 
 
 def random_table(grid: Grid, estimates: Estimates) -> str:
