@@ -11,8 +11,7 @@ from sacrebleu.metrics import BLEU
 class UnicodeWords(Tokenizer):
     """Words of any script: lower-cased runs of letters, their marks and digits; without blanks (Thai) all is one word.
 
-    rouge_score's own tokenizer knows a to z and 0 to 9 alone; on ASCII text the two are the same.
-    """
+    rouge_score's own tokenizer knows a to z and 0 to 9 alone; on ASCII text the two are the same."""
 
     def tokenize(self, text: str) -> list[str]:
         text = unicodedata.normalize("NFC", text.lower())
@@ -23,8 +22,7 @@ def comparable_scores(answers: list[str], references: list[str]) -> tuple[dict, 
     """Scores of all answers together, and lists of each answer's, in percent; each answer has one reference.
 
     `rouge_score-1`, `-2` and `-l`: F-measures over `UnicodeWords`, without stemmer, and their means; `sacrebleu`: the
-    corpus BLEU, which is not the mean of `sacrebleu-sentence`; `sacrebleu_signature`.
-    """
+    corpus BLEU, which is not the mean of `sacrebleu-sentence`; `sacrebleu_signature`."""
     kinds = {"rouge_score-1": "rouge1", "rouge_score-2": "rouge2", "rouge_score-l": "rougeL"}
     scorer = RougeScorer([*kinds.values()], tokenizer=UnicodeWords())
     corpus, sentence = BLEU(), BLEU(effective_order=True)

@@ -56,8 +56,7 @@ def predict(experiment: Experiment, tuned: Path | None, output_dir: Path, precis
     """Greedy answers of the target, with what its tuning left in `tuned`, to the held-out split.
 
     Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics in
-    percent, {} but in the leader: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters.
-    """
+    percent, {} but in the leader: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters."""
     model, settings = experiment.target_model, experiment.evaluation
     arguments = common_arguments(experiment, model, output_dir, precision) | model_keys(experiment)
     arguments |= {"eval_dataset": "eval", "do_predict": True, "predict_with_generate": True, "do_sample": False}

@@ -47,8 +47,7 @@ def tune_once(
     """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`, which appears when all is done.
 
     `keys` are LLaMA-Factory's, `report` those that only add logging. Under torchrun the processes share each optimiser
-    step's samples. Raises: UserError where `folder` was made otherwise, or tuning cannot be done.
-    """
+    step's samples. Raises: UserError where `folder` was made otherwise, or tuning cannot be done."""
     together, precision = processes(), choose_precision(experiment.precision)
     with together.leader_first():
         identity = tuning_identity(experiment, model, rows, keys)
@@ -97,8 +96,7 @@ def _logs_to(keys: dict[str, Any], report: dict[str, Any]) -> list[str]:
 def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:
     """Each process's share of an optimiser step as LLaMA-Factory's keys: alone it gives every process a whole step.
 
-    Raises: UserError where the samples of a step cannot be shared out evenly.
-    """
+    Raises: UserError where the samples of a step cannot be shared out evenly."""
     if processes == 1:
         return {}
     size = keys.get("per_device_train_batch_size", 8)

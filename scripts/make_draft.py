@@ -76,8 +76,7 @@ def choose_layers(model: PreTrainedModel, num_kept: int, samples: Dataset, progr
     Args: `samples`, calibration rows with input_ids and labels; `progress` is called after each of the 1 + layers +
     dropped passes over them.
     Returns layers by number (`kept`, and `dropped` in that order) and mean losses in nats per response token:
-    `full_loss`, its increase without each layer (`sensitivity`), `loss_after_drop`.
-    """
+    `full_loss`, its increase without each layer (`sensitivity`), `loss_after_drop`."""
     batches = plan_batches(range(len(samples)), list(map(len, samples["input_ids"])), _TOKENS_PER_BATCH)
     batches, every = [samples[batch] for batch in batches], range(len(getattr(*decoder_layers(model))))
 

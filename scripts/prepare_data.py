@@ -113,8 +113,7 @@ def kk_rows(package: Path) -> list[Row]:
     """Kazakh -> English pairs of LibreOffice's user interface, without mark-up, plural forms and untranslated ones.
 
     Removes the context before \\x04, the accelerator marks "~" and "_", and white space at the ends. An id is the
-    module and a running number over its kept pairs, ordered by context and English.
-    """
+    module and a running number over its kept pairs, ordered by context and English."""
     paths = sorted((package / KK_CATALOGUES).glob("*.mo"))
     if not paths:
         raise UserError(f"the package has no {KK_CATALOGUES}/*.mo: give --source a libreoffice-l10n-kk one")
@@ -152,8 +151,7 @@ def paper_rows(name: str, source: Path | None, cache: str) -> list[Row]:
     """The rows of all splits of a data set of the paper, from the hub or from files in folder `source`; ids from 0.
 
     Raises: UserError where a column is missing, a field is no text, or a response is empty. No row is dropped: the
-    published counts include every row.
-    """
+    published counts include every row."""
     import datasets  # only here: it takes seconds, and the two slices do not need it
 
     arguments, options = HUB[name][0], {}

@@ -63,8 +63,7 @@ def start(
     """Choose what is None and write the experiment to <run>/start.yaml, once for a run folder.
 
     Returns the file, and the arguments of scripts/make_draft.py where the small model has to be cut out of the target.
-    Raises: UserError where nothing can be chosen, and for a run folder that was started otherwise.
-    """
+    Raises: UserError where nothing can be chosen, and for a run folder that was started otherwise."""
     given: dict[str, Any] = {}
     for text in overrides:
         if option := _OWN_OPTION.get(text.partition("=")[0]):
@@ -109,8 +108,7 @@ def start(
 def choose_models(target: str, small: str | None = None, template: str | None = None) -> Pair:
     """Target, small model (None: cut one out of the target) and template; says how it came by each.
 
-    Raises: UserError for a folder that is no model, and a target of unknown family without `template`.
-    """
+    Raises: UserError for a folder that is no model, and a target of unknown family without `template`."""
     model_path(str(local_folder(target) or target))
     known = find_pair(target)
     if template is not None:
@@ -178,8 +176,7 @@ def strata_for(num_rows: int, published: Selection) -> tuple[int, int]:
     """K and b_v for a training split of `num_rows`: the target scores K · b_v rows, at most a fifth of them.
 
     As published from 2,500 rows on. Below, K goes down first, then b_v, to 5 where K would fall below 10, and to 3
-    below 125 rows: fewer samples say little about V_i, and nothing about its interval.
-    """
+    below 125 rows: fewer samples say little about V_i, and nothing about its interval."""
     most = max(1, num_rows // 5)
     for per_stratum, fewest_strata in ((published.verify_per_stratum, 10), (5, 5), (3, 1)):
         if (num_strata := most // per_stratum) >= fewest_strata:

@@ -103,8 +103,7 @@ _ROWS = TypeAdapter(list[_ROW], config=ConfigDict(allow_inf_nan=False))
 def read_cells(path: Path) -> dict[Cell, dict]:
     """The rows of a cells.csv by cell, with values of the types in COLUMNS; none where there is no file yet.
 
-    Raises: UserError naming row, counted from the header as row 1, and column.
-    """
+    Raises: UserError naming row, counted from the header as row 1, and column."""
     try:
         records = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
         rows = _ROWS.validate_python([dict.fromkeys(_LATER, "") | record for record in records])
@@ -124,8 +123,7 @@ def read_cells(path: Path) -> dict[Cell, dict]:
 def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
     """All finished cells, in the grid's order; those of a larger grid stay, at the end.
 
-    All rates of a method and seed get the first selection cost that was measured: a resumed run pays a little again.
-    """
+    All rates of a method and seed get the first selection cost that was measured: a resumed run pays a little again."""
     costs, rows = {}, []
     for cell in sorted(done, key=lambda cell: order.index(cell) if cell in order else len(order)):
         selection = {key: value for key, value in done[cell].items() if key.startswith("selection_")}
@@ -214,8 +212,7 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
 def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callable[[Job], None]) -> None:
     """Run jobs, `parallel` at a time, in as many processes that import everything once and see one GPU.
 
-    `finished` is called after each. Raises: UserError with what a failed job said, after those that run have ended.
-    """
+    `finished` is called after each. Raises: UserError with what a failed job said, after those that run have ended."""
     if parallel < 1:
         raise UserError(f"--jobs {parallel}: at least one at a time")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))

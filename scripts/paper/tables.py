@@ -121,8 +121,7 @@ def bootstrap_means(values: np.ndarray, stream: int = 0, replicates: int = 10_00
 
     Each replicate draws samples with replacement, the same for all quantities and seeds (all were evaluated on the same
     rows), then seeds out of those that a quantity has. Means over quantities can be taken inside a replicate. Intervals
-    are too narrow where seeds differ much ((S − 1) / S of their variance), too wide where only samples do.
-    """
+    are too narrow where seeds differ much ((S − 1) / S of their variance), too wide where only samples do."""
     num_quantities, num_seeds, num_samples = values.shape
     rng = np.random.default_rng([stream, num_seeds, num_samples])
     position = rng.random((replicates, num_seeds))  # of the drawn seeds among those that a quantity has, as a share
@@ -276,8 +275,7 @@ def random_table(grid: Grid, estimates: Estimates) -> str:
 
 
 def cost_tables(grid: Grid, task: str) -> str:
-    """Selection costs, STAFF's saving against GraNd over the seeds that both have, and selection-to-tuning ratios: of
-    means over the seeds that each has."""
+    """Selection costs, STAFF's saving against GraNd over the seeds that both have, and selection-to-tuning ratios."""
     cells, rows, ratio_rows, savings, whole, ratios = grid.cells[grid.cells.task == task], [], [], [], {}, {}
     once = cells.groupby(["method", "seed"])[SELECTION].first()  # selection costs the same at every rate of a seed
     costs, means = once.groupby("method").mean(), cells.groupby(["method", "rate"]).mean(numeric_only=True)

@@ -25,8 +25,7 @@ def baseline(
     """The rule of `method`, with what all rates share (D2's graph) computed once.
 
     `columns`: those of `columns_of`, (N,) each, hidden_state (N, d); `mode` concerns Length alone; `cutoff` is the
-    hardest_cutoff. Raises: ValueError, as `stratify` and `d2_order`.
-    """
+    hardest_cutoff. Raises: ValueError, as `stratify` and `d2_order`."""
     values = [columns[name] for name in columns_of(method, variant)]
     if method != "length" and variant == "released":
         cutoff = 0.0

@@ -16,8 +16,7 @@ def d2_order(scores: np.ndarray, features: np.ndarray, variant: str, k: int = 5,
     equal ones the earlier row) and e^(−γ d) times its value subtracted from its neighbours, again and again.
     "published": a row's neighbours are its own k nearest; "released": also the rows whose k nearest it is among, and an
     edge of the forward pass carries a score of at least 1e-7.
-    Raises: ValueError for sizes that do not fit, and numbers that are not finite or beyond 1e140.
-    """
+    Raises: ValueError for sizes that do not fit, and numbers that are not finite or beyond 1e140."""
     scores = np.asarray(scores, dtype=np.float64)
     if features.ndim != 2 or scores.shape != (len(features),):
         raise ValueError(f"scores of shape {scores.shape} and features of shape {features.shape}: give (N,) and (N, d)")

@@ -37,8 +37,7 @@ class EffortScorer:
         rank, alpha: r and α of the fresh LoRA (as released: 81 and 16).
         seed: of its A matrix, drawn as PEFT draws it (Kaiming-uniform with a = √5).
         columns: names of what else to return: "el2n", "el2n_released", "entropy", "hidden_state".
-    Raises: NoPhi, a ValueError, where the model has no such φ.
-    """
+    Raises: NoPhi, a ValueError, where the model has no such φ."""
 
     def __init__(
         self, model: nn.Module, phi: str = "v_lora_b", rank: int = 81, alpha: int = 16, seed: int = 42, columns=()
@@ -63,8 +62,7 @@ class EffortScorer:
                 token against the one-hot of that token itself (unshifted, as released);
             entropy (B,) of the predicted distribution in nats, mean over the response tokens;
             hidden_state (B, d) float32: mean last hidden state of the response tokens.
-        Raises: NoPhi where the norms of single samples cannot be told apart.
-        """
+        Raises: NoPhi where the norms of single samples cannot be told apart."""
         batch = _Batch.of(input_ids, labels, self.device, unshifted="el2n_released" in self.columns)
         return self._pass(batch) or self._pass(batch)  # again where the first one found a weight to set aside
 
@@ -137,8 +135,7 @@ class EffortScorer:
         """Per head row figures (n,) float32, zero where they do not apply, and the losses' gradient on `hidden` (n, d).
 
         One float32 table, kept from batch to batch, holds logits, log-probabilities, probabilities and their gradient
-        in turn: fresh memory of that size costs more than what is computed in it.
-        """
+        in turn: fresh memory of that size costs more than what is computed in it."""
         count, figures, gradients = len(hidden), [], []
         for rows, targets, own in _chunks(self.model, hidden, batch.targets, batch.own):
             rows = rows.detach().requires_grad_()

@@ -71,8 +71,7 @@ def listen_to_linear(
 
     An output that needs no gradient yet (or `always_end`) joins `ends`: the backward pass ends there. The weight
     requires a gradient except in the module's first call, so any other use of it shows in the graph (weights_in_graph).
-    `projected`: a function of the inputs: the A of a fresh LoRA, whose B the gradient is taken for.
-    """
+    `projected`: a function of the inputs: the A of a fresh LoRA, whose B the gradient is taken for."""
     weight = linear_map.weight if projected is None and linear_map.weight_at_hand else None
 
     def before(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -121,8 +120,7 @@ def listen_to_lora(
     """Record the norms of the gradients of one LoRA's A and B until `undo` is closed.
 
     Takes over its forward pass, without PEFT's copies (a tenth of a whole pass on a CPU). `start` requires a gradient,
-    so the backward pass comes here even if the inputs require none.
-    """
+    so the backward pass comes here even if the inputs require none."""
 
     def forward(inputs: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         record.once()

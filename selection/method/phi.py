@@ -175,8 +175,7 @@ def find_value_projection(model: nn.Module) -> LinearMap:
 
     Where attention does not show its values, one token is enough: its only attention weight is 1, whatever query and
     key say, so their gradient vanishes and the values' does not. (Not so with attention sinks.)
-    Raises: NoPhi naming the linear maps of the layer where none behaves so.
-    """
+    Raises: NoPhi naming the linear maps of the layer where none behaves so."""
     layer_name, layer = last_decoder_layer(model)
     seen: dict[str, tuple] = {}  # name -> input and output (1, 1, d), in calling order
     noted: list[torch.Tensor] = []

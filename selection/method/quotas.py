@@ -35,8 +35,7 @@ def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
     """Groups of data sets that are chosen from together, and how many of m rows come from each.
 
     A data set with a quota gives ⌊quota · m⌋ rows; those without give the rest together. Where every data set has one,
-    the rows left over go to the largest fractions cut off. Raises: ValueError where a data set has too few rows.
-    """
+    the rows left over go to the largest fractions cut off. Raises: ValueError where a data set has too few rows."""
     sizes = np.bincount(quotas.data_set, minlength=len(quotas.names)).tolist()
     exact = {j: Fraction(str(quota)) * m for j, quota in enumerate(quotas.quotas) if quota is not None}
     given = {j: math.floor(share) for j, share in exact.items()}

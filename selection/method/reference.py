@@ -14,8 +14,7 @@ def effort_score(
     Args:
         model: a causal language model of transformers in eval mode; L is its own loss.
         input_ids, labels: (T,) token ids; the label is −100 where a token is not part of the response.
-        phi: the parameters φ. They, and nothing else, require a gradient.
-    """
+        phi: the parameters φ. They, and nothing else, require a gradient."""
     with torch.enable_grad():
         loss = model(input_ids=input_ids[None], labels=labels[None], use_cache=False).loss
         gradients = torch.autograd.grad(loss, phi, allow_unused=True)  # None for an expert that got no token

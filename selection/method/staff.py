@@ -114,8 +114,7 @@ def allocate_budgets(sizes: list[int], ratios: list[float | None], m: int, mode:
 
     published: m_i = min(|B_i|, ⌊(m − |D'|) · V_i / (strata left)⌋)
     released:  m_i = min(|B_i|, ⌊(m − |D'|) · V_i / Σ_{strata left} V⌋); unverified (None): ⌊(m − |D'|) / (strata left)⌋
-    D' are the rows given so far. The sum is at most m (an overshoot is cut); `choose_staff` fills what is left.
-    """
+    D' are the rows given so far. The sum is at most m (an overshoot is cut); `choose_staff` fills what is left."""
     budgets, remaining, order = [0] * len(sizes), m, sorted(range(len(sizes)), key=lambda i: sizes[i])
     for position, i in enumerate(order):
         left = order[position:]
@@ -147,9 +146,7 @@ def choose_staff(
     """Algorithm 1 from the speculative scores (N,), strata and their V_i (None: not verified) to m rows.
 
     Take the budget of each stratum (published: at random; released: the highest scores), then fill up to m from the
-    unchosen rows of all strata. Where these hold too few (on which the paper is silent), the easiest of the hardest
-    rows come back.
-    """
+    unchosen rows of all strata. Where these hold too few (the paper is silent), the easiest of the hardest come back."""
     budgets = allocate_budgets(strata.sizes, ratios, m, mode)
     ranks = -scores if mode == "released" else random_ranks(len(scores), seed, WITHIN_STRATUM)
     chosen = np.zeros(len(scores), dtype=bool)

@@ -27,8 +27,7 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     """Export the coreset in the file `path` (JSON, or a published .pt) as `folder`; returns lines about what it wrote.
 
     Chosen rows are in the order of the training split; annotated.* has the user's. An earlier export is replaced.
-    Raises: UserError where the coreset is of other data, and where `folder` exists and is no export of it.
-    """
+    Raises: UserError where the coreset is of other data, and where `folder` exists and is no export of it."""
     split, coreset = finished_split(experiment), read_coreset(path)
     check_fits(coreset, split.ids, split.fingerprint, str(path))
     identity = {
@@ -58,8 +57,7 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
 def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, draft: Path) -> list[str]:
     """annotated.parquet and annotated.jsonl: every row of the run, as it was, then `annotated`'s columns.
 
-    Rows of several data sets come in the order given, in the common form where their forms differ.
-    """
+    Rows of several data sets come in the order given, in the common form where their forms differ."""
     from datasets import concatenate_datasets
 
     figures = annotated(experiment, path, split)
@@ -86,8 +84,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
 
     prompt_completion.jsonl: SFTTrainer trains on the completions, the last responses, whose tokens were scored. Both
     are text by LLaMA-Factory's template: given messages, TRL 0.24 with transformers 5 trains on the prompts too.
-    chat.jsonl: with assistant_only_loss it trains on every response that the chat template marks ({% generation %}).
-    """
+    chat.jsonl: with assistant_only_loss it trains on every response that the chat template marks ({% generation %})."""
     rows, name = split.rows.select(coreset.indices), coreset.name
     set_library_bars(long_work=len(rows) >= 10_000)
     entry = experiment.row_format.entry

@@ -15,8 +15,7 @@ from selection.run.log import set_library_bars
 def unusable_rows(rows: Iterable[dict], entry: dict[str, Any]) -> dict[int, str]:
     """What is wrong with each row that LLaMA-Factory would drop, misread or crash on, by row number.
 
-    `entry`: the data set's in `dataset_info.json`. Raises: UserError where a row lacks a column.
-    """
+    `entry`: the data set's in `dataset_info.json`. Raises: UserError where a row lacks a column."""
     converted = (convert_row(row, entry, f"row {number} of the data set") for number, row in enumerate(rows))
     return {number: sample for number, sample in enumerate(converted) if isinstance(sample, str)}
 
@@ -48,8 +47,7 @@ def as_messages(row: dict, entry: dict[str, Any]) -> list[dict[str, str]]:
     """A raw row as the messages {role, content} that LLaMA-Factory trains on; the last one is the response.
 
     Roles: system (at most one, first, never empty), then user or observation (a tool's answer) and assistant or
-    function (a call, JSON text) in turn. Raises: UserError for a row that is unusable or lacks a column.
-    """
+    function (a call, JSON text) in turn. Raises: UserError for a row that is unusable or lacks a column."""
     sample = convert_row(row, entry)
     if isinstance(sample, str):
         raise UserError(f"the row has no prompt and text response ({sample}): LLaMA-Factory would drop it")
@@ -60,8 +58,7 @@ def as_messages(row: dict, entry: dict[str, Any]) -> list[dict[str, str]]:
 def convert_row(row: dict, entry: dict[str, Any], name: str = "the row") -> dict[str, Any] | str:
     """LLaMA-Factory's _prompt, _response, _system and _tools of a raw row, or a text: what is wrong with it.
 
-    Raises: UserError with `name` where the row lacks a column.
-    """
+    Raises: UserError with `name` where the row lacks a column."""
     convert = _converter(json.dumps(entry))
     try:
         # Turns first: at an unknown role LLaMA-Factory raises a KeyError, or drops the row without a word.

@@ -32,8 +32,7 @@ def as_json(value: object, **options) -> str:
 def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """`raw_rows`; numbers and dates in a prompt's or response's column are the text that stands in the file.
 
-    Raises: UserError also where LLaMA-Factory would drop or misread a row, which would shift later row numbers.
-    """
+    Raises: UserError also where LLaMA-Factory would drop or misread a row, which would shift later row numbers."""
     with raw_rows(path) as rows:
         rows = _with_text(rows, path, text_columns(dataset_format.entry))
         if unusable := unusable_rows(rows, dataset_format.entry):

@@ -50,9 +50,7 @@ def row_id(row: dict) -> str:
 def training_split(experiment: Experiment, dry_run: bool = False) -> TrainingSplit | None:
     """Load the training split; make it on the first call. A dry run writes nothing: None where there is no split yet.
 
-    Raises: UserError for a data file that cannot be read or has unusable rows, and for a split in the run folder that
-    is of other data or was changed.
-    """
+    Raises: UserError for a data file that cannot be read or has unusable rows, and a split of other data or changed."""
     with processes().leader_first():
         made_from, record_path = _made_from(experiment), _record_path(experiment)
         if dry_run:
@@ -89,8 +87,7 @@ def data_sets(experiment: Experiment) -> list[tuple[str, int, int]]:
 def recorded_fingerprint(experiment: Experiment) -> str | None:
     """The training split's fingerprint by its record; None: no split yet. Data that are not here count as unchanged.
 
-    Raises: UserError for the split of other data or settings.
-    """
+    Raises: UserError for the split of other data or settings."""
     if not _record_path(experiment).exists():
         return None
     here = all(from_repository(each.path).is_file() for each in experiment.data_sets)

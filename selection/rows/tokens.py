@@ -52,8 +52,7 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
 
     The completion is the last response with its end mark, the prompt all before it but for a mark that the model's own
     tokenizer adds; `same`: whether that tokenizer makes of both, joined, the tokens that tuning takes. Nothing is cut
-    off. Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write.
-    """
+    off. Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write."""
     import_llama_factory()
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments, ModelArguments
@@ -90,8 +89,7 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
     """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
 
     Columns input_ids, attention_mask, labels (-100 but on every turn of the assistant). Raises: UserError for an
-    unknown template, a broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
-    """
+    unknown template, a broken tokenizer, and rows of whose response `cutoff_len` leaves nothing."""
     import_llama_factory()
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
@@ -130,8 +128,7 @@ def _response_lengths(tokenised) -> np.ndarray:
 def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
     """Encode and decode real texts: a tokenizer that loses spaces or words would tune and score on noise.
 
-    Raises: UserError where the words of most texts do not come back.
-    """
+    Raises: UserError where the words of most texts do not come back."""
 
     def words(text: str) -> list[str]:
         return unicodedata.normalize("NFKC", text).split()

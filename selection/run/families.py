@@ -49,9 +49,7 @@ def find_pair(target: str) -> Pair:
     """The small model and the template of `target`, a model folder or hub name (in any case).
 
     A folder is known by its name (the last part of a hub name), else by _name_or_path in its config.json; else its
-    model_type may tell the template. A sibling beside the folder goes before the hub's. Raises: UserError for a folder
-    whose config.json cannot be read.
-    """
+    model_type may tell the template. A sibling beside the folder goes before the hub's. Raises: UserError."""
     folder = local_folder(target)
     if folder is None:
         unknown = Pair(target, None, None, None, f"{target} is not in configs/families.yaml")

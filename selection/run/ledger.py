@@ -155,8 +155,7 @@ def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
     """The entries of a method's selection, which all rates share; the last of what was made again.
 
     STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them;
-    verification. A baseline that reads the tuned target's scores: tuning on everything, and these scores.
-    """
+    verification. A baseline that reads the tuned target's scores: tuning on everything, and these scores."""
     ours, paid = read_ledger(experiment.folder), []
     if method == "staff":
         theirs, n = read_ledger(experiment.speculative_folder), sharing_runs(experiment)

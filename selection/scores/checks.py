@@ -30,8 +30,7 @@ def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
     """Try φ and tuning's LoRA on both models' kinds, made small from their configurations: no weights are loaded.
 
     What cannot be had, or not be made small, is left to the stage that loads the model. `to_be_cut`: the small model is
-    still to be made, of the target's kind. Raises: UserError for what is wrong with a model, or with a key on it.
-    """
+    still to be made, of the target's kind. Raises: UserError for what is wrong with a model, or with a key on it."""
     settings, tuned = experiment.selection, experiment.tuned_small is not None
     trainings = {experiment.target_model: experiment.training | experiment.target_training}
     if not experiment.borrows and not to_be_cut:

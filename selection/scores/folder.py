@@ -255,8 +255,7 @@ class ScoreFolder:
     """Scores of one model under one setting, growing part by part. Every write is atomic.
 
     `identity`: what the numbers depend on; a folder of another one is refused. `columns`: the MORE_COLUMNS wanted; a
-    folder that has more keeps them. A part is named after its batches and checksum: part-<plan>-<content>.parquet.
-    """
+    folder that has more keeps them. A part is named after its batches and checksum: part-<plan>-<content>.parquet."""
 
     def __init__(self, path: Path, identity: dict, num_rows: int, columns: Sequence[str] = ()):
         self.path, self.manifest_path, self.plan_path = path, path / "manifest.json", path / "plan.json"

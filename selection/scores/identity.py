@@ -131,8 +131,7 @@ def check_run(experiment: Experiment, split: TrainingSplit | None = None, verifi
 
     `split`: where it is loaded, else its record counts. `verified`: verification.json too. Under "auto" any number
     format is right. A model or data that are not on this machine are taken to be what was used under that name.
-    Raises: UserError that names the file and the first difference, or what `speculative_run` lacks.
-    """
+    Raises: UserError that names the file and the first difference, or what `speculative_run` lacks."""
     together = processes()
     if not together.leads:
         hashed.update(together.from_leader(dict))  # else each process hashes the models

@@ -39,8 +39,7 @@ def select_coreset(
             (text), or messages (role and content; the last one is the response).
         small, target: the model tuned on the data set, and the one to be tuned, of the same tokens. Both get frozen.
         settings: keys of `selection:` in a YAML, such as num_strata, verify_per_stratum, mode, phi, seed.
-    Raises: UserError for a wrong setting, and for rows without a response or without a finite score.
-    """
+    Raises: UserError for a wrong setting, and for rows without a response or without a finite score."""
     chosen = validated(Selection(), settings | {"rates": [rate]}, "select_coreset")
     tokens, rules, every = tokens_of(dataset, tokenizer, cutoff_len), Settings.of(chosen), np.arange(len(dataset))
     with refusals():

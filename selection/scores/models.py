@@ -41,8 +41,7 @@ def load_for_scoring(
 
     `reset_query_value` (released): zero the tuned adapters of query and value projection, as the released code puts its
     scoring LoRA on the tuned model under the adapter's own name. `device_map`, `quantization_bit`: see Selection.
-    Raises: UserError where the folder cannot be loaded, or bitsandbytes is asked for and not installed.
-    """
+    Raises: UserError where the folder cannot be loaded, or bitsandbytes is asked for and not installed."""
     transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
     placed, room = {}, {}
     if device_map:  # 15 % of a GPU's bytes are left for batches

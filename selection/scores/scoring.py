@@ -59,8 +59,7 @@ def score_rows(
 
     Under torchrun every process scores its share of the parts. A row without a finite loss or score is named and gets
     the score NaN. Released: scores are doubled, as by the released code's two backward passes per sample.
-    Raises: UserError where more than 1 % are left out, or `folder` holds scores made otherwise.
-    """
+    Raises: UserError where more than 1 % are left out, or `folder` holds scores made otherwise."""
     together = processes()
     if together.count > 1 and placement(experiment, model, tuned).get("device_map"):
         raise UserError("selection.device_map auto spreads one process over all GPUs: give NPROC=1, or no torchrun")

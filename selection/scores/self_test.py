@@ -29,8 +29,7 @@ def self_test(
     """Score tokenised samples in batches and one by one, and say how far they agree; `names` say what each sample is.
 
     Returns the largest difference of effort or loss, relative to the sample's own or to the median of all, whichever is
-    larger. Raises: UserError where it exceeds TOLERANCE[precision].
-    """
+    larger. Raises: UserError where it exceeds TOLERANCE[precision]."""
     scores = score_within_memory(scorer, input_ids, labels, names)
     batched = torch.stack([scores["effort"], scores["loss"]], 1)  # (n, 2)
     skip = "skip the test with --self_test 0"

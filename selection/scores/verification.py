@@ -105,8 +105,7 @@ def verify(
     rows; `index` (N,), row numbers, by default 0 to N − 1. A drawn row that the target left out counts for neither.
     Scores are min–max normalised over D. Where the target has scored only the verified samples, its least and greatest
     score get the small model's least and greatest normalised scores of the same samples: normalised among themselves
-    they would give too high a V, as the hardest samples are never drawn.
-    """
+    they would give too high a V, as the hardest samples are never drawn."""
     strata = cut_strata(speculative, settings) if strata is None else strata
     records = []
     for i, (rows, ours, theirs) in enumerate(verified_pairs(speculative, target, settings, strata, index)):

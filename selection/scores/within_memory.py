@@ -17,8 +17,7 @@ def score_within_memory(
     """`scorer.score` in batches of at most `scorer.largest_batch` tokens; `names` say what each sample is.
 
     Out of memory, that budget is halved from here on. A score's last bits depend on the batch's shape (under
-    quantization_bit 8 more: see TOLERANCE in self_test.py). Raises: UserError where one sample does not fit.
-    """
+    quantization_bit 8 more: see TOLERANCE in self_test.py). Raises: UserError where one sample does not fit."""
     lengths = [len(ids) for ids in input_ids]
     size = len(lengths) * max(lengths)
     if size <= scorer.largest_batch or len(lengths) == 1:
