@@ -146,7 +146,7 @@ def choose_staff(
     """Algorithm 1 from the speculative scores (N,), strata and their V_i (None: not verified) to m rows.
 
     Take the budget of each stratum (published: at random; released: the highest scores), then fill up to m from the
-    unchosen rows of all strata. Where these hold too few (the paper is silent), the easiest of the hardest come back."""
+    unchosen rows of all strata. Where these are too few (the paper is silent), the easiest of the hardest come back."""
     budgets = allocate_budgets(strata.sizes, ratios, m, mode)
     ranks = -scores if mode == "released" else random_ranks(len(scores), seed, WITHIN_STRATUM)
     chosen = np.zeros(len(scores), dtype=bool)
