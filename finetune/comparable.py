@@ -9,11 +9,9 @@ from sacrebleu.metrics import BLEU
 
 
 class UnicodeWords(Tokenizer):
-    """Words of any script: lower-cased runs of letters, their marks and digits.
+    """Words of any script: lower-cased runs of letters, their marks and digits; without blanks (Thai) all is one word.
 
-    rouge_score's own tokenizer knows a to z and 0 to 9 alone; on ASCII text the two are the same. Where a script puts
-    no blanks between words (Chinese, Thai), all up to the next punctuation mark is one.
-    """
+    rouge_score's own tokenizer knows a to z and 0 to 9 alone; on ASCII text the two are the same."""
 
     def tokenize(self, text: str) -> list[str]:
         text = unicodedata.normalize("NFC", text.lower())
@@ -21,12 +19,10 @@ class UnicodeWords(Tokenizer):
 
 
 def comparable_scores(answers: list[str], references: list[str]) -> tuple[dict, dict[str, list[float]]]:
-    """Scores of all answers, and of each, in percent; each answer has one reference.
+    """Scores of all answers together, and lists of each answer's, in percent; each answer has one reference.
 
-    Of all: `rouge_score-1`, `-2` and `-l`, means of the F-measures (over `UnicodeWords`, without stemmer); `sacrebleu`,
-    the corpus BLEU, and `sacrebleu_signature`. Of each: the same three, and `sacrebleu-sentence`, whose mean is not the
-    corpus BLEU.
-    """
+    `rouge_score-1`, `-2` and `-l`: F-measures over `UnicodeWords`, without stemmer, and their means; `sacrebleu`: the
+    corpus BLEU, which is not the mean of `sacrebleu-sentence`; `sacrebleu_signature`."""
     kinds = {"rouge_score-1": "rouge1", "rouge_score-2": "rouge2", "rouge_score-l": "rougeL"}
     scorer = RougeScorer([*kinds.values()], tokenizer=UnicodeWords())
     corpus, sentence = BLEU(), BLEU(effective_order=True)

@@ -23,8 +23,8 @@ from finetune.comparable import comparable_scores
 from finetune.likelihood import held_out_losses
 from selection.rows.split import held_out_ids, rows_of, training_split
 from selection.rows.tokens import lengths, tokenised_rows
-from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
-from selection.run.config import Experiment, load_experiment
+from selection.run.cli import add_dry_run_argument, argument_parser, load_experiment_from_arguments
+from selection.run.config import Experiment
 from selection.run.device import choose_precision, device_name
 from selection.run.errors import UserError
 from selection.run.ledger import EVALUATION, Cost, measured
@@ -41,12 +41,10 @@ COMPARABLE = ("rouge_score-1", "rouge_score-2", "rouge_score-l", "sacrebleu")
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    add_experiment_arguments(parser)
     add_dry_run_argument(parser)
     about = "e.g. staff-0.2 full untuned; default: all there are"
     parser.add_argument("--tuned", nargs="+", metavar="NAME", help=about)
-    arguments = parser.parse_args()
-    experiment = load_experiment(arguments.config_path, arguments.set)
+    experiment, arguments = load_experiment_from_arguments(parser)
     tuned = processes().from_leader(lambda: sorted(p.name for p in experiment.tuned_target("").glob("[!.]*")))
     names = arguments.tuned or tuned
     if not names:
@@ -61,15 +59,18 @@ def main() -> None:
     check_run(experiment, split, verified=True)
     with processes().leader_first():
         identities = {name: identity_of(experiment, name) for name in names}
-    there = {name: is_there(experiment, name, identity) for name, identity in identities.items()}  # or refused
+    check_same_everywhere(identities)
+    folders = {name: experiment.folder / "eval" / name for name in names}
+    # Refuses other evaluations of these names.
+    there = processes().from_leader(lambda: {name: reuse(folders[name], identities[name]) for name in names})
     if arguments.dry_run:
-        would = f"would answer {len(rows_of(experiment, 'eval'))} held-out rows ->"
+        would = f"would answer {len(rows_of(experiment, 'eval'))} held-out rows"
         for name in names:
-            what = "evaluation: reusing" if there[name] else f"evaluation of {name}: {would}"
-            print(what, eval_folder(experiment, name))
+            what = "evaluation: reusing" if there[name] else f"evaluation of {name}: {would} ->"
+            print(what, folders[name])
         return
     write_experiment(experiment)
-    results = {name: evaluate(experiment, name, identities[name], there[name]) for name in names}
+    results = {name: evaluate(experiment, name, folders[name], identities[name], there[name]) for name in names}
     widths = {metric: max(8, len(metric) + 3) for metric in (NLL, *METRICS, *COMPARABLE)}
     print(f"\n{'':<16}" + "".join(f"{metric:>{width}}" for metric, width in widths.items()))
     for name, metrics in results.items():
@@ -77,38 +78,22 @@ def main() -> None:
     print(f"({ABOUT})")
 
 
-def eval_folder(experiment: Experiment, name: str) -> Path:
-    return experiment.folder / "eval" / name
-
-
 def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:
     """All that the answers of a tuned target depend on. Raises: UserError where it was tuned from another model."""
     tuned = None if name == "untuned" else experiment.tuned_target(name)
     if tuned is not None:
         check_base(tuned, experiment.target_model, experiment.folder)
-    return {
-        "model": fingerprint_of(experiment, experiment.target_model),
-        "tuned": tuned and model_fingerprint(tuned, experiment.folder),
-        "rows": digest_of_ids(held_out_ids(experiment)),
-        "dataset_format": experiment.row_format.entry,
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "max_new_tokens": experiment.evaluation.max_new_tokens,
-        "precision": choose_precision(experiment.precision),
-        "model_keys": trainer.model_keys(experiment),
-        **({} if experiment.evaluation.generate else {"generate": False}),  # earlier evaluations do not say
-    }
+    identity = {"model": fingerprint_of(experiment, experiment.target_model)}
+    identity |= {"tuned": tuned and model_fingerprint(tuned, experiment.folder)}
+    identity |= {"rows": digest_of_ids(held_out_ids(experiment)), "dataset_format": experiment.row_format.entry}
+    identity |= {"template": experiment.template, "cutoff_len": experiment.cutoff_len}
+    identity |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "model_keys": trainer.model_keys(experiment)}
+    identity |= {} if experiment.evaluation.generate else {"generate": False}  # earlier evaluations do not say
+    return identity | {"precision": choose_precision(experiment.precision)}
 
 
-def is_there(experiment: Experiment, name: str, identity: dict[str, Any]) -> bool:
-    """Whether this very evaluation was made before. Raises: UserError where another one was."""
-    check_same_everywhere(identity)
-    return processes().from_leader(lambda: reuse(eval_folder(experiment, name), identity))
-
-
-def evaluate(experiment: Experiment, name: str, identity: dict[str, Any], there: bool) -> dict:
-    """Metrics of one tuned target, from its folder if it is `there`."""
-    folder = eval_folder(experiment, name)
+def evaluate(experiment: Experiment, name: str, folder: Path, identity: dict[str, Any], there: bool) -> dict:
+    """Metrics of one tuned target, from its folder if they are `there`."""
     if there:
         say(f"evaluation: reusing {folder}")
         return read_metrics(folder)

@@ -24,17 +24,15 @@ from selection.scores.identity import check_run
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument(
-        "--model", choices=["small", "target"], default="small", help="which to tune on everything; default: small"
-    )
+    about = "which to tune on everything; default: small"
+    parser.add_argument("--model", choices=["small", "target"], default="small", help=about)
     arguments, experiment, report = parse_arguments(parser)
-    tell, small = print if arguments.dry_run else say, arguments.model == "small"
-    if small:
-        stage, model, keys = SPECULATIVE_TUNING, experiment.small_model, experiment.small_training
-        folder = experiment.tuned_small
+    tell = print if arguments.dry_run else say
+    if small := arguments.model == "small":
+        stage, model, folder = SPECULATIVE_TUNING, experiment.small_model, experiment.tuned_small
     else:
-        stage, model, keys = TARGET_TUNING, experiment.target_model, experiment.target_training
-        folder = experiment.tuned_target("full")
+        stage, model, folder = TARGET_TUNING, experiment.target_model, experiment.tuned_target("full")
+    keys = experiment.small_training if small else experiment.target_training
     if folder is None:
         tell("speculative tuning: none, num_train_epochs is 0")
         return

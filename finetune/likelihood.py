@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from finetune.trainer import model_keys
 from selection.method.effort import plan_batches, response_losses, tokens_per_batch
@@ -16,6 +17,7 @@ from selection.run.processes import processes
 from selection.scores.models import load_for_scoring
 
 
+@torch.no_grad()
 def held_out_losses(experiment: Experiment, tuned: Path | None, precision: str) -> list[float]:
     """Mean negative log likelihood a response token, in nats, of each held-out row (E,), in the split's order.
 

@@ -9,68 +9,33 @@ import numpy as np
 
 from selection.rows.llama_factory import common_arguments, import_llama_factory, quiet, user_errors
 from selection.run.config import Experiment
-from selection.run.log import progress_bar
+from selection.run.log import bars_are_shown
 from selection.run.model_folder import incomplete_adapters_refused
 from selection.run.processes import processes
 from selection.run.products import read_json
 
 
-def _progress(stage: str):
-    """A trainer callback: one bar over samples, in training with the loss."""
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        bar = None
-
-        def advance(self, state, total: int, samples: int):
-            if state.is_world_process_zero:
-                if self.bar is None:
-                    self.bar = progress_bar(total=total, unit="samples", desc=stage)
-                self.bar.update(min(samples, self.bar.total - self.bar.n))
-
-        def on_step_end(self, args, state, control, **kwargs):
-            samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            self.advance(state, state.max_steps * samples, samples)
-
-        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-            self.advance(state, len(eval_dataloader.dataset), args.eval_batch_size * args.world_size)
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if self.bar is not None and "loss" in (logs or {}):
-                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
-        def close(self, args, state, control, **kwargs):
-            if self.bar is not None:
-                self.bar.close()
-
-        on_train_end = on_predict = close
-
-    return Progress()
-
-
-def _run(arguments: dict[str, Any], what: str, bar: str) -> None:
+def _run(arguments: dict[str, Any], what: str) -> None:
     """LLaMA-Factory's training or generation, in all processes of this call. Raises: UserError with its objection."""
     import_llama_factory()
     from llamafactory.train.tuner import run_exp
 
     together = processes()
     with user_errors(what), quiet(), together.process_group(), incomplete_adapters_refused():
-        run_exp(arguments, callbacks=[_progress(bar)])
+        run_exp({"disable_tqdm": not bars_are_shown()} | arguments)
     together.wait()  # the leader writes
 
 
-def tune(
-    experiment: Experiment, model: str, dataset: str, output_dir: Path, precision: str, keys: dict[str, Any]
-) -> dict[str, Any]:
+def tune(experiment: Experiment, model: str, dataset: str, output_dir: Path, precision: str, keys: dict) -> dict:
     """Tune `model` on a data set of the run folder as `training:` and `keys` ask; returns the trainer's metrics."""
     arguments = common_arguments(experiment, model, output_dir, precision) | {"dataset": dataset, "do_train": True}
     arguments |= {"save_strategy": "no", "include_num_input_tokens_seen": "non_padding"} | experiment.training | keys
-    _run(arguments, f"tuning {model}", "tuning")
+    _run(arguments, f"tuning {model}")
     tokens = read_json(output_dir / "trainer_state.json")["num_input_tokens_seen"]
     return read_json(output_dir / "train_results.json") | {"tokens": tokens}
 
 
-# Keys of LLaMA-Factory's ModelArguments that it reads in training alone, or that say nothing about the model.
+# LLaMA-Factory's ModelArguments that it reads in training alone, or that say nothing about the model.
 _NOT_FOR_ANSWERS = {
     "disable_gradient_checkpointing", "use_reentrant_gc", "use_unsloth_gc", "enable_liger_kernel", "use_v1_kernels",
     "moe_aux_loss_coef", "shift_attn", "upcast_layernorm", "upcast_lmhead_output", "low_cpu_mem_usage",
@@ -91,23 +56,16 @@ def predict(experiment: Experiment, tuned: Path | None, output_dir: Path, precis
     """Greedy answers of the target, with what its tuning left in `tuned`, to the held-out split.
 
     Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics in
-    percent, {} but in the leader: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters.
-    """
-    model = experiment.target_model
+    percent, {} but in the leader: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters."""
+    model, settings = experiment.target_model, experiment.evaluation
     arguments = common_arguments(experiment, model, output_dir, precision) | model_keys(experiment)
-    arguments |= {
-        "eval_dataset": "eval",
-        "do_predict": True,
-        "predict_with_generate": True,
-        "per_device_eval_batch_size": experiment.evaluation.batch_size,
-        "max_new_tokens": experiment.evaluation.max_new_tokens,
-        "do_sample": False,
-    }
+    arguments |= {"eval_dataset": "eval", "do_predict": True, "predict_with_generate": True, "do_sample": False}
+    arguments |= {"per_device_eval_batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
     if tuned is not None and (tuned / "adapter_config.json").exists():
         arguments |= {"adapter_name_or_path": str(tuned), "finetuning_type": "lora"}
     elif tuned is not None:  # finetuning_type: full leaves a whole model
         arguments["model_name_or_path"] = str(tuned)
-    _run(arguments, f"evaluating {model}", "answers")
+    _run(arguments, f"evaluating {model}")
     if not processes().leads:
         return {}
     (output_dir / "generated_predictions.jsonl").rename(output_dir / "predictions.jsonl")

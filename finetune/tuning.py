@@ -10,8 +10,8 @@ from finetune import trainer
 from selection.rows.llama_factory import environment
 from selection.rows.split import rows_of, write_dataset
 from selection.rows.tokens import tokenised_rows
-from selection.run.cli import add_dry_run_argument, add_experiment_arguments
-from selection.run.config import Experiment, load_experiment
+from selection.run.cli import add_dry_run_argument, load_experiment_from_arguments
+from selection.run.config import Experiment
 from selection.run.device import choose_precision, device_name
 from selection.run.errors import UserError
 from selection.run.ledger import TARGET_TUNING, Cost, measured
@@ -22,22 +22,15 @@ from selection.scores.identity import tuning_identity, write_experiment
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Experiment, dict[str, Any]]:
-    """Parse a tuning script's command line: its arguments, the experiment, and `report` for `tune_once`.
-
-    Raises: UserError for a wrong command line or configuration, and where wandb is asked for and not installed.
-    """
-    add_experiment_arguments(parser)
+    """A tuning script's arguments, its experiment, and `report` for `tune_once`."""
     add_dry_run_argument(parser)
     parser.add_argument("--project", help="log to this Weights & Biases project (needs wandb); default: no logging")
     parser.add_argument("--name", help="name of the Weights & Biases run; default: one that wandb makes up")
-    arguments, report = parser.parse_args(), {}
-    if arguments.project is not None or arguments.name is not None:
-        if importlib.util.find_spec("wandb") is None:
-            raise UserError("--project and --name log to Weights & Biases, which is not installed: pip install wandb")
-        report = {"report_to": "wandb"} | ({"run_name": arguments.name} if arguments.name else {})
-        if arguments.project:
-            os.environ["WANDB_PROJECT"] = arguments.project
-    return arguments, load_experiment(arguments.config_path, arguments.set), report
+    experiment, arguments = load_experiment_from_arguments(parser)
+    if arguments.project is None and arguments.name is None:
+        return arguments, experiment, {}
+    os.environ |= {"WANDB_PROJECT": arguments.project} if arguments.project else {}
+    return arguments, experiment, {"report_to": "wandb"} | ({"run_name": arguments.name} if arguments.name else {})
 
 
 def tune_once(
@@ -55,10 +48,8 @@ def tune_once(
     """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`, which appears when all is done.
 
     `keys` are LLaMA-Factory's, `report` those that only add logging, `keys_of_coreset` go before `keys`. Under torchrun
-    the processes share each optimiser step's samples. (accelerate fills the last step of a pass with samples from its
-    start.) `dry_run`: only say what would be done. Raises: UserError where `folder` was made otherwise, or tuning
-    cannot be done.
-    """
+    the processes share each optimiser step's samples. Raises: UserError where `folder` was made otherwise, or tuning
+    cannot be done."""
     together, precision = processes(), choose_precision(experiment.precision)
     with together.leader_first():
         keys = keys | (keys_of_coreset or {})
@@ -107,11 +98,9 @@ def _logs_to(keys: dict[str, Any], report: dict[str, Any]) -> list[str]:
 
 
 def share_of_batch(keys: dict[str, Any], processes: int) -> dict[str, int]:
-    """What each of several processes takes of an optimiser step, as LLaMA-Factory's keys; none for one process.
+    """Each process's share of an optimiser step as LLaMA-Factory's keys: alone it gives every process a whole step.
 
-    A step keeps per_device_train_batch_size x gradient_accumulation_steps samples; LLaMA-Factory alone would give each
-    process as many. Raises: UserError where they cannot be shared out evenly.
-    """
+    Raises: UserError where the samples of a step cannot be shared out evenly."""
     if processes == 1:
         return {}
     size = keys.get("per_device_train_batch_size", 8)

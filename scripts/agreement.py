@@ -2,8 +2,8 @@
 
     python scripts/agreement.py runs/demo/scores/small runs/demo/scores/target --rate 0.2 0.1
 
-Both are score folders, or Parquet or CSV files with columns index,effort and, where known, n_response_tokens. All is
-counted over the rows that both have scores for. Needs two of them; prints a table and writes nothing.
+Needs two score folders, or Parquet or CSV files with columns index, effort and, where known, n_response_tokens.
+Compares the rows that both have; prints a table.
 """
 
 import sys
@@ -21,17 +21,17 @@ from selection.scores.folder import has_column, read_scores
 def main() -> None:
     parser, default = argument_parser(__doc__), Selection()
     parser.add_argument("scores", type=Path, nargs=2, metavar="SCORES", help="two score folders or files; required")
-    options = {
-        "--rate": {"dest": "rates", "type": float, "nargs": "+", "help": "fractions of the rows to keep"},
-        "--num_strata": {"type": int, "help": "K"},
-        "--hardest_cutoff": {"type": float, "help": "fraction with the highest scores that is dropped first"},
-        "--seed": {"type": int, "help": "of the rows drawn in each stratum"},
-    }
-    for flag, about in options.items():
-        about["default"] = getattr(default, about.get("dest", flag[2:]))
-        parser.add_argument(flag, **about | {"help": f"{about['help']}; default: %(default)s"})
+    said = "fractions of the rows to keep; default: %(default)s"
+    parser.add_argument("--rate", dest="rates", type=float, nargs="+", default=default.rates, help=said)
+    for name, kind, about in (
+        ("num_strata", int, "K"),
+        ("hardest_cutoff", float, "fraction with the highest scores that is dropped first"),
+        ("seed", int, "of the rows drawn in each stratum"),
+    ):
+        value, said = getattr(default, name), f"{about}; default: %(default)s"
+        parser.add_argument(f"--{name}", type=kind, default=value, help=said)
     arguments = vars(parser.parse_args())
-    settings = validated(default, {name: arguments[name] for name in arguments.keys() & Selection.model_fields.keys()})
+    settings = validated(default, {name: arguments[name] for name in ("rates", "num_strata", "hardest_cutoff", "seed")})
     scores = []
     for path in arguments["scores"]:  # one that is not there, read_scores names
         known = path.exists() and has_column(path, "n_response_tokens")

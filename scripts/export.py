@@ -3,9 +3,8 @@
     python scripts/export.py runs/demo --coreset staff-0.2
 
 Needs a run folder with a coreset, its data and the target's tokenizer. Writes RUN_DIR/export/<coreset>, or
-FOLDER/<coreset>: annotated.parquet and annotated.jsonl (every row of the run with its score, stratum and the reason why
-it was chosen or not), llamafactory/, dataset/, prompt_completion.jsonl, chat.jsonl and indices.txt (the chosen rows).
-An earlier export of the coreset is replaced.
+FOLDER/<coreset>, anew: annotated.parquet and annotated.jsonl (every row of the run with score, stratum and the reason
+why it was chosen or not), llamafactory/, dataset/, prompt_completion.jsonl, chat.jsonl and indices.txt (chosen rows).
 """
 
 import sys

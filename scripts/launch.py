@@ -2,8 +2,7 @@
 
     python scripts/launch.py selection/effort_score.py --config_path configs/demo.yaml
 
-Needs what the stage needs. NPROC=N asks for N processes. Ends as the stage ended; torchrun itself would end with 1 and
-a traceback.
+Needs what the stage needs. NPROC=N asks for N processes. Ends as the stage ended: torchrun alone ends with 1.
 """
 
 import argparse

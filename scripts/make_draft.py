@@ -3,8 +3,7 @@
     python scripts/make_draft.py --config_path configs/demo.yaml --layers 16
 
 Needs the target. Skips each decoder layer alone on calibration rows of the training split, drops the least missed ones,
-and writes a Hugging Face checkpoint with draft.json: the rows, what was dropped and the loss after each drop. The
-speculator serves runs that hold none of these rows out.
+and writes a Hugging Face checkpoint with draft.json. It serves runs that hold none of these rows out.
 """
 
 import random
@@ -77,8 +76,7 @@ def choose_layers(model: PreTrainedModel, num_kept: int, samples: Dataset, progr
     Args: `samples`, calibration rows with input_ids and labels; `progress` is called after each of the 1 + layers +
     dropped passes over them.
     Returns layers by number (`kept`, and `dropped` in that order) and mean losses in nats per response token:
-    `full_loss`, its increase without each layer (`sensitivity`), `loss_after_drop`.
-    """
+    `full_loss`, its increase without each layer (`sensitivity`), `loss_after_drop`."""
     batches = plan_batches(range(len(samples)), list(map(len, samples["input_ids"])), _TOKENS_PER_BATCH)
     batches, every = [samples[batch] for batch in batches], range(len(getattr(*decoder_layers(model))))
 
@@ -107,17 +105,6 @@ def check_loads(model: PreTrainedModel) -> None:
         raise UserError(f"{name} has another place or shape in a model of fewer layers: give a small model (--small)")
 
 
-def save(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Save the model with the tokenizer and image processor of `source`."""
-    model.save_pretrained(folder)
-    if not Path(source).is_dir():
-        AutoTokenizer.from_pretrained(source, **NO_CODE).save_pretrained(folder)
-        return
-    for path in Path(source).iterdir():  # copied: loading and saving may write another class into the config
-        if path.name.startswith(_COPIED) and path.is_file():
-            shutil.copy(path, folder)
-
-
 def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
@@ -142,15 +129,10 @@ def main() -> None:
     rows = sorted(random.Random(42).sample(own, min(arguments.rows, len(own))))
     if not rows:
         raise UserError("every row of the training split is held out too: mend the data")
-    identity = {
-        "target_fingerprint": model_fingerprint(target, experiment.folder),
-        "layers": arguments.layers,
-        "data_fingerprint": split.fingerprint,
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "calibration_rows": rows,
-        "precision": choose_precision(experiment.selection.precision),
-    }
+    identity = {"target_fingerprint": model_fingerprint(target, experiment.folder), "layers": arguments.layers}
+    identity |= {"data_fingerprint": split.fingerprint, "template": experiment.template}
+    identity |= {"cutoff_len": experiment.cutoff_len, "calibration_rows": rows}
+    identity["precision"] = choose_precision(experiment.selection.precision)
     if reuse(out, identity):
         say(f"draft: reusing {out}")
         return
@@ -172,7 +154,13 @@ def main() -> None:
         whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto", **NO_CODE)
         keep_layers(whole, cut["kept"])
         check_loads(whole)
-        save(whole, target, draft)
+        whole.save_pretrained(draft)
+        if not Path(target).is_dir():
+            AutoTokenizer.from_pretrained(target, **NO_CODE).save_pretrained(draft)
+        # A local tokenizer is copied: loading and saving may write another class into its config.
+        for path in Path(target).iterdir() if Path(target).is_dir() else []:
+            if path.name.startswith(_COPIED) and path.is_file():
+                shutil.copy(path, draft)
         seconds = round(time.perf_counter() - started, 2)
         # The cost stays with the model: every experiment that uses it pays for it.
         paid = {"tokens": cost.tokens, "parameters": cost.parameters, "seconds": seconds}

@@ -2,9 +2,9 @@
 
     python scripts/plan.py --config_path configs/demo.yaml --reuses 3
 
-Needs the models and the data that the YAML names. Makes the split in a temporary folder, tokenises it, measures for
-some seconds how fast small and target model are scored and tuned here, and multiplies. Prints a table; writes nothing
-into the run folder. Times are those of one process on this device, as busy as it is now: do not trust ten per cent.
+Needs the models and the data that the YAML names. Splits and tokenises in a temporary folder, measures for some seconds
+how fast both models are scored and tuned here, and multiplies. Prints a table. Times are those of one process on this
+device, as busy as it is now: do not trust ten per cent.
 """
 
 import itertools
@@ -67,8 +67,7 @@ def make_plan(
     Args: `lengths` (tokens of each row of the training split) and `speeds`, by "small" and "target".
     Without the split, evaluation and cutting a speculator. Verification's rows are an upper bound, as strata may be
     small; its tokens, and a coreset's, are those of mean rows. Raises: UserError where tuning cannot be planned
-    (`tuning_keys`), and for a rate that keeps no row.
-    """
+    (`tuning_keys`), and for a rate that keeps no row."""
     settings, num_rows = experiment.selection, len(lengths["target"])
 
     def stage(model: str, rows: int, tunes: bool = False) -> Stage:
@@ -105,8 +104,7 @@ def make_plan(
 def tuning_keys(experiment: Experiment, model: str) -> dict[str, Any]:
     """LLaMA-Factory's keys for tuning "small" or "target", with its defaults for those that FLOPs depend on.
 
-    Raises: UserError where tuning is not some epochs of LoRA or full tuning.
-    """
+    Raises: UserError where tuning is not some epochs of LoRA or full tuning."""
     keys = {"finetuning_type": "lora", "num_train_epochs": 3, "disable_gradient_checkpointing": False}
     keys |= experiment.training | (experiment.small_training if model == "small" else experiment.target_training)
     if keys.get("max_steps", -1) > 0:
@@ -129,8 +127,7 @@ def format_plan(stages: dict[str, Stage], coresets: dict[float, Stage], reuses: 
 def verdict(rate: float, selection: float, coreset: float, full: float, reuses: int) -> str:
     """Whether selection pays at a rate, by the selection-to-tuning ratio (selection / reuses + coreset) / full.
 
-    Args: seconds of all selection, of tuning on the coreset and of tuning on everything.
-    """
+    Args: seconds of all selection, of tuning on the coreset and of tuning on everything."""
     ratio = (selection / reuses + coreset) / full
     said = f"{ratio:.2f} of the time of tuning on everything (random selection: {coreset / full:.2f})"
     if ratio < 1:
@@ -148,8 +145,7 @@ def calibrate(experiment: Experiment, tokenised: dict[str, Dataset], seconds: fl
     """Speeds of both models on this device, on real rows in the batches of scoring and of tuning.
 
     Args: `tokenised`, the training split by "small" and "target"; `seconds` of all four measurements together, without
-    loading and first batches. Raises: UserError where a model does not load or does not fit into memory.
-    """
+    loading and first batches. Raises: UserError where a model does not load or does not fit into memory."""
     speeds, models = {}, {"small": experiment.small_model, "target": experiment.target_model}
     for name, rows in tokenised.items():
         measured = []

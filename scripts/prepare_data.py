@@ -113,8 +113,7 @@ def kk_rows(package: Path) -> list[Row]:
     """Kazakh -> English pairs of LibreOffice's user interface, without mark-up, plural forms and untranslated ones.
 
     Removes the context before \\x04, the accelerator marks "~" and "_", and white space at the ends. An id is the
-    module and a running number over its kept pairs, ordered by context and English.
-    """
+    module and a running number over its kept pairs, ordered by context and English."""
     paths = sorted((package / KK_CATALOGUES).glob("*.mo"))
     if not paths:
         raise UserError(f"the package has no {KK_CATALOGUES}/*.mo: give --source a libreoffice-l10n-kk one")
@@ -148,8 +147,11 @@ def check_slice(rows: list[Row], path: Path) -> None:
             raise UserError(f"{path}: row {number} differs from the source ({wanted}): write it without --check")
 
 
-def load(name: str, source: Path | None, cache: str):
-    """The official splits of a data set of the paper, from the hub or from the files in folder `source`."""
+def paper_rows(name: str, source: Path | None, cache: str) -> list[Row]:
+    """The rows of all splits of a data set of the paper, from the hub or from files in folder `source`; ids from 0.
+
+    Raises: UserError where a column is missing, a field is no text, or a response is empty. No row is dropped: the
+    published counts include every row."""
     import datasets  # only here: it takes seconds, and the two slices do not need it
 
     arguments, options = HUB[name][0], {}
@@ -159,19 +161,11 @@ def load(name: str, source: Path | None, cache: str):
         if any(source.glob("*.csv")):
             options["keep_default_na"] = False  # "" and "None" are text
     try:
-        return datasets.load_dataset(*arguments, **options)
+        parts = datasets.load_dataset(*arguments, **options)
     except Exception as error:  # the hub's client and the parsers raise errors of many types
         reason, files = error.__cause__ or error, f"JSON, CSV or Parquet files named after {', '.join(SPLITS)}"
         said = f"cannot read {' '.join(arguments)} ({type(reason).__name__}: {reason})"
         raise UserError(f"{said}: give --source a folder of {files}") from None
-
-
-def pool_rows(name: str, parts) -> list[Row]:
-    """The rows of all splits; ids count from 0.
-
-    Raises: UserError where a column is missing, a field is no text, or a response is empty. No row is dropped: the
-    published counts include every row.
-    """
     _, instruction, *columns = HUB[name]
     columns, tables = columns if instruction else ["instruction", *columns], []
     for split in (split for split in SPLITS if split in parts):
@@ -213,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             pool = go_rows(package) if name == "go_biology" else kk_rows(package)
     else:
         with tempfile.TemporaryDirectory() as cache:
-            pool = pool_rows(name, load(name, source, cache))
+            pool = paper_rows(name, source, cache)
     if len(pool) != FULL_ROWS[name] and not options.any_count:
         reference = " ".join(PACKAGES[name]) if is_slice else "the published data set"
         counts = f"the source gives {len(pool):,} rows, but {reference} has {FULL_ROWS[name]:,}"

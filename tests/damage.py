@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -128,26 +127,28 @@ def _changed_bytes(draw, data: bytes) -> bytes:
     return data[:at] + new + data[at + length :]
 
 
-@dataclass
 class Damage:
     """What was done and the damaged content; without it, what is in the file's place."""
 
-    what: str
-    content: bytes | None = field(default=None, repr=False)
+    def __init__(self, what: str, content: bytes | None = None):
+        self.what, self.content = what, content
+
+    def __repr__(self) -> str:
+        return f"Damage({self.what})"
 
 
 @st.composite
-def damage(draw, content: bytes, format: Format) -> Damage:
+def damage(draw, content: Callable[[], bytes], format: Format) -> Damage:
     """One to five changes of a file's bytes or values; in one case of twenty something else is in the file's place."""
     kind = draw(st.sampled_from(["value"] * 12 * (format.decode is not None) + ["bytes"] * 7 + ["place"]))
     if kind == "place":
         return Damage(draw(st.sampled_from(["a link out of the run folder", "a folder", "nothing"])))
-    changed = format.decode(content) if kind == "value" else content
+    changed = format.decode(content()) if kind == "value" else content()
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 5]))):
         changed = draw(_changed_value(changed, format.odd) if kind == "value" else _changed_bytes(changed))
     try:
         changed = format.encode(changed) if kind == "value" else changed
     except Exception:  # no file of this format holds it
         reject()
-    at = next((i for i, (a, b) in enumerate(zip(content, changed, strict=False)) if a != b), len(content))
+    at = next((i for i, (a, b) in enumerate(zip(content(), changed, strict=False)) if a != b), 0)
     return Damage(f"{kind}, from byte {at} on: {changed[at : at + 60]!r}", changed)

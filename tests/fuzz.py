@@ -361,7 +361,7 @@ def test_damage_ends_in_one_line_or_in_a_sound_result(name, finished):
     assert verdict == "succeeded", reference
 
     @settings(PLAIN, max_examples=CASES, phases=[Phase.generate])
-    @given(damage(content, format))
+    @given(damage(lambda: content, format))
     def cases(found: Damage) -> None:
         put(found, next(copy_case(finished, _CASE).glob(file)), _CASE / "around")
         verdict, said = run_case(read, lambda result: wrong(result, reference))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import assert_one_line_error, run_script, write_jsonl
+from conftest import assert_one_line_error, run_main, run_script, write_jsonl
 
 from selection.run.families import read_families
 
@@ -76,17 +76,18 @@ def test_from_a_start_to_a_coreset(kind, tiny_model, rows, tmp_path):
     save_tokenizer(kind, tiny_model, target)
     data, template = write_jsonl(tmp_path / "my.jsonl", rows), "gemma3" if kind == "gemma3" else "chatml"
     begin = ["--target", target, "--template", template, "--data", data, "--run", tmp_path / "run"]
-    begin += ["--answer", tmp_path / "answer", "--rate", 0.5, "--set", "cutoff_len=48", "--set", "max_samples=12"]
-    for key in ("precision=fp32", "selection.precision=fp32", "training.max_steps=1"):
+    begin += ["--answer", tmp_path / "answer", "--rate", 0.5, "--set", "training.max_steps=1"]
+    for key in ("cutoff_len=48", "max_samples=12", "precision=fp32", "selection.precision=fp32"):
         begin += ["--set", key]
     if kind == "gpt_oss":  # which LLaMA-Factory cannot tune
         assert_one_line_error(run_script("selection/start.py", *begin, check=False), "give small_training.num_train_e")
         begin += ["--set", "small_training.num_train_epochs=0"]
-    run_script("selection/start.py", *begin)
+    run_main("selection.start", *begin)
     config, *cut = (tmp_path / "answer").read_text().splitlines()
-    run_script("scripts/make_draft.py", "--config_path", config, *cut)
-    for stage in ("finetune/finetune.py", "selection/effort_score.py", "selection/verify.py", "selection/coreset.py"):
-        run_script(stage, "--config_path", config)
+    run_main("scripts.make_draft", "--config_path", config, *cut)
+    run_script("finetune/finetune.py", "--config_path", config)
+    for stage in ("effort_score", "verify", "coreset"):
+        run_main(f"selection.{stage}", "--config_path", config)
     coreset = json.loads((tmp_path / "run" / "coresets" / "staff-0.5.json").read_text())
     assert len(coreset["indices"]) == 5
     assert max(stratum["verification_ratio"] for stratum in coreset["strata"]) > 0

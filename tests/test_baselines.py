@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selection.method.baselines import columns_of, moderate_order
-from selection.method.staff import coreset_size, floor_share
+from selection.method.d2 import d2_order, nearest_neighbours
+from selection.method.staff import choose_staff, coreset_size, floor_share, stratify
 from selection.run.config import Selection
 
 METHODS = ["random", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy"]
@@ -42,52 +43,30 @@ def test_the_highest_scores_are_chosen_of_equal_ones_the_earlier(method, values,
     assert rows.tolist() == sorted(sorted(range(len(values)), key=lambda row: (-values[row], row))[:m])
 
 
-def literal_budgets(values: list[float], num_strata: int, cutoff_count: int, m: int) -> list[tuple[list, int]]:
-    """CCS, word by word: drop the hardest, equal widths, equal budgets, smallest stratum first: (rows, budget)."""
-    hardest = sorted(range(len(values)), key=lambda row: (values[row], row))[len(values) - cutoff_count :]
-    kept = [row for row in range(len(values)) if row not in hardest]
-    low, high = min(values[row] for row in kept), max(values[row] for row in kept)
-    edges = np.linspace(low, high, num_strata + 1)[1:-1] if high > low else []
-    strata = [[row for row in kept if sum(values[row] >= edge for edge in edges) == i] for i in range(len(edges) + 1)]
-    left, remaining, budgets = sorted(filter(None, strata), key=len), m, []
-    while left:
-        rows = left.pop(0)
-        budgets.append((rows, min(len(rows), remaining // (len(left) + 1))))
-        remaining -= budgets[-1][1]
-    return budgets
-
-
 @pytest.mark.parametrize(("method", "variant"), [("ccs", "published"), ("ccs", "released"), ("length", "published")])
 @by_property
 @given(values=score_lists, num_strata=st.integers(1, 12), percent=st.integers(1, 100))
-def test_ccs_and_length_take_from_every_stratum_what_the_literal_rule_takes(
-    method, variant, values, num_strata, percent
-):
-    m, selection = floor_share(percent / 100, len(values)), Selection(num_strata=num_strata, variant=variant)
+def test_ccs_and_length_are_staff_with_the_same_ratio_everywhere(method, variant, values, num_strata, percent):
+    m, selection = floor_share(percent / 100, len(values)), Selection(num_strata=num_strata, variant=variant, seed=3)
     assume(m)
     columns = {columns_of(method, variant)[0]: np.array(values)}
-    chosen = set(baseline_by_rate(method, columns, len(values), selection)(percent / 100).rows.tolist())
-    assert len(chosen) == m
-    scores = [1 / value for value in values] if method == "length" else values
-    budgets = literal_budgets(scores, num_strata, len(values) // 10 if variant == "published" else 0, m)
-    filled = m - sum(budget for _, budget in budgets)  # more than 0 where a stratum is too small for what was left
-    more = [len(chosen & set(rows)) - budget for rows, budget in budgets]
-    assert min(more) >= 0 and (filled or not any(more))
+    rows = baseline_by_rate(method, columns, len(values), selection)(percent / 100).rows
+    scores = 1 / np.array(values) if method == "length" else np.array(values)
+    strata = stratify(scores, num_strata, 0.1 if variant == "published" else 0.0)
+    assert rows.tolist() == choose_staff(scores, strata, [1.0] * len(strata.members), m, "paper", 3).rows.tolist()
 
 
 @pytest.mark.parametrize(("method", "rate"), [("ccs", 0.5), ("d2", 0.9)])
-def test_published_ccs_and_d2_never_take_the_hardest_tenth_and_released_ones_do(method, rate):
+def test_published_ccs_and_d2_never_take_the_hardest_tenth_released_ones_do_and_length_the_shortest(method, rate):
     columns = make_columns(300)
     columns["el2n_released"] = columns["el2n"]
     hardest = np.argsort(columns["el2n"])[-30:]
     for variant in ("published", "released"):
         chosen = baseline_by_rate(method, columns, 300, Selection(variant=variant))(rate).rows
         assert np.isin(hardest, chosen).any() == (variant == "released")
-
-
-def test_released_length_takes_the_shortest_responses_of_a_stratum():
     tokens, selection = np.arange(10.0, 30.0), Selection(mode="released", num_strata=1, hardest_cutoff=0.0)
-    assert baseline_by_rate("length", {"n_response_tokens": tokens}, 20, selection)(0.2).rows.tolist() == [0, 1, 2, 3]
+    shortest = baseline_by_rate("length", {"n_response_tokens": tokens}, 20, selection)(0.2)
+    assert shortest.rows.tolist() == [0, 1, 2, 3]
 
 
 @by_property
@@ -103,26 +82,15 @@ def test_moderate_is_the_literal_rule(features):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", ["paper", "released"])
-def test_every_method_chooses_m_distinct_rows_repeats_and_shares_nothing_between_rates(method, mode):
+def test_every_method_chooses_m_distinct_rows_and_repeats(method, mode):
     columns, selection = make_columns(97), Selection(mode=mode, num_strata=7, seed=5)
     rule, again = (baseline_by_rate(method, columns, 97, selection) for _ in range(2))
-    for rate in (0.05, 0.3, 0.95, 1.0):
+    for rate in (0.05, 0.3, 1.0):
         rows = rule(rate).rows
         assert rows.tolist() == sorted(set(rows.tolist())) and len(rows) == coreset_size(rate, 97)
-    assert again(0.05).rows.tolist() == rule(0.05).rows.tolist()
     other = baseline_by_rate(method, columns, 97, selection.model_copy(update={"seed": 6}))(0.3).rows.tolist()
     draws = method in ("random", "ccs") or (method, mode) == ("length", "paper")
-    assert (other != again(0.3).rows.tolist()) == draws
-
-
-def test_the_variant_follows_the_mode_unless_it_is_given():
-    for method in ("el2n", "ccs", "d2"):
-        variants = [Selection(mode=mode).baseline_variant for mode in ("paper", "released")]
-        assert [columns_of(method, variant)[0] for variant in variants] == ["el2n", "el2n_released"]
-    assert Selection(mode="paper", variant="released").baseline_variant == "released"
-
-
-# Through coreset.py
+    assert (other != rule(0.3).rows.tolist()) == draws and again(0.3).rows.tolist() == rule(0.3).rows.tolist()
 
 
 @pytest.fixture
@@ -147,8 +115,7 @@ def test_coreset_cuts_every_method_from_one_file(cut):
     for method in METHODS:
         written = json.loads((out / f"{method}-0.2.json").read_text())
         rule = baseline_by_rate(method, make_columns(60), 60, Selection(num_strata=6, seed=3))
-        assert written["indices"] == rule(0.2).rows.tolist()
-        assert written["seed"] == 3
+        assert (written["indices"], written["seed"]) == (rule(0.2).rows.tolist(), 3)
         assert written.get("variant") == ("published" if method in ("el2n", "ccs", "d2") else None)
 
 
@@ -170,7 +137,106 @@ def test_features_from_a_file_take_the_place_of_the_column_and_must_fit(cut, tmp
 
 
 def test_scores_that_are_no_numbers_and_rows_without_response_are_refused_by_row(cut):
-    el2n, tokens = make_columns(60)["el2n"], make_columns(60)["n_response_tokens"]
-    el2n[8], tokens[9] = np.inf, 0
-    assert_one_line_error(cut(["ccs"], el2n=el2n)[0], "row 8 has el2n inf")
-    assert_one_line_error(cut(["length"], n_response_tokens=tokens)[0], "row 9 has no response token")
+    for method, column, number, said in (
+        ("ccs", "el2n", np.inf, "row 8 has el2n inf"),
+        ("length", "n_response_tokens", 0, "row 8 has no response token"),
+    ):
+        values = make_columns(60)[column]
+        values[8] = number
+        assert_one_line_error(cut([method], **{column: values})[0], said)
+
+
+@st.composite
+def d2_cases(draw) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (N,) with ties and of both signs; features (N, d) of any scale, no two distances the same."""
+    num_rows, dimension = draw(st.integers(1, 40)), draw(st.integers(1, 20))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    features = rng.standard_normal((num_rows, dimension)) + draw(st.sampled_from([0.0, 100.0]))
+    features[rng.integers(num_rows)] *= draw(st.sampled_from([1.0, 1e4]))
+    features *= draw(st.sampled_from([1.0, 1.0, 1e-30, 1e30]))
+    kinds = [np.full(num_rows, 0.7), np.zeros(num_rows), rng.integers(0, 4, num_rows), rng.standard_normal(num_rows)]
+    kinds += [unit * rng.lognormal(sigma=2, size=num_rows) for unit in (1, 1e-8)]  # the last below the edges' floor
+    return kinds[draw(st.integers(0, 5))], features.astype(draw(st.sampled_from([np.float64, np.float32])))
+
+
+def literal_neighbours(features: np.ndarray, k: int) -> tuple[list[list[int]], list[np.ndarray]]:
+    features = features.astype(np.float64)
+    near, distances = [], []
+    for row, x in enumerate(features):
+        distance = np.sqrt(((features - x) ** 2).sum(-1))
+        near.append([other for other in np.argsort(distance, kind="stable").tolist() if other != row][:k])
+        distances.append(distance[near[-1]])
+    return near, distances
+
+
+def literal_order(scores: np.ndarray, features: np.ndarray, variant: str, k: int = 5, gamma: float = 0.1) -> list[int]:
+    """The rule word by word: sums over neighbours in the order of their rows, a search through all rows each step."""
+    edges = [{} for _ in scores]
+    for row, (near, distances) in enumerate(zip(*literal_neighbours(features, k), strict=True)):
+        for other, distance in zip(near, distances, strict=True):
+            edges[row][other] = distance
+            if variant == "released":
+                edges[other][row] = distance
+    values = np.empty(len(scores))
+    for row, neighbours in enumerate(edges):
+        total = 0.0
+        for other in sorted(neighbours):
+            carried = max(scores[other], 1e-7) if variant == "released" else scores[other]
+            total += np.exp(-neighbours[other]) * carried
+        values[row] = scores[row] + total
+    order, left = [], np.ones(len(scores), dtype=bool)
+    while left.any():
+        row = int(np.argmax(np.where(left, values, -np.inf)))
+        order.append(row)
+        left[row] = False
+        for other, distance in edges[row].items():
+            values[other] -= np.exp(-gamma * distance) * values[row]
+    return order
+
+
+@settings(by_property, max_examples=120)
+@given(d2_cases(), st.sampled_from(["published", "released"]), st.integers(1, 8), st.sampled_from([0.1, 0.0, 1.0]))
+def test_the_order_is_the_literal_one(case, variant, k, gamma):
+    scores, features = case
+    order = d2_order(scores, features, variant, k, gamma)
+    assert order.tolist() == literal_order(scores, features, variant, k, gamma)
+    assert d2_order(scores, features, variant).tolist() == literal_order(scores, features, variant)  # the paper's
+    near, distances = nearest_neighbours(features, k, block_rows=7)
+    expected = literal_neighbours(features, k)
+    assert near.tolist() == expected[0] and np.array_equal(distances, np.reshape(expected[1], distances.shape))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int8])
+def test_of_equal_rows_the_distances_are_exact_and_no_row_is_its_own_neighbour(dtype):
+    rng = np.random.default_rng(0)
+    features = (50 * rng.uniform(-1, 1, (200, 12))).astype(dtype)
+    features[50:100] = features[7]
+    near, distances = nearest_neighbours(features, 5)
+    assert not (near == np.arange(200)[:, None]).any() and all(len(set(row)) == 5 for row in near.tolist())
+    np.testing.assert_array_equal(np.sort(distances), np.array(literal_neighbours(features, 5)[1]))
+
+
+def test_by_hand_where_the_variants_part():
+    assert d2_order(np.empty(0), np.empty((0, 3)), "published").tolist() == []
+    # k = 1: 0 → 1, 1 → 0 (distance 1), 2 → 1 (distance 2).
+    # Published: 2 + 10/e = 5.68, 10 + 2/e = 10.74, 3 + 10/e² = 4.35. Row 1 takes 9.71 from row 0: −4.04. Then 2, 0.
+    # Released: row 1 has the edge to 2 too: 10.74 + 3/e² = 11.14; it takes 10.08 from row 0: −4.40, and 9.12 from
+    # row 2: −4.77. Then 0, 2.
+    features, scores = np.array([[0.0], [1.0], [3.0]]), np.array([2.0, 10.0, 3.0])
+    assert d2_order(scores, features, "published", k=1).tolist() == [1, 2, 0]
+    assert d2_order(scores, features, "released", k=1).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf, 1e140])
+def test_numbers_that_cannot_be_squared_are_refused_by_row_and_shapes_that_do_not_fit(number):
+    scores, features = np.ones(9), np.arange(18.0).reshape(9, 2)
+    wild, odd = features.copy(), scores.copy()
+    wild[[4, 7], 1] = odd[[6, 8]] = number
+    for given_scores, given_features, said in (
+        (scores, wild, "features of row 4 "),
+        (odd, features, "score of row 6 "),
+        (np.ones(8), features, r"features of shape \(9, 2\)"),
+        (scores, scores, r"features of shape \(9,\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            d2_order(given_scores, given_features, "published")

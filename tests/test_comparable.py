@@ -42,14 +42,11 @@ def test_ascii_text_has_the_packages_own_figures():
     assert overall["sacrebleu_signature"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version}"
 
 
-@pytest.mark.parametrize(("answer", "reference", "common", "of_answer", "of_reference"), OTHERS)
-def test_words_of_other_scripts_count_as_words(answer, reference, common, of_answer, of_reference):
-    overall, _ = comparable_scores([answer], [reference])
-    assert overall["rouge_score-1"] == pytest.approx(100 * 2 * common / (of_answer + of_reference))
-    assert overall["sacrebleu"] == sacrebleu.corpus_bleu([answer], [[reference]]).score
-
-
-def test_words_of_a_text_are_split_at_punctuation_and_underscores():
+def test_words_of_other_scripts_count_as_words():
+    for answer, reference, common, of_answer, of_reference in OTHERS:
+        overall, _ = comparable_scores([answer], [reference])
+        assert overall["rouge_score-1"] == pytest.approx(100 * 2 * common / (of_answer + of_reference))
+        assert overall["sacrebleu"] == sacrebleu.corpus_bleu([answer], [[reference]]).score
     assert UnicodeWords().tokenize("Ёлка_2, «à-côté» x²!") == ["ёлка", "2", "à", "côté", "x²"]
 
 

@@ -1,10 +1,10 @@
-"""coreset.py on score files: what it writes, that it repeats to the byte and is fast, and how it refuses."""
+"""coreset.py on score files: what it writes, that it repeats to the byte, and how it refuses."""
 
 import importlib
 import json
 import math
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 
 from selection.run.ending import run_stage
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import assert_one_line_error, run_script
+from conftest import run_script
 
 from selection.method.staff import choose_staff, stratify
 from selection.scores.folder import ScoreFolder, read_scores
@@ -76,8 +76,7 @@ def files(tmp_path) -> list:
     return ["--scores", small, "--target_scores", write_scores(tmp_path / "target.csv", TARGET), *STRATA]
 
 
-@pytest.mark.parametrize("ending", [".csv", ".parquet", ""], ids=["csv", "parquet", "folder"])
-@pytest.mark.parametrize("mode", ["paper", "released"])
+@pytest.mark.parametrize(("mode", "ending"), [("paper", ".csv"), ("released", ".parquet"), ("paper", "")])
 def test_a_coreset_per_rate_is_written_with_its_strata(coreset, tmp_path, mode, ending):
     small = write_scores(tmp_path / f"small{ending}", SPECULATIVE)
     target = write_scores(tmp_path / f"target{ending}", TARGET)
@@ -96,33 +95,27 @@ def test_a_coreset_per_rate_is_written_with_its_strata(coreset, tmp_path, mode, 
         assert written["ids"] == [f"id{row}" for row in written["indices"]]
         assert sum(stratum["budget"] for stratum in written["strata"]) == m == len(written["indices"])
         for stratum, record in zip(written["strata"], records, strict=True):
-            assert stratum["score_range"] == list(record.score_range)
-            assert (stratum["size"], stratum["verified"]) == (record.size, record.verified)
-            assert stratum["verification_ratio"] == record.verification_ratio
+            expected = json.loads(json.dumps(asdict(record)))
+            assert {key: stratum[key] for key in expected} == expected
 
 
 def test_a_file_without_ids_gives_none(coreset, tmp_path):
+    pa.csv.write_csv(pa.table({"index": [2, 0, 1], "effort": [3.0, 1.0, 2.0]}), tmp_path / "scores.csv")
     path = tmp_path / "scores.csv"
-    pa.csv.write_csv(pa.table({"index": [2, 0, 1], "effort": [3.0, 1.0, 2.0]}), path)
-    code, _, found = coreset("--scores", path, "--target_scores", path, "--rate", 0.7)
+    found = coreset("--scores", path, "--target_scores", path, "--rate", 0.7)[2]
     written = json.loads(found["staff-0.7.json"])
-    assert code == 0 and written["ids"] is None and written["data_fingerprint"] is None and len(written["indices"]) == 2
+    assert written["ids"] is None and written["data_fingerprint"] is None and len(written["indices"]) == 2
 
 
-def test_the_same_call_writes_the_same_bytes_and_another_seed_others(coreset, files):
-    first, again, other = (
-        coreset(*files, "--method", "staff", "random", "--rate", 0.3, "--seed", seed, out=name)[2]
-        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+def test_the_same_call_writes_the_same_bytes_another_seed_others_and_each_rate_its_own(coreset, files):
+    rates = ("--rate", 0.3, 0.1, 0.1234561, 0.1234562)
+    first, alone, other = (
+        coreset(*files, "--method", "staff", "random", *rates[:count], "--seed", seed, out=name)[2]
+        for name, seed, count in (("first", 1, 5), ("alone", 1, 2), ("other", 2, 2))
     )
-    assert sorted(first) == ["random-0.3.json", "staff-0.3.json"]
-    assert first == again
-    assert all(json.loads(first[name])["indices"] != json.loads(other[name])["indices"] for name in first)
-
-
-def test_a_rate_is_cut_alone_as_among_others_and_no_two_rates_share_a_file(coreset, files):
-    together = coreset(*files, "--rate", 0.1, 0.5, 0.2, 0.1234561, 0.1234562, out="together")[2]
-    alone = coreset(*files, "--rate", 0.2, out="alone")[2]
-    assert len(together) == 5 and alone.items() <= together.items()
+    assert sorted(alone) == ["random-0.3.json", "staff-0.3.json"]
+    assert len(first) == 8 and alone.items() <= first.items()
+    assert all(json.loads(alone[name])["indices"] != json.loads(other[name])["indices"] for name in alone)
 
 
 def test_target_scores_of_the_drawn_rows_are_enough(coreset, tmp_path):
@@ -134,14 +127,6 @@ def test_target_scores_of_the_drawn_rows_are_enough(coreset, tmp_path):
     assert coreset(*arguments, write_scores(tmp_path / "target.csv", TARGET, drawn))[:2] == (0, "")
     lacking = write_scores(tmp_path / "lacking.csv", TARGET, drawn[drawn != drawn[3]])
     assert_refused(coreset(*arguments, lacking, out="refused"), f"row {drawn[3]} ", str(lacking))
-
-
-def test_100_000_rows_are_cut_in_seconds(coreset, tmp_path):
-    scores = write_scores(tmp_path / "small.parquet", np.random.default_rng(0).lognormal(size=100_000))
-    start = time.perf_counter()
-    code, _, found = coreset("--scores", scores, "--target_scores", scores, "--rate", 0.1)
-    assert time.perf_counter() - start < 4  # about 0.4 s; the bound is for a busy machine
-    assert code == 0 and len(json.loads(found["staff-0.1.json"])["indices"]) == 10_000
 
 
 # A stored verification instead of target scores
@@ -156,52 +141,43 @@ def verification_of(path: Path, speculative: np.ndarray) -> Path:
     return path
 
 
-def test_a_stored_verification_gives_the_coreset_of_the_target_scores(coreset, files, tmp_path):
+def test_a_stored_verification_gives_the_coreset_of_the_target_scores_and_one_of_other_scores_is_refused(
+    coreset, files, tmp_path
+):
     expected = coreset(*files, "--rate", 0.2, out="from scores")[2]
     files[2:4] = ["--verification", verification_of(tmp_path / "verification.json", SPECULATIVE)]
     assert coreset(*files, "--rate", 0.2)[2] == expected != {}
     assert_refused(coreset(*files, "--hardest_cutoff", 0.2, "--rate", 0.2, out="refused"), "hardest_cutoff")
-
-
-@pytest.mark.parametrize(
-    "other",
-    [np.arange(NUM_ROWS, dtype=np.float64), np.repeat([1.0, 2.0], [105, 100]), SPECULATIVE[::-1]],
-    ids=["more strata", "fewer strata", "as many strata"],
-)
-def test_a_verification_of_other_scores_is_refused(coreset, files, tmp_path, other):
-    files[2:4] = ["--verification", verification_of(tmp_path / "verification.json", other)]
-    assert_refused(coreset(*files, "--rate", 0.2))
+    for other in (np.repeat([1.0, 2.0], [105, 100]), SPECULATIVE[::-1]):  # fewer strata, and as many
+        verification_of(tmp_path / "verification.json", other)
+        assert_refused(coreset(*files, "--rate", 0.2, out="refused"))
 
 
 # Refusals: one line, exit code 2, nothing written
 
-REFUSED = {
-    "rate 0": (["--rate", 0], "rate 0 "),
-    "rate nan": (["--rate", math.nan], "rate nan "),
-    "rate that keeps none": (["--rate", 0.001], "rate 0.001 "),
-    "one bad rate among good ones": (["--rate", 0.1, 1.5], "rate 1.5 "),
-    "K 0": (["--num_strata", 0], "num_strata"),
-    "b_v 0": (["--verify_per_stratum", 0], "verify_per_stratum"),
-    "cutoff 1": (["--hardest_cutoff", 1], "hardest_cutoff"),
-    "cutoff nan": (["--hardest_cutoff", math.nan], "hardest_cutoff"),
-    "seed -1": (["--seed", -1], "seed"),
-    "no such scores": (["--scores", "nowhere.csv"], "nowhere.csv"),
-    "no such target scores": (["--target_scores", "nowhere.csv"], "nowhere.csv"),
-    "no such configuration": (["--config_path", "nowhere.yaml"], "nowhere.yaml"),
-}
+REFUSED = [
+    (["--rate", 0], "rate 0 "),
+    (["--rate", 0.001], "rate 0.001 "),
+    (["--rate", 0.1, 1.5], "rate 1.5 "),
+    (["--num_strata", 0], "num_strata"),
+    (["--hardest_cutoff", math.nan], "hardest_cutoff"),
+    (["--seed", -1], "seed"),
+    (["--scores", "nowhere.csv"], "nowhere.csv"),
+    (["--target_scores", "nowhere.csv"], "nowhere.csv"),
+    (["--config_path", "nowhere.yaml"], "nowhere.yaml"),
+]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_makes_no_sense_is_refused_in_one_line_and_nothing_is_written(coreset, files, name):
-    arguments, said = REFUSED[name]
-    assert_refused(coreset(*files, "--rate", 0.1, *arguments), said)
+def test_what_makes_no_sense_is_refused_in_one_line_and_nothing_is_written(coreset, files):
+    for arguments, said in REFUSED:
+        assert_refused(coreset(*files, "--rate", 0.1, *arguments), said)
 
 
-@pytest.mark.parametrize("left_out", ["--scores", "--target_scores", "--rate"])
-def test_an_argument_left_out_is_named_and_no_baseline_is_written_either(coreset, files, left_out):
+def test_an_argument_left_out_is_named_and_no_baseline_is_written_either(coreset, files):
     arguments = [*files, "--rate", 0.1, "--method", "random", "staff"]
-    position = arguments.index(left_out)
-    assert_refused(coreset(*arguments[:position], *arguments[position + 2 :]), left_out)
+    for left_out in ("--scores", "--target_scores", "--rate"):
+        position = arguments.index(left_out)
+        assert_refused(coreset(*arguments[:position], *arguments[position + 2 :]), left_out)
 
 
 def test_scores_of_different_data_are_refused_and_a_folder_that_cannot_be_written_is_named(coreset, files, tmp_path):
@@ -215,8 +191,3 @@ def test_the_script_counts_paths_from_the_working_directory(files, tmp_path):
     files[1], files[3] = "small.csv", "target.csv"
     done = run_script("selection/coreset.py", *files, "--rate", "0.1", "--out", "out", cwd=tmp_path)
     assert done.stderr == "" and list(contents(tmp_path / "out")) == ["staff-0.1.json"]
-    (tmp_path / "bad.csv").write_text("index,effort\n0,1.5\n,2.5\n")
-    files[1] = "bad.csv"
-    done = run_script("selection/coreset.py", *files, "--rate", "0.1", "--out", "no", cwd=tmp_path, check=False)
-    assert_one_line_error(done, "bad.csv")
-    assert done.stderr.count("\n") == 1 and contents(tmp_path / "no") == {}

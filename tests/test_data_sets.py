@@ -26,81 +26,70 @@ def turns(*texts: str, roles=("human", "gpt"), tags=("from", "value")) -> list[d
     return [{tags[0]: roles[i % 2], tags[1]: text} for i, text in enumerate(texts)]
 
 
+def said(text: str, role: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def asked(instruction: str, given: str | None, output: str, **more: object) -> dict:
+    return {"instruction": instruction, "input": given, "output": output, **more}
+
+
 OPENAI_TAGS = {
     "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
     "observation_tag": "tool", "function_tag": "call", "system_tag": "system",
 }  # fmt: skip
 TOOLS = json.dumps([{"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {}}}])
 CALL = json.dumps({"name": "add", "arguments": {"a": 1}})
-
-
-def said(text: str, role: str) -> dict[str, str]:
-    return {"role": role, "content": text}
-
-
-# A form: its dataset_format, and rows of it, which bring out all that the form has.
-FORMS = {
-    "alpaca": (
-        {},
-        [
-            {"instruction": "Name a cell.", "input": "", "output": "A neuron."},
-            {"instruction": "Name a part.", "input": "of the cell", "output": "The nucleus."},
-        ],
-    ),
+ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
+LONG, NONE = {"from": "system", "value": "Be long."}, {"from": "system", "value": ""}
+USED = [{"from": "function_call", "value": CALL}, {"from": "observation", "value": "2"}]
+HISTORY = [["Name a cell.", "A neuron."], ["Why?", "It came to mind."]]
+SHORT = [said("Be short.", "system"), said("Why?", "user"), said("So.", "assistant")]
+TWICE = [said("Why?", "user"), said("So.", "assistant"), said("A?", "user"), said("B.", "assistant")]
+ADDED = [said("Add 1, add 2.", "user"), said(CALL, "call"), said("2", "tool"), said("3", "tool")]
+FORMS = {  # the dataset_format of a form, and rows with all that the form has
+    "alpaca": ({}, [asked("Name a cell.", "", "A neuron."), asked("Name a part.", "of the cell", "The nucleus.")]),
     "alpaca with system and history": (
-        {
-            "columns": {
-                "prompt": "instruction", "query": "input", "response": "output", "system": "system",
-                "history": "history", "tools": "tools",
-            }
-        },
+        {"columns": ALPACA | {name: name for name in ("system", "history", "tools")}},
         [
-            {"instruction": "And a part?", "input": None, "output": "The nucleus.", "system": "Be short.",
-             "history": [["Name a cell.", "A neuron."], ["Why?", "It came to mind."]], "tools": TOOLS},
-            {"instruction": "Name one.", "input": "now", "output": "A gene.", "system": "", "history": [], "tools": ""},
-            {"instruction": "Name two.", "input": "", "output": "A, B", "system": None, "history": None, "tools": None},
+            asked("And a part?", None, "The nucleus.", system="Be short.", history=HISTORY, tools=TOOLS),
+            asked("Name one.", "now", "A gene.", system="", history=[], tools=""),
+            asked("Name two.", "", "A, B", system=None, history=None, tools=None),
         ],
     ),
     "sharegpt": (
         {"formatting": "sharegpt", "columns": {"messages": "conversations", "system": "system", "tools": "tools"}},
         [
-            {"conversations": turns("Name a cell.", "A neuron.", "And a part?", "The nucleus."), "system": "Be short.",
-             "tools": None},
-            {"conversations": [{"from": "system", "value": "Be long."}, *turns("Why?", "So.")], "system": "Not this.",
-             "tools": TOOLS},
-            {"conversations": [{"from": "system", "value": ""}, *turns("Why?", "So.")], "system": None, "tools": ""},
-            {"conversations": [*turns("Add 1."), {"from": "function_call", "value": CALL},
-                               {"from": "observation", "value": "2"}, {"from": "gpt", "value": "It is 2."}],
-             "system": "", "tools": TOOLS},
+            {
+                "conversations": turns("A cell?", "A neuron.", "And a part?", "The nucleus."),
+                "system": "S",
+                "tools": None,
+            },
+            {"conversations": [LONG, *turns("Why?", "So.")], "system": "Not this.", "tools": TOOLS},
+            {"conversations": [NONE, *turns("Why?", "So.")], "system": None, "tools": ""},
+            {"conversations": [*turns("Add 1."), *USED, {"from": "gpt", "value": "2."}], "system": "", "tools": TOOLS},
         ],
     ),
     "messages read as sharegpt": (
         {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": OPENAI_TAGS},
-        [
-            {"messages": [said("Be short.", "system"), said("Why?", "user"), said("So.", "assistant")]},
-            {"messages": [said("Why?", "user"), said("So.", "assistant"), said("A?", "user"), said("B.", "assistant")]},
-        ],
+        [{"messages": SHORT}, {"messages": TWICE}],
     ),
     "openai": (
         {"formatting": "openai", "columns": {"messages": "messages", "tools": "tools"}, "tags": OPENAI_TAGS},
-        [
-            {"messages": [said("Be short.", "system"), said("Why?", "user"), said("So.", "assistant")], "tools": ""},
-            {"messages": [said("Add 1, add 2.", "user"), said(CALL, "call"), said("2", "tool"), said("3", "tool"),
-                          said("2 and 3.", "assistant")], "tools": TOOLS},
-        ],
+        [{"messages": SHORT, "tools": ""}, {"messages": [*ADDED, said("2 and 3.", "assistant")], "tools": TOOLS}],
     ),
-}  # fmt: skip
+}
 
 
 def assert_tokens_are_those_of_llama_factory(make_experiment, folder: Path, forms: list[str]):
-    names = [f"set{number}" for number in range(len(forms))]
-    files = [write_jsonl(folder / f"{name}.jsonl", FORMS[form][1]) for name, form in zip(names, forms, strict=True)]
-    sets = [{"path": file, "dataset_format": FORMS[form][0]} for file, form in zip(files, forms, strict=True)]
-    info = {name: {"file_name": f"{name}.jsonl", **FORMS[form][0]} for name, form in zip(names, forms, strict=True)}
+    given = {f"set{number}": FORMS[form] for number, form in enumerate(forms)}
+    files = [write_jsonl(folder / f"{name}.jsonl", rows) for name, (_, rows) in given.items()]
+    sets = [{"path": file, "dataset_format": form} for file, (form, _) in zip(files, given.values(), strict=True)]
+    info = {name: {"file_name": f"{name}.jsonl", **form} for name, (form, _) in given.items()}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     experiment = load_experiment(make_experiment([], dataset=sets, output_dir=str(folder / "run"), cutoff_len=1024))
     train, numbers = training_split(experiment), split_numbers(experiment)
-    theirs = rows_of_llama_factory(experiment, folder, ",".join(names))
+    theirs = rows_of_llama_factory(experiment, folder, ",".join(given))
     assert len(train.rows) + len(rows_of(experiment, "eval")) == len(theirs) > len(train.rows) > 0
     for name in ("train", "eval"):
         ours = tokenised_rows(experiment, experiment.target_model, name, rows_of(experiment, name))
@@ -127,7 +116,7 @@ def test_rows_of_every_form_together_have_the_tokens_of_their_own_form(make_expe
     assert entry == {"file_name": "train.arrow", **COMMON_FORM.entry}
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "alpaca"])
+@pytest.mark.parametrize("form", ["alpaca with system and history", "openai"])
 def test_rows_of_one_form_stay_as_they_are(make_experiment, tmp_path, form):
     experiment, _ = assert_tokens_are_those_of_llama_factory(make_experiment, tmp_path, [form, form])
     assert experiment.row_format.entry == {"formatting": "alpaca"} | FORMS[form][0]
@@ -136,45 +125,39 @@ def test_rows_of_one_form_stay_as_they_are(make_experiment, tmp_path, form):
 
 CHAT = {"formatting": "sharegpt"}
 MESSAGES = {"formatting": "openai", "columns": {"messages": "messages"}, "tags": OPENAI_TAGS}
+WRONG = [
+    (CHAT, turns("a", "b", "c"), "it ends without a turn of 'gpt' or 'function_call'"),
+    (CHAT, turns("a", "b", roles=("human", "bot")), "turn 1 is of 'bot' where one of 'gpt' or 'function_call' is due"),
+    (CHAT, [*turns("a", "b"), {"from": "system", "value": "s"}, *turns("c")], "turn 2 is of 'system'"),
+    (CHAT, [{"from": "system", "value": "s"}], "it ends without a turn of 'gpt'"),
+    (CHAT, [], "it ends without a turn of 'gpt'"),
+    (CHAT, turns("a", "b", tags=("role", "content")), r"turn 0 has no 'from' \(it has role, content\): name it under"),
+    (CHAT, "a", "something else than text or turns"),
+    (CHAT, turns("a", "  "), "its response is blank"),
+    (MESSAGES, [said("a", "user"), said("b", "bot")], "turn 1 is of 'bot'"),
+    (MESSAGES, [said("a", "user"), said(CALL, "call"), said("2", "tool")], "it ends without a turn"),
+    (CHAT | {"columns": {"messages": "conversations", "system": "system"}}, {"system": 3}, "system prompt is no text"),
+    (CHAT | {"columns": {"messages": "conversations", "tools": "tools"}}, {"tools": "add"}, "are no text that holds J"),
+    ({}, {"output": None}, "it has not one response"),
+    ({}, {"output": " \n"}, "its response is blank"),
+]
 
 
-@pytest.mark.parametrize(
-    ("form", "row", "why"),
-    [
-        (CHAT, {"conversations": turns("a", "b", "c")}, "it ends without a turn of 'gpt' or 'function_call'"),
-        (CHAT, {"conversations": turns("a", "b", roles=("human", "bot"))},
-         "turn 1 is of 'bot' where one of 'gpt' or 'function_call' is due"),
-        (CHAT, {"conversations": turns("a", "b", roles=("gpt", "human"))}, "turn 0 is of 'gpt' where one of 'human'"),
-        (CHAT, {"conversations": [*turns("a", "b"), {"from": "system", "value": "s"}, *turns("c")]},
-         "turn 2 is of 'system'"),
-        (CHAT, {"conversations": [{"from": "system", "value": "s"}]}, "it ends without a turn of 'gpt'"),
-        (CHAT, {"conversations": []}, "it ends without a turn of 'gpt'"),
-        (CHAT, {"conversations": turns("a", "b", tags=("role", "content"))},
-         r"turn 0 has no 'from' \(it has role, content\): name it under dataset_format.tags"),
-        (CHAT, {"conversations": "a"}, "something else than text or turns"),
-        (CHAT, {"conversations": turns("a", "  ")}, "its response is blank"),
-        (CHAT | {"columns": {"messages": "conversations", "system": "system"}},
-         {"conversations": turns("a", "b"), "system": 3}, "its system prompt is no text"),
-        (CHAT | {"columns": {"messages": "conversations", "tools": "tools"}},
-         {"conversations": turns("a", "b"), "tools": "add"}, "its tools are no text that holds JSON"),
-        ({}, {"instruction": "a", "input": "", "output": None}, "it has not one response"),
-        ({}, {"instruction": "a", "input": "", "output": ["a"]}, "it has not one response"),
-        ({}, {"instruction": "a", "input": "", "output": " \n"}, "its response is blank"),
-        (MESSAGES, {"messages": [said("a", "user"), said("b", "bot")]}, "turn 1 is of 'bot'"),
-        (MESSAGES, {"messages": [said("a", "user"), said(CALL, "call"), said("2", "tool")]}, "it ends without a turn"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_with_a_conversation_is_said_with_its_row(make_experiment, form, row, why):
-    messages = [said("a", "user"), said("b", "assistant")]
-    good = {"conversations": turns("a", "b"), "messages": messages, "system": "s", "tools": "[]"}
-    good |= {"instruction": "a", "input": "", "output": "b"}
-    fits = {key: good[key] for key in row}
-    ((number, text),) = unusable_rows([fits, row, fits], form).items()
+@pytest.mark.parametrize(("form", "wrong", "why"), WRONG)
+def test_what_is_wrong_with_a_row_is_said_with_its_number(form, wrong, why):
+    good = {"conversations": turns("a", "b"), "messages": [said("a", "user"), said("b", "assistant")], "system": "s"}
+    good |= {"instruction": "a", "input": "", "output": "b", "tools": "[]"}
+    column = "messages" if form is MESSAGES else "conversations"
+    row = good | (wrong if isinstance(wrong, dict) else {column: wrong})
+    ((number, text),) = unusable_rows([good, row, good], form).items()
     assert number == 1 and re.search(why, text)
-    if why.startswith("it ends") and row.get("conversations"):
-        experiment = load_experiment(make_experiment([fits, row, fits], dataset_format=form))
-        with pytest.raises(UserError, match=rf"1 of 3 rows have .*first row 1 \(row 1: {why}"):
-            training_split(experiment)
+
+
+def test_a_file_with_an_unusable_row_is_refused(make_experiment):
+    talks = [{"conversations": turns(*texts)} for texts in (("a", "b"), ("a", "b", "c"), ("a", "b"))]
+    experiment = load_experiment(make_experiment(talks, dataset_format=CHAT))
+    with pytest.raises(UserError, match=r"1 of 3 rows have .*first row 1 \(row 1: it ends without a turn of 'gpt'"):
+        training_split(experiment)
 
 
 # Several data sets
@@ -191,16 +174,6 @@ def test_one_file_gives_the_same_run_folder_in_a_list_as_by_itself(make_experime
     for name in ("split.json", "train.arrow", "eval.arrow", "dataset_info.json"):
         assert (alone.data_folder / name).read_bytes() == (among.data_folder / name).read_bytes()
     assert [data_sets(alone), data_sets(among)] == [[("experiment", 0, 20)], [("other", 0, 20)]]
-    # Coresets and scores of old run folders rest on these keys.
-    record = read_json(alone.data_folder / "split.json")
-    assert set(record) == {"made_from", "fingerprint", "files", "sha256"}
-    assert record["made_from"] == {
-        "dataset_sha256": record["made_from"]["dataset_sha256"],
-        "dataset_format": {"formatting": "alpaca", **form},
-        "max_samples": 20,
-        "eval_size": 0.2,
-        "split_seed": 42,
-    }
 
 
 def test_rows_are_pooled_in_order_and_split_once(make_experiment, rows, tmp_path, capsys):
@@ -248,12 +221,7 @@ def test_columns_that_do_not_go_together_are_named(make_experiment, rows, tmp_pa
         ([{"path": "a.json"}, {"path": "x/a.jsonl"}], "more than one data set is called a:"),
         ([{"path": "a", "quota": 0.7}, {"path": "b", "quota": 0.4}], "sum to 1.1: they must sum to at most 1"),
         ([{"path": "a", "quota": 0.7}, {"path": "b", "quota": 0.2}], "must sum to 1 where every data set has one"),
-        ([{"path": "a", "quota": 0}], "key dataset.0.quota: Input should be greater than 0"),
-        ([{"path": "a", "name": "../b"}], "key dataset.0.name: String should match"),
         ([{"name": "a"}], "key dataset.0.path is missing: add it$"),
-        ([{"path": "a", "weight": 1}], "unknown key dataset.0.weight"),
-        ([], "key dataset: List should have at least 1 item"),
-        (3, "key dataset: Input should be a valid string, not 3"),
     ],
 )
 def test_lists_of_data_sets_that_cannot_be_are_refused(make_experiment, sets, why):
@@ -265,16 +233,16 @@ def test_lists_of_data_sets_that_cannot_be_are_refused(make_experiment, sets, wh
 
 
 @pytest.mark.parametrize("name", PUBLISHED_ROWS)
-@pytest.mark.parametrize("off", [-1, 0, 1])
-def test_a_published_list_fits_its_own_data_alone(name, off):
+def test_a_published_list_fits_its_own_data_alone(name):
+    own = PUBLISHED_ROWS[name]
     assert sorted(PUBLISHED_ROWS.values()) == [13_014, 22_504, 115_784]
     for rate in PUBLISHED_RATES:
-        count = math.floor(Fraction(str(rate)) * PUBLISHED_ROWS[name]) + off
-        assert check_published(count, PUBLISHED_ROWS[name], "list.pt") is None
-        for rows in set(PUBLISHED_ROWS.values()) - {PUBLISHED_ROWS[name]}:
-            said = f"list.pt: {count:,} rows are .* of {name} at rate {rate:g} .*{rows:,}"
-            with pytest.raises(UserError, match=said):
-                check_published(count, rows, "list.pt")
+        for count in (math.floor(Fraction(str(rate)) * own) + off for off in (-1, 0, 1)):
+            assert check_published(count, own, "list.pt") is None
+            for rows in set(PUBLISHED_ROWS.values()) - {own}:
+                said = f"list.pt: {count:,} rows are .* of {name} at rate {rate:g} .*{rows:,}"
+                with pytest.raises(UserError, match=said):
+                    check_published(count, rows, "list.pt")
 
 
 def test_only_a_pt_list_is_held_against_the_published_lengths(tmp_path, capsys):
@@ -285,7 +253,6 @@ def test_only_a_pt_list_is_held_against_the_published_lengths(tmp_path, capsys):
     torch.save(list(range(50)), tmp_path / "some.pt")
     (tmp_path / "some.json").write_text(json.dumps({"indices": list(range(50))}))
     assert check("some.json") == "" and "some.pt: 50 rows are no published rate" in check("some.pt")
-    assert check_published(101, 1000, "list.pt") is None
     assert re.match(r"list\.pt: 1,303 rows are no published rate .* 13,014", check_published(1303, 13_014, "list.pt"))
     torch.save(list(range(1301)), tmp_path / "other.pt")  # before a row is found to be outside
     with pytest.raises(UserError, match=r"other\.pt: 1,301 rows are the paper's coreset of DialogSum at rate 0\.1"):

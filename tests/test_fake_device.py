@@ -1,7 +1,7 @@
 """What a GPU would refuse or wait for, without one: scoring on a device of torch's that has no numbers.
 
-Fake tensors know their shape and their device alone. An operation on tensors of two devices raises, and so does all for
-which a program would have to wait for the device: `.item()`, a branch on a value, a shape that depends on values.
+Fake tensors know their shape and device alone. An operation on tensors of two devices raises, and so does all for which
+a program would have to wait for the device: `.item()`, a branch on a value, a shape that depends on values.
 (torch's CPU build cannot index fake tensors on "cuda", so the device is one that a library may register.)
 """
 
@@ -13,10 +13,9 @@ import traceback
 from dataclasses import replace
 from functools import partial
 
-import pytest
 import torch
 from conftest import REPOSITORY
-from test_effort import ARCHITECTURES, PHIS, make_model, make_samples, with_tuned_adapter
+from test_effort import PHIS, make_model, make_samples, with_tuned_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,10 +24,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from selection.method.effort import EffortScorer, _Batch, response_losses
 
 DEVICE = "fakegpu:0"
-SIMILAR = ("llama", "gemma", "mistral", "qwen2", "qwen3", "smollm3")  # to "llama-tied-head" and to others below
-# Falcon and gpt-oss make a mask by torch.vmap, which needs a device with kernels; JetMoE's experts wait for the host.
-LEFT_OUT = (*SIMILAR, "falcon-fused", "gpt-oss-attention-sinks", "jetmoe-query-in-experts")
-NAMES = [name for name in ARCHITECTURES if name not in LEFT_OUT]
+# Every φ on one model, and what else there is: fused projections, soft-capping, experts and their routers.
+MODELS = [("llama-tied-head", phi) for phi in PHIS]
+MODELS += [("phi3-fused", "v_weight"), ("gpt2-conv1d-fused", "v_lora_b"), ("gemma2-soft-capping", "v_lora_b")]
+MODELS += [("mixtral", "last_layer"), ("qwen2-moe-shared-expert", "all_lora")]
+MODELS += [("phimoe-router-answers-a-tuple", "last_layer"), ("llama4-router-answers-a-tuple", "last_layer")]
 # The shapes of torch's grouped product are known for bf16 alone.
 IN_BF16 = ("mixtral", "qwen2-moe-shared-expert", "phimoe-router-answers-a-tuple")
 
@@ -56,10 +56,10 @@ def on_one(name: str) -> str:
 
 
 # The device of a module where device_map auto spreads a model over two; "meta" is another one without numbers.
-SPREAD = {
-    "head on the first": lambda name: "meta" if name.startswith(("model.layers.2", "model.norm")) else DEVICE,
-    "head on the second": lambda name: "meta" if name.startswith(("model.layers.2", "model.norm", "lm_h")) else DEVICE,
-}
+SPREAD = [
+    lambda name: "meta" if name.startswith(("model.layers.2", "model.norm")) else DEVICE,  # head on the first
+    lambda name: "meta" if name.startswith(("model.layers.2", "model.norm", "lm_head")) else DEVICE,
+]
 
 
 def move_to_device(scorer: EffortScorer, fake: FakeTensorMode, place) -> None:
@@ -105,51 +105,38 @@ def score_there(name: str, phi: str, place) -> None:
         assert copies.seen == [], f"copies to the host: {copies.seen}"
 
 
-# Mistakes in what the scorer sums by sample, and what these tests say then.
-MISTAKES = {
-    "a tensor that stays on the CPU": (lambda sums: sums + torch.ones(4), "FakeTensorDeviceMismatchError"),
-    "a number that is waited for": (lambda sums: sums / sums.sum().item(), "DataDependentOutputException"),
-    "a shape that depends on values": (lambda sums: sums[sums > 0], "DynamicOutputShapeException"),
-    "a branch on a value": (lambda sums: sums if sums.sum() > 0 else -sums, "DataDependentOutputException"),
-    "one more copy": (lambda sums: sums.cpu().to(sums.device), "AssertionError: copies to the host: "),
-}
+CASES = [(name, phi, on_one, lambda sums: sums, "") for name, phi in MODELS]
+CASES += [("llama", phi, place, lambda sums: sums, "") for place in SPREAD for phi in PHIS[::2]]
+CASES += [  # mistakes in what the scorer sums by sample, and what is said then
+    ("llama", "v_lora_b", on_one, lambda sums: sums + torch.ones(4), "FakeTensorDeviceMismatchError"),
+    ("llama", "v_lora_b", on_one, lambda sums: sums / sums.sum().item(), "DataDependentOutputException"),
+    ("llama", "v_lora_b", on_one, lambda sums: sums[sums > 0], "DynamicOutputShapeException"),
+    ("llama", "v_lora_b", on_one, lambda sums: sums.cpu().to(sums.device), "AssertionError: copies to the host: "),
+]
 
 
-def main() -> None:
-    """In a process of its own, as a device once registered stays: the traceback of every case, "" where it passes."""
+def tracebacks() -> list[str]:
+    """The traceback of every case; "" where it passes."""
     backend_registration._setup_privateuseone_for_python_backend(DEVICE.partition(":")[0])
-    said, per_sample = {}, _Batch.per_sample
-    cases = [(f"{name} {phi}", lambda sums: sums, name, phi, on_one) for name in NAMES for phi in PHIS]
-    cases += [(f"{case} {phi}", lambda sums: sums, "llama", phi, SPREAD[case]) for case in SPREAD for phi in PHIS]
-    cases += [(case, mistake, "llama", "v_lora_b", on_one) for case, (mistake, _) in MISTAKES.items()]
-    for case, mistake, *model in cases:
+    said, per_sample = [], _Batch.per_sample
+    for *model, mistake, _ in CASES:
         _Batch.per_sample = lambda self, values, mistake=mistake: mistake(per_sample(self, values))
         try:
             score_there(*model)
-            said[case] = ""
+            said.append("")
         except Exception:
-            said[case] = traceback.format_exc()
-    print(json.dumps(said))
+            said.append(traceback.format_exc())
+    return said
 
 
-@pytest.fixture(scope="module")
-def said() -> dict[str, str]:
+def test_scoring_stays_on_its_device_copies_once_a_batch_and_a_mistake_would_be_found():
+    """In a process of its own: a device is registered before the first backward pass, and stays."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("phi", PHIS)
-@pytest.mark.parametrize("name", [*NAMES, *SPREAD])
-def test_scoring_stays_on_its_device_and_copies_once_a_batch(name, phi, said):
-    assert said[f"{name} {phi}"] == ""
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_would_be_found(mistake, said):
-    assert MISTAKES[mistake][1] in said[mistake].splitlines()[-1]
+    for (*_, expected), found in zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert expected in found.splitlines()[-1] if expected else found == ""
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(tracebacks()))

@@ -1,21 +1,23 @@
 """A start from a target and a data file: families, local folders, forms of rows, defaults, the whole of it."""
 
 import json
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, assert_one_line_error, run_script
+from conftest import REPOSITORY, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from selection.rows.conversation import unusable_rows
 from selection.rows.form import detect_form
 from selection.rows.llama_factory import import_llama_factory
-from selection.run import families
 from selection.run.config import DatasetFormat, Selection, load_experiment
 from selection.run.errors import UserError
-from selection.run.families import Family, find_pair, read_families
+from selection.run.families import find_pair, read_families
 from selection.start import choose_models, half_the_layers, start, strata_for
 
 FAMILIES = read_families()
@@ -44,40 +46,29 @@ def test_llama_factory_knows_every_template_and_model():
         assert family.small in ("first", "none") or family.small in templates, name
 
 
-def test_names_are_unambiguous_and_models_stand_from_small_to_large():
-    last_parts = [model.rpartition("/")[2].lower() for _, model in MODELS]
-    assert len(set(last_parts)) == len(last_parts)
-    for family in FAMILIES.values():
+def test_every_listed_target_gets_a_smaller_sibling_of_its_kind_or_none():
+    for name, model in MODELS:
+        family = FAMILIES[name]
+        pairs = [find_pair(spelled) for spelled in (model, model.lower(), model.upper())]
+        assert {(pair.target, pair.template, pair.family) for pair in pairs} == {(model, family.template, name)}
+        if (small := pairs[0].small) is None:
+            assert family.small == "none" or model == family.models[0]
+            continue
+        assert small != model and bool(TUNED.search(small)) == bool(TUNED.search(model))
+        assert not (billions(small) and billions(model)) or billions(small) < billions(model)
+    for family in FAMILIES.values():  # from small to large
         sizes = [size for size in map(billions, family.models) if size]
         assert sizes == sorted(sizes)
 
 
-@pytest.mark.parametrize(("name", "model"), MODELS, ids=[model for _, model in MODELS])
-def test_every_listed_target_gets_a_smaller_sibling_of_its_kind_or_none(name, model):
-    family = FAMILIES[name]
-    for spelled in (model, model.lower(), model.upper()):
-        pair = find_pair(spelled)
-        assert (pair.target, pair.template, pair.family) == (model, family.template, name)
-    if pair.small is None:
-        assert family.small == "none" or model == family.models[0]
-        return
-    assert pair.small != model and bool(TUNED.search(pair.small)) == bool(TUNED.search(model))
-    if billions(pair.small) and billions(model):
-        assert billions(pair.small) < billions(model)
-
-
-def test_the_papers_pairs_are_those_of_its_configurations():
+def test_the_papers_pairs_are_those_of_its_configurations_and_a_wrong_file_is_one_message(tmp_path):
     for path in (REPOSITORY / "configs" / "paper").glob("*_dialogsum.yaml"):
         experiment = load_experiment(path)
         pair = find_pair(experiment.target_model)
         assert (pair.small, pair.template) == (experiment.small_model, experiment.template)
-
-
-def test_a_wrong_families_file_is_one_message(tmp_path):
-    path = tmp_path / "families.yaml"
-    path.write_text("Mine: {template: qwen, models: []}")
+    (tmp_path / "families.yaml").write_text("Mine: {template: qwen, models: []}")
     with pytest.raises(UserError, match=r"Mine\.models"):
-        read_families(path)
+        read_families(tmp_path / "families.yaml")
 
 
 @pytest.fixture
@@ -94,72 +85,54 @@ def model_folder(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    ("folder", "config", "small", "template"),
-    [
+def test_a_folder_is_known_by_its_name_its_config_or_its_type(model_folder):
+    for name, config, small, template in (
         ("qwen2.5-7b", {"_name_or_path": "google/gemma-2-9b", "model_type": "llama"}, "Qwen/Qwen2.5-0.5B", "qwen"),
         ("a", {"_name_or_path": "qwen/QWEN2.5-7B", "model_type": "gemma2"}, "Qwen/Qwen2.5-0.5B", "qwen"),
-        ("a", {"model_type": "gemma2"}, None, "gemma2"),
-    ],
-)
-def test_a_folder_is_known_by_its_name_its_config_or_its_type(model_folder, folder, config, small, template):
-    folder = model_folder(folder, **config)
-    pair = find_pair(str(folder))
-    assert (pair.target, pair.small, pair.template) == (str(folder), small, template)
+        ("b", {"model_type": "gemma2"}, None, "gemma2"),
+    ):
+        folder = str(model_folder(name, **config))
+        pair = find_pair(folder)
+        assert (pair.target, pair.small, pair.template) == (folder, small, template)
+    folder = model_folder("Qwen2.5-7B-Instruct")  # a sibling beside it goes before the hub's
+    model_folder("Qwen2.5-0.5B")  # the base model is none
+    beside = model_folder("QWEN2.5-0.5b-instruct") / "config.json"
+    assert find_pair(str(folder)).small == str(beside.parent)
+    beside.unlink()  # a download that has just begun
+    assert find_pair(str(folder)).small == "Qwen/Qwen2.5-0.5B-Instruct"
 
 
-def test_a_type_of_two_templates_tells_neither(model_folder, monkeypatch):
-    two = {t: Family(template=t, models=[f"x/{t}"], model_type="mixed") for t in ("one", "two")}
-    monkeypatch.setattr(families, "read_families", lambda: two)
-    assert find_pair(str(model_folder("mine", model_type="mixed"))).template is None
-
-
-@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"model_type": "phi3"}, {"model_type": "mistral"}, {}])
-def test_a_target_of_unknown_family_needs_a_template(model_folder, config):
-    folder = str(model_folder("mine", **config))
+def test_a_target_of_unknown_family_needs_a_template_and_what_is_given_goes_first(model_folder):
+    folder = str(model_folder("mine", model_type="llama"))
     for target in (folder, "foo/bar"):
         with pytest.raises(UserError, match=r"--template.*--small"):
             choose_models(target)
     assert choose_models(folder, template="chatml").small is None
-    assert choose_models("foo/bar", small="foo/small", template="qwen").small == "foo/small"
+    given = choose_models("Qwen/Qwen2.5-7B", small="foo/small", template="chatml")
+    assert (given.small, given.template) == ("foo/small", "chatml")
     with pytest.raises(UserError, match=r"--template chatlm: LLaMA-Factory has none of that name: .*chatml"):
         choose_models(folder, template="chatlm")
-
-
-def test_a_sibling_beside_the_folder_goes_before_the_hubs(model_folder):
-    folder = model_folder("Qwen2.5-7B-Instruct")
-    model_folder("Qwen2.5-0.5B")  # the base model, no sibling
-    assert find_pair(str(folder)).small == "Qwen/Qwen2.5-0.5B-Instruct"
-    (model_folder("QWEN2.5-0.5b-instruct") / "config.json").unlink()  # a download that has just begun
-    assert find_pair(str(folder)).small == "Qwen/Qwen2.5-0.5B-Instruct"
-    (folder.parent / "QWEN2.5-0.5b-instruct" / "config.json").write_text("{}")
-    assert find_pair(str(folder)).small == str(folder.parent / "QWEN2.5-0.5b-instruct")
 
 
 def test_a_sibling_of_the_hub_is_downloaded_cached_or_cut(model_folder, tmp_path, monkeypatch, capsys):
     from huggingface_hub import constants
 
-    target = str(model_folder("Qwen2.5-7B"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert choose_models(target).small == "Qwen/Qwen2.5-0.5B"
-    assert "to be downloaded from the hub, as it does not lie beside the target" in capsys.readouterr().err
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert choose_models(target).small is None
-    assert "HF_HUB_OFFLINE is set); a speculator is cut out of the target" in capsys.readouterr().err
-    cached = tmp_path / "cache" / "models--Qwen--Qwen2.5-0.5B"
+    target, cached = str(model_folder("Qwen2.5-7B")), tmp_path / "models--Qwen--Qwen2.5-0.5B"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def chosen(offline: bool) -> tuple[str | None, str]:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        return choose_models(target).small, capsys.readouterr().err
+
+    small, said = chosen(offline=False)
+    assert small == "Qwen/Qwen2.5-0.5B" and "to be downloaded from the hub" in said
+    small, said = chosen(offline=True)
+    assert small is None and "HF_HUB_OFFLINE is set); a speculator is cut out of the target" in said
     for name, text in (("snapshots/1/config.json", ""), ("refs/main", "1")):
         (cached / name).parent.mkdir(parents=True)
         (cached / name).write_text(text)
-    assert choose_models(target).small == "Qwen/Qwen2.5-0.5B"
-    assert "from the hub's cache" in capsys.readouterr().err
-
-
-def test_what_is_given_goes_before_what_is_found(model_folder, capsys):
-    target, small = model_folder("Qwen2.5-7B"), model_folder("my-small")
-    pair = choose_models(str(target), small=str(small), template="chatml")
-    assert (pair.small, pair.template) == (str(small), "chatml")
-    assert capsys.readouterr().err.count("as given") == 2
+    small, said = chosen(offline=True)
+    assert small == "Qwen/Qwen2.5-0.5B" and "which is here" in said
 
 
 def talk(role: str, content: str, *turns: tuple[str, str]) -> list[dict]:
@@ -169,62 +142,50 @@ def talk(role: str, content: str, *turns: tuple[str, str]) -> list[dict]:
 ASKED = (("human", "Say\none"), ("gpt", "1"))
 ASKED_OPENLY = (("user", "Say\none"), ("assistant", "1"))
 FORMS = {  # with a system prompt S where the name says so
-    "alpaca": [{"instruction": "Say", "input": "one", "output": "1"}],
-    "alpaca, system": [{"instruction": "Say", "input": "one", "output": "1", "system": "S"}],
-    "alpaca without input": [{"instruction": "Say\none", "output": "1", "id": 7}],
-    "prompt and completion": [{"prompt": "Say\none", "completion": "1"}],
-    "prompt and completion, system": [{"prompt": "Say\none", "completion": "1", "system": "S"}],
-    "question and answer": [{"question": "Say\none", "answer": "1", "prompt": "x"}],
-    "sharegpt": [{"conversations": talk("from", "value", *ASKED)}],
-    "sharegpt, own tags": [{"conversations": talk("from", "value", *ASKED_OPENLY)}],
-    "sharegpt, system column": [{"conversations": talk("from", "value", *ASKED), "system": "S"}],
-    "sharegpt, system turn": [{"conversations": talk("from", "value", ("system", "S"), *ASKED)}],
-    "messages": [{"messages": talk("role", "content", *ASKED_OPENLY), "prompt": "x"}],
-    "messages, system turn": [{"messages": talk("role", "content", ("system", "S"), *ASKED_OPENLY)}],
-    "messages, system column": [{"messages": talk("role", "content", *ASKED_OPENLY), "system": "S"}],
+    "alpaca": {"instruction": "Say", "input": "one", "output": "1"},
+    "alpaca, system": {"instruction": "Say", "input": "one", "output": "1", "system": "S"},
+    "alpaca without input": {"instruction": "Say\none", "output": "1", "id": 7},
+    "prompt and completion, system": {"prompt": "Say\none", "completion": "1", "system": "S"},
+    "question and answer": {"question": "Say\none", "answer": "1", "prompt": "x"},
+    "sharegpt": {"conversations": talk("from", "value", *ASKED)},
+    "sharegpt, own tags": {"conversations": talk("from", "value", *ASKED_OPENLY)},
+    "sharegpt, system column": {"conversations": talk("from", "value", *ASKED), "system": "S"},
+    "messages": {"messages": talk("role", "content", *ASKED_OPENLY), "prompt": "x"},
+    "messages, system turn": {"messages": talk("role", "content", ("system", "S"), *ASKED_OPENLY)},
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_llama_factory_reads_every_form_to_the_same_sample(name):
-    rows = FORMS[name]
-    form, used = detect_form(list(rows[0]), rows, "my.jsonl")
-    entry = DatasetFormat(**form).entry
-    assert not unusable_rows(rows, entry)
+def test_llama_factory_reads_every_form_to_the_same_sample():
+    import_llama_factory()
     from llamafactory.data.converter import get_dataset_converter
     from llamafactory.data.parser import DatasetAttr
     from llamafactory.hparams import DataArguments
 
-    attributes = DatasetAttr("file", dataset_name="rows")
-    attributes.join(entry)
-    sample = get_dataset_converter(attributes.formatting, attributes, DataArguments())(rows[0])
-    assert sample["_prompt"] == [{"role": "user", "content": "Say\none"}]
-    assert sample["_response"] == [{"role": "assistant", "content": "1"}]
-    assert sample["_system"] == ("S" if "system" in name else "")
-    assert set(used) <= set(rows[0])
+    for name, row in FORMS.items():
+        form, used = detect_form(list(row), [row], "my.jsonl")
+        entry, attributes = DatasetFormat(**form).entry, DatasetAttr("file", dataset_name="rows")
+        assert not unusable_rows([row], entry) and set(used) <= set(row)
+        attributes.join(entry)
+        sample = get_dataset_converter(attributes.formatting, attributes, DataArguments())(row)
+        assert sample["_prompt"] == [{"role": "user", "content": "Say\none"}], name
+        assert sample["_response"] == [{"role": "assistant", "content": "1"}], name
+        assert sample["_system"] == ("S" if "system" in name else ""), name
+    # No description where none is needed: the same rows would be other data than under a configuration by hand.
+    assert DatasetFormat(**detect_form(["instruction", "input", "output"], [], "")[0]) == DatasetFormat()
+    assert detect_form(["conversations"], [FORMS["sharegpt"]], "")[0] == {"formatting": "sharegpt"}
 
 
-def test_plain_alpaca_and_sharegpt_rows_need_no_description():
-    """Else the same rows would be other data than those of a configuration written by hand."""
-    assert DatasetFormat(**detect_form(["instruction", "input", "output"], FORMS["alpaca"], "")[0]) == DatasetFormat()
-    assert detect_form(["conversations"], FORMS["sharegpt"], "")[0] == {"formatting": "sharegpt"}
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
+def test_rows_of_another_form_are_one_message():
+    for row, said in (
         ({"text": "a", "label": "b"}, r"text, label.*dataset_format\.columns\.prompt"),
-        ({"instruction": "a"}, "instruction"),
         ({"prompt": talk("role", "content", ("user", "a")), "completion": "b"}, "prompt, completion"),
         ({"messages": "a"}, "messages"),
         ({"messages": talk("role", "content", ("user", "a"), ("narrator", "b"))}, "roles narrator"),
         ({"messages": talk("role", "content", ("user", "a"), ("human", "b"), ("gpt", "c"))}, "roles human"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]}, "tool_calls"),
-    ],
-)
-def test_rows_of_another_form_are_one_message(row, said):
-    with pytest.raises(UserError, match=rf"--data my\.jsonl: .*{said}"):
-        detect_form(list(row), [row], "my.jsonl")
+    ):
+        with pytest.raises(UserError, match=rf"--data my\.jsonl: .*{said}"):
+            detect_form(list(row), [row], "my.jsonl")
 
 
 @given(st.integers(1, 10**6))
@@ -237,22 +198,10 @@ def test_the_target_verifies_at_most_a_fifth(num_rows):
     assert num_rows < 2500 or (k, b) == (published.num_strata, published.verify_per_stratum)
 
 
-def test_strata_for_some_sizes():
-    sizes = {54: (3, 3), 125: (5, 5), 200: (8, 5), 499: (19, 5), 500: (10, 10), 900: (18, 10), 2499: (49, 10)}
-    sizes[2500] = (50, 10)
-    assert {n: strata_for(n, Selection()) for n in sizes} == sizes
-
-
 @pytest.fixture
-def data(tmp_path, rows):
-    path = tmp_path / "my.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def begin(tiny_model, data, tmp_path):
-    """`start` for the tiny model, in the run folder `run`."""
+def begin(tiny_model, rows, tmp_path):
+    """`start` for the tiny model and my.jsonl, in the run folder `run`."""
+    data = Path(write_jsonl(tmp_path / "my.jsonl", rows))
 
     def begin(**changes):
         arguments = {"target": str(tiny_model), "data": [data], "template": "chatml", "run": tmp_path / "run"}
@@ -261,15 +210,14 @@ def begin(tiny_model, data, tmp_path):
     return begin
 
 
-def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_model, data, tmp_path):
+def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_model, tmp_path):
     path, cut = begin(overrides=["training.lora_rank=4"])
-    run, draft = tmp_path / "run", str(tmp_path / "run" / "tiny-2-layers")
-    experiment = load_experiment(path)
-    assert path == run / "start.yaml"
-    assert set(yaml.safe_load(path.read_text())) == set(type(experiment).model_fields)
+    run, draft, experiment = tmp_path / "run", str(tmp_path / "run" / "tiny-2-layers"), load_experiment(path)
+    assert experiment.dataset == str(tmp_path / "my.jsonl")
+    assert path == run / "start.yaml" and set(yaml.safe_load(path.read_text())) == set(type(experiment).model_fields)
     assert cut == ["--target", str(tiny_model), "--layers", "2", "--out", draft]
     assert (experiment.target_model, experiment.small_model) == (str(tiny_model), draft)
-    assert (experiment.folder, experiment.dataset, experiment.template) == (run, str(data), "chatml")
+    assert (experiment.folder, experiment.template) == (run, "chatml")
     published = load_experiment(REPOSITORY / "configs" / "paper" / "gemma_dialogsum.yaml")
     for key in ("learning_rate", "lr_scheduler_type", "lora_target", "warmup_steps", "per_device_train_batch_size"):
         assert experiment.training[key] == published.training[key]
@@ -280,57 +228,54 @@ def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_mod
         assert getattr(experiment, key) == getattr(published, key)
 
 
-def test_options_and_set_go_before_the_defaults(begin, tiny_model):
+def test_options_and_set_go_before_the_defaults(begin, tiny_model, tmp_path):
     changes = ["selection.num_strata=3", "max_samples=20", "eval_size=0.5"]
     path, cut = begin(small=str(tiny_model), rates=[0.3], overrides=changes)
     experiment = load_experiment(path)
     assert (cut, experiment.small_model) == ([], str(tiny_model))
     assert (experiment.selection.rates, experiment.max_samples) == ([0.3], 20)
     assert (experiment.selection.num_strata, experiment.selection.verify_per_stratum) == (3, 2)
-    assert load_experiment(begin(overrides=changes[1:])[0]).selection.num_strata == 1  # of 10 training rows
-
-
-def test_the_form_given_with_set_is_not_looked_for(begin, tmp_path):
-    path = tmp_path / "other.json"
-    path.write_text(json.dumps([{"q": "a", "a": "b"}] * 9))
+    (tmp_path / "other.json").write_text(json.dumps([{"q": "a", "a": "b"}] * 9))
     names = ["dataset_format.columns.prompt=q", "dataset_format.columns.response=a"]
-    experiment = load_experiment(begin(data=[path], overrides=names)[0])
+    experiment = load_experiment(begin(data=[tmp_path / "other.json"], overrides=names)[0])
     assert experiment.dataset_format.columns == {"prompt": "q", "response": "a"}
 
 
-def test_several_files_are_entries_with_a_form_each(begin, data, tmp_path):
-    talks = tmp_path / "talks.json"
-    talks.write_text(json.dumps(FORMS["messages"] * 20))
-    experiment = load_experiment(begin(data=[data, talks])[0])
-    first, second = experiment.data_sets
-    assert (first.path, first.dataset_format) == (str(data), DatasetFormat())
-    assert (second.path, second.dataset_format.columns) == (str(talks), {"messages": "messages"})
-    assert experiment.selection.num_strata == 3  # of 45 training rows
+def test_published_rates_that_keep_no_row_are_left_out_and_a_layer_is_not_cut(begin, capsys, model_folder, tiny_model):
+    path, _ = begin(overrides=["max_samples=10"])
+    assert load_experiment(path).selection.rates == [0.8, 0.5, 0.3, 0.2]
+    assert "rates: 0.8, 0.5, 0.3, 0.2, not 0.1, which keeps none of 9 training rows; --rate" in capsys.readouterr().err
+    config = json.loads((tiny_model / "config.json").read_text()) | {"num_hidden_layers": 1}
+    with pytest.raises(UserError, match=r"1 layer.*--small"):
+        half_the_layers(str(model_folder("one", **config)))
 
 
-RELEASED = ("mode=released", "verify=sampled", "verify_per_stratum=25")
+def test_several_files_are_entries_with_a_form_each(begin, tmp_path):
+    files = [Path(write_jsonl(tmp_path / f"{name}.jsonl", [FORMS[name]] * 20)) for name in ("alpaca", "messages")]
+    experiment = load_experiment(begin(data=files)[0])
+    assert [each.path for each in experiment.data_sets] == list(map(str, files))
+    assert [each.dataset_format.columns for each in experiment.data_sets] == [{}, {"messages": "messages"}]
+    assert experiment.selection.num_strata == 2  # of 36 training rows
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+RELEASED = ["selection.mode=released", "selection.verify=sampled", "selection.verify_per_stratum=25"]
+
+
+def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_path):
+    for changes, said in (
         ({"overrides": ["template=qwen"]}, "--template"),
-        ({"overrides": ["selection.rates=[0.5]"]}, "--rate"),
         ({"overrides": ["selection.num_strata=many"]}, "selection.num_strata"),
         ({"data": [REPOSITORY / "data" / "none.jsonl"]}, "no such file"),
         ({"data": [REPOSITORY / "data" / "paper_table1.csv"]}, "its columns"),
         ({"target": "models/none-such"}, "no folder"),
         ({"small": "./none-such"}, "no folder"),
-        ({"rates": [2.0]}, "rates"),
         ({"rates": [0.5, 0.03]}, "rate 0.03 of 27 rows keeps none: give a rate of 0.037 or more"),
         ({"overrides": ["training.lora_target=nowhere"]}, "no LoRA can be put on lora_target nowhere"),
-        ({"overrides": [f"selection.{key}" for key in RELEASED]}, "25 of 27 rows"),
-    ],
-)
-def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_path, changes, said):
-    with pytest.raises(UserError, match=re.escape(said)):
-        begin(**changes)
-    assert not (tmp_path / "run").exists()
+        ({"overrides": RELEASED}, "25 of 27 rows"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            begin(**changes)
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(begin, tmp_path, capsys):
@@ -340,31 +285,18 @@ def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(beg
     assert "reusing" in capsys.readouterr().err
     begin(rates=[0.5])  # nothing was done yet
     (tmp_path / "run" / "data").mkdir()
-    assert begin(rates=[0.5])[0] == path
-    for changes, key in (({"rates": [0.25]}, "selection.rates"), ({"template": "qwen", "rates": [0.5]}, "template")):
-        with pytest.raises(UserError, match=rf"{key}: stored .*--run"):
-            begin(**changes)
+    with pytest.raises(UserError, match=r"selection\.rates: stored .*--run"):
+        begin(rates=[0.25])
     assert load_experiment(path).selection.rates == [0.5]
 
 
-def test_published_rates_that_keep_no_row_are_left_out(begin, capsys):
-    path, _ = begin(overrides=["max_samples=10"])
-    assert load_experiment(path).selection.rates == [0.8, 0.5, 0.3, 0.2]
-    assert "rates: 0.8, 0.5, 0.3, 0.2, not 0.1, which keeps none of 9 training rows; --rate" in capsys.readouterr().err
-
-
-def test_a_target_of_one_layer_cannot_be_cut(model_folder, tiny_model):
-    config = json.loads((tiny_model / "config.json").read_text())
-    with pytest.raises(UserError, match=r"1 layer.*--small"):
-        half_the_layers(str(model_folder("one", **config | {"num_hidden_layers": 1})))
-    assert half_the_layers(str(tiny_model)) == 2
-
-
-def test_selection_sh_starts_cuts_and_goes_on_to_tune(tiny_model, data, tmp_path):
-    """To the first stage that is told apart by the experiment: LLaMA-Factory has no such key."""
-    command = ["--target", tiny_model, "--template", "chatml", "--data", "my.jsonl", "--run", "run"]
-    command += ["--set", "training.no_such_key=1", "--set", "cutoff_len=64"]
-    done = run_script("selection/selection.sh", *command, cwd=tmp_path, check=False)
-    assert_one_line_error(done, "tuning", "no_such_key")
-    made = json.loads((tmp_path / "run" / "tiny-2-layers" / "draft.json").read_text())
-    assert (made["layers"], len(made["kept"])) == (2, 2)
+def test_selection_sh_starts_cuts_and_goes_on(tmp_path):
+    """With a python that notes its calls and answers as start.py does."""
+    python = '() { echo "$@" >> calls; [[ $1 != *start.py ]] || printf "%s\\n" my.yaml --target T --out D > "$3"; }'
+    command = ["bash", REPOSITORY / "selection" / "selection.sh", "--target", "T", "--data", "my.jsonl"]
+    subprocess.run(command, env=os.environ | {"BASH_FUNC_python%%": python}, cwd=tmp_path, check=True)
+    start, draft, *calls = re.sub(r"\S*/(?=[\w-]+\.py)", "", (tmp_path / "calls").read_text()).splitlines()
+    assert start.startswith("start.py --answer ") and start.endswith(" --target T --data my.jsonl")
+    assert draft == "make_draft.py --config_path my.yaml --target T --out D"
+    stages = [f"launch.py {stage}.py" for stage in ("finetune", "effort_score", "verify")]
+    assert calls == [f"{call} --config_path my.yaml" for call in (*stages, "coreset.py", "costs.py", "report.py")]

@@ -118,7 +118,7 @@ def test_yaml_makes_no_objects_and_no_nine_to_the_ninth_values(make_experiment, 
     refused("no readable YAML", load_experiment, path)
     bomb = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in names)
     path.write_text(f'a: &a ["x"]\n{bomb}selection: *j\n')
-    refused("line 2: write the value out", load_experiment, path)
+    refused("write values out instead of aliases", load_experiment, path)
 
 
 def test_pickled_weights_are_refused(model, adapter, canary):
@@ -241,8 +241,7 @@ def test_weights_that_are_missing_are_not_drawn_at_random(model, adapter):
 
 
 # Kinds that need no model.
-_LIGHT = ["experiment", "data.jsonl", "scores.csv", "scores.parquet", "features.npy", "verification"]
-_LIGHT += ["coreset.json", "coreset.pt", "draft", "metrics", "split", "split's rows"]
+_LIGHT = ["experiment", "data.jsonl", "scores.csv", "features.npy", "verification, sealed", "coreset.json", "split"]
 
 
 def test_the_fuzzer_finds_nothing_but_what_is_broken_on_purpose(tmp_path):
@@ -258,7 +257,7 @@ def test_the_fuzzer_finds_nothing_but_what_is_broken_on_purpose(tmp_path):
     )
     kinds = [f"tests/fuzz.py::test_damage_ends_in_one_line_or_in_a_sound_result[{name}]" for name in ("costs", *_LIGHT)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "broken", "--hypothesis-seed", "0"]
-    environment = os.environ | {"FUZZ_CASES": "6", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    environment = os.environ | {"FUZZ_CASES": "4", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
     done = subprocess.run([*command, *kinds], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and f"1 failed, {len(_LIGHT)} passed" in done.stdout, done.stdout[-3000:]
     assert re.search(r"FAILED .*\[costs\]", done.stdout) and "found=Damage(" in done.stdout

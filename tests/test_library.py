@@ -1,12 +1,10 @@
 """The library in a notebook: selection/README.md's example runs, and chooses what the stages choose."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_jsonl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,21 +17,13 @@ from selection.run.products import read_json
 from selection.scores.folder import read_scores
 
 
-def test_import_is_light():
-    code = "import sys; from selection import EffortScorer, select_coreset; print('llamafactory' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
-
-
 def test_the_notebook_of_the_readme_runs(tiny_model, rows, monkeypatch, tmp_path, capsys):
     page = (REPOSITORY / "selection" / "README.md").read_text(encoding="utf-8")
     section = page.partition("## In a notebook")[2].partition("\n## ")[0]
     code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
     for name in re.findall(r'from_pretrained\("([^"]+)"', code):
         code = code.replace(name, str(tiny_model))
-    Dataset.from_list([{"prompt": row["instruction"], "completion": row["output"]} for row in rows]).to_json(
-        tmp_path / "my.jsonl"
-    )
+    write_jsonl(tmp_path / "my.jsonl", [{"prompt": row["instruction"], "completion": row["output"]} for row in rows])
     monkeypatch.chdir(tmp_path)
     space = {}
     exec(compile(code, "selection/README.md", "exec"), space)

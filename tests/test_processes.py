@@ -2,10 +2,8 @@
 
 import multiprocessing
 import os
-import re
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +20,7 @@ from selection.run.processes import processes, shards, visible_gpus
 
 
 def together(count: int, work, stopped: int | None = None) -> list:
-    """What `work(processes)` returns, or the text of its UserError, in each of `count` forked processes; None of one
-    that is `stopped`."""
+    """What `work(processes)` returns, or its UserError's text, in each of `count` forks; None of a `stopped` one."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     fork = multiprocessing.get_context("fork")
 
@@ -48,21 +45,18 @@ def together(count: int, work, stopped: int | None = None) -> list:
     return said
 
 
-NAMED = {"0,1": ["0", "1"], " 3, GPU-1f ,": ["3", "GPU-1f"], "": [], "-1": [], "2,-1,0": ["2"], None: ["0", "1"]}
-
-
-@pytest.mark.parametrize("named", NAMED)
-def test_the_visible_gpus_are_those_named_else_the_drivers(named, tmp_path, monkeypatch):
+def test_the_visible_gpus_are_those_named_else_the_drivers(tmp_path, monkeypatch):
+    named = {"0,1": ["0", "1"], " 3, GPU-1f ,": ["3", "GPU-1f"], "": [], "-1": [], "2,-1,0": ["2"]}
+    for names, found in named.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+        assert visible_gpus() == found
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus() == []
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho 'GPU 1: H100 (UUID: GPU-2)'\n")
     tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if named is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert visible_gpus() == NAMED[named]
-    tool.unlink()
-    assert named is not None or visible_gpus() == []
+    assert visible_gpus() == ["0", "1"]
 
 
 def test_a_process_takes_its_own_gpu_and_makes_it_the_current_one(monkeypatch):
@@ -83,7 +77,7 @@ def test_values_come_from_every_process_by_rank_and_the_leader_goes_first(tmp_pa
         with group.leader_first():
             there = (tmp_path / "made").exists()
             if group.leads:
-                time.sleep(0.5)
+                time.sleep(0.2)
                 (tmp_path / "made").touch()
         first = group.gather({"rank": group.rank})
         return there, first, group.gather(group.rank * 10), group.from_leader(lambda: [1, "a"])
@@ -94,7 +88,7 @@ def test_values_come_from_every_process_by_rank_and_the_leader_goes_first(tmp_pa
 
 def test_a_process_without_a_sign_of_life_is_named(monkeypatch):
     monkeypatch.setattr(selection.run.processes, "_SILENCE", 1.5)
-    monkeypatch.setattr(selection.run.processes, "_BETWEEN_SIGNS", 0.2)
+    monkeypatch.setattr(selection.run.processes, "_BETWEEN_SIGNS", 0.1)
 
     def work(group):
         if group.rank == 1:
@@ -106,12 +100,14 @@ def test_a_process_without_a_sign_of_life_is_named(monkeypatch):
 
 
 def test_the_others_learn_why_one_stopped_and_one_line_is_said_once(monkeypatch):
+    def host() -> str:
+        return "another host" if os.environ["RANK"] == "1" else "this host"
+
     monkeypatch.setattr(selection.run.processes, "_BETWEEN_SIGNS", 0.1)
+    monkeypatch.setattr(selection.run.processes.socket, "gethostname", host)  # before anyone joins
 
     def work(group):
-        if group.rank == 1:
-            monkeypatch.setattr(selection.run.processes.socket, "gethostname", lambda: "another host")
-        time.sleep(0.5)
+        group.wait()
         if group.rank > 1:
             return group.first_to_say("error: row 3 is odd")
         try:
@@ -122,12 +118,7 @@ def test_the_others_learn_why_one_stopped_and_one_line_is_said_once(monkeypatch)
     said = together(4, work)
     assert sorted(said[2:]) == [False, True]
     assert said[0] == 2  # its host has heard it
-    assert re.fullmatch(r"a process on \S+ stopped: error: row 3 is odd", said[1])
-
-
-def is_running(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    assert said[1] == "a process on this host stopped: error: row 3 is odd"
 
 
 def test_a_worker_ends_when_its_maker_is_killed():
@@ -136,7 +127,7 @@ def test_a_worker_ends_when_its_maker_is_killed():
 
     def worker() -> None:
         selection.run.processes.end_with_parent()
-        theirs.send(os.getpid())
+        theirs.send("at work")
         time.sleep(60)
 
     def maker() -> None:
@@ -145,19 +136,12 @@ def test_a_worker_ends_when_its_maker_is_killed():
 
     made = fork.Process(target=maker)
     made.start()
-    pid, ends = ours.recv(), time.monotonic() + 10
+    theirs.close()
+    assert ours.recv() == "at work"
     made.kill()
     made.join()
-    while is_running(pid) and time.monotonic() < ends:
-        time.sleep(0.1)
-    assert not is_running(pid)
-
-
-def test_alone_nobody_is_waited_for():
-    group = selection.run.processes.Processes(0, 1)
-    group.wait()
-    assert group.gather("x") == ["x"] and group.from_leader(lambda: 3) == 3 and group.leads
-    assert group.first_to_say("a") and group.first_to_say("a")
+    with pytest.raises(EOFError):  # the worker held the last other end
+        ours.poll(20) and ours.recv()
 
 
 @given(weights=st.lists(st.integers(0, 1000), max_size=60), count=st.integers(1, 8))
@@ -166,7 +150,6 @@ def test_shards_hold_every_part_once_and_weigh_about_the_same(weights, count):
     assert sorted(part for shard in chosen for part in shard) == list(range(len(weights)))
     loads = [sum(weights[part] for part in shard) for shard in chosen]
     assert max(loads) - min(loads) <= max(weights, default=0)
-    assert chosen == shards(weights, count)
 
 
 @given(size=st.integers(1, 32), steps=st.integers(1, 32), count=st.integers(1, 16))
@@ -181,8 +164,8 @@ def test_processes_share_the_samples_of_a_step(size, steps, count):
     assert shared["per_device_train_batch_size"] <= size
 
 
-@pytest.mark.parametrize("asked", ["0", "many", "-1"])
-def test_a_number_of_processes_that_is_none_is_refused(asked, monkeypatch):
-    monkeypatch.setenv("NPROC", asked)
-    done = run_script("scripts/launch.py", "scripts/costs.py", check=False)
-    assert (done.returncode, done.stderr) == (2, f"error: NPROC={asked}: give the number of processes\n")
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch):
+    for asked in ("0", "many"):
+        monkeypatch.setenv("NPROC", asked)
+        done = run_script("scripts/launch.py", "scripts/costs.py", check=False)
+        assert (done.returncode, done.stderr) == (2, f"error: NPROC={asked}: give the number of processes\n")

@@ -2,18 +2,15 @@
 
 import codecs
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPOSITORY, assert_one_line_error, rows_of_llama_factory, run_script
+from conftest import rows_of_llama_factory
 from datasets import Dataset
 
 from selection.rows.read import reading_rows
-from selection.rows.split import row_id, rows_of, training_split, write_dataset
+from selection.rows.split import rows_of, training_split, write_dataset
 from selection.rows.tokens import check_tokenizer, tokenised_rows
 from selection.run.config import DatasetFormat, load_experiment
 from selection.run.errors import UserError
@@ -23,6 +20,7 @@ from selection.run.products import read_json
 
 
 def test_our_split_is_the_one_llama_factory_makes(make_experiment, rows, tmp_path):
+    rows = [row | {"day": "2020-01-01"} for row in rows]  # a date in another column does no harm
     experiment = load_experiment(make_experiment(rows))
     split = training_split(experiment)
     ours = tokenised_rows(experiment, experiment.target_model, "train", split.rows)
@@ -32,10 +30,10 @@ def test_our_split_is_the_one_llama_factory_makes(make_experiment, rows, tmp_pat
     assert ours["input_ids"] == theirs["input_ids"] and ours["labels"] == theirs["labels"]
     everything = [*rows_of(experiment, "eval"), *split.rows]
     assert [row["id"] for row in everything] != [row["id"] for row in rows]
-    assert sorted(map(row_id, everything)) == sorted(map(row_id, rows))
+    assert sorted(row["id"] for row in everything) == sorted(row["id"] for row in rows)
 
 
-def test_a_written_coreset_is_what_llama_factory_trains_on(make_experiment, rows, tmp_path):
+def test_a_written_coreset_is_what_llama_factory_trains_on(make_experiment, rows):
     experiment = load_experiment(make_experiment(rows))
     split, indices = training_split(experiment), [1, 5, 6, 20]
     everything = tokenised_rows(experiment, experiment.target_model, "train", split.rows)
@@ -43,25 +41,6 @@ def test_a_written_coreset_is_what_llama_factory_trains_on(make_experiment, rows
     trained = rows_of_llama_factory(experiment, experiment.data_folder, "some")
     for column in ("input_ids", "labels"):
         assert trained[column][:] == [everything[i][column] for i in indices]
-    keys = {
-        "stage": "sft", "do_train": True, "model_name_or_path": experiment.target_model, "template": "chatml",
-        "dataset_dir": str(experiment.data_folder), "dataset": "some", "eval_dataset": "eval", "use_cpu": True,
-        "finetuning_type": "lora", "max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none",
-        "output_dir": str(tmp_path / "cli"),
-    }  # fmt: skip
-    (tmp_path / "cli.yaml").write_text(json.dumps(keys))
-    no_torchaudio = str(REPOSITORY / "selection" / "rows" / "no_torchaudio")
-    environment = os.environ | {"PYTHONPATH": no_torchaudio, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from llamafactory.cli import main; main()", "train", str(tmp_path / "cli.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "cli" / "adapter_model.safetensors").exists()
-    assert "Converting format of dataset: 100%" in done.stderr and "4/4 [" in done.stderr
-
-
-def test_a_row_id_depends_on_content_alone():
-    assert row_id({"a": 1, "b": "x"}) == row_id({"b": "x", "a": 1})
-    assert row_id({"a": 1, "b": "x"}) != row_id({"a": 1, "b": "y"})
 
 
 # Files
@@ -79,28 +58,29 @@ def jsonl_of(answers: list[str], instruction: str = '"{}"') -> str:
     return "".join(f'{{"instruction": {a}, "output": {b}, "id": {i}}}\n' for a, b, i in rows)
 
 
+MARK = "\ufeff"  # of byte order
 FILES = {  # name, content and the responses as text
     "d.csv": (csv_of(NUMBERS), NUMBERS),
-    "zeros.CSV": (csv_of(["007", "0"]), ["007", "0"]),
+    "zeros.CSV": (MARK + csv_of(["007", "0"]), ["007", "0"]),
     "missing.csv": ("instruction,input,output,id\n1,,0,0\n2,5,1,1\n", ["0", "1"]),
-    "truth.csv": (csv_of(["True", "False"]), ["True", "False"]),
+    "truth.csv": (MARK + csv_of(["True", "False"]), ["True", "False"]),
     "d.jsonl": (jsonl_of(NUMBERS), NUMBERS),
-    "d.JSON": (f"[{jsonl_of(['0', '1'], '2').strip().replace(chr(10), ',')}]", ["0", "1"]),
+    "marked.jsonl": (MARK + jsonl_of(NUMBERS), NUMBERS),
+    "d.JSON": (f"{MARK}[{jsonl_of(['0', '1'], '2').strip().replace(chr(10), ',')}]", ["0", "1"]),
     "truth.jsonl": (jsonl_of(["true", "false"]), ["true", "false"]),
     "dates.jsonl": (jsonl_of(['"2020-01-01"', '"2020-01-02"']), ["2020-01-01", "2020-01-02"]),
 }
 
 
-@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "byte-order mark"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_number_counts_as_the_text_that_stands_in_the_file(name, mark, tmp_path, capsys):
+def test_a_number_counts_as_the_text_that_stands_in_the_file(name, tmp_path, capsys):
     content, responses = FILES[name]
-    (tmp_path / name).write_text(mark + content, encoding="utf-8")
+    (tmp_path / name).write_text(content, encoding="utf-8")
     with reading_rows(tmp_path / name, TWO_COLUMNS) as found:
         found = found.to_list()
     assert [row["output"] for row in found] == responses
     assert all(isinstance(row["instruction"], str) for row in found)
-    assert [row["id"] for row in found] == list(range(len(found)))  # which is no text of the sample: as it was read
+    assert [row["id"] for row in found] == list(range(len(found)))  # no text of the sample: as it was read
     assert f"dataset {name}: output holds " in capsys.readouterr().err
 
 
@@ -126,22 +106,11 @@ def test_numbers_of_a_parquet_file_are_written_as_in_json(tmp_path):
         assert [list(row.values()) for row in found] == [["0", "a", "1.5", "true"], ["1", "b", None, "false"]]
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path):
-    given = [{"instruction": "Wie heißt sie?", "output": "Zoë"}, {"instruction": "a", "output": "b"}]
-    lines = [json.dumps(row, ensure_ascii=False) for row in given]
-    contents = {"d.json": f"[{','.join(lines)}]", "d.jsonl": "\n".join(lines)}
-    for name, content in (contents | {"d.csv": "instruction,output\nWie heißt sie?,Zoë\na,b\n"}).items():
-        (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
-        with reading_rows(tmp_path / name, TWO_COLUMNS) as found:
-            assert found.to_list() == given
-
-
 # What cannot be used
 
-MIXED = [  # values of a column, the row of text and another one
-    ([0, "unknown", 1], (1, 0)),
-    (["unknown", None, 1.5], (0, 2)),
-]
+
+def mixed(*values: object) -> bytes:
+    return b"\n".join(json.dumps({"instruction": "a", "output": value}).encode() for value in values)
 
 
 @pytest.mark.parametrize(
@@ -151,15 +120,12 @@ MIXED = [  # values of a column, the row of text and another one
         ("d.csv", b"instruction,output,id\na,b,c\nd,e,\0\n", "holds a NUL byte"),
         ("d.txt", b"a", "a data set is a .json, .jsonl, .csv, .parquet file"),
         ("d.jsonl", b'{"instruction": "a"}', r"row 0 of the data set has no column 'output' \(it has instruction"),
-        *((n, "a".encode("utf-16"), f"{n} is written in UTF-16: save it") for n in ("d.json", "d.jsonl", "d.csv")),
+        ("d.csv", "a".encode("utf-16"), "is written in UTF-16: save it as UTF-8"),
         ("d.json", codecs.BOM_UTF16_BE + b"\0a", "is written in UTF-16: save it as UTF-8"),
-        *(
-            ("d.jsonl", b"\n".join(json.dumps({"instruction": "a", "output": value}).encode() for value in values),
-             rf"column output is text in row {text} and is none in row {other}: write all of it as text")
-            for values, (text, other) in MIXED
-        ),
+        ("d.jsonl", mixed(0, "unknown", 1), "column output is text in row 1 and is none in row 0: write all of it as"),
+        ("d.jsonl", mixed("unknown", None, 1.5), "column output is text in row 0 and is none in row 2: write all"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_used_is_named(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said), reading_rows(tmp_path / name, TWO_COLUMNS):
@@ -187,16 +153,13 @@ def test_a_tokenizer_that_loses_spaces_is_refused(rows, tiny_model):
 # The split in the run folder
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "said"), [(2, r"eval_size 0\.9 of 2 rows leaves none to train on"), (1, "has 1 usable rows")]
-)
-def test_a_split_that_leaves_nothing_to_train_on_is_refused(make_experiment, rows, num_rows, said):
-    experiment = load_experiment(make_experiment(rows[:num_rows], eval_size=0.9))
-    with pytest.raises(UserError, match=said):
-        training_split(experiment)
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(make_experiment, rows):
+    for num_rows, said in ((2, r"eval_size 0\.9 of 2 rows leaves none to train on"), (1, "has 1 usable rows")):
+        with pytest.raises(UserError, match=said):
+            training_split(load_experiment(make_experiment(rows[:num_rows], eval_size=0.9)))
 
 
-def test_a_changed_split_and_one_of_other_data_are_refused(make_experiment, rows):
+def test_a_changed_split_is_refused(make_experiment, rows):
     experiment = load_experiment(make_experiment(rows))
     training_split(experiment)
     held_out = experiment.data_folder / "eval.arrow"
@@ -206,14 +169,6 @@ def test_a_changed_split_and_one_of_other_data_are_refused(make_experiment, rows
         training_split(experiment)
     held_out.write_bytes(kept)
     training_split(experiment)
-    rows[3]["output"] += " And more."
-    with pytest.raises(UserError, match=r"belongs to other data \(dataset_sha256"):
-        training_split(load_experiment(make_experiment(rows)))
-
-
-def test_dates_in_other_columns_do_no_harm(make_experiment, rows):
-    dated = [row | {"day": "2020-01-01"} for row in rows]
-    assert len(training_split(load_experiment(make_experiment(dated))).rows) == 24
 
 
 def test_data_sets_that_are_written_at_the_same_time_are_all_listed(make_experiment, rows):
@@ -224,7 +179,7 @@ def test_data_sets_that_are_written_at_the_same_time_are_all_listed(make_experim
     assert sorted(read_json(experiment.data_folder / "dataset_info.json")) == sorted(names)
 
 
-def test_errors_of_a_stage_are_one_line_with_exit_code_2(make_experiment, rows, tmp_path):
+def test_errors_of_a_stage_are_one_line_with_exit_code_2(make_experiment, rows, tmp_path, stage):
     config, empty = make_experiment(rows), tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text("{}")
@@ -236,7 +191,6 @@ def test_errors_of_a_stage_are_one_line_with_exit_code_2(make_experiment, rows, 
         ("--set", "dataset=no/such/file.json"): "no/such/file.json",
         ("--project", "p"): "pip install wandb",
     }.items():
-        assert_one_line_error(
-            run_script("finetune/finetune.py", "--config_path", config, *arguments, check=False), said
-        )
+        code, _, errors = stage("finetune.finetune", config, *arguments)
+        assert code == 2 and errors.count("error: ") == 1 and said in errors.splitlines()[-1], errors
         assert not (tmp_path / "run" / "small").exists()

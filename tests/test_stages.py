@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, run_script
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -85,34 +84,25 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(load, tmp_path, monkey
         score(experiment, tmp_path / "resumed")
     assert list((tmp_path / "resumed").glob("part-*"))
     resumed = score(experiment, tmp_path / "resumed")
-    scored_twice = sum(len(batch) for batch in batches) - 24
-    assert scored_twice <= 3 * max(map(len, batches))  # only the part in hand was done again
+    assert sum(map(len, batches)) - 24 <= 3 * max(map(len, batches))  # only the part in hand was done again
     assert resumed.effort.tobytes() == unbroken.effort.tobytes()
-    assert np.array_equal(resumed.index, unbroken.index)
 
 
 def test_scores_repeat_bit_for_bit_another_seed_draws_another_a_and_released_ones_are_doubled(load, tmp_path):
-    first, second = (score(load(), tmp_path / name).effort for name in ("first", "second"))
-    assert first.tobytes() == second.tobytes()
+    first = score(load(), tmp_path / "first").effort
+    assert score(load(), tmp_path / "second").effort.tobytes() == first.tobytes()
     assert not np.allclose(score(load("selection.seed=1"), tmp_path / "other").effort, first)
     assert np.array_equal(score(load("selection.mode=released"), tmp_path / "released").effort, 2 * first)
 
 
-def test_later_rows_join_what_is_scored_and_scores_of_another_setting_never_mix(load, tmp_path, capsys):
-    assert list(score(load(), tmp_path / "scores", [2, 9]).index) == [2, 9]
-    assert list(score(load(), tmp_path / "scores", [2, 5, 9]).index) == [2, 5, 9]
-    capsys.readouterr()
-    score(load(), tmp_path / "scores", [5])
+def test_later_rows_join_what_is_scored(load, tmp_path, capsys):
+    for rows, joined in (([2, 9], [2, 9]), ([2, 5, 9], [2, 5, 9]), ([5], [2, 5, 9])):
+        capsys.readouterr()
+        assert list(score(load(), tmp_path / "scores", rows).index) == joined
     assert "reusing" in capsys.readouterr().err
-    for change in ("selection.phi=v_weight", "cutoff_len=100", "template=alpaca"):
-        key = change.removeprefix("selection.").partition("=")[0]
-        with pytest.raises(UserError, match=f"holds scores made otherwise \\({key}"):
-            score(load(change), tmp_path / "scores")
 
 
-def test_rows_without_a_finite_score_are_named_and_more_than_one_percent_stop_the_run(
-    load, tmp_path, monkeypatch, capsys
-):
+def test_rows_without_a_finite_score_are_named_and_too_many_stop_the_run(load, tmp_path, monkeypatch, capsys):
     score_batch, not_finite = EffortScorer.score, torch.full((99,), torch.nan)
     monkeypatch.setattr(EffortScorer, "score", lambda *a: score_batch(*a) | {"effort": not_finite[: len(a[1])]})
     with pytest.raises(UserError, match=r"1?\d of 24 rows have a loss or score that is NaN or infinite, more than 1 %"):
@@ -166,38 +156,39 @@ def test_released_resets_the_adapters_of_the_speculator_and_not_of_the_tuned_tar
         check_base(tuned, str(other))
 
 
+@pytest.fixture
+def call(stage):
+    """A function that runs a stage and gives what it says; it ends well, or in one line that says `error`."""
+
+    def call(name: str, config, *arguments: object, error: str = "") -> str:
+        code, _, said = stage(name, config, *arguments)
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert (code, len(errors)) == ((2, 1) if error else (0, 0)) and re.search(error, "".join(errors)), said
+        return said
+
+    return call
+
+
 @pytest.mark.parametrize("mode", ["paper", "released"])
-def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_experiment, rows, mode):
+def test_verification_scores_only_the_drawn_samples_or_all_as_released(make_experiment, rows, call, mode):
     config = make_experiment(rows)
     experiment = load_experiment(config, [f"selection.mode={mode}"])
-
-    def call(script: str, *arguments: object, check: bool = True):
-        return run_script(script, "--config_path", config, *arguments, check=check)
-
     tuned = tune(experiment, experiment.tuned_small, experiment.small_training)
     score(experiment, experiment.small_scores, tuned=tuned, stage=SPECULATIVE_SCORES)
-    done = call("selection/verify.py", "--set", f"selection.mode={mode}")
-    assert "self-test: 4 samples in a batch and one by one agree to" in done.stderr
+    said = call("selection.verify", config, "--set", f"selection.mode={mode}")
+    assert "self-test: 4 samples in a batch and one by one agree to" in said
     verification = json.loads(experiment.verification.read_text())
     drawn = sorted(row for stratum in verification["strata"] for row in stratum["verified"])
     assert verification["verified_samples"] == len(drawn) <= 4 * 2
     assert list(read_scores(experiment.target_scores).index) == (drawn if mode == "paper" else list(range(24)))
-    if mode == "released":
-        return
-    for arguments, said in {
-        ("--self_test", "-1"): "key selection.self_test",
-        ("--set", "selection.phi=v_weight"): "scores/small was made otherwise (phi.name: stored",
-    }.items():
-        assert_one_line_error(call("selection/verify.py", *arguments, check=False), said)
-    call("selection/coreset.py")
-    coreset = json.loads((experiment.coresets / "staff-0.5.json").read_text())
-    assert len(coreset["indices"]) == 12
-    assert coreset["ids"] == [training_split(experiment).ids[i] for i in coreset["indices"]]
-    other = call("selection/coreset.py", "--seed", 1, check=False)
-    assert_one_line_error(other, "verification.json was made otherwise (seed: stored 42, now 1)")
+    if mode == "paper":
+        call("selection.verify", config, "--self_test", -1, error="key selection.self_test")
+        call("selection.coreset", config)
+        coreset = json.loads((experiment.coresets / "staff-0.5.json").read_text())
+        assert coreset["ids"] == [training_split(experiment).ids[i] for i in coreset["indices"]]
 
 
-def test_tuning_on_published_index_lists_and_refusing_what_does_not_fit(make_experiment, rows, tmp_path):
+def test_tuning_on_published_index_lists_and_refusing_what_does_not_fit(make_experiment, rows, tmp_path, call):
     config = make_experiment(rows)
     experiment = load_experiment(config)
     split = training_split(experiment)
@@ -205,75 +196,59 @@ def test_tuning_on_published_index_lists_and_refusing_what_does_not_fit(make_exp
     coreset = {"indices": [0, 3], "ids": [split.ids[0], split.ids[4]], "data_fingerprint": split.fingerprint}
     (tmp_path / "other.json").write_text(json.dumps(coreset))
 
-    def select(*names):
+    def select(*names, error=""):
         paths = [tmp_path / name for name in names]
-        return run_script("finetune/finetune-select.py", "--config_path", config, "--select_path", *paths, check=False)
+        return call("finetune.finetune-select", config, "--select_path", *paths, error=error)
 
-    assert_one_line_error(select("published.pt", "other.json"), "row 3 has id", "the coreset is for other data")
+    select("published.pt", "other.json", error="row 3 has id .*the coreset is for other data")
     assert not (experiment.folder / "target").exists()
-    done = select("published.pt")
-    assert done.returncode == 0, done.stderr[-2000:]
+    select("published.pt")
     chosen = list(rows_of(experiment, "published"))
     assert chosen == [split.rows[i] for i in (2, 4, 7, 11)]
     assert (experiment.tuned_target("published") / "adapter_model.safetensors").exists()
-    assert "reusing" in select("published.pt").stderr
+    assert "reusing" in select("published.pt")
 
     torch.save([4, 2, 11, 8], tmp_path / "published.pt")  # another coreset under a name that is taken
-    assert_one_line_error(select("published.pt"), "was made otherwise (rows:")
+    select("published.pt", error=r"was made otherwise \(rows:")
     assert list(rows_of(experiment, "published")) == chosen  # what was tuned on stays
     for name in ("train.pt", "full.pt", "a,b.pt"):
         torch.save([1], tmp_path / name)
-        assert_one_line_error(select(name), f"{name}: a coreset's file name names its data set")
-    assert training_split(experiment).ids == split.ids
+        select(name, error=f"{name}: a coreset's file name names its data set")
 
 
-def test_a_speculator_without_a_pass_scores_as_it_is(make_experiment, rows, tmp_path):
-    config, keys = make_experiment(rows), ["small_training.num_train_epochs=0"]
-    untuned, experiment = ["--config_path", config, "--set", *keys], load_experiment(config, keys)
-    assert "none, num_train_epochs is 0" in run_script("finetune/finetune.py", *untuned).stderr
-    run_script("selection/effort_score.py", *untuned)
+def test_a_speculator_without_a_pass_scores_as_it_is(make_experiment, rows, tmp_path, call):
+    config = make_experiment(rows, small_training={"num_train_epochs": 0})
+    experiment = load_experiment(config)
+    assert "none, num_train_epochs is 0" in call("finetune.finetune", config)
+    call("selection.effort_score", config)
     assert not (experiment.folder / "small").exists()
     assert np.array_equal(read_scores(experiment.small_scores).effort, score(experiment, tmp_path / "scores").effort)
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "said"),
-    [
-        ("selection/effort_score.py", [], "the speculative model is not tuned yet .*: run finetune.py with"),
-        (
-            "selection/effort_score.py",
-            ["--model", "target"],
-            "the target is not tuned .* --model target",
-        ),
-        ("selection/coreset.py", ["--method", "grand"], "grand reads the scores of the tuned target.*--model target"),
-        ("finetune/eval.py", [], "run finetune-select.py first"),
-        ("scripts/costs.py", [], "no cost ledger yet"),
-    ],
-)
-def test_stages_say_which_stage_is_missing(make_experiment, rows, script, arguments, said):
-    done = run_script(script, "--config_path", make_experiment(rows), *arguments, check=False)
-    assert_one_line_error(done)
-    assert re.search(said, done.stderr), done.stderr
+def test_stages_say_which_stage_is_missing(make_experiment, rows, call):
+    config = make_experiment(rows)
+    call("selection.effort_score", config, error="the small model is not tuned yet .*: run finetune.py --model small")
+    call("selection.effort_score", config, "--model", "target", error="the target model is not tuned .*--model target")
+    call("selection.coreset", config, "--method", "grand", error="scores of the tuned target.*--model target")
+    call("finetune.eval", config, error="run finetune-select.py first")
+    call("scripts.costs", config, error="no cost ledger yet")
 
 
-def test_a_speculator_cut_on_held_out_rows_is_refused_before_anything(make_experiment, rows, tmp_path):
+def test_a_speculator_cut_on_held_out_rows_is_refused_before_anything(make_experiment, rows, tmp_path, call):
     """30 rows, 24 in training: of 16 calibration rows of one split some are held out in another."""
     small = tmp_path / "cut"
     own = make_experiment(rows, small_model=str(small))
-    run_script("scripts/make_draft.py", "--config_path", own, "--layers", 2)
+    call("scripts.make_draft", own, "--layers", 2)
     made, experiment = json.loads((small / "draft.json").read_text()), load_experiment(own)
     split = training_split(experiment)
     assert made["calibration_ids"] == [split.ids[row] for row in made["calibration_rows"]]
 
     keys = ["split_seed=7", f"output_dir={tmp_path / 'other'}"]
-    elsewhere = ["--config_path", own, "--set", keys[0], "--set", keys[1]]
+    elsewhere = [own, "--set", keys[0], "--set", keys[1]]
     other = load_experiment(own, keys)
     other_split = training_split(other)
-    held_out = set(held_out_ids(other)).intersection(made["calibration_ids"])
-    with pytest.raises(UserError, match=f"was cut on {len(held_out)} of the rows that this run holds out"):
-        check_run(other, other_split)
-    done = run_script("finetune/finetune.py", *elsewhere, check=False)
-    assert_one_line_error(done, str(small), "scripts/make_draft.py")
+    count = len(set(held_out_ids(other)).intersection(made["calibration_ids"]))
+    call("finetune.finetune", *elsewhere, error=f"was cut on {count} of the rows that this run holds out.*make_draft")
     assert not other.record.exists() and {path.name for path in other.folder.iterdir() if path.is_dir()} == {"data"}
 
     del made["calibration_ids"]  # as of a speculator that does not name its rows
@@ -281,20 +256,18 @@ def test_a_speculator_cut_on_held_out_rows_is_refused_before_anything(make_exper
     check_run(experiment, split)
     with pytest.raises(UserError, match="does not say on which rows"):
         check_run(other, other_split)
-    run_script("scripts/make_draft.py", *elsewhere, "--layers", 2, "--out", tmp_path / "again")
-    check_run(load_experiment(own, [*keys, f"small_model={tmp_path / 'again'}"]), other_split)
 
 
-def test_rows_that_are_held_out_too_do_not_calibrate(make_experiment, rows, tmp_path):
+def test_rows_that_are_held_out_too_do_not_calibrate(make_experiment, rows, tmp_path, call):
     own = make_experiment([*rows[:20], *rows[:10]], small_model=str(tmp_path / "cut"))
-    run_script("scripts/make_draft.py", "--config_path", own, "--layers", 2)
+    call("scripts.make_draft", own, "--layers", 2)
     held_out = set(held_out_ids(load_experiment(own)))
     assert held_out.intersection(training_split(load_experiment(own)).ids)
     assert not held_out.intersection(json.loads((tmp_path / "cut" / "draft.json").read_text())["calibration_ids"])
 
 
 def test_evaluation_takes_the_keys_of_the_model_and_not_those_of_training(load, monkeypatch):
-    """A QLoRA adapter answers on the quantised base, tuned or full; LLaMA-Factory accepts what it is handed."""
+    """A QLoRA adapter answers on the quantised base; LLaMA-Factory accepts what it is handed."""
     from llamafactory.hparams import get_train_args
     from llamafactory.train import tuner
 
@@ -304,42 +277,22 @@ def test_evaluation_takes_the_keys_of_the_model_and_not_those_of_training(load, 
     training = json.dumps(model | only_training | {"flash_attn": "sdpa"})
     experiment = load(f"training={training}", "target_training.flash_attn=fa2")
     training_split(experiment)
-    handed = []
+    handed, adapter = [], experiment.folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
 
-    def run_exp(arguments, callbacks):
+    def run_exp(arguments):
         handed.append(arguments)
         for name, text in (("generated_predictions.jsonl", ""), ("predict_results.json", "{}")):
             (Path(arguments["output_dir"]) / name).write_text(text)
 
     monkeypatch.setattr(tuner, "run_exp", run_exp)
-    adapter = experiment.folder / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the script changes it
+    identity = importlib.import_module("finetune.eval").identity_of(experiment, "untuned")
+    assert identity["model_keys"] == model  # answers under other keys are other answers
     for tuned in (None, adapter):
         trainer.predict(experiment, tuned, experiment.folder, "fp32")
         arguments = handed.pop()
         assert {key: arguments.get(key) for key in model} == model
         assert not only_training.keys() & arguments.keys()
         assert get_train_args(arguments)[0].quantization_bit == 4
-
-
-def test_flash_attn_reaches_the_model_that_answers_and_belongs_to_the_evaluation(load, monkeypatch):
-    from llamafactory.train.sft import workflow
-
-    monkeypatch.setattr(sys, "path", sys.path.copy())  # the script changes it
-    script = importlib.import_module("finetune.eval")
-
-    def evaluate(experiment) -> None:
-        identity = script.identity_of(experiment, "untuned")
-        script.evaluate(experiment, "untuned", identity, script.is_there(experiment, "untuned", identity))
-
-    experiment = load("training.flash_attn=disabled")
-    training_split(experiment)
-    loaded, load_model = [], workflow.load_model
-    monkeypatch.setattr(workflow, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[-1])
-    evaluate(experiment)
-    assert [model.config._attn_implementation for model in loaded] == ["eager"]
-    with pytest.raises(UserError, match=r"was made otherwise \(model_keys\.flash_attn: "):
-        evaluate(load("training.flash_attn=sdpa"))
-    evaluate(experiment)  # reused
-    assert len(loaded) == 1

@@ -42,9 +42,3 @@ def test_its_ledger_report_and_annotated_rows_are_read(run, stage):
     assert sum(rows["chosen"].to_pylist()) == 12
     code, out, error = stage("scripts.report", run / "experiment.yaml", "--set", f"output_dir={run}")
     assert code == 0 and out.strip() == str(run / "report.html"), error
-
-
-def test_another_setting_is_refused(run, stage):
-    changes = ["--set", f"output_dir={run}", "--set", "selection.num_strata=2"]
-    code, _, error = stage("selection.coreset", run / "experiment.yaml", *changes)
-    assert code == 2 and "num_strata" in error and error.count("\n") == 1

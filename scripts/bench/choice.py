@@ -3,11 +3,12 @@
     python scripts/bench/choice.py
     python scripts/bench/choice.py --method d2 --rows 115784 --features 576
 
-Every point is a process of its own: it reads what the method needs from a score folder of random figures, chooses, and
-writes the coreset. "CPU" is the choice's processor time. Needs nothing; prints a table.
+Each point is a call of coreset.py on a score folder of random figures: reading, choice and writing together, with some
+seconds of imports. Needs nothing; prints a table.
 """
 
-import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,25 +20,16 @@ from selection.run.ending import run_stage
 
 import numpy as np
 
-from scripts.bench.apart import measure_apart, process_peak_gib
-from selection.method.baselines import baseline, columns_of
-from selection.method.staff import choose_staff, coreset_size
 from selection.run.cli import argument_parser
-from selection.run.config import Method, Selection
+from selection.run.config import REPOSITORY, Method
 from selection.run.errors import UserError
 from selection.run.products import write_sealed
-from selection.scores.coresets import write_coreset
-from selection.scores.folder import ScoreFolder, read_ids, read_scores
-from selection.scores.verification import Settings, cut_strata, draw, verify
+from selection.scores.folder import ScoreFolder
 
-RATE, READ_FEATURES = 0.1, ("moderate", "d2")
-FIGURES = {"reading": ".3f", "choice": ".4f", "CPU": ".4f", "writing": ".3f", "peak, GiB": ".2f"}  # the others seconds
+READ_FEATURES = ("moderate", "d2")
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(measure(**json.loads(sys.argv[2]))))
-        return
     parser, methods = argument_parser(__doc__), get_args(Method)
     parser.add_argument("--method", nargs="+", choices=methods, default=methods, help="default: all")
     parser.add_argument("--rows", type=int, nargs="+", help="N; default: 10^4 to 10^8, of moderate and d2 to 10^5")
@@ -46,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.rows or [10]) < 10 or arguments.features < 1:
         raise UserError("--rows and --features: give at least 10 rows and one feature")
-    print(f"{'method':<16}{'rows':>12}" + "".join(f"{name:>11}" for name in FIGURES))
+    print(f"{'method':<16}{'rows':>12}{'seconds':>11}{'CPU':>11}{'peak, GiB':>11}")
     for rows in sorted(arguments.rows or [10**power for power in range(4, 9)]):
         # D2 grows with N² · d.
         methods = [m for m in arguments.method if arguments.rows or rows <= 10**5 or m not in READ_FEATURES]
@@ -54,41 +46,26 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             make_score_folder(Path(folder), rows, arguments.features if set(methods) & set(READ_FEATURES) else 0)
             for method, mode in runs:
-                point = measure_apart(__file__, {"folder": folder, "method": method, "mode": mode})
-                figures = "".join(f"{point[name]:>11{form}}" for name, form in FIGURES.items())
+                seconds, processor, peak = cut(folder, method, mode)
                 name = f"staff, {mode}" if method == "staff" else method
-                print(f"{name:<16}{rows:>12,}{figures}", flush=True)
+                print(f"{name:<16}{rows:>12,}{seconds:>11.2f}{processor:>11.2f}{peak:>11.2f}", flush=True)
 
 
-def measure(folder: str, method: str, mode: str) -> dict[str, float]:
-    """FIGURES of one choice."""
-    path, selection, marks = Path(folder), Selection(mode=mode), [time.perf_counter()]
-    columns = ("effort",) if method == "staff" else columns_of(method, selection.baseline_variant)
-    scores = read_scores(path, columns, ids=False).check_complete()
-    # Released: the target has scored everything too.
-    target = read_scores(path, ids=False) if (method, mode) == ("staff", "released") else None
-    m, cpu = coreset_size(RATE, len(scores.index)), -time.process_time()
-    marks.append(time.perf_counter())
-    if method == "staff":
-        settings = Settings.of(selection)
-        strata = cut_strata(scores.effort, settings)
-        verified = target or scores.only(np.sort(np.concatenate(draw(strata, settings))))
-        ratios = [record.verification_ratio for record in verify(scores.effort, verified, settings, strata)]
-        choice = choose_staff(scores.effort, strata, ratios, m, mode, settings.seed)
-    else:
-        by = selection.baseline_variant, selection.num_strata, selection.hardest_cutoff, selection.seed
-        choice = baseline(method, scores.columns, len(scores.index), mode, *by)(m, None)
-    cpu += time.process_time()
-    marks.append(time.perf_counter())
-    scores.columns.clear()
-    write_coreset(path, method, RATE, choice.rows, read_ids(path, choice.rows), scores, {})
-    reading, choosing, writing = np.diff([*marks, time.perf_counter()]).tolist()
-    return dict(zip(FIGURES, (reading, choosing, cpu, writing, process_peak_gib()), strict=True))
+def cut(folder: str, method: str, mode: str) -> tuple[float, float, float]:
+    """Seconds passed, processor seconds and peak memory (GiB) of one call; staff: the target's scores are the same."""
+    command = [sys.executable, REPOSITORY / "selection" / "coreset.py", "--scores", folder, "--rate", "0.1", "--quiet"]
+    command += ["--method", method, "--mode", mode, "--out", Path(folder) / "coresets"]
+    command += ["--target_scores", folder] if method == "staff" else []
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{method} on {folder} failed; its message stands above")
+    return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20  # Linux counts in KiB
 
 
 def make_score_folder(path: Path, rows: int, width: int) -> None:
-    """Random figures in parts of 256 rows, at most 10,000. Features (rows, width) are clusters around a large common
-    mean, like hidden states."""
+    """Random figures in parts of 256 rows, at most 10,000; features (rows, width) in clusters, like hidden states."""
     rng, columns = np.random.default_rng(0), ["el2n", "entropy"] + ["hidden_state"] * (width > 0)
     centres = 10 + 3 * rng.standard_normal((300, width), dtype=np.float32)
     folder = ScoreFolder(path, {"data_fingerprint": "random"}, rows, columns)

@@ -41,8 +41,7 @@ def with_phi(model: nn.Module, phi: str, lora_everywhere: bool = False) -> tuple
     """The model and φ's parameters by name in it: nothing else requires a gradient.
 
     v_lora_b: PEFT's LoRA on the last value projection, or on every query and value projection (`lora_everywhere`). The
-    last A is the suite's, so that norms can be compared.
-    """
+    last A is the suite's, so that norms can be compared."""
     last = ""
     if phi == "v_lora_b":
         scorer = EffortScorer(model, phi, RANK, ALPHA, SEED)
@@ -100,8 +99,7 @@ def _loop(model: nn.Module, phi: str, released: bool = False) -> Score:
     """Plain autograd of one sample: the model's own loss, one backward pass, one norm.
 
     `released`: as in the published code, a LoRA on every query and value projection and two backward passes, whose
-    gradients add up (halved here). Only the last B requires a gradient: the fastest reading of that code.
-    """
+    gradients add up (halved here). Only the last B requires a gradient: the fastest reading of that code."""
     model, parameters = with_phi(model, phi, lora_everywhere=released)
 
     def score(ids, labels):

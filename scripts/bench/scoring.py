@@ -12,6 +12,9 @@ model, data and scripts/bench/requirements.txt; writes --json and prints a table
 import importlib.metadata
 import itertools
 import json
+import os
+import re
+import subprocess
 import sys
 import time
 from datetime import UTC, datetime
@@ -27,7 +30,6 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
-from scripts.bench.apart import measure_apart, process_peak_gib
 from scripts.bench.contestants import CONTESTANTS, load
 from selection.method.effort import plan_batches, tokens_per_batch
 from selection.run.cli import argument_parser
@@ -40,7 +42,6 @@ from selection.scores.in_memory import tokens_of
 from selection.scores.models import DTYPES
 
 PHIS, KEY = ("v_lora_b", "all_lora"), ["phi", "dtype", "contestant"]
-CUTOFF = 1024
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def compare(arguments) -> dict:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             key, about = dict(zip(KEY, (phi, dtype, name), strict=True)), f"{name} for {phi} in {dtype}"
             try:
-                measured += [] if about in skipped else [key | measure_apart(__file__, job | key)]
+                measured += [] if about in skipped else [key | measure_apart(job | key)]
             except UserError as error:
                 skipped[about] = str(error)
                 say(f"skipped: {about}: {error}")
@@ -98,6 +99,16 @@ def compare(arguments) -> dict:
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
     record = {"settings": settings, "date": datetime.now(UTC).date().isoformat(), "code_version": code_version()}
     return record | {"versions": versions, "results": results, "skipped": skipped}
+
+
+def measure_apart(job: dict) -> dict:
+    """`measure` in a fresh process, so that its peak memory is its own. Raises: UserError, without paths."""
+    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        said = done.stderr.strip().splitlines() if done.returncode > 0 else ["killed, most likely out of memory"]
+        raise UserError(re.sub(r"/\S*/", "", said[-1][:300].removeprefix("error: ")))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(model: str, data: str, rows: int, phi: str, dtype: str, contestant: str) -> dict:
@@ -129,6 +140,11 @@ def measure(model: str, data: str, rows: int, phi: str, dtype: str, contestant: 
     }
 
 
+def process_peak_gib() -> float:
+    """Not getrusage's ru_maxrss: it counts the memory of the parent, which this process was forked from, too."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
 def tokenised_rows(model: str, data: str, rows: int) -> tuple[tuple, tuple]:
     """Token ids and labels (−100 on the prompt) of the file's first rows, cut to 1,024 tokens, by the tokenizer's own
     chat template: LLaMA-Factory is not on every machine that is measured."""
@@ -144,7 +160,7 @@ def tokenised_rows(model: str, data: str, rows: int) -> tuple[tuple, tuple]:
         raise UserError(f"cannot tokenise {data} by {model}: {error!r}: give --model and --data") from None
     if len(samples) < rows:
         raise UserError(f"--rows {rows}: {data} has {len(samples)}")
-    return tuple(zip(*tokens_of(Dataset.from_list(samples), tokenizer, CUTOFF), strict=True))
+    return tuple(zip(*tokens_of(Dataset.from_list(samples), tokenizer, 1024), strict=True))
 
 
 def draw(record: dict, out: Path) -> None:

@@ -2,11 +2,11 @@ r"""What each choice in selection is worth, at the price of scoring only: nothin
 
     python scripts/paper/ablations.py --config_path configs/smollm2/go_biology.yaml --layers 16 12 20 --passes 3 1 0 \
         --set max_samples=500 --set eval_size=0.2 --set selection.num_strata=20 --set selection.verify_per_stratum=5 \
-        --jobs 2 --baseline_scores runs/reproduce/smollm2_cpu/go_biology-seed-1/scores/target-full
+        --jobs 2
 
 Needs the target (scripts/demo_models.sh). Cuts speculators of some sizes out of it, tunes each for some passes, and
-scores the training split on all of them and on the target. Verification and departures are those of the first. Writes
-three CSVs and ablations.md to data/results/ablations/ (--out). Finished models and scores are reused.
+scores the training split on all of them and on the target. Verification is that of the first. Writes speculator.csv,
+verification.csv and ablations.md to data/results/ablations/ (--out). Finished models and scores are reused.
 """
 
 import argparse
@@ -23,10 +23,8 @@ import numpy as np
 import pandas as pd
 
 from scripts.paper.cells import Job, markdown_table, run_jobs, stage_flops
-from selection.method import staff
-from selection.method.baselines import baseline
+from selection.method.staff import choose_staff, coreset_size
 from selection.report.agreement import agreement, overlap
-from selection.rows.split import training_split
 from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import REPOSITORY, Experiment, load_experiment
 from selection.run.errors import UserError, refusals
@@ -35,18 +33,15 @@ from selection.run.model_folder import model_path
 from selection.run.products import atomic_path, code_version
 from selection.scores.folder import Scores, read_scores
 from selection.scores.models import parameters_of
-from selection.scores.scoring import score_rows
 from selection.scores.verification import Settings, cut_strata, draw, verify
 
 COLUMNS = ("effort", "n_response_tokens")
-RESET_SCORES = "speculative scores, adapters reset"  # a stage of its own in the ledger: no method pays for it
-BASELINE_COLUMNS = ("el2n", "el2n_released", "hidden_state")
 NUMBERS = {  # option: (default, meaning)
-    "layers": ("16", "decoder layers kept of the target"),
-    "passes": ("3 1 0", "epochs of tuning"),
-    "verify_per_stratum": ("5 10 20", "b_v, rows"),
-    "num_strata": ("20 50", "K"),
-    "seeds": ("1 2 3 4 5 6 7 8 9 10", "of draws, two or more"),
+    "layers": ([16], "decoder layers kept of the target"),
+    "passes": ([3, 1, 0], "epochs of tuning"),
+    "verify_per_stratum": ([5, 10, 20], "b_v, rows"),
+    "num_strata": ([20, 50], "K"),
+    "seeds": (list(range(1, 11)), "of draws, two or more"),
 }
 
 
@@ -54,38 +49,22 @@ def main() -> None:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser)
     for name, (default, meaning) in NUMBERS.items():
-        given = [int(number) for number in default.split()]
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=given, help=f"{meaning}; default: {default}")
-    said = "of the tuned target with all columns: EL2N, CCS and D2 too; default: none"
-    parser.add_argument("--baseline_scores", type=Path, help=said)
+        said = f"{meaning}; default: %(default)s"
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default, help=said)
     parser.add_argument("--jobs", type=int, default=1, help="speculators at a time; default: 1")
     for option, folder in (("runs", "runs/ablations"), ("out", "data/results/ablations")):
         said = f"folder of the {'run folders' if option == 'runs' else 'tables'}; default: {folder}"
         parser.add_argument(f"--{option}", type=Path, default=REPOSITORY / folder, help=said)
     arguments = parser.parse_args()
-    arguments.runs, tuned_target = arguments.runs.resolve(), None
+    arguments.runs = arguments.runs.resolve()
     if len(arguments.seeds) < 2:
         raise UserError("--seeds: give two or more, the differences between them are the yardstick")
-    if arguments.baseline_scores:
-        tuned_target = read_scores(arguments.baseline_scores, BASELINE_COLUMNS).check_complete()
-        here = [*arguments.set, f"output_dir={json.dumps(str(arguments.runs / 'split'))}"]
-        if tuned_target.fingerprint != training_split(load_experiment(arguments.config_path, here)).fingerprint:
-            raise UserError(f"--baseline_scores {tuned_target.source}: scores of another training split than this one")
     experiments = run_speculators(arguments)
     reference = next(iter(experiments.values()))
     small, target = read_scores(reference.small_scores).of_all_rows(), read_scores(reference.target_scores, COLUMNS)
     with refusals():
-        departures = departures_of_staff(reference, small, target, arguments.seeds)
-        if tuned_target:
-            departures += departures_of_baselines(reference, tuned_target, arguments.seeds)
         verification = verification_table(reference, small, target, arguments)
-    means = pd.DataFrame(departures, columns=["departure", "rate", "shared"])
-    means = means.pivot_table("shared", "departure", "rate", sort=False)[reference.selection.rates]
-    tables = {
-        "speculator": speculator_table(experiments, target),
-        "verification": verification,
-        "departures": means.rename(columns="rate_{:g}".format).reset_index(),
-    }
+    tables = {"speculator": speculator_table(experiments, target), "verification": verification}
     text = f"# What each choice in selection is worth\n\n{len(small)} rows, {code_version()}\n"
     for name, table in tables.items():
         table = table.round(4)
@@ -154,72 +133,15 @@ def verification_table(experiment: Experiment, small: np.ndarray, target: Scores
     return pd.DataFrame(rows, columns=["num_strata", "verify_per_stratum", "rate", *figures])
 
 
-def departures_of_staff(experiment: Experiment, small: np.ndarray, target: Scores, seeds: list[int]) -> list[tuple]:
-    """Overlap with the published rule's coreset under ONE departure of the released code (its number in README.md), on
-    the same scores and draws: (departure, rate, share) for each seed."""
-    reset, normalised, shared = released_scores(experiment), staff.min_max_normalise(small, small), []
-    for seed, rate in product(seeds, experiment.selection.rates):
-        paper = replace(Settings.of(experiment.selection), seed=seed)
-        released, draws = replace(paper, mode="released"), draw(cut_strata(small, paper), paper)
-        known, extremes = target.at(np.concatenate(draws)), []
-        for rows in draws:
-            own = staff.min_max_normalise(target.at(rows), known)
-            extremes.append(staff.verification_ratio(own, normalised[rows]))
-        departures = {
-            "1 tuned query and value adapters reset": {"small": reset},
-            "2 target scores everything": {"everything": True},
-            "3 budgets by the sum of V": {"v": ratios(small, target, released), "budgets": "released"},
-            "4 highest scores inside a stratum": {"within": "released"},
-            "5 scores doubled": {"small": 2 * small},
-            "6 another seed": {"by": replace(paper, seed=seed + 1000)},
-            "1 to 5, mode released": {"small": reset, "by": released, "everything": True},
-            "V by the verified samples' extremes alone": {"v": extremes},
-        }
-        published = {"small": small, "target": target, "by": paper, "rate": rate}
-        rows = coreset(**published)
-        shared += [(name, rate, overlap(coreset(**published | made), rows)) for name, made in departures.items()]
-    return shared
-
-
-def departures_of_baselines(experiment: Experiment, tuned_target: Scores, seeds: list[int]) -> list[tuple]:
-    """As `departures_of_staff`, on the tuned target's scores."""
-    shared, by, columns, count = [], experiment.selection, tuned_target.columns, len(tuned_target.index)
-    # CCS and D2 read one EL2N here, so that nothing but their own departure tells them apart.
-    one_el2n = columns | {"el2n_released": columns["el2n"]}
-    for name, method, read in (("7 EL2N", "el2n", columns), ("8 CCS", "ccs", one_el2n), ("9 D2", "d2", one_el2n)):
-        for seed in seeds if method == "ccs" else seeds[:1]:
-            settings = by.num_strata, by.hardest_cutoff, seed
-            rules = [baseline(method, read, count, "paper", rule, *settings) for rule in ("published", "released")]
-            for rate in by.rates:
-                m = staff.coreset_size(rate, count)
-                shared.append((name, rate, overlap(*(rule(m, None).rows for rule in rules))))
-    return shared
-
-
-def released_scores(experiment: Experiment) -> np.ndarray:
-    """The speculator's scores with departure 1, from the same tuned model."""
-    released, split = experiment.model_copy(deep=True), training_split(experiment)
-    released.selection.mode, folder = "released", experiment.folder / "scores" / "small-released"
-    every = np.arange(len(split.rows))
-    score_rows(released, split, experiment.small_model, experiment.tuned_small, every, folder, RESET_SCORES)
-    return read_scores(folder).of_all_rows()
-
-
 def drawn(small: np.ndarray, by: Settings) -> np.ndarray:
     return np.sort(np.concatenate(draw(cut_strata(small, by), by)))
 
 
-def ratios(small: np.ndarray, target: Scores, by: Settings, everything: bool = False) -> list[float | None]:
-    """V_i from the drawn samples, normalised over all the target has scored where `everything`."""
+def coreset(small: np.ndarray, target: Scores, by: Settings, rate: float, everything: bool = False) -> np.ndarray:
+    """STAFF's rows, with V_i from the drawn samples, normalised over all the target has scored where `everything`."""
     scored = target if everything else target.only(drawn(small, by))
-    return [record.verification_ratio for record in verify(small, scored, by)]
-
-
-def coreset(small, target, by: Settings, rate: float, everything=False, v=None, budgets=None, within=None):
-    """STAFF's rows. `v`: other V_i; `budgets`, `within`: the mode of another rule for budgets or inside strata."""
-    strata, m = cut_strata(small, by), staff.coreset_size(rate, len(small))
-    sizes = staff.allocate_budgets(strata.sizes, v or ratios(small, target, by, everything), m, budgets or by.mode)
-    return staff.choose_within_strata(small, strata, sizes, m, within or by.mode, by.seed).rows
+    ratios = [record.verification_ratio for record in verify(small, scored, by)]
+    return choose_staff(small, cut_strata(small, by), ratios, coreset_size(rate, len(small)), by.mode, by.seed).rows
 
 
 if __name__ == "__main__":

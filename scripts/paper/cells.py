@@ -108,8 +108,7 @@ _ROWS = TypeAdapter(list[_ROW], config=ConfigDict(allow_inf_nan=False))
 def read_cells(path: Path) -> dict[Cell, dict]:
     """The rows of a cells.csv by cell, with values of the types in COLUMNS; none where there is no file yet.
 
-    Raises: UserError naming row, counted from the header as row 1, and column.
-    """
+    Raises: UserError naming row, counted from the header as row 1, and column."""
     try:
         records = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
         rows = _ROWS.validate_python([dict.fromkeys(_FIGURES, "") | record for record in records])
@@ -129,8 +128,7 @@ def read_cells(path: Path) -> dict[Cell, dict]:
 def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
     """All finished cells, in the grid's order; those of a larger grid stay, at the end.
 
-    All rates of a method and seed get the first selection cost that was measured: a resumed run pays a little again.
-    """
+    All rates of a method and seed get the first selection cost that was measured: a resumed run pays a little again."""
     costs, rows = {}, []
     for cell in sorted(done, key=lambda cell: order.index(cell) if cell in order else len(order)):
         selection = {key: value for key, value in done[cell].items() if key.startswith("selection_")}
@@ -141,9 +139,9 @@ def write_cells(path: Path, done: dict[Cell, dict], order: list[Cell]) -> None:
         pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).to_csv(draft, index=False)
 
 
-def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
+def markdown_table(heading: list[str], rows: list[list[str]], title: str = "") -> str:
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"### {title}\n\n" * bool(title) + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cells_of(grid: Grid) -> list[Cell]:
@@ -157,13 +155,8 @@ def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
     """The stages' command line for the run folder of a cell."""
     task, variant = grid.tasks[cell.task], VARIANTS.get(cell.method, ())
     methods = [method for method in grid.methods if method not in ("full", "oracle", *VARIANTS)] or ["random"]
-    values = {
-        "output_dir": str(runs / cell.run),
-        "selection.methods": ["staff"] if variant else methods,
-        "selection.rates": grid.rates,
-        "selection.seed": cell.seed,
-        "training.seed": cell.seed,
-    }
+    values = {"output_dir": str(runs / cell.run), "selection.methods": ["staff"] if variant else methods}
+    values |= {"selection.rates": grid.rates, "selection.seed": cell.seed, "training.seed": cell.seed}
     changes = [*task.set, *variant, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
     config = str((REPOSITORY / task.config).resolve())
     return ["--config_path", config, *(part for change in changes for part in ("--set", change))]
@@ -201,15 +194,19 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
     any_scores = {*WITHOUT_SCORES, "oracle"}  # they need the number of rows and their tokens
     selected = {"small": methods & {"staff"}, "target": methods - {"staff", "full", *any_scores}}
     selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & any_scores
+    full = next((cell for cell in cells if cell.method == "full"), None)
     for model, scored in selected.items():
-        full = next((cell for cell in cells if cell.method == "full" and model == "target"), None)
-        commands = [["finetune/finetune.py", "--model", model]] if scored or full else []
-        commands += [["selection/effort_score.py", "--model", model]] if scored else []
-        commands += [["selection/verify.py"]] if "staff" in scored else []
-        commands += [["selection/coreset.py", "--method", *rules]] if (rules := sorted(scored - {"oracle"})) else []
-        commands += [["scripts/paper/oracle.py"]] if "oracle" in scored else []
-        commands += [["finetune/eval.py", "--tuned", "full"]] if full else []
-        jobs += [Job(f"{cells[0].run} {model}", commands, cell=full)] if commands else []
+        tuned, commands = full if model == "target" else None, []
+        if scored or tuned:
+            commands.append(["finetune/finetune.py", "--model", model])
+        if scored:
+            commands.append(["selection/effort_score.py", "--model", model])
+            commands += [["selection/verify.py"]] if "staff" in scored else []
+            commands += [["selection/coreset.py", "--method", *rules]] if (rules := sorted(scored - {"oracle"})) else []
+            commands += [["scripts/paper/oracle.py"]] if "oracle" in scored else []
+        if tuned:
+            commands.append(["finetune/eval.py", "--tuned", "full"])
+        jobs += [Job(f"{cells[0].run} {model}", commands, cell=tuned)] if commands else []
     for cell in cells:
         select = ["finetune/finetune-select.py", "--select_path", str(coresets / f"{cell.tuned}.json")]
         needs = f"{cell.run} {'small' if cell.rule in selected['small'] else 'target'}"
@@ -221,8 +218,7 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
 def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callable[[Job], None]) -> None:
     """Run jobs, `parallel` at a time, in as many processes that import everything once and see one GPU.
 
-    `finished` is called after each. Raises: UserError with what a failed job said, after those that run have ended.
-    """
+    `finished` is called after each. Raises: UserError with what a failed job said, after those that run have ended."""
     if parallel < 1:
         raise UserError(f"--jobs {parallel}: at least one at a time")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
@@ -235,14 +231,14 @@ def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callabl
             with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}):
                 pool.submit(int)  # starts the process: a library may ask for GPUs while it is imported
         while running or (waiting and not failures):
-            unfinished = {job.name for job in waiting} | {job.name for job, *_ in running.values()}
+            unfinished = {job.name for job in [*waiting, *(job for job, _ in running.values())]}
             ready = [job for job in waiting if job.needs not in unfinished and not failures]
             for job in ready[: len(idle)]:
                 waiting.remove(job)
                 log, pool = log_folder / f"{job.name.replace(' ', '-')}.log", idle.pop()
-                running[pool.submit(run_commands, job.commands, log)] = job, log, pool
+                running[pool.submit(run_commands, job.commands, log)] = job, pool
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, log, pool = running.pop(future)
+                job, pool = running.pop(future)
                 idle.append(pool)
                 try:
                     future.result()
@@ -250,7 +246,7 @@ def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callabl
                 except BrokenProcessPool:
                     failures.append(f"{job.name}: a process was killed, perhaps for want of memory: give fewer --jobs")
                 except UserError as error:
-                    failures.append(f"{job.name}: {error} (log: {log})")
+                    failures.append(f"{job.name}: {error}")
     if failures:
         raise UserError(failures[0])
 
@@ -269,10 +265,10 @@ def run_commands(commands: list[list[str]], log: Path) -> None:
             if stop.code:  # the stage has said why in its last line
                 sys.stderr.flush()
                 said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
-                raise UserError(said.removeprefix("error: ")) from None
+                raise UserError(f"{said.removeprefix('error: ')} (log: {log})") from None
         except Exception as error:  # a stage's own bug, or a device out of memory: in full in the log
             traceback.print_exc()
-            raise UserError(f"{script}: {type(error).__name__}: {error}") from None
+            raise UserError(f"{script}: {type(error).__name__}: {error} (log: {log})") from None
         finally:
             sys.stdout.flush()
 

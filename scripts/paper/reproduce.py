@@ -4,8 +4,7 @@
     python scripts/paper/tables.py data/results/smollm2_cpu
 
 Needs the models and data of its tasks. Writes data/results/<name of the YAML>/cells.csv after every cell. A stopped run
-goes on where it was: cells in that file are kept, and what their run folders (runs/reproduce/<name>/) hold of others is
-reused.
+goes on: cells of that file are kept, and what run folders (runs/reproduce/<name>/) hold of others is reused.
 """
 
 import sys

@@ -10,7 +10,6 @@ import itertools
 import math
 import sys
 from collections import defaultdict
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +81,13 @@ def main() -> None:
     grid = read_grid(folder / "cells.csv")
     estimates = estimate_grid(grid)
     text = format_tables(grid, estimates)
-    outputs = [folder / name for name in ("tables.md", "curves.png", "curves.svg")]
-    with ExitStack() as stack:  # all three are written before the first is renamed
-        tables, png, svg = (stack.enter_context(atomic_path(path)) for path in outputs)
-        tables.write_text(text, encoding="utf-8")
-        curves = draw_curves(grid, estimates)
-        curves.savefig(png, dpi=110, format="png")
-        with matplotlib.rc_context({"svg.hashsalt": "tables"}):  # else the SVG's ids are random
-            curves.savefig(svg, dpi=110, format="svg", metadata={"Date": None})
+    curves = draw_curves(grid, estimates)
+    with matplotlib.rc_context({"svg.hashsalt": "tables"}):  # else the SVG's ids are random
+        for form, metadata in (("png", None), ("svg", {"Date": None})):
+            with atomic_path(folder / f"curves.{form}") as draft:
+                curves.savefig(draft, dpi=110, format=form, metadata=metadata)
+    with atomic_path(folder / "tables.md") as draft:
+        draft.write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -123,9 +121,6 @@ def percent(rate: float) -> str:
     return f"{pruning_rate(rate):g}"
 
 
-# Means and intervals
-
-
 def bootstrap_means(values: np.ndarray, stream: int = 0, replicates: int = 10_000) -> np.ndarray:
     """Means over seeds and samples, resampled: (replicates, quantities); NaN for a quantity without a seed.
 
@@ -134,8 +129,7 @@ def bootstrap_means(values: np.ndarray, stream: int = 0, replicates: int = 10_00
 
     Each replicate draws samples with replacement, the same for all quantities and seeds (all were evaluated on the same
     rows), then seeds out of those that a quantity has. Means over quantities can be taken inside a replicate. Intervals
-    are too narrow where seeds differ much ((S − 1) / S of their variance), too wide where only samples do.
-    """
+    are too narrow where seeds differ much ((S − 1) / S of their variance), too wide where only samples do."""
     num_quantities, num_seeds, num_samples = values.shape
     rng = np.random.default_rng([stream, num_seeds, num_samples])
     position = rng.random((replicates, num_seeds))  # of the drawn seeds among those that a quantity has, as a share
@@ -197,15 +191,12 @@ def estimate_grid(grid: Grid) -> Estimates:
     return estimates
 
 
-def pool(estimates: list[Estimate], together=np.mean) -> Estimate | None:
-    """A figure of several estimates, by default their mean, taken inside each replicate too. None of none."""
+def pool(estimates: list[Estimate]) -> Estimate | None:
+    """The mean of several estimates, taken inside each replicate too. None of none."""
     if not estimates:
         return None
-    mean, replicates = (together([getattr(one, name) for one in estimates], axis=0) for name in ("mean", "replicates"))
+    mean, replicates = (np.mean([getattr(one, name) for one in estimates], axis=0) for name in ("mean", "replicates"))
     return Estimate(float(mean), replicates, min(one.num_seeds for one in estimates))
-
-
-# Tables
 
 
 def format_tables(grid: Grid, estimates: Estimates) -> str:
@@ -238,10 +229,6 @@ def format_tables(grid: Grid, estimates: Estimates) -> str:
     )
 
 
-def titled(title: str, heading: list[str], rows: list[list[str]]) -> str:
-    return f"### {title}\n\n{markdown_table(heading, rows)}"
-
-
 def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str:
     """Means ± half an interval; the best two coresets of a column are marked, by the mean as printed."""
     columns, rows, places = [1.0] * ("full" in grid.methods) + grid.rates, [], PLACES[metric]
@@ -256,11 +243,12 @@ def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str
             means = sorted({round(e.mean, places) for (_, r), e in found.items() if e and r == rate < 1}, reverse=True)
             mark = dict(zip(means, ("**{}**", "<u>{}</u>"), strict=False)).get(round(one.mean, places), "{}")
             low, high = one.interval
-            text = f"{mark.format(f'{one.mean:.{places}f}')} ± {(high - low) / 2:.{places}f}".replace("-", "−")
-            text += "†" * (one.num_seeds < len(grid.seeds))
+            dagger = "†" * (one.num_seeds < len(grid.seeds))
+            mean, half = (f"{value:.{places}f}".replace("-", "−") for value in (one.mean, (high - low) / 2))
+            text = f"{mark.format(mean)} ± {half}{dagger}"
             paper = PAPER.get((first.paper_target, first.paper_task, METHODS[method][0], pruning_rate(rate)))
             rows[-1].append(text if paper is None or metric != "rouge_l" else f"{text} [{paper:.1f}]")
-    return titled(f"{NAMES[metric]}, {task}", ["pruned, %", *map(percent, columns)], rows)
+    return markdown_table(["pruned, %", *map(percent, columns)], rows, f"{NAMES[metric]}, {task}")
 
 
 def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
@@ -280,7 +268,7 @@ def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
             row = [METHODS[method][0]]
             for rate in grid.rates if method not in ("full", "random") else []:
                 one = estimates["nll", method, ""].get((task, rate))
-                if one is None:
+                if one is None or (method == "rs2" and rate not in rates):
                     row.append(MISSING)
                     continue
                 size = sizes[rates.index(rate)] if method == "rs2" else means[column][method, rate]
@@ -288,14 +276,14 @@ def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
                 low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
                 row.append(f"{found[0]:.2f} ({low:.2f} to {high:.2f})")
             rows += [row] if len(row) > 1 else []
-        blocks.append(titled(f"Worth in {unit}, {task}", ["pruned, %", *map(percent, grid.rates)], rows))
+        blocks.append(markdown_table(["pruned, %", *map(percent, grid.rates)], rows, f"Worth in {unit}, {task}"))
     return "\n\n".join(blocks)
 
 
 def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
     """One sentence on the first metric over all tasks and rates."""
-    metric = grid.metrics[0]
-    label, found = METHODS[other][0], list(estimates[metric, "staff", other].values())
+    label, metric = METHODS[other][0], grid.metrics[0]
+    found = list(estimates[metric, "staff", other].values())
     if not found:
         return f"STAFF against {label}: no verdict, there is no task, rate and seed that both have."
     says = {0: "STAFF against {}: no difference can be shown", 1: "STAFF beats {}", -1: "STAFF is worse than {}"}
@@ -310,19 +298,9 @@ def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
     columns, rows, places = [estimates[metric, "staff", other] for other in AGAINST], [], PLACES[metric]
     for task, rate in itertools.product(grid.tasks, grid.rates):
         rows.append([task, percent(rate), *(with_interval(found.get((task, rate)), places) for found in columns)])
-    lists = [list(found.values()) for found in columns]
-    rows.append(["**all**", "**all**", *(with_interval(pool(found), places) for found in lists)])
-    rows.append(["above 0", "", *map(count_above_zero, lists)])
-    for say, sign in (("interval above 0", 1), ("interval below 0", -1)):
-        counts = [f"{sum(e.sign == sign for e in found)} of {len(found)}" if found else MISSING for found in lists]
-        rows.append([say, "", *counts])
+    rows.append(["**all**", "**all**", *(with_interval(pool(list(found.values())), places) for found in columns)])
     heading = ["task", "pruned, %", *(f"STAFF − {METHODS[other][0]}" for other in AGAINST)]
-    return titled(NAMES[metric], heading, rows)
-
-
-def count_above_zero(estimates: list[Estimate]) -> str:
-    count = pool(estimates, lambda values, axis: np.sum(np.array(values) > 0, axis=axis))
-    return f"{count.mean:.0f} of {len(estimates)} ({'{:.0f} to {:.0f}'.format(*count.interval)})" if count else MISSING
+    return markdown_table(heading, rows, NAMES[metric])
 
 
 def random_table(grid: Grid, estimates: Estimates) -> str:
@@ -334,12 +312,11 @@ def random_table(grid: Grid, estimates: Estimates) -> str:
             found.append(pool([one for one in found if one]))
             rows.append([METHODS[method][0], task, *(with_interval(one, PLACES[metric]) for one in found)])
     heading = ["method − Random", "task", *(f"{percent(rate)} %" for rate in grid.rates), "mean"]
-    return titled(f"{NAMES[metric]} of every method against Random, by pruning rate", heading, rows)
+    return markdown_table(heading, rows, f"{NAMES[metric]} of every method against Random, by pruning rate")
 
 
 def cost_tables(grid: Grid, task: str) -> str:
-    """Selection costs, STAFF's saving against GraNd over the seeds that both have, and selection-to-tuning ratios: of
-    means over the seeds that each has."""
+    """Selection costs, STAFF's saving against GraNd over the seeds that both have, and selection-to-tuning ratios."""
     cells, rows, ratio_rows, savings, whole, ratios = grid.cells[grid.cells.task == task], [], [], [], {}, {}
     once = cells.groupby(["method", "seed"])[SELECTION].first()  # selection costs the same at every rate of a seed
     costs, means = once.groupby("method").mean(), cells.groupby(["method", "rate"]).mean(numeric_only=True)
@@ -355,7 +332,7 @@ def cost_tables(grid: Grid, task: str) -> str:
         shown = [[_shown(by.get((method, rate)), "{:.2f}".format) for by in ratios.values()] for rate in grid.rates]
         ratio_rows.append([label, *(" / ".join(pair).replace("– / –", MISSING) for pair in shown)])
     everything = f"{UNITS['seconds'](whole['seconds'])} s and {UNITS['flops'](whole['flops'])} FLOPs"
-    costs_table = titled(f"Cost, {task}", ["selection", "seconds", "tokens", "FLOPs"], rows)
+    costs_table = markdown_table(["selection", "seconds", "tokens", "FLOPs"], rows, f"Cost, {task}")
     ratio_table = markdown_table(["pruned, %", *map(percent, grid.rates)], ratio_rows)
     return (
         f"{costs_table}\n\nSTAFF saves {' and '.join(savings)} against GraNd (1 − cost of STAFF / cost of GraNd; the "
@@ -388,7 +365,8 @@ def draw_curves(grid: Grid, estimates: Estimates) -> Figure:
         axes.set_title(f"{task}, {grid.cells[grid.cells.task == task].target.iloc[0]}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    panels[0].set_ylabel(f"{NAMES[grid.metrics[0]]} ({'nats a token' if grid.metrics[0] == 'nll' else '%'})")
+    unit = "nats a token" if grid.metrics[0] == "nll" else "%"
+    panels[0].set_ylabel(f"{NAMES[grid.metrics[0]]} ({unit})")
     shown = {label: handles[label] for label, *_ in METHODS.values() if label in handles}
     figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False, title="bands: 95 %")
     return figure
@@ -403,8 +381,9 @@ def _draw_method(axes, found: list[Estimate | None], grid: Grid, method: str) ->
         return
     pruned = [pruning_rate(rate) for rate in grid.rates]
     means, lows, highs = zip(*((one.mean, *one.interval) if one else [math.nan] * 3 for one in found), strict=True)
-    width, size, layer = (2.2, 10, 3) if method == "staff" else (1.2, 5, 2)
-    style = {"linewidth": width, "markersize": size, "zorder": layer}
+    style = {"linewidth": 1.2, "markersize": 5, "zorder": 2}
+    if method == "staff":
+        style = {"linewidth": 2.2, "markersize": 10, "zorder": 3}
     axes.plot(pruned, means, color=colour, marker=marker, label=label, **style)
     axes.fill_between(pruned, lows, highs, color=colour, alpha=0.08, linewidth=0)
 

@@ -14,17 +14,9 @@ from selection.method.staff import RANDOM, Choice, choose_staff, lowest, random_
 def columns_of(method: str, variant: str) -> tuple[str, ...]:
     """The columns of the score files that a method reads."""
     el2n = "el2n" if variant == "published" else "el2n_released"
-    return {
-        "random": (),
-        "rs2": (),
-        "length": ("n_response_tokens",),
-        "grand": ("effort",),
-        "el2n": (el2n,),
-        "entropy": ("entropy",),
-        "moderate": ("hidden_state",),
-        "ccs": (el2n,),
-        "d2": (el2n, "hidden_state"),
-    }[method]
+    columns = {"random": (), "rs2": (), "length": ("n_response_tokens",), "grand": ("effort",), "entropy": ("entropy",)}
+    columns |= {"moderate": ("hidden_state",), "el2n": (el2n,), "ccs": (el2n,), "d2": (el2n, "hidden_state")}
+    return columns[method]
 
 
 def baseline(
@@ -32,9 +24,8 @@ def baseline(
 ) -> Rule:
     """The rule of `method`, with what all rates share (D2's graph) computed once.
 
-    Args: `columns` those of `columns_of`, each (N,), hidden_state (N, d); N = `num_rows`; `mode` is Length's; `cutoff`
-    the hardest_cutoff. Raises: ValueError, as `stratify` and `d2_order`.
-    """
+    `columns`: those of `columns_of`, (N,) each, hidden_state (N, d); `mode` concerns Length alone; `cutoff` is the
+    hardest_cutoff. Raises: ValueError, as `stratify` and `d2_order`."""
     values = [columns[name] for name in columns_of(method, variant)]
     if method != "length" and variant == "released":
         cutoff = 0.0
@@ -64,16 +55,12 @@ def rs2(rate: float, passes: float) -> tuple[float, float]:
     of optimiser steps as `passes` passes over one. No row comes again before all have come, so it is one pass over
     rate · passes of the rows, drawn at random, or, where that is more than all, as many passes over all of them.
 
-    Returns: the fraction of rows to draw, and the passes to tune for.
-    """
+    Returns the fraction of rows to draw, and the passes to tune for."""
     return min(1.0, rate * passes), max(1.0, rate * passes)
 
 
 def moderate_order(features: np.ndarray) -> np.ndarray:
-    """Moderate (Xia et al. 2023), as released: rows whose distance to the prototype is closest to the median distance.
-
-    The prototype is the median of the features (N, d), coordinate by coordinate; there is one class.
-    """
+    """Moderate (Xia et al. 2023), as released, with one class: rows at about the median distance to the prototype."""
     distances = np.linalg.norm(features - np.median(features, axis=0), axis=1)
     return np.argsort(np.abs(distances - np.median(distances)), kind="stable")
 

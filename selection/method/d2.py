@@ -12,12 +12,11 @@ def d2_order(scores: np.ndarray, features: np.ndarray, variant: str, k: int = 5,
     """All N rows in the order in which D2 Pruning takes them; a coreset of m rows is the first m.
 
     Args: scores (N,), the EL2N score; features (N, d), the mean last hidden state of the response tokens.
-    Forward: s_i + Σ_j e^(−d_ij) · s_j over the neighbours of i, d the Euclidean distance. Then the highest is taken
-    (of equal ones the earlier row) and e^(−γ d) times its value is subtracted from its neighbours, again and again.
-    "published": a row's neighbours are its own k nearest; "released": also those rows whose k nearest it is among, and
-    an edge of the forward pass carries a score of at least 1e-7.
-    Raises: ValueError for sizes that do not fit, and numbers that are not finite or beyond 1e140.
-    """
+    Forward: s_i + Σ_j e^(−d_ij) · s_j over the neighbours of i, d the Euclidean distance. Then the highest is taken (of
+    equal ones the earlier row) and e^(−γ d) times its value subtracted from its neighbours, again and again.
+    "published": a row's neighbours are its own k nearest; "released": also the rows whose k nearest it is among, and an
+    edge of the forward pass carries a score of at least 1e-7.
+    Raises: ValueError for sizes that do not fit, and numbers that are not finite or beyond 1e140."""
     scores = np.asarray(scores, dtype=np.float64)
     if features.ndim != 2 or scores.shape != (len(features),):
         raise ValueError(f"scores of shape {scores.shape} and features of shape {features.shape}: give (N,) and (N, d)")
@@ -57,9 +56,7 @@ def _greedy(values: np.ndarray, rows: np.ndarray, neighbours: np.ndarray, weight
 
 
 def nearest_neighbours(features: np.ndarray, k: int, block_rows: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest other rows of each row: numbers (N, k) and exact Euclidean distances (N, k), float64; k ≤ N − 1.
-
-    Which are nearest of rows that differ by less than about 1e-8 of their norm is left to scikit-learn."""
+    """The min(k, N − 1) nearest other rows of each row: numbers (N, k) and Euclidean distances (N, k), float64."""
     from sklearn.neighbors import NearestNeighbors  # heavy, and only D2 needs it
 
     num_rows, k = len(features), max(min(k, len(features) - 1), 0)

@@ -1,8 +1,7 @@
 """The effort score S_d = ‖∇_φ L(θ; d)‖₂ (see reference.py), for a batch of samples at once and exact for each of them.
 
-Every weight is frozen: the forward pass keeps nothing below φ, the backward pass goes from the head down to φ and no
-further, and each sample's gradient norm comes from the inputs and output gradients of φ's linear maps. No sample's
-gradient depends on the others in its batch.
+Every weight is frozen: the forward pass keeps nothing below φ, and the backward pass ends there. Each sample's gradient
+norm comes from the inputs and output gradients of φ's linear maps (norms.py).
 """
 
 import contextlib
@@ -19,13 +18,11 @@ from selection.method import norms
 from selection.method.phi import NoPhi, decoder_of, device_of, find_phi, unwrap
 
 IGNORED_LABEL = -100
-# Rows come to the head in fours: on a CPU one to three that are left over, of each thread's share, add up in sequence.
-# Over a vocabulary of 49,152 that leaves four digits.
+# The head gets its rows in fours: a CPU adds up one to three left-over rows in sequence, which over a vocabulary of
+# 49,152 leaves four digits.
 IN_FOURS = 4
-# Numbers of one chunk of logits: N × vocabulary never exists as a whole. A GPU needs more rows to be busy.
-_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
-# On a CPU composed attention is faster than fused for samples up to this length (bf16, 90 tokens: 2 times forward, 4
-# times with the backward pass); its T × T matrices make it slower for long ones.
+_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # numbers of a chunk of logits; a GPU needs more rows to be busy
+# On a CPU composed attention is faster than fused up to this length (bf16, 90 tokens, with the backward pass: 4 times).
 _COMPOSED_ATTENTION_UP_TO = 256
 _Tokens = Sequence[Sequence[int]]
 
@@ -36,43 +33,38 @@ class EffortScorer:
     Args:
         phi: "v_lora_b", the B matrix (zero) of a fresh LoRA on the value projection of the last decoder layer;
             "v_weight", that projection's own weight; "last_layer", every weight matrix of the last decoder layer;
-            "all_lora", every A and B of the model's LoRA. Of a fused projection "v_…" means the values' part.
+            "all_lora", every A and B of the model's LoRA. In a fused projection "v_…" means the part of the values.
         rank, alpha: r and α of the fresh LoRA (as released: 81 and 16).
         seed: of its A matrix, drawn as PEFT draws it (Kaiming-uniform with a = √5).
-        columns: names of what else to return, of "el2n", "el2n_released", "entropy" and "hidden_state".
-    Raises: NoPhi, a ValueError, where the model has no such φ.
-    """
+        columns: names of what else to return: "el2n", "el2n_released", "entropy", "hidden_state".
+    Raises: NoPhi, a ValueError, where the model has no such φ."""
 
     def __init__(
         self, model: nn.Module, phi: str = "v_lora_b", rank: int = 81, alpha: int = 16, seed: int = 42, columns=()
     ):
         model.requires_grad_(False).eval()
         self.model, self.columns = unwrap(model), columns
-        self.phi = find_phi(model, phi)
-        self.lora_a, self.lora_scaling = None, alpha / rank
+        self.phi, self.lora_a, self.lora_scaling = find_phi(model, phi), None, alpha / rank
         self.device = device_of(self.model.get_input_embeddings())  # tokens start here
-        self.largest_batch = math.inf  # tokens, padding included: what selection/scores/within_memory.py found to fit
-        self.table: torch.Tensor | None = None  # (n, V), kept from batch to batch: see `_head`
+        self.largest_batch = math.inf  # padded tokens that fit: selection/scores/within_memory.py lowers it
+        self.table: torch.Tensor | None = None  # (n, V), see `_head`
         if phi == "v_lora_b":
             width, _ = self.phi.maps[0].width
             uniform = torch.rand((rank, width), generator=torch.Generator().manual_seed(seed))
-            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(self.phi.maps[0].device)  # (r, d_in)
+            self.lora_a = ((2 * uniform - 1) / math.sqrt(width)).to(device_of(self.phi.maps[0].module))  # (r, d_in)
 
     def score(self, input_ids: _Tokens, labels: _Tokens) -> dict[str, torch.Tensor]:
         """Score a batch of tokenised samples (labels as LLaMA-Factory makes them, −100 where there is no loss).
 
-        Returns, on the CPU, one row per sample:
-            effort (B,) and loss (B,) in nats, float64; and where asked
-            el2n (B,): ‖softmax(logits) − onehot‖₂, averaged over the response tokens (published);
+        Returns, on the CPU: effort (B,) and loss (B,) in nats, float64; and where asked
+            el2n (B,): ‖softmax(logits) − onehot‖₂, mean over the response tokens (published);
             el2n_released (B,): root mean square, over response tokens and vocabulary, of the raw logits AT a response
                 token against the one-hot of that token itself (unshifted, as released);
-            entropy (B,) of the predicted distribution in nats, averaged over the response tokens;
-            hidden_state (B, d) float32: last hidden state, averaged over the response tokens.
-        Raises: NoPhi where the norms of single samples cannot be told apart.
-        """
+            entropy (B,) of the predicted distribution in nats, mean over the response tokens;
+            hidden_state (B, d) float32: mean last hidden state of the response tokens.
+        Raises: NoPhi where the norms of single samples cannot be told apart."""
         batch = _Batch.of(input_ids, labels, self.device, unshifted="el2n_released" in self.columns)
-        # Again where the first pass has found a weight that is used past its module.
-        return self._pass(batch) or self._pass(batch)
+        return self._pass(batch) or self._pass(batch)  # again where the first one found a weight to set aside
 
     def _pass(self, batch: "_Batch") -> dict[str, torch.Tensor] | None:
         squares = torch.zeros(len(batch.tokens), device=self.device)
@@ -84,7 +76,7 @@ class EffortScorer:
             by_token, head_gradient = self._head(hidden.detach().flatten(0, 1)[batch.head_rows], batch)
             gradient = torch.zeros_like(hidden)
             gradient.flatten(0, 1)[batch.head_rows] = head_gradient
-            # Of the SUM of the token losses: one pass for all samples, each norm then divided by its own count.
+            # Gradients of the SUM of the token losses; each sample's norm is divided by its own count below.
             others = self._squares_of_others(hidden, gradient)
             squares.zero_()  # those passes may have gone through a map that listens
             if ends:
@@ -98,18 +90,17 @@ class EffortScorer:
             means["el2n_released"] = (means["el2n_released"] * batch.counts / own_counts).sqrt()
         columns = [torch.stack(list(means.values()), 1)]  # (B, number of means)
         if "hidden_state" in self.columns:
-            total = torch.einsum("bt,btd->bd", of_response, hidden.detach().float())
-            columns.append(total / own_counts[:, None])
+            columns.append(torch.einsum("bt,btd->bd", of_response, hidden.detach().float()) / own_counts[:, None])
         on_cpu = torch.cat(columns, 1).cpu()  # the only transfer from the device
         scores = {name: on_cpu[:, i].double() for i, name in enumerate(means)}
         return scores | ({"hidden_state": on_cpu[:, len(means) :]} if "hidden_state" in self.columns else {})
 
     @contextlib.contextmanager
     def _listening(self, squares: torch.Tensor, length: int) -> Iterator[list[torch.Tensor]]:
-        """Let φ add its squared norms to `squares` (B,) in the backward pass; gives the tensors at which that ends."""
+        """Let φ add its squared norms to `squares` (B,) in the backward pass; yields the tensors where that ends."""
         ends: list[torch.Tensor] = []
         with contextlib.ExitStack() as stack:
-            # After `enable_input_require_grads` the embeddings would be kept, and all that is made of them.
+            # After `enable_input_require_grads` everything above the embeddings would be kept.
             embeddings = self.model.get_input_embeddings()
             stack.callback(embeddings.register_forward_hook(lambda module, inputs, output: output.detach()).remove)
             # ∇_B = (α/r) Σ_t g_t (A x_t)ᵀ
@@ -128,27 +119,23 @@ class EffortScorer:
             yield ends
 
     def _set_aside(self, hidden: torch.Tensor) -> bool:
-        """Whether a map of φ was used otherwise than by one call of its module, as DeepSeek-V2's router is.
-
-        Its weight is then one of `others` from here on, and the pass has to be made again. A map that took no part,
-        such as an expert without a token, has no gradient and costs nothing.
-        """
-        in_graph = set() if self.lora_a is not None or not self.phi.maps else norms.weights_in_graph(hidden)
-        aside = {each.name: each for each in self.phi.maps if id(each.weight) in in_graph}
-        for each in aside.values():
+        """Whether a map's weight was used past its module's call (as in DeepSeek-V2's router): it joins `others`."""
+        if self.lora_a is not None or not self.phi.maps:
+            return False
+        in_graph = norms.weights_in_graph(hidden)
+        aside = [each for each in self.phi.maps if id(each.weight) in in_graph]
+        for each in aside:
             if each.columns is not None:
                 raise NoPhi(f"{each.name} is used twice in one pass, and only a part of it is φ: take another phi")
-        self.phi.maps[:] = [each for each in self.phi.maps if each.name not in aside]
-        self.phi.others.update({name: each.weight for name, each in aside.items()})
+            self.phi.maps.remove(each)
+            self.phi.others[each.name] = each.weight
         return bool(aside)
 
     def _head(self, hidden: torch.Tensor, batch: "_Batch") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Figures (n,) float32 of the head's rows, zero where a row is none of theirs, and the gradient of the token
-        losses on the hidden state (n, d).
+        """Per head row figures (n,) float32, zero where they do not apply, and the losses' gradient on `hidden` (n, d).
 
-        One float32 table, kept from batch to batch, holds a chunk's logits, log-probabilities, probabilities and
-        their gradient in turn: fresh memory of that size costs more than what is computed in it.
-        """
+        One float32 table, kept from batch to batch, holds logits, log-probabilities, probabilities and their gradient
+        in turn: fresh memory of that size costs more than what is computed in it."""
         count, figures, gradients = len(hidden), [], []
         for rows, targets, own in _chunks(self.model, hidden, batch.targets, batch.own):
             rows = rows.detach().requires_grad_()
@@ -180,21 +167,15 @@ class EffortScorer:
         by_token = {name: torch.cat([figure[name] for figure in figures])[:count] for name in figures[0]}
         return by_token, torch.cat(gradients)[:count]
 
-    def _squares_of_others(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | float:
-        """Squared norms (B,) for φ's matrices outside linear maps: one backward pass of the last layer per sample.
-
-        In experts held as one tensor, tokens of all samples mix; nothing there says whose a row is.
-        """
-        if not self.phi.others:
-            return 0.0
-        squares, others = [], list(self.phi.others.values())
-        for sample in range(len(hidden)):
+    def _squares_of_others(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Squared norms (B,) of φ outside linear maps: nothing tells samples apart but a backward pass for each."""
+        squares, others = torch.zeros(len(hidden), device=gradient.device), list(self.phi.others.values())
+        for sample in range(len(hidden) if others else 0):
             alone = torch.zeros_like(gradient)
             alone[sample] = gradient[sample]
-            parts = torch.autograd.grad(hidden, others, alone, retain_graph=True, allow_unused=True)
-            reached = [norms.sum_of_squares(part).to(gradient.device) for part in parts if part is not None]
-            squares.append(sum(reached, start=gradient.new_zeros((), dtype=torch.float32)))
-        return torch.stack(squares)
+            for part in torch.autograd.grad(hidden, others, alone, retain_graph=True, allow_unused=True):
+                squares[sample] += 0 if part is None else norms.sum_of_squares(part).to(gradient.device)
+        return squares
 
 
 def response_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch.Tensor:
@@ -203,30 +184,26 @@ def response_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> to
     batch = _Batch.of(input_ids, labels, device_of(model.get_input_embeddings()))
     hidden = _last_hidden_state(model, batch.tokens).flatten(0, 1)
     batch = batch.to(hidden.device)
-    losses = [
-        functional.cross_entropy(_logits(model, rows).float(), targets, reduction="none")
-        for rows, targets in _chunks(model, hidden[batch.head_rows], batch.targets)
-    ]
+    losses = []
+    for rows, targets in _chunks(model, hidden[batch.head_rows], batch.targets):
+        losses.append(functional.cross_entropy(_logits(model, rows).float(), targets, reduction="none"))
     return batch.per_sample(torch.cat(losses)[: len(batch.targets)]) / batch.counts
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Right-padded samples, and the rows of their last hidden states (flattened to (B·T, d)) that the head reads.
-
-    Right padding under causal attention needs no mask. Indices are made on the CPU: a GPU is not asked how many.
-    """
+    """Right-padded samples (causal attention needs no mask), and the rows of hidden states that the head reads."""
 
     tokens: torch.Tensor  # (B, T)
     labels: torch.Tensor  # (B, T)
-    head_rows: torch.Tensor  # (n,)
+    head_rows: torch.Tensor  # (n,) in the states flattened to (B·T, d)
     targets: torch.Tensor  # (n,) the next token where the loss counts it, else IGNORED_LABEL
-    own: torch.Tensor  # (n,) the token of the row itself where it is of a response, else IGNORED_LABEL
+    own: torch.Tensor  # (n,) the row's own token where it is of a response, else IGNORED_LABEL
     counts: torch.Tensor  # (B,) float32, response tokens that the loss counts
 
     @classmethod
     def of(cls, input_ids: _Tokens, labels: _Tokens, device: torch.device, unshifted: bool = False) -> "_Batch":
-        """`unshifted`: give the head the response tokens' own rows too, not only those that predict one."""
+        """`unshifted`: the head reads the response tokens' own rows too. On the CPU: a GPU is not asked for sizes."""
         shape = len(input_ids), max(map(len, input_ids))
         tokens, own, targets = np.zeros(shape, int), np.full(shape, IGNORED_LABEL), np.full(shape, IGNORED_LABEL)
         for i, (ids, label) in enumerate(zip(input_ids, labels, strict=True)):
@@ -251,9 +228,9 @@ class _Batch:
 
 
 def _last_hidden_state(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """What the decoder makes of tokens (B, T): (B, T, d), with the attention that suits their length."""
+    """The decoder's answer (B, T, d) to tokens (B, T), with the attention that suits their length."""
     chosen = model.config._attn_implementation
-    # Fused attention leaves soft-capping out: such a model is another one composed.
+    # Fused attention leaves soft-capping out, so composed attention would be another model.
     soft_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     short = tokens.device.type == "cpu" and tokens.shape[1] <= _COMPOSED_ATTENTION_UP_TO
     composed = chosen == "sdpa" and short and not soft_capped
@@ -267,8 +244,7 @@ def _last_hidden_state(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _chunks(model: nn.Module, hidden: torch.Tensor, *labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Rows of hidden states (n, d) and of labels (n,) whose logits the head makes at once, the last chunk filled up
-    with rows of zeros that have no label."""
+    """Rows of hidden states (n, d) and labels (n,) by call of the head, the last filled up with unlabelled zeros."""
     missing, vocabulary = -len(hidden) % IN_FOURS, model.config.get_text_config().vocab_size
     size = _LOGITS_AT_ONCE.get(hidden.device.type, 2**24) // vocabulary // IN_FOURS * IN_FOURS
     filled = [functional.pad(each, (0, missing), value=IGNORED_LABEL) for each in labels]
@@ -284,26 +260,19 @@ class _Answer(list):
 
 
 def _logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The model's own way from last hidden states (n, d) to logits (n, V): head, scaling, soft-capping and all.
-
-    The model runs with its decoder answering `hidden`, so nothing about its head has to be known here.
-    """
+    """Logits (n, V) of `hidden` (n, d), which the decoder answers: nothing about the head has to be known here."""
     with norms.replaced_forward(decoder_of(model), lambda *args, **kwargs: _Answer([hidden[None]])):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits
     return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
 
 
 def tokens_per_batch(phi: str, device: torch.device) -> int:
-    """Tokens of a batch where nothing is configured: few on a CPU, which loses no speed by it, and under all_lora,
-    where the whole model keeps its activations."""
+    """The default: few on a CPU, which is no slower so, and under all_lora, where the whole model keeps activations."""
     return (2048 if device.type == "cpu" else 16384) // (4 if phi == "all_lora" else 1)
 
 
 def plan_batches(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: float) -> list[list[int]]:
-    """Cut `rows` into batches of similar length, the longest first (so memory's peak shows at once).
-
-    A batch holds at most `tokens_per_batch` tokens, padding included, but at least one sample.
-    """
+    """Cut `rows` into batches of at most `tokens_per_batch` tokens, padding included, or one sample, longest first."""
     batches: list[list[int]] = []
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_per_batch:

@@ -11,8 +11,7 @@ def length_residual(scores: np.ndarray, response_tokens: np.ndarray) -> np.ndarr
     Args: `scores` S (n,), not negative; `response_tokens` (n,), at least 1. Returns (n,): not negative, without S's
     unit. A score of 0 has no logarithm: it is left out of the fit and stays 0. Equal lengths explain nothing: b is 0.
     In logarithms, as the gradient of a mean over T tokens falls by a power of T where tokens are alike.
-    Raises: ValueError where fewer than ten scores are above 0.
-    """
+    Raises: ValueError where fewer than ten scores are above 0."""
     positive = scores > 0
     if (count := int(positive.sum())) < _FEWEST:
         raise ValueError(

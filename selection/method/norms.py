@@ -1,7 +1,6 @@
 """Per-sample gradient norms of linear maps and LoRA, taken inside the model's own forward and backward pass.
 
-Each module adds to `squares` (B,), the squared norms by sample, as soon as the backward pass reaches it: no gradient
-of a sample outlives its module.
+Each module adds its squared norms to `squares` (B,) as the backward pass reaches it: no gradient outlives its module.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ def sum_of_squares(values: torch.Tensor, dim: tuple[int, ...] | None = None) -> 
 
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Another forward for a while; what accelerate put in its place (it moves inputs between devices) comes back."""
+    """Another forward for a while. One that accelerate put there (to move inputs between devices) comes back."""
     before = {key: value for key, value in module.__dict__.items() if key == "forward"}
     module.forward = forward
     try:
@@ -70,18 +69,13 @@ def listen_to_linear(
 ) -> None:
     """Record the norms of a linear map's weight gradient until `undo` is closed.
 
-    Where its output needs no gradient yet, it becomes a leaf of the graph and joins `ends`: there the backward pass
-    ends, and below nothing was kept. The weight itself requires a gradient except in the module's first call: whatever
-    else is made of it, by a second call or past the module, shows in the graph (see weights_in_graph).
-
-    `projected`: a function of the inputs (the A of a fresh LoRA, whose B the gradient is then taken for).
-    `always_end`: it joins `ends` in any case, as what needs a gradient below may be none of them.
-    """
+    An output that needs no gradient yet (or `always_end`) joins `ends`: the backward pass ends there. The weight
+    requires a gradient except in the module's first call, so any other use of it shows in the graph (weights_in_graph).
+    `projected`: a function of the inputs: the A of a fresh LoRA, whose B the gradient is taken for."""
     weight = linear_map.weight if projected is None and linear_map.weight_at_hand else None
 
     def before(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        if weight is not None:
-            weight.requires_grad_(record.used)
+        weight.requires_grad_(record.used)
 
     def after(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor | None:
         if weight is not None:
@@ -89,8 +83,7 @@ def listen_to_linear(
             if record.used:
                 return None
         record.once()
-        starts = not output.requires_grad
-        if starts:
+        if starts := not output.requires_grad:
             output = output.detach().requires_grad_()
         if starts or always_end:
             ends.append(output)
@@ -98,17 +91,15 @@ def listen_to_linear(
 
         def add(gradient: torch.Tensor) -> None:
             gradient = gradient if linear_map.columns is None else gradient[..., linear_map.columns]
-            if projected is None:
-                record.add(record.norms(seen, gradient))
-            else:
-                record.add(record.norms(projected(seen.float()), gradient.float()))
+            pair = (seen, gradient) if projected is None else (projected(seen.float()), gradient.float())
+            record.add(record.norms(*pair))
 
         output.register_hook(add)
         return output
 
-    undo.callback(linear_map.module.register_forward_pre_hook(before).remove)
     undo.callback(linear_map.module.register_forward_hook(after).remove)
     if weight is not None:
+        undo.callback(linear_map.module.register_forward_pre_hook(before).remove)
         undo.callback(weight.requires_grad_, False)
         weight.requires_grad_(True)
 
@@ -128,9 +119,8 @@ def listen_to_lora(
 ) -> None:
     """Record the norms of the gradients of one LoRA's A and B until `undo` is closed.
 
-    Its forward pass is taken over: the same sum W x + (α/r) B A x, without the copies that PEFT makes (a tenth of a
-    whole pass on a CPU). `start` requires a gradient: the backward pass comes here even if the inputs require none.
-    """
+    Takes over its forward pass, without PEFT's copies (a tenth of a whole pass on a CPU). `start` requires a gradient,
+    so the backward pass comes here even if the inputs require none."""
 
     def forward(inputs: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         record.once()

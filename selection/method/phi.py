@@ -1,18 +1,20 @@
 """Find φ, the parameters that the gradient is taken for, in a model of any family."""
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
+
+_CONV1D = "Conv1D"  # GPT-2's linear map, which stores its weight as (d_in, d_out)
 
 
 class NoPhi(ValueError):
-    """The model has no such φ, or uses it in a way that hides the gradient norms of single samples."""
+    """The model has no such φ, or hides the gradient norms of single samples."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,9 @@ class LinearMap:
 
     @property
     def width(self) -> tuple[int, int]:
-        """d_in, d_out; of a fused projection all of it."""
-        inner = linear(self.module)  # Conv1D, of GPT-2, stores its weight as (d_in, d_out)
-        return tuple(inner.weight.shape) if isinstance(inner, Conv1D) else (inner.in_features, inner.out_features)
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(linear(self.module))
+        """d_in, d_out of the whole map, fused or not."""
+        inner = linear(self.module)
+        return tuple(inner.weight.shape) if type(inner).__name__ == _CONV1D else (inner.in_features, inner.out_features)
 
     @property
     def weight_at_hand(self) -> bool:
@@ -47,10 +45,9 @@ class LinearMap:
 class Phi:
     """The parameters that the gradient is taken for."""
 
-    name: str  # as in the configuration: v_lora_b, v_weight, last_layer or all_lora
     maps: list[LinearMap] = field(default_factory=list)
     others: dict[str, nn.Parameter] = field(default_factory=dict)  # in no linear map: experts as one tensor, routers
-    loras: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)  # PEFT's layers, each with its adapter
+    loras: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)  # PEFT's layer and its adapter
 
     @property
     def modules(self) -> list[str]:
@@ -60,9 +57,9 @@ class Phi:
 def find_phi(model: nn.Module, name: str) -> Phi:
     """Raises: NoPhi naming the modules looked at where the model has no such parameters."""
     if name == "all_lora":
-        return Phi(name, loras=_loras(model))
+        return Phi(loras=_loras(model))
     if name != "last_layer":
-        return Phi(name, [find_value_projection(model)])
+        return Phi([find_value_projection(model)])
     layer_name, layer = last_decoder_layer(model)
     found = projections(layer)
     inside = {id(parameter) for module in found.values() for parameter in module.parameters()}
@@ -73,23 +70,23 @@ def find_phi(model: nn.Module, name: str) -> Phi:
     }
     if offloaded := [key for key, parameter in others.items() if parameter.is_meta]:
         raise NoPhi(f"phi last_layer: {offloaded[0]} is offloaded from its device: use phi v_lora_b or v_weight")
-    return Phi(name, [LinearMap(f"{layer_name}.{key}", linear(module)) for key, module in found.items()], others)
+    return Phi([LinearMap(f"{layer_name}.{key}", linear(module)) for key, module in found.items()], others)
 
 
 def _loras(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Every A and B of the model's active LoRA."""
+    """PEFT's layers with their active adapter. Refuse what is more than a plain A and B in a decoder layer."""
     found, in_decoder = {}, set(decoder_of(model).modules())
     for name, module in model.named_modules():
         if not hasattr(module, "lora_A"):  # PEFT's LoraLayer
             continue
         active = [adapter for adapter in module.active_adapters if adapter in module.scaling]
-        plain = len(active) == 1 and active[0] in module.lora_A and isinstance(module.lora_A[active[0]], nn.Linear)
+        plain = len(active) == 1 and isinstance(dict(module.lora_A).get(active[0]), nn.Linear)
         plain = plain and module.lora_B[active[0]].bias is None and not module.lora_variant
-        on_experts = hasattr(module, "parameter_name")  # PEFT's ParamWrapper
-        if not plain or on_experts or module.merged or module.disable_adapters or module not in in_decoder:
+        plain = plain and not hasattr(module, "parameter_name")  # PEFT's ParamWrapper, for experts
+        if not plain or module.merged or module.disable_adapters or module not in in_decoder:
             raise NoPhi(
-                f"phi all_lora: {name} has no plain A and B in a decoder layer (but DoRA, a bias, several adapters, a "
-                "merged or disabled one, or it stands on embedding, head or experts): use phi last_layer"
+                f"phi all_lora: {name} is no plain A and B in a decoder layer (but DoRA, with a bias, one of several "
+                "adapters, merged, disabled, or on embedding, head or experts): use phi last_layer"
             )
         # The whole model would have to stay on its device until the backward pass has been through it.
         if any(parameter.is_meta for parameter in module.parameters()):
@@ -115,22 +112,22 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the module computes: its weights' device, or the one that accelerate brings them to for it."""
+    module = linear(module)
     hook = getattr(module, "_hf_hook", None)
     devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
-    return next((torch.device(device) for device in devices if device is not None), next(module.parameters()).device)
+    return torch.device(next((each for each in devices if each is not None), next(module.parameters()).device))
 
 
 def last_decoder_layer(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the last layer: of the longest list of modules in the text decoder."""
+    """Name and module of the last layer in the text decoder's longest list of modules."""
     decoder = decoder_of(model)
     lists: dict[str, nn.ModuleList] = {}
     for name, module in decoder.named_modules():
-        # Lists inside a layer (experts) are no candidates.
-        if isinstance(module, nn.ModuleList) and len(module) and not name.startswith(tuple(f"{o}." for o in lists)):
+        inside_another = name.startswith(tuple(f"{outer}." for outer in lists))  # experts of a layer
+        if isinstance(module, nn.ModuleList) and len(module) and not inside_another:
             lists[name] = module
     if not lists:
-        children = ", ".join(name for name, _ in decoder.named_children())
-        raise NoPhi(f"found no list of decoder layers in {type(decoder).__name__}: it has {children}")
+        raise NoPhi(f"found no list of decoder layers in {type(decoder).__name__}, only {', '.join(decoder._modules)}")
     name = max(lists, key=lambda name: len(lists[name]))
     return f"{name}.{len(lists[name]) - 1}", lists[name][-1]
 
@@ -151,61 +148,54 @@ def projections(layer: nn.Module) -> dict[str, nn.Module]:
 
 def is_linear_map(module: nn.Module) -> bool:
     """Whether it answers with its product: some routers (Phi-3.5-MoE, Llama 4) are an nn.Linear with other answers."""
-    if not isinstance(module, nn.Linear | Conv1D):
-        return False
+    if not isinstance(module, nn.Linear):
+        return type(module).__name__ == _CONV1D
     # A forward of its own: the only way to know is to call it. (bitsandbytes' answer with the product.)
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward) or not module.weight.is_floating_point():
+    if type(module).forward is nn.Linear.forward or not module.weight.is_floating_point():
         return True
     with torch.no_grad():
         row = torch.zeros((1, module.in_features), dtype=module.weight.dtype, device=device_of(module))
         return isinstance(module(row), torch.Tensor)
 
 
-def _noting_values(layer: nn.Module, noted: list[torch.Tensor]) -> Callable:
-    """transformers' `get_interface`, whose attention adds its values (B, heads, T, d) to `noted` inside of `layer`.
+def _noting(get_interface: Callable, layer: nn.Module, noted: list[torch.Tensor]) -> Callable:
+    """transformers' `get_interface`, whose attention adds its values (B, heads, T, d) to `noted` inside of `layer`."""
+    inside = set(layer.modules())
 
-    Most families call attention through it; the others leave the list empty.
-    """
-    inside, get_interface = set(layer.modules()), ALL_ATTENTION_FUNCTIONS.get_interface
+    def attend(names, module, query, key, value, *args, **kwargs):
+        if module in inside:
+            noted.append(value)
+        return get_interface(*names)(module, query, key, value, *args, **kwargs)
 
-    def get_noting(*names):
-        def attend(module, query, key, value, *args, **kwargs):
-            if module in inside:
-                noted.append(value)
-            return get_interface(*names)(module, query, key, value, *args, **kwargs)
-
-        return attend
-
-    return get_noting
+    return lambda *names: partial(attend, names)
 
 
 def find_value_projection(model: nn.Module) -> LinearMap:
-    """Find it by what it does, whatever it is called: the last map whose output reaches the values of attention.
+    """Find the last map whose output reaches the values of attention, whatever it is called.
 
     Where attention does not show its values, one token is enough: its only attention weight is 1, whatever query and
-    key say. So their gradient vanishes and the values' does not. (Not so with attention sinks, which take a part of
-    that weight.)
-
-    Raises: NoPhi naming the linear maps of the layer where none behaves so.
-    """
+    key say, so their gradient vanishes and the values' does not. (Not so with attention sinks.)
+    Raises: NoPhi naming the linear maps of the layer where none behaves so."""
     layer_name, layer = last_decoder_layer(model)
-    seen = {}  # name -> input and output (1, 1, d), in calling order
+    seen: dict[str, tuple] = {}  # name -> input and output (1, 1, d), in calling order
     noted: list[torch.Tensor] = []
+
+    def watch(name, module, inputs, output):
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        seen[name] = inputs[0], output
+        return output
+
     with contextlib.ExitStack() as undo:
         for name, module in projections(layer).items():
-
-            def watch(module, inputs, output, name=name):
-                output = output if output.requires_grad else output.detach().requires_grad_()
-                seen[name] = inputs[0], output
-                return output
-
-            undo.callback(module.register_forward_hook(watch).remove)
+            undo.callback(module.register_forward_hook(partial(watch, name)).remove)
         undo.callback(model.train, model.training)
         model.eval()  # dropout would zero columns too
         undo.enter_context(torch.enable_grad())
         undo.enter_context(sdpa_kernel(SDPBackend.MATH))  # its gradient is exactly 0 here, fused kernels leave noise
-        ALL_ATTENTION_FUNCTIONS.get_interface = _noting_values(layer, noted)
-        undo.callback(delattr, ALL_ATTENTION_FUNCTIONS, "get_interface")
+        # Most families of transformers take their attention from this table, under this name in their own module.
+        if table := getattr(sys.modules[type(layer).__module__], "ALL_ATTENTION_FUNCTIONS", None):
+            table.get_interface = _noting(table.get_interface, layer, noted)
+            undo.callback(delattr, table, "get_interface")
         token = torch.ones((1, 1), dtype=torch.long, device=device_of(unwrap(model).get_input_embeddings()))
         hidden = decoder_of(model)(input_ids=token, use_cache=False).last_hidden_state
         reached = noted[-1] if noted else hidden
@@ -216,30 +206,19 @@ def find_value_projection(model: nn.Module) -> LinearMap:
         name: torch.zeros(output.shape[-1], dtype=torch.bool) if g is None else (g != 0).flatten(0, -2).any(0).cpu()
         for name, output, g in zip(seen, outputs, gradients, strict=True)
     }
-    values = [name for name, columns in alive.items() if columns.any()] if noted else _read_with_the_query(seen, alive)
+    values = [name for name, columns in alive.items() if columns.any()]
+    if not noted:
+        values = _beside_the_query(values, seen, alive)
     if not values:
-        looked_at = ", ".join(seen) or "no linear map"
-        raise NoPhi(
-            f"found no value projection in {layer_name} of {type(unwrap(model)).__name__}: looked at {looked_at}"
-        )
+        kind, looked_at = type(unwrap(model)).__name__, ", ".join(seen) or "no linear map"
+        raise NoPhi(f"found no value projection in {layer_name} of {kind}: looked at {looked_at}")
     name = values[-1]  # in compressed attention the last of the chain makes the values
     columns = None if alive[name].all() else alive[name].nonzero().squeeze(1).to(seen[name][1].device)
     return LinearMap(f"{layer_name}.{name}", layer.get_submodule(name), columns)
 
 
-def _read_with_the_query(seen: dict[str, tuple[torch.Tensor, torch.Tensor]], alive: dict[str, torch.Tensor]) -> list:
-    """Names of the maps with living columns that read the same input as the query's projection, or are fused with it.
-
-    The first map with a dead column is that projection, and the module that it stands in is the attention.
-    """
-    query = next((name for name, columns in alive.items() if not columns.all()), None)
-    if query is None:
-        return []
-    read, attention = seen[query][0], query.rpartition(".")[0]
-    return [
-        name
-        for name, columns in alive.items()
-        if name.rpartition(".")[0] == attention
-        and columns.any()
-        and (not columns.all() or (seen[name][0].shape == read.shape and torch.equal(seen[name][0], read)))
-    ]
+def _beside_the_query(names: list[str], seen: dict[str, tuple], alive: dict[str, torch.Tensor]) -> list[str]:
+    """Those that read the same input as the query's projection (the first with a dead column) or are fused with it."""
+    query = next((name for name, columns in alive.items() if not columns.all()), "")
+    names = [name for name in names if query and name.rpartition(".")[0] == query.rpartition(".")[0]]
+    return [name for name in names if not alive[name].all() or torch.equal(seen[name][0], seen[query][0])]

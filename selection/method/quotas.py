@@ -27,10 +27,8 @@ class Quotas:
     def record(self, chosen: np.ndarray) -> list[dict[str, Any]]:
         """For the coreset file, of each data set: name, rows in the training split, of which `chosen`, and quota."""
         counts = np.bincount(self.data_set[chosen], minlength=len(self.names)).tolist()
-        return [
-            {"name": name, "rows": rows, "chosen": count, "quota": quota}
-            for name, rows, count, quota in zip(self.names, self.num_rows, counts, self.quotas, strict=True)
-        ]
+        columns = zip(self.names, self.num_rows, counts, self.quotas, strict=True)
+        return [dict(zip(("name", "rows", "chosen", "quota"), each, strict=True)) for each in columns]
 
 
 def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
@@ -54,7 +52,7 @@ def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
             f"with {room} to choose from: raise the quotas or lower the rate"
         )
     if free:
-        return [([j], count) for j, count in given.items()] + [(free, left)]
+        return [*(([j], count) for j, count in given.items()), (free, left)]
     for j in itertools.cycle(sorted(given, key=lambda j: given[j] - exact[j])):
         if not left:
             return [([j], count) for j, count in given.items()]

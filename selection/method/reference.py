@@ -1,8 +1,4 @@
-"""The effort score of the paper, S_d = ‖∇_φ L(θ; d)‖₂, one sample at a time by plain autograd.
-
-Read this first. selection/method/effort.py computes the same numbers in batches; the tests, and each run on its first
-rows (selection/scores/self_test.py), hold it against this.
-"""
+"""The effort score S_d = ‖∇_φ L(θ; d)‖₂, one sample at a time: what tests and runs hold effort.py against."""
 
 from collections.abc import Sequence
 
@@ -16,11 +12,9 @@ def effort_score(
     """Effort score and loss L (in nats) of one sample.
 
     Args:
-        model: a causal language model of transformers, in eval mode. L is its own loss: the mean cross-entropy over the
-            response tokens.
+        model: a causal language model of transformers in eval mode; L is its own loss.
         input_ids, labels: (T,) token ids; the label is −100 where a token is not part of the response.
-        phi: the parameters φ. They, and nothing else, require a gradient.
-    """
+        phi: the parameters φ. They, and nothing else, require a gradient."""
     with torch.enable_grad():
         loss = model(input_ids=input_ids[None], labels=labels[None], use_cache=False).loss
         gradients = torch.autograd.grad(loss, phi, allow_unused=True)  # None for an expert that got no token

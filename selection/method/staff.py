@@ -1,7 +1,6 @@
-"""STAFF's Algorithm 1 (arXiv 2410.01296): strata, verification ratios, budgets, coreset; step 3 of the README.
+"""STAFF's Algorithm 1 (arXiv 2410.01296): strata, verification ratios, budgets, coreset.
 
-A *row* is a row number of the training split. `mode` is "paper" (as published) or "released" (as the authors' code does
-it); the README tabulates where they differ.
+A *row* is a row number of the training split. `mode` is "paper" (as published) or "released" (as the authors' code).
 """
 
 import math
@@ -15,20 +14,16 @@ VERIFICATION, WITHIN_STRATUM, FILL, RANDOM = range(4)
 
 
 def random_ranks(num_rows: int, seed: int, purpose: int) -> np.ndarray:
-    """A random number in [0, 1) for each row; rows are drawn lowest number first, whatever their stratum.
-
-    So a row that moves to another stratum leaves all other draws as they were."""
+    """A number in [0, 1) for each row; the lowest are drawn, so a row's stratum decides no other row's draw."""
     return np.random.default_rng([seed, purpose]).random(num_rows)
 
 
 def lowest(values: np.ndarray, count: int) -> np.ndarray:
-    """Mark the `count` lowest of `values` (n,): a mask (n,), in O(n) time. Of equal values the earlier, NaN last."""
+    """Mark the `count` lowest of `values` (n,), none NaN: a mask (n,), in O(n) time. Of equal values the earlier."""
     if count <= 0 or count >= len(values):
         return np.full(len(values), count > 0)
     threshold = np.partition(values, count - 1)[count - 1]
     chosen, ties = values < threshold, np.flatnonzero(values == threshold)
-    if np.isnan(threshold):
-        chosen, ties = ~np.isnan(values), np.flatnonzero(np.isnan(values))
     chosen[ties[: count - np.count_nonzero(chosen)]] = True
     return chosen
 
@@ -66,11 +61,6 @@ class Strata:
     def sizes(self) -> list[int]:
         return [len(rows) for rows in self.members]
 
-    @property
-    def num_rows(self) -> int:
-        """N, the hardest included."""
-        return sum(self.sizes) + len(self.hardest)
-
     def within(self, mask: np.ndarray | None) -> "Strata":
         """The same strata with only the rows in `mask` (N,), None for all; some may then be empty."""
         if mask is None:
@@ -80,10 +70,9 @@ class Strata:
 
 
 def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Strata:
-    """Drop the hardest ⌊hardest_cutoff · N⌋ rows, cut the rest into K = `num_strata` ranges of equal score width.
+    """Drop the hardest ⌊hardest_cutoff · N⌋ rows by `scores` (N,), cut the rest into K ranges of equal score width.
 
-    Args: scores (N,), on any scale. Of equal scores at the cut the earlier rows stay. Empty strata are left out.
-    Raises: ValueError where no row is left.
+    Of equal scores at the cut the earlier rows stay. Empty strata are left out. Raises: ValueError where none is left.
     """
     num_kept = len(scores) - floor_share(hardest_cutoff, len(scores))
     if num_kept == 0:
@@ -106,10 +95,8 @@ def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Stra
 
 
 def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str, seed: int) -> list[np.ndarray]:
-    """Draw the rows B*_i of each stratum that the target scores: b_v = `verify_per_stratum` at random, or all.
-
-    Released: a stratum of at most b_v rows is not verified (an empty array)."""
-    draws, ranks = [], random_ranks(strata.num_rows, seed, VERIFICATION)
+    """Draw the b_v rows B*_i of each stratum that the target scores, or all; released: none of a stratum of ≤ b_v."""
+    draws, ranks = [], random_ranks(sum(strata.sizes) + len(strata.hardest), seed, VERIFICATION)
     for rows in strata.members:
         skip = mode == "released" and len(rows) <= verify_per_stratum
         draws.append(rows[:0] if skip else rows[lowest(ranks[rows], verify_per_stratum)])
@@ -117,9 +104,7 @@ def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str
 
 
 def verification_ratio(target_scores: np.ndarray, speculative_scores: np.ndarray) -> float:
-    """V_i = Σ S^t_d / Σ S^s_d over the verified samples of stratum i, both min–max normalised.
-
-    A sum Σ S^s of 0 (nothing but the easiest row) says nothing about the models: the ratio is then 1."""
+    """V_i = Σ S^t_d / Σ S^s_d over the verified samples of stratum i, both min–max normalised; 1 where Σ S^s is 0."""
     target, speculative = float(np.sum(target_scores)), float(np.sum(speculative_scores))
     return target / speculative if speculative > np.finfo(np.float32).tiny else 1.0
 
@@ -129,8 +114,7 @@ def allocate_budgets(sizes: list[int], ratios: list[float | None], m: int, mode:
 
     published: m_i = min(|B_i|, ⌊(m − |D'|) · V_i / (strata left)⌋)
     released:  m_i = min(|B_i|, ⌊(m − |D'|) · V_i / Σ_{strata left} V⌋); unverified (None): ⌊(m − |D'|) / (strata left)⌋
-    D' are the rows given so far. The sum is at most m (an overshoot is cut); `choose_staff` fills what is left.
-    """
+    D' are the rows given so far. The sum is at most m (an overshoot is cut); `choose_staff` fills what is left."""
     budgets, remaining, order = [0] * len(sizes), m, sorted(range(len(sizes)), key=lambda i: sizes[i])
     for position, i in enumerate(order):
         left = order[position:]
@@ -159,31 +143,20 @@ class Choice:
 def choose_staff(
     scores: np.ndarray, strata: Strata, ratios: list[float | None], m: int, mode: str, seed: int
 ) -> Choice:
-    """Algorithm 1 once the strata are verified: budgets by V_i, the rows of each stratum, the random fill up to m.
+    """Algorithm 1 from the speculative scores (N,), strata and their V_i (None: not verified) to m rows.
 
-    Args: speculative scores (N,); V_i of each stratum, None where it is not verified."""
+    Take the budget of each stratum (published: at random; released: the highest scores), then fill up to m from the
+    unchosen rows of all strata. Where these are too few (the paper is silent), the easiest of the hardest come back."""
     budgets = allocate_budgets(strata.sizes, ratios, m, mode)
-    return choose_within_strata(scores, strata, budgets, m, mode, seed)
-
-
-def choose_within_strata(
-    scores: np.ndarray, strata: Strata, budgets: list[int], m: int, mode: str, seed: int
-) -> Choice:
-    """Take `budgets` rows of the strata (published: at random; released: the highest scores), then fill up to m.
-
-    The fill draws from the unchosen rows of all strata. Where m is more than the strata hold (a rate above
-    1 − hardest_cutoff, on which the paper is silent) rows come back from the hardest, the easiest of them first.
-    """
     ranks = -scores if mode == "released" else random_ranks(len(scores), seed, WITHIN_STRATUM)
     chosen = np.zeros(len(scores), dtype=bool)
     for rows, budget in zip(strata.members, budgets, strict=True):
         chosen[rows[lowest(ranks[rows], budget)]] = True
-    taken = [int(chosen[rows].sum()) for rows in strata.members]
+    taken = np.array([chosen[rows].sum() for rows in strata.members])
     unchosen = np.concatenate([rows[~chosen[rows]] for rows in strata.members])
-    fill = np.sort(unchosen[lowest(random_ranks(len(scores), seed, FILL)[unchosen], m - sum(taken))])
+    fill = np.sort(unchosen[lowest(random_ranks(len(scores), seed, FILL)[unchosen], m - taken.sum())])
     chosen[fill] = True
-    budgets = [int(chosen[rows].sum()) for rows in strata.members]
-    from_hardest = m - sum(budgets)
+    budgets = np.array([chosen[rows].sum() for rows in strata.members])
+    from_hardest = m - int(budgets.sum())
     chosen[strata.hardest[:from_hardest]] = True
-    filled = [with_fill - without for with_fill, without in zip(budgets, taken, strict=True)]
-    return Choice(np.flatnonzero(chosen), budgets, filled, from_hardest, fill)
+    return Choice(np.flatnonzero(chosen), budgets.tolist(), (budgets - taken).tolist(), from_hardest, fill)

@@ -23,8 +23,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 def partial_spearman(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float:
     """Rank correlation of `a` and `b`, (n,) each, `given` held fixed: (r_ab − r_ac·r_bc) / √((1 − r_ac²)(1 − r_bc²)).
 
-    nan where an array is constant, or where `given` explains another one wholly.
-    """
+    nan where an array is constant, or where `given` explains another one wholly."""
     r_ab, r_ac, r_bc = spearman(a, b), spearman(a, given), spearman(b, given)
     if not min(1 - r_ac**2, 1 - r_bc**2) > 1e-12:  # rounding alone would make a correlation of it
         return float("nan")
@@ -77,8 +76,7 @@ def agreement(a: Scores, b: Scores, rates: list[float], num_strata: int, hardest
     """Compare the common rows' scores, their strata, and coresets that STAFF's published rule cuts without V_i.
 
     Args: scores, with the column n_response_tokens where known; the rest as in the configuration.
-    Raises: UserError for scores of different data and rates that keep no row.
-    """
+    Raises: UserError for scores of different data and rates that keep no row."""
     a, b = _common_rows(a, b)
     num_rows, rng = len(a.index), np.random.default_rng(seed)
     efforts = [a.effort, b.effort, *(rng.permutation(b.effort) for _ in range(_SHUFFLES))]

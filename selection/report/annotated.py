@@ -17,8 +17,7 @@ from selection.run.errors import UserError, refusals
 from selection.run.products import checked, read_record
 from selection.scores.coresets import check_fits, quotas_of, read_coreset
 from selection.scores.folder import has_column, read_scores
-from selection.scores.reasons import explain
-from selection.scores.verification import Settings, StratumRecord, cut_strata, stratified_score
+from selection.scores.verification import Settings, StratumRecord, cut_strata, explain, stratified_score
 
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
 
@@ -56,8 +55,7 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
     Columns, null where not known: row (in the user's data), dataset (where there are several; rows then count in each),
     split ("train", "eval"), index (row of the training split), id, effort and loss of the speculative model,
     n_prompt_tokens, n_response_tokens, target_effort, stratum, verification_ratio (V_i), verified, chosen, reason.
-    Raises: UserError where the coreset is of other data, or was cut from other scores than the run has now.
-    """
+    Raises: UserError where the coreset is of other data, or was cut from other scores than the run has now."""
     split, chosen = split or finished_split(experiment), read_coreset(coreset)
     check_fits(chosen, split.ids, split.fingerprint, str(coreset))
     num_rows = len(split.rows)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from selection.report.annotated import annotated
-from selection.rows.conversation import as_messages, tools_of
+from selection.rows.conversation import as_messages, convert_row
 from selection.rows.split import TrainingSplit, data_sets, finished_split, rows_of, split_numbers
 from selection.rows.tokens import as_text
 from selection.run.config import Experiment
@@ -27,8 +27,7 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     """Export the coreset in the file `path` (JSON, or a published .pt) as `folder`; returns lines about what it wrote.
 
     Chosen rows are in the order of the training split; annotated.* has the user's. An earlier export is replaced.
-    Raises: UserError where the coreset is of other data, and where `folder` exists and is no export of it.
-    """
+    Raises: UserError where the coreset is of other data, and where `folder` exists and is no export of it."""
     split, coreset = finished_split(experiment), read_coreset(path)
     check_fits(coreset, split.ids, split.fingerprint, str(path))
     identity = {
@@ -58,8 +57,7 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
 def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, draft: Path) -> list[str]:
     """annotated.parquet and annotated.jsonl: every row of the run, as it was, then `annotated`'s columns.
 
-    Rows of several data sets come in the order given, in the common form where their forms differ.
-    """
+    Rows of several data sets come in the order given, in the common form where their forms differ."""
     from datasets import concatenate_datasets
 
     figures = annotated(experiment, path, split)
@@ -86,8 +84,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
 
     prompt_completion.jsonl: SFTTrainer trains on the completions, the last responses, whose tokens were scored. Both
     are text by LLaMA-Factory's template: given messages, TRL 0.24 with transformers 5 trains on the prompts too.
-    chat.jsonl: with assistant_only_loss it trains on every response that the chat template marks ({% generation %}).
-    """
+    chat.jsonl: with assistant_only_loss it trains on every response that the chat template marks ({% generation %})."""
     rows, name = split.rows.select(coreset.indices), coreset.name
     set_library_bars(long_work=len(rows) >= 10_000)
     entry = experiment.row_format.entry
@@ -103,7 +100,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
             otherwise += not same
             earlier += sum(message["role"] in ("assistant", "function") for message in messages) > 1
             pairs.write(_as_line({"prompt": prompt, "completion": completion}))
-            chats.write(_as_line(as_chat(messages, tools_of(row, entry))))
+            chats.write(_as_line(as_chat(messages, convert_row(row, entry)["_tools"] or "")))
     rows.save_to_disk(draft / "dataset")
     file = draft / "llamafactory" / f"{name}.parquet"  # of JSON, readers take text for dates where every row holds one
     file.parent.mkdir()

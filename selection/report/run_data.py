@@ -53,8 +53,7 @@ def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[st
 
     Scores are (N, 4), by row of the training split, nan where not known: row (in the user's data, from 0), effort,
     target (the target's effort score), length (response tokens).
-    Raises: UserError where there is no coreset, or none that can be shown.
-    """
+    Raises: UserError where there is no coreset, or none that can be shown."""
     if not (paths := sorted(experiment.coresets.glob("*.json"))):
         raise UserError(f"{experiment.folder} has no coreset yet: run coreset.py, then this again")
     shown, refused, split = [], [], finished_split(experiment)

@@ -13,17 +13,16 @@ from selection.run.log import set_library_bars
 
 
 def unusable_rows(rows: Iterable[dict], entry: dict[str, Any]) -> dict[int, str]:
-    """What is wrong with the rows that LLaMA-Factory would drop, misread or crash on, by row number.
+    """What is wrong with each row that LLaMA-Factory would drop, misread or crash on, by row number.
 
-    `entry`: the data set's in `dataset_info.json`. Raises: UserError where a row lacks a column.
-    """
+    `entry`: the data set's in `dataset_info.json`. Raises: UserError where a row lacks a column."""
     converted = (convert_row(row, entry, f"row {number} of the data set") for number, row in enumerate(rows))
     return {number: sample for number, sample in enumerate(converted) if isinstance(sample, str)}
 
 
 def text_columns(entry: dict[str, Any]) -> list[str]:
     """Columns that hold a row's text; none for conversations."""
-    form = _converter(json.dumps(entry, sort_keys=True)).dataset_attr
+    form = _converter(json.dumps(entry)).dataset_attr
     columns = (form.prompt, form.query, form.response, form.system) if form.formatting == "alpaca" else ()
     return [column for column in dict.fromkeys(columns) if column]
 
@@ -36,13 +35,11 @@ def in_common_form(rows, dataset_format: DatasetFormat, cache: Path) -> "dataset
         raise UserError(f"dataset_format.columns.{min(media)}: data sets in different forms may hold text alone")
     entry, text = dataset_format.entry, Value("large_string")  # a column of `string` ends at 2 GiB
     set_library_bars(long_work=len(rows) >= 10_000)
+    features = Features({"messages": [{"role": text, "content": text}], "tools": text})
+    options = {"remove_columns": rows.column_names, "features": features, "desc": "into one form"}
     return rows.map(
-        lambda row: {"messages": as_messages(row, entry), "tools": tools_of(row, entry)},
-        remove_columns=rows.column_names,
-        features=Features({"messages": [{"role": text, "content": text}], "tools": text}),
-        cache_file_name=str(cache),
-        load_from_cache_file=False,
-        desc="into one form",
+        lambda row: {"messages": as_messages(row, entry), "tools": convert_row(row, entry)["_tools"] or ""},
+        **options | {"cache_file_name": str(cache), "load_from_cache_file": False},
     )
 
 
@@ -50,8 +47,7 @@ def as_messages(row: dict, entry: dict[str, Any]) -> list[dict[str, str]]:
     """A raw row as the messages {role, content} that LLaMA-Factory trains on; the last one is the response.
 
     Roles: system (at most one, first, never empty), then user or observation (a tool's answer) and assistant or
-    function (a call, JSON text) in turn. Raises: UserError for a row that is unusable or lacks a column.
-    """
+    function (a call, JSON text) in turn. Raises: UserError for a row that is unusable or lacks a column."""
     sample = convert_row(row, entry)
     if isinstance(sample, str):
         raise UserError(f"the row has no prompt and text response ({sample}): LLaMA-Factory would drop it")
@@ -59,35 +55,28 @@ def as_messages(row: dict, entry: dict[str, Any]) -> list[dict[str, str]]:
     return [*system, *sample["_prompt"], *sample["_response"]]
 
 
-def tools_of(row: dict, entry: dict[str, Any]) -> str:
-    """The tools of a usable row, JSON text; "" for none."""
-    return convert_row(row, entry)["_tools"] or ""
-
-
 def convert_row(row: dict, entry: dict[str, Any], name: str = "the row") -> dict[str, Any] | str:
     """LLaMA-Factory's _prompt, _response, _system and _tools of a raw row, or a text: what is wrong with it.
 
-    Raises: UserError with `name` where the row lacks a column.
-    """
-    convert = _converter(json.dumps(entry, sort_keys=True))
+    Raises: UserError with `name` where the row lacks a column."""
+    convert = _converter(json.dumps(entry))
     try:
         # Turns first: at an unknown role LLaMA-Factory raises a KeyError, or drops the row without a word.
         if convert.dataset_attr.formatting != "alpaca" and (odd := _odd_turns(row, convert.dataset_attr)):
             return odd
         sample = convert(row)
     except KeyError as error:
-        wrong = f"{name} has no column {error.args[0]!r} (it has {', '.join(row)})"
-        raise UserError(f"{wrong}: name the columns under dataset_format.columns") from None
+        lacks = f"{name} has no column {error.args[0]!r} (it has {', '.join(row)})"
+        raise UserError(f"{lacks}: name the columns under dataset_format.columns") from None
     except (TypeError, ValueError, AttributeError):
         return "a column holds something else than text or turns"
     if len(sample["_prompt"]) % 2 == 0 or len(sample["_response"]) != 1:
         return "it has not one response"
-    if not all(isinstance(turn["content"], str) for turn in sample["_prompt"] + sample["_response"]):
-        return "its prompt or response is no text"
-    if not sample["_response"][0]["content"].strip():
+    texts = [turn["content"] for turn in sample["_prompt"] + sample["_response"]]
+    if not all(isinstance(text, str) for text in [*texts, sample["_system"] or ""]):
+        return "its prompt, response or system prompt is no text"
+    if not texts[-1].strip():
         return "its response is blank"
-    if not isinstance(sample["_system"] or "", str):
-        return "its system prompt is no text"
     try:
         json.loads(sample["_tools"] or "[]")
     except (TypeError, ValueError):
@@ -101,9 +90,9 @@ def _odd_turns(row: dict[str, Any], form) -> str | None:
     answers = [tag for tag in (form.assistant_tag, form.function_tag) if tag]
     due, before = asks, None
     for number, turn in enumerate(row[form.messages]):
-        for tag in (form.role_tag, form.content_tag):
-            if tag not in turn.keys():  # noqa: SIM118 - a text has no keys
-                return f"turn {number} has no {tag!r} (it has {', '.join(turn)}): name it under dataset_format.tags"
+        if lacking := {form.role_tag, form.content_tag} - turn.keys():
+            has = f"it has {', '.join(turn)}"
+            return f"turn {number} has no {min(lacking)!r} ({has}): name it under dataset_format.tags"
         role = turn[form.role_tag]
         if number == 0 and form.system_tag and role == form.system_tag:
             continue
@@ -113,9 +102,7 @@ def _odd_turns(row: dict[str, Any], form) -> str | None:
         if role not in due:
             return f"turn {number} is of {role!r} where one of {' or '.join(map(repr, due))} is due"
         due, before = answers if due is asks else asks, role
-    if before is None or due is answers:
-        return f"it ends without a turn of {' or '.join(map(repr, answers))}"
-    return None
+    return None if before in answers else f"it ends without a turn of {' or '.join(map(repr, answers))}"
 
 
 @functools.lru_cache

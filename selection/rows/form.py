@@ -20,8 +20,7 @@ def detect_form(columns: list[str], rows: list[dict], source: str) -> tuple[dict
     """How LLaMA-Factory has to read these rows: keys of `dataset_format`, and the columns in use.
 
     Knows conversations of from/value or role/content messages (columns conversations, messages) and text columns.
-    Raises: UserError naming the columns where none of these fits.
-    """
+    Raises: UserError naming the columns where none of these fits."""
     names, tags = {}, None
     for column in ("messages", "conversations"):
         if not names and column in columns and (tags := _tags(column, rows, source)):
@@ -31,8 +30,7 @@ def detect_form(columns: list[str], rows: list[dict], source: str) -> tuple[dict
         if not names and texts:
             names = {"prompt": prompt} | ({"query": "input"} if "input" in columns else {}) | {"response": response}
     if not names:
-        known = ", ".join(f"{prompt} and {response}" for prompt, response in _TEXT_COLUMNS)
-        known = f"{known}, or a conversation in messages or conversations"
+        known = "".join(f"{prompt} and {response}, " for prompt, response in _TEXT_COLUMNS) + "messages, conversations"
         how = "name them, e.g. --set dataset_format.columns.prompt=… --set dataset_format.columns.response=…"
         raise UserError(f"--data {source}: its columns ({', '.join(columns)}) have no known form ({known}): {how}")
     names |= {"system": "system"} if "system" in columns else {}
@@ -45,8 +43,7 @@ def detect_form(columns: list[str], rows: list[dict], source: str) -> tuple[dict
 def _tags(column: str, rows: list[dict], source: str) -> dict[str, str] | None:
     """The tags of a column of messages; None where it holds something else.
 
-    role/content is read as sharegpt with other tags: "openai" would add a sentence to every system prompt.
-    """
+    role/content is read as sharegpt with other tags: "openai" would add a sentence to every system prompt."""
     messages = [message for row in rows for message in (row[column] if isinstance(row[column], list) else [None])]
     pairs = [("from", "value"), ("role", "content")]
     pairs = [pair for pair in pairs if all(isinstance(m, dict) and set(pair) <= set(m) for m in messages)]

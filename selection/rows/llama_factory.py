@@ -1,7 +1,6 @@
 """What every call of LLaMA-Factory needs: its import, its arguments, its errors in one line."""
 
 import contextlib
-import difflib
 import importlib
 import logging
 import os
@@ -43,8 +42,7 @@ def check_template(template: str) -> None:
     from llamafactory.data.template import TEMPLATES
 
     if template not in TEMPLATES:
-        alike = difflib.get_close_matches(template, TEMPLATES, n=3, cutoff=0.3)
-        known = f"{', '.join(alike)}?" if alike else "try chatml, llama3, gemma, mistral or qwen"
+        known = "there are chatml, llama3, gemma, mistral, qwen and more"
         raise UserError(f"--template {template}: LLaMA-Factory has none of that name: {known}")
 
 
@@ -52,21 +50,12 @@ def common_arguments(experiment: Experiment, model: str, output_dir: Path, preci
     """The keys that every call has in common."""
     import torch
 
-    return {
-        "stage": "sft",
-        "model_name_or_path": model_path(model),
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "dataset_dir": str(experiment.data_folder),
-        "val_size": 0,  # split already, once for all stages
-        "overwrite_cache": True,
-        "output_dir": str(output_dir),
-        "overwrite_output_dir": True,  # without it a finished folder "resumes", trains 0 steps and exits 0
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": precision == "bf16",
-        "fp16": precision == "fp16",
-        "report_to": "none",
-    }
+    arguments = {"stage": "sft", "model_name_or_path": model_path(model), "report_to": "none"}
+    arguments |= {"template": experiment.template, "cutoff_len": experiment.cutoff_len}
+    arguments |= {"dataset_dir": str(experiment.data_folder), "output_dir": str(output_dir)}
+    arguments |= {"bf16": precision == "bf16", "fp16": precision == "fp16", "use_cpu": not torch.cuda.is_available()}
+    # The rows are split already. Without overwrite_output_dir a finished folder "resumes", trains 0 steps and exits 0.
+    return arguments | {"val_size": 0, "overwrite_cache": True, "overwrite_output_dir": True}
 
 
 @contextlib.contextmanager

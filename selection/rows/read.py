@@ -32,8 +32,7 @@ def as_json(value: object, **options) -> str:
 def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """`raw_rows`; numbers and dates in a prompt's or response's column are the text that stands in the file.
 
-    Raises: UserError also where LLaMA-Factory would drop or misread a row, which would shift later row numbers.
-    """
+    Raises: UserError also where LLaMA-Factory would drop or misread a row, which would shift later row numbers."""
     with raw_rows(path) as rows:
         rows = _with_text(rows, path, text_columns(dataset_format.entry))
         if unusable := unusable_rows(rows, dataset_format.entry):
@@ -47,20 +46,18 @@ def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["dataset
 @contextlib.contextmanager
 def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
     """The rows as `datasets`, and so LLaMA-Factory, reads them; they stay on disk. Raises: UserError."""
+    import pandas
     from datasets import Features, Value, load_dataset
 
-    kind = _READERS.get(path.suffix.lower())
+    kind, options = _READERS.get(path.suffix.lower()), {}
     if kind is None:
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     with path.open("rb") as file:
-        mark = file.read(3)
-        file.seek(0)
-        nul = kind == "csv" and any(b"\0" in block for block in iter(lambda: file.read(2**20), b""))
-    if kind != "parquet" and mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise UserError(f"{path} is written in UTF-16: save it as UTF-8")
-    if nul:  # pandas would leave it out
-        raise UserError(f"{path} holds a NUL byte: it is damaged, or no text: save it as UTF-8")
-    options = {}
+        mark = file.peek(3)[:3]
+        if kind != "parquet" and mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path} is written in UTF-16: save it as UTF-8")
+        if kind == "csv" and any(b"\0" in block for block in iter(lambda: file.read(2**20), b"")):
+            raise UserError(f"{path} holds a NUL byte, which pandas would leave out: save it as UTF-8")
     if kind == "json":
         _check_json(path)
         options = {"encoding": "utf-8-sig" if mark == codecs.BOM_UTF8 else "utf-8"}
@@ -76,7 +73,7 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
                 if kind != "csv":
                     raise
                 # A column may begin with numbers and go on with words: read all columns as text.
-                text = Features({name: Value("string") for name in _read_csv(path, nrows=0).columns})
+                text = Features({name: Value("string") for name in pandas.read_csv(path, nrows=0).columns})
                 rows = load_dataset(kind, features=text, **options)
             rows.data.validate(full=True)  # finds text that is no UTF-8
         except Exception as error:  # each reader raises its own kinds
@@ -87,9 +84,10 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
 
 def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "datasets.Dataset":  # noqa: F821
     """Give numbers, truth values and dates in `columns` as the file writes them (Parquet: as JSON would)."""
+    import pandas
     from datasets import Value
 
-    kinds, kind, names = rows.features, _READERS[path.suffix.lower()], rows.column_names
+    kinds, kind = rows.features, _READERS[path.suffix.lower()]
     odd = [name for name in columns if isinstance(kinds.get(name), Value) and kinds[name].dtype not in _TEXT_TYPES]
     if not odd:
         return rows
@@ -97,7 +95,7 @@ def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "dat
         if kind == "parquet":
             found = rows.select_columns(odd)
         elif kind == "csv":
-            found = _read_csv(path, usecols=odd).to_dict("records")
+            found = pandas.read_csv(path, dtype=str, keep_default_na=False, usecols=odd).to_dict("records")
         else:
             found = _read_json(path, parse_int=str, parse_float=str, parse_constant=str)
         values = {name: [row.get(name) for row in found] for name in odd}
@@ -109,13 +107,7 @@ def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "dat
         say(f"dataset {path.name}: {name} holds {kinds[name].dtype}: taken as the text that stands in the file")
         texts = [value if isinstance(value, str | None) else as_json(value) for value in values[name]]
         rows = rows.remove_columns(name).add_column(name, texts, feature=Value("string"))
-    return rows.select_columns(names)
-
-
-def _read_csv(path: Path, **options) -> "pandas.DataFrame":  # noqa: F821
-    import pandas
-
-    return pandas.read_csv(path, dtype=str, keep_default_na=False, **options)
+    return rows.select_columns(list(kinds))
 
 
 def _read_json(path: Path, **options) -> list:
@@ -147,14 +139,12 @@ def _check_json(path: Path) -> None:
 
 def _mixed_column(path: Path) -> str | None:
     """Name the column that is text in one row and not in another: Arrow's own message does not say it well."""
-    first: dict[str, tuple[int, bool]] = {}
-    with contextlib.suppress(ValueError, RecursionError, AttributeError):
-        for number, row in enumerate(_read_json(path)):
-            for name, value in row.items():
-                if value is None:
-                    continue
-                before, was_text = first.setdefault(name, (number, isinstance(value, str)))
-                if isinstance(value, str) != was_text:
-                    text, other = (before, number) if was_text else (number, before)
-                    return f"column {name} is text in row {text} and is none in row {other}: write all of it as text"
+    import pandas
+
+    with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):  # rows that are no objects
+        for name, values in pandas.DataFrame(_read_json(path), dtype=object).items():
+            is_text = values.dropna().map(lambda value: isinstance(value, str))
+            if is_text.nunique() > 1:
+                text, other = is_text.idxmax(), is_text.idxmin()
+                return f"column {name} is text in row {text} and is none in row {other}: write all of it as text"
     return None

@@ -1,7 +1,7 @@
 """One split for every stage: the pooled rows, cut once, written as LLaMA-Factory data sets in the run folder.
 
-It is the split that LLaMA-Factory makes with `val_size` and `seed` (`datasets`' train_test_split on all rows), so
-published index lists fit. `train`, `eval` and every coreset are data sets in `<run folder>/data/dataset_info.json`.
+It is the split that LLaMA-Factory makes with `val_size` and `seed`, so published index lists fit. `train`, `eval` and
+every coreset are data sets in `<run folder>/data/dataset_info.json`.
 """
 
 import contextlib
@@ -30,11 +30,9 @@ _PARTS = ("train", "eval")
 
 @dataclass(frozen=True)
 class TrainingSplit:
-    """The training split's identity. `ids[i]` is the content hash of row i, `fingerprint` that of all in order."""
-
     rows: "datasets.Dataset"  # noqa: F821
-    ids: list[str]
-    fingerprint: str
+    ids: list[str]  # content hash of each row
+    fingerprint: str  # of all ids in order, and of the form of the rows
 
 
 class _SplitRecord(TypedDict):
@@ -50,11 +48,9 @@ def row_id(row: dict) -> str:
 
 
 def training_split(experiment: Experiment, dry_run: bool = False) -> TrainingSplit | None:
-    """Load the training split, making it on the first call; of several processes the leader makes it.
+    """Load the training split; make it on the first call. A dry run writes nothing: None where there is no split yet.
 
-    A dry run writes nothing, and gives None where there is no split yet. Raises: UserError for a data file that cannot
-    be read or has unusable rows, and where the run folder holds the split of other data, or one that was changed.
-    """
+    Raises: UserError for a data file that cannot be read or has unusable rows, and a split of other data or changed."""
     with processes().leader_first():
         made_from, record_path = _made_from(experiment), _record_path(experiment)
         if dry_run:
@@ -70,9 +66,9 @@ def training_split(experiment: Experiment, dry_run: bool = False) -> TrainingSpl
 
 def finished_split(experiment: Experiment) -> TrainingSplit:
     """The training split of a run in which stages have run; writes nothing. Raises: UserError where there is none."""
-    if (split := training_split(experiment, dry_run=True)) is None:
-        raise UserError(f"{experiment.data_folder} has no split yet: run a stage with this run's configuration first")
-    return split
+    if split := training_split(experiment, dry_run=True):
+        return split
+    raise UserError(f"{experiment.data_folder} has no split yet: run a stage with this run's configuration first")
 
 
 def held_out_ids(experiment: Experiment) -> list[str]:
@@ -81,20 +77,17 @@ def held_out_ids(experiment: Experiment) -> list[str]:
 
 
 def data_sets(experiment: Experiment) -> list[tuple[str, int, int]]:
-    """Name, first pooled row and number of rows of each data set, in order; the pooled rows are what was split.
-
-    Raises: UserError where the run folder has no split yet, or that of other data.
-    """
-    counts = _read_record(experiment, _made_from(experiment)).get("num_rows") or [_num_rows(experiment)]
+    """Name, first pooled row and number of rows of each data set, in order. Raises: UserError without a split."""
+    record = _read_record(experiment, _made_from(experiment))
+    counts = record.get("num_rows") or [_num_rows(experiment)]
     names = [each.name for each in experiment.data_sets]
     return list(zip(names, np.cumsum([0, *counts[:-1]]).tolist(), counts, strict=True))
 
 
 def recorded_fingerprint(experiment: Experiment) -> str | None:
-    """The training split's fingerprint by its record, without reading a row; None where there is no split yet.
+    """The training split's fingerprint by its record; None: no split yet. Data that are not here count as unchanged.
 
-    Data that are not on this machine count as unchanged. Raises: UserError for the split of other data or settings.
-    """
+    Raises: UserError for the split of other data or settings."""
     if not _record_path(experiment).exists():
         return None
     here = all(from_repository(each.path).is_file() for each in experiment.data_sets + experiment.eval_set)
@@ -106,10 +99,10 @@ def split_numbers(experiment: Experiment, num_rows: int | None = None) -> dict[s
     `eval_data` are not pooled and have none."""
     from datasets import Dataset
 
+    num_rows = num_rows or _num_rows(experiment)
     if experiment.eval_set:
-        count = len(rows_of(experiment, "train")) if num_rows is None else num_rows
-        return {"train": np.arange(count), "eval": np.arange(0)}
-    numbers = Dataset.from_dict({"row": range(num_rows or _num_rows(experiment))})
+        return {"train": np.arange(num_rows), "eval": np.arange(0)}
+    numbers = Dataset.from_dict({"row": range(num_rows)})
     try:  # the permutation depends on the number of rows and the seed alone
         parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
     except ValueError:
@@ -130,19 +123,15 @@ def rows_of(experiment: Experiment, name: str) -> "datasets.Dataset":  # noqa: F
     try:
         rows = Dataset.from_file(str(path))
         rows.data.validate(full=True)  # an Arrow file with wrong offsets would be read outside its bounds
-        return rows
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(f"{path} is no data set of ours ({error}): remove {experiment.data_folder}") from None
+    return rows
 
 
 def write_dataset(experiment: Experiment, name: str, rows: "datasets.Dataset") -> Path:  # noqa: F821
     """Write rows as a LLaMA-Factory data set with its `dataset_info.json` entry; returns the file."""
     path, schema = split_path(experiment, name), rows.features.arrow_schema
-    with (
-        products.atomic_path(path) as draft,
-        pa.OSFile(str(draft), "wb") as file,
-        pa.ipc.new_stream(file, schema) as writer,
-    ):
+    with products.atomic_path(path) as draft, pa.ipc.new_stream(str(draft), schema) as writer:
         for batch in rows.with_format("arrow").iter(batch_size=1000):
             writer.write_table(batch.combine_chunks())  # else each chosen row is a chunk, which takes kilobytes
     list_datasets(experiment, [name])
@@ -153,9 +142,7 @@ def list_datasets(experiment: Experiment, names: Iterable[str]) -> None:
     """Make `dataset_info.json` name our files for these data sets, whatever it said before."""
     path = experiment.data_folder / "dataset_info.json"
     with products.locked(experiment.data_folder):  # several coresets may be tuned at a time
-        info = products.read_json(path) if path.exists() else {}
-        if not isinstance(info, dict):
-            raise UserError(f"{path} lists no data sets: remove it")
+        info = products.read_record(path) if path.exists() else {}
         ours = {name: {"file_name": split_path(experiment, name).name, **experiment.row_format.entry} for name in names}
         if info | ours != info:
             products.write_json(path, info | ours)
@@ -170,7 +157,7 @@ def _num_rows(experiment: Experiment) -> int:
 
 
 def _made_from(experiment: Experiment, data: bool = True) -> dict[str, Any]:
-    """All that the split depends on, or all but the `data`. Raises: UserError where a data file cannot be read."""
+    """All that the split depends on, or all but the `data`."""
     sets = experiment.data_sets
     of_each = {"dataset_sha256": [_content(each.path) for each in sets]} if data else {}
     of_each["dataset_format"] = [each.dataset_format.entry for each in sets]
@@ -183,7 +170,7 @@ def _made_from(experiment: Experiment, data: bool = True) -> dict[str, Any]:
 
 
 def _content(path: str) -> str:
-    """`digest` of a data file, read in blocks."""
+    """`digest` of a data file, read in blocks. Raises: UserError where it cannot be read."""
     source = from_repository(path)
     try:
         with source.open("rb") as file:
@@ -195,11 +182,11 @@ def _content(path: str) -> str:
 
 def _read_record(experiment: Experiment, made_from: dict) -> _SplitRecord:
     """Raises: UserError where the split's record is missing, damaged or of other data than `made_from`."""
-    record = products.checked(_SplitRecord, products.read_sealed(_record_path(experiment)), _record_path(experiment))
+    path = _record_path(experiment)
+    record = products.checked(_SplitRecord, products.read_sealed(path), path)
     if difference := products.first_difference(record["made_from"], record["made_from"] | made_from):
-        raise UserError(
-            f"{experiment.folder} belongs to other data ({difference}): give another output_dir or remove that folder"
-        )
+        other = "give another output_dir or remove that folder"
+        raise UserError(f"{experiment.folder} belongs to other data ({difference}): {other}")
     return record
 
 
@@ -214,7 +201,7 @@ def _load_split(experiment: Experiment, made_from: dict) -> TrainingSplit:
 
 def _identify(experiment: Experiment) -> TrainingSplit:
     rows = rows_of(experiment, "train")
-    ids = [row_id(row) for row in rows]
+    ids = list(map(row_id, rows))
     form = as_json(experiment.row_format.entry, sort_keys=True)  # the same rows read otherwise are other data
     return TrainingSplit(rows, ids, products.digest(form.encode(), *(i.encode() for i in ids)))
 
@@ -254,10 +241,11 @@ def _pooled_rows(experiment: Experiment, sets: list[DataSet]) -> Iterator[tuple[
                 rows = rows.take(each.max_samples)
             if mixed:
                 rows = in_common_form(rows, each.dataset_format, cache / f"{len(parts)}.arrow")
-            for name, kind in rows.features.items():  # a column that only some data sets have is empty in the others
+            for name, kind in rows.features.items():
                 before, path = kinds.setdefault(name, (kind, each.path)) if kind != Value("null") else (kind, "")
                 if kind != before:
                     wrong = f"column {name} is {kind} in {each.path} and {before} in {path}"
                     raise UserError(f"{wrong}: make them the same, or remove the column from one")
             parts.append(rows)
-        yield (parts[0] if len(parts) == 1 else concatenate_datasets(parts)), list(map(len, parts))
+        # A column that only some data sets have is empty in the others.
+        yield concatenate_datasets(parts), list(map(len, parts))

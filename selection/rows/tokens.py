@@ -20,19 +20,12 @@ from selection.run.products import building, digest, locked, reuse
 
 
 def tokenised_split(experiment: Experiment, model: str, split: TrainingSplit):
-    """The training split tokenised for `model`: a `datasets.Dataset`, made on the first call.
-
-    Raises: as `tokenised_rows`.
-    """
+    """`tokenised_rows` of the training split, kept on disk from the first call on."""
     from datasets import load_from_disk
 
-    identity = {
-        "model": model_fingerprint(model_path(model), experiment.folder),
-        "data_fingerprint": split.fingerprint,
-        "template": experiment.template,
-        "cutoff_len": experiment.cutoff_len,
-        "llamafactory": version("llamafactory"),
-    }
+    identity = {"model": model_fingerprint(model_path(model), experiment.folder), "data_fingerprint": split.fingerprint}
+    identity |= {"template": experiment.template, "cutoff_len": experiment.cutoff_len}
+    identity["llamafactory"] = version("llamafactory")
     folder = experiment.folder / "tokenised" / digest(json.dumps(identity).encode())[:16]
     with locked(folder.parent):  # two stages may need it at the same time
         if not reuse(folder, identity):
@@ -48,7 +41,7 @@ def lengths(tokenised) -> np.ndarray:
 
 def check_embeddings(experiment: Experiment, model: str, loaded, tokenised) -> None:
     """Raises: UserError where rows have a token that `loaded`, the model, has no embedding for."""
-    highest = max(pc.max(chunk.flatten()).as_py() for chunk in tokenised.data.column("input_ids").chunks)
+    highest = pc.max(pc.list_flatten(tokenised.data.column("input_ids"))).as_py()
     if highest >= loaded.get_input_embeddings().num_embeddings:
         wrong = f"template {experiment.template} makes a token that {model} has no embedding for"
         raise UserError(f"{wrong}: give the model's own template")
@@ -59,8 +52,7 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
 
     The completion is the last response with its end mark, the prompt all before it but for a mark that the model's own
     tokenizer adds; `same`: whether that tokenizer makes of both, joined, the tokens that tuning takes. Nothing is cut
-    off. Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write.
-    """
+    off. Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write."""
     import_llama_factory()
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments, ModelArguments
@@ -78,8 +70,8 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
     def text_of(row: dict) -> tuple[str, str, bool]:
         sample = convert_row(row, experiment.row_format.entry)
         with user_errors(f"template {experiment.template}"):
-            turns, system, tools = sample["_prompt"] + sample["_response"], sample["_system"], sample["_tools"]
-            *before, (last, response) = template.encode_multiturn(tokenizer, turns, system, tools)
+            turns = sample["_prompt"] + sample["_response"]
+            *before, (last, response) = template.encode_multiturn(tokenizer, turns, sample["_system"], sample["_tools"])
         prompt = [*(token for pair in before for part in pair for token in part), *last]
         response = [*response, *([end] if template.efficient_eos else [])]
         if end in response:  # some templates write blanks behind it
@@ -112,8 +104,7 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
     """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
 
     Columns input_ids, attention_mask, labels (-100 but on every turn of the assistant). Raises: UserError for an
-    unknown template, a broken tokenizer, and rows of whose response `cutoff_len` leaves nothing.
-    """
+    unknown template, a broken tokenizer, and rows of whose response `cutoff_len` leaves nothing."""
     import_llama_factory()
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
@@ -143,19 +134,16 @@ def _response_lengths(tokenised) -> np.ndarray:
     """Tokens of each row that the loss counts (N,): labels but the first, which nothing predicts."""
     from llamafactory.extras.constants import IGNORE_INDEX
 
-    counts = []
-    for chunk in tokenised.data.column("labels").chunks:
-        row, labels = pc.list_parent_indices(chunk).to_numpy(), chunk.flatten().to_numpy()
-        counted = (labels != IGNORE_INDEX) & (np.diff(row, prepend=-1) == 0)
-        counts.append(np.bincount(row[counted], minlength=len(chunk)))
-    return np.concatenate(counts)
+    column = tokenised.data.column("labels")
+    row, labels = (of(column).to_numpy() for of in (pc.list_parent_indices, pc.list_flatten))
+    counted = (labels != IGNORE_INDEX) & (np.diff(row, prepend=-1) == 0)
+    return np.bincount(row[counted], minlength=len(column))
 
 
 def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:
     """Encode and decode real texts: a tokenizer that loses spaces or words would tune and score on noise.
 
-    Raises: UserError where the words of most texts do not come back.
-    """
+    Raises: UserError where the words of most texts do not come back."""
 
     def words(text: str) -> list[str]:
         return unicodedata.normalize("NFKC", text).split()

@@ -18,10 +18,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """A script's parser, without abbreviations; --help begins with `description`, the script's docstring.
-
-    Every script takes --quiet, which parsing puts into effect. Parsing raises UserError for a wrong command line.
-    """
+    """A script's parser, with --quiet; --help begins with `description`, the script's docstring. Parsing puts --quiet
+    into effect, and raises UserError for a wrong command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=form, usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--quiet", action="store_true", help="say nothing but results, warnings and errors")
@@ -29,8 +27,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    needed = "required" if required else "default: none"
-    about = f"the experiment, e.g. configs/demo.yaml; {needed}"
+    about = f"the experiment, e.g. configs/demo.yaml; {'required' if required else 'default: none'}"
     parser.add_argument("--config_path", required=required, metavar="YAML", help=about)
     add_set_argument(parser, "another value for a key of the YAML, e.g. selection.mode=released")
 
@@ -45,12 +42,12 @@ def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def load_experiment_from_arguments(parser: argparse.ArgumentParser) -> tuple[Experiment, argparse.Namespace]:
-    """The experiment that the command line names, and the options that the script has added to the parser."""
+    """The experiment that the command line names, and all its options."""
     add_experiment_arguments(parser)
     arguments = parser.parse_args()
-    rows = getattr(arguments, "self_test", None)
-    overrides = arguments.set if rows is None else [*arguments.set, f"selection.self_test={rows}"]
-    return load_experiment(arguments.config_path, overrides), arguments
+    if (rows := getattr(arguments, "self_test", None)) is not None:
+        arguments.set.append(f"selection.self_test={rows}")
+    return load_experiment(arguments.config_path, arguments.set), arguments
 
 
 def load_scoring_arguments(parser: argparse.ArgumentParser) -> tuple[Experiment, argparse.Namespace]:

@@ -1,7 +1,5 @@
-"""Every key of an experiment's YAML: type, default, meaning and, in brackets, source; and the paths of a run folder.
-
-Sources: paper; released (the authors' code); LLaMA-Factory (its key of the same name); ours.
-"""
+"""Every key of an experiment's YAML: type, default, meaning and, in brackets, source: paper; released (the authors'
+code); LLaMA-Factory (its key of the same name); ours. And the paths of a run folder."""
 
 import itertools
 import json
@@ -18,9 +16,8 @@ from selection.run.yaml_file import check_keys, override, read_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Keys of LLaMA-Factory that cannot be given under `training`: a stage sets them itself, or they change tokens or model
-# for tuning alone. Scores, tuning and evaluation must see the same rows and model, a coreset is never split again, and
-# nothing resumes silently.
+# Keys of LLaMA-Factory that cannot be given under `training`: a stage sets them, or they would make tuning see other
+# rows or another model than scoring and evaluation do, split a coreset again, or resume silently.
 _NOT_FOR_TUNING = {
     "model_name_or_path", "adapter_name_or_path", "stage", "do_train", "do_eval", "do_predict", "dataset",
     "eval_dataset", "dataset_dir", "tokenized_path", "val_size", "max_samples", "template", "cutoff_len",
@@ -30,7 +27,7 @@ _NOT_FOR_TUNING = {
     "preserve_thinking", "tool_format", "split_special_tokens", "use_fast_tokenizer", "ignore_pad_token_for_loss",
     "add_tokens", "add_special_tokens", "new_special_tokens_config", "resize_vocab", "model_revision", "rope_scaling",
     "train_from_scratch",
-    # These read or write outside the run folder, or send something away.
+    # These read or write outside the run folder, or send something away:
     "cache_dir", "offload_folder", "adapter_folder", "media_dir", "export_dir", "logging_dir", "profiler_output_dir",
     "swanlab_logdir", "push_to_hub", "hub_model_id", "export_hub_model_id", "generation_config",
 }  # fmt: skip
@@ -44,7 +41,7 @@ _Part = Annotated[float, Field(gt=0, lt=1)]
 
 
 def rules_of(mode: str) -> str:
-    """Whose rules a mode follows, "paper" or "released": extended is the paper's with additions."""
+    """STAFF's rules under a mode, "paper" or "released"; extended has the paper's, with additions."""
     return "released" if mode == "released" else "paper"
 
 
@@ -55,20 +52,17 @@ class Section(BaseModel):
 
 
 class Selection(Section):
-    """Keys under `selection:`."""
-
-    # Published method, or the authors' code where the two differ (README.md); extended: the published method, and
-    # length_control may be switched on. (ours)
+    # The published method, or the authors' code where they differ (README.md); extended: published, with length_control
+    # allowed. (ours)
     mode: Mode = "paper"
-    # Rows that the target scores: the verified samples or the whole training split; by_mode: all under released, else
-    # sampled. (paper: sampled; released: all)
+    # Rows that the target scores, the drawn ones or all; by_mode: all under released. (paper: sampled; released: all)
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"
-    # residual (extended alone): strata and V_i of what response length leaves unexplained of the effort scores. (ours)
+    # residual (extended alone): stratify what response length leaves unexplained of the effort scores. (ours)
     length_control: Literal["none", "residual"] = "none"
-    # Coresets to cut; all but staff, random, rs2 and length read the scores of the tuned target. rs2: a fresh random
-    # subset for each pass of target_training. (paper; released: moderate, entropy; ours: length, rs2)
+    # Coresets to cut; all but staff, random, rs2 and length read the tuned target's scores. rs2: a fresh random subset
+    # for each pass of target_training. (paper; released: moderate, entropy; ours: length, rs2)
     methods: list[Method] = Field(default=["staff", "random"], min_length=1)
-    # Whose EL2N, CCS and D2, their papers' or the authors' code's; by_mode: released under released. (ours)
+    # EL2N, CCS and D2 of their papers or of the authors' code; by_mode: released under released. (ours)
     variant: Literal["by_mode", "published", "released"] = "by_mode"
     # Fractions of the training split to keep: 1 − pruning rate. (paper, Table 1)
     rates: list[_Fraction] = Field(default=[0.8, 0.5, 0.3, 0.2, 0.1], min_length=1)
@@ -77,7 +71,7 @@ class Selection(Section):
     hardest_cutoff: float = Field(default=0.1, ge=0, lt=1)  # fraction of highest scores dropped first (paper)
     # φ, the parameters of the gradient. v_lora_b: B of a fresh LoRA on the last layer's value projection; v_weight:
     # that projection's weight; last_layer: all weight matrices of the last layer; all_lora: every A and B of the tuned
-    # LoRA, or of a fresh one where the model has none. (released: v_lora_b; ours: the others)
+    # LoRA, or of a fresh one where there is none. (released: v_lora_b; ours: the others)
     phi: Literal["v_lora_b", "v_weight", "last_layer", "all_lora"] = "v_lora_b"
     phi_rank: PositiveInt = 81  # r of v_lora_b's LoRA (released)
     phi_alpha: PositiveInt = 16  # α of v_lora_b's LoRA (released)
@@ -85,39 +79,32 @@ class Selection(Section):
     columns: list[Literal["el2n", "el2n_released", "entropy", "hidden_state"]] = []
     # Number format of scoring; auto: bf16 where the device computes in it, else fp32. (ours)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    # Tokens of a scoring batch, with padding; absent: 2,048 on a CPU, 16,384 on a GPU, under all_lora 512 and 4,096.
-    # Halved for the rest of a run where memory does not hold them. (ours)
+    # Tokens of a scoring batch, with padding, halved where memory runs out; absent: 2,048 on a CPU, 16,384 on a GPU,
+    # under all_lora 512 and 4,096. (ours)
     tokens_per_batch: PositiveInt | None = None
-    # auto: accelerate spreads the target over all visible GPUs and the CPU's memory while it scores, in one process;
-    # absent: one device. The speculative model always lies on one. (ours)
+    # auto: accelerate spreads the target, while it scores, over all visible GPUs and the CPU's memory, in one process;
+    # absent: one device, as always for the speculative model. (ours)
     device_map: Literal["auto"] | None = None
     # Bits of the target's linear weights while it scores (bitsandbytes: LLM.int8, or NF4 doubly quantised); absent: as
-    # they are, whatever `training` says. The speculative model and all tuning stay as they are. (ours)
+    # they are. The speculative model and all tuning do not change. (ours)
     quantization_bit: Literal[8, 4] | None = None
-    # Rows that plain autograd scores too, one by one, before a scoring run; it stops where they differ. (ours)
-    self_test: int = Field(default=4, ge=0)
+    self_test: int = Field(default=4, ge=0)  # rows that plain autograd scores first; a difference stops the run (ours)
     seed: Seed = 42  # of the fresh LoRA's A, the verification draws and every choice of rows (ours; released: none)
 
     @field_validator("verify", "length_control", mode="before")
     @classmethod
     def _check_additions(cls, value: Any, info) -> Any:
         if value == "adaptive":
-            why = "by its own measurement it did not beat a fixed b_v (data/results/NOTES.md)"
-            raise ValueError(f"adaptive verification was removed: {why}; leave the key out")
+            raise ValueError("adaptive verification was removed (data/results/NOTES.md says why): leave the key out")
         if value == "residual" and info.data.get("mode") != "extended":
             raise ValueError("neither the paper nor the released code has it: give selection.mode extended with it")
         return value
 
-    @property
-    def rules(self) -> str:
-        """STAFF's rules: "paper" or "released"."""
-        return rules_of(self.mode)
+    rules = property(lambda self: rules_of(self.mode))
 
     @property
-    def baseline_variant(self) -> str:
-        """The baselines' rules: "published" or "released"."""
-        by_mode = "released" if self.rules == "released" else "published"
-        return by_mode if self.variant == "by_mode" else self.variant
+    def baseline_variant(self) -> str:  # "published" or "released"
+        return {"paper": "published", "released": "released"}[self.rules] if self.variant == "by_mode" else self.variant
 
     @property
     def verify_all(self) -> bool:
@@ -127,12 +114,12 @@ class Selection(Section):
 class DatasetFormat(Section):
     """Keys under `dataset_format:`, LLaMA-Factory's own (its data/README.md)."""
 
-    # Form of a row: instruction, input, output (alpaca), or a conversation. Of a conversation every turn of the
-    # assistant is trained on and scored; the evaluation generates the last. Read messages with role and content as
-    # sharegpt with `tags`: under openai "detailed thinking off" joins the system prompt of rows without tools.
+    # Form of a row: instruction, input, output (alpaca), or a conversation. Every turn of the assistant is trained on
+    # and scored, the last is generated in evaluation. Read messages with role and content as sharegpt with `tags`:
+    # under openai "detailed thinking off" joins the system prompt of rows without tools.
     formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
-    # Names of the columns, e.g. `prompt: question`; empty: LLaMA-Factory's. Where one is given, only those given are
-    # read (prompt, query, response, history, messages, system, tools). An empty system prompt is the template's own.
+    # Names of the columns prompt, query, response, history, messages, system, tools, e.g. `prompt: question`; empty:
+    # LLaMA-Factory's. Where one is given, only those given are read. An empty system prompt is the template's own.
     columns: dict[str, str] = {}
     # Names of roles and contents in a conversation: role_tag, content_tag, user_tag, assistant_tag, system_tag,
     # observation_tag, function_tag; empty: LLaMA-Factory's. Where one is given, give all in use.
@@ -140,21 +127,21 @@ class DatasetFormat(Section):
 
     @property
     def entry(self) -> dict[str, Any]:
-        """As it stands in `dataset_info.json`; an empty mapping there would mean "no column at all"."""
+        """As in `dataset_info.json`, where an empty mapping would mean "no column at all"."""
         return {key: value for key, value in self.model_dump().items() if value}
 
 
+_ROLES = ("role", "content", "user", "assistant", "observation", "function", "system")
 # The form of a run's rows where its data sets come in different ones.
 COMMON_FORM = DatasetFormat(
     formatting="sharegpt",
     columns={"messages": "messages", "tools": "tools"},
-    tags={"role_tag": "role", "content_tag": "content"}
-    | {f"{role}_tag": role for role in ("user", "assistant", "observation", "function", "system")},
+    tags={f"{role}_tag": role for role in _ROLES},
 )
 
 
 class DataSet(Section):
-    """Keys of an entry in a list under `dataset:`. (ours)"""
+    """An entry of a list under `dataset:`. (ours)"""
 
     path: str  # JSON, JSONL, CSV or Parquet file
     name: str | None = Field(default=None, pattern=r"^[\w.-]+$")  # in coresets and messages; absent: the file's stem
@@ -166,11 +153,9 @@ class DataSet(Section):
 
 
 class Evaluation(Section):
-    """Keys under `evaluation:`. (ours; the paper is silent)"""
-
-    generate: bool = True  # false: only the log likelihood of the reference answers, no answers and no ROUGE
-    max_new_tokens: PositiveInt = 128  # longest answer
-    batch_size: PositiveInt = 16  # answers generated at a time
+    generate: bool = True  # false: only the log likelihood of the reference answers, no answers and no ROUGE (ours)
+    max_new_tokens: PositiveInt = 128  # longest answer (ours; the paper is silent)
+    batch_size: PositiveInt = 16  # answers generated at a time (ours)
 
 
 def _path(*names: str, of: str = "folder") -> Any:
@@ -185,8 +170,7 @@ class Experiment(Section):
     target_model: str  # θ_t: a folder or a name on the model hub (paper)
     template: str  # chat template of the model family (LLaMA-Factory)
     # JSON, JSONL, CSV or Parquet file, or a list of data sets: pooled in this order, split once. Rows of different
-    # forms become conversations with the same tokens. Numbers among prompts or responses count as the text that stands
-    # in the file. (ours; pooled as in the paper)
+    # forms become conversations with the same tokens; numbers count as the text in the file. (ours; paper: pooled)
     dataset: Annotated[
         Annotated[str, Tag("(file)")] | Annotated[list[DataSet], Field(min_length=1), Tag("(list)")],
         Discriminator(lambda value: "(list)" if isinstance(value, list) else "(file)"),
@@ -203,15 +187,14 @@ class Experiment(Section):
     # Arithmetic of tuning and generation (the weights stay as the checkpoint has them); auto: bf16 where the device
     # computes in it, else fp32. (ours; paper: fp16)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    # Run folder, finished up to effort_score.py, whose tuned speculative model and scores this run takes, and whose
-    # cost of them it shares. It needs the same data, small model, training and scoring settings. (ours)
+    # Run folder, finished up to effort_score.py, with the same data, small model, training and scoring settings: this
+    # run takes its tuned speculative model and scores, and shares their cost. (ours)
     speculative_run: str | None = Field(default=None, min_length=1)
     selection: Selection = Selection()
-    # LLaMA-Factory's keys for all tuning. Those of the model, such as quantization_bit or flash_attn, hold for
-    # evaluation too. (LLaMA-Factory; configs/paper/ has the paper's values)
+    # LLaMA-Factory's keys for all tuning, and for evaluation where they are the model's, such as flash_attn.
+    # (LLaMA-Factory; configs/paper/ has the paper's values)
     training: dict[str, Any] = {}
-    # Keys added for the speculative model; num_train_epochs 0 leaves it untuned. With the best speculator tried, fewer
-    # passes agree less with the target (data/results/NOTES.md). (paper)
+    # Keys added for the speculative model; num_train_epochs 0 leaves it untuned. (paper)
     small_training: dict[str, Any] = {"num_train_epochs": 3}
     target_training: dict[str, Any] = {"num_train_epochs": 4}  # keys added for the target (paper)
     evaluation: Evaluation = Evaluation()
@@ -227,12 +210,11 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _check_data_sets(self) -> "Experiment":
-        sets = self.data_sets
-        names = [each.name for each in sets]
+        names = [each.name for each in self.data_sets]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"more than one data set is called {repeated[0]}: give each a name of its own")
-        quotas = [Fraction(str(each.quota)) for each in sets if each.quota is not None]
-        if sum(quotas) > 1 or (len(quotas) == len(sets) and sum(quotas) < 1):
+        quotas = [Fraction(str(each.quota)) for each in self.data_sets if each.quota is not None]
+        if sum(quotas) > 1 or (len(quotas) == len(names) and sum(quotas) < 1):
             wanted = "at most 1" if sum(quotas) > 1 else "1 where every data set has one"
             raise ValueError(f"the quotas sum to {float(sum(quotas)):g}: they must sum to {wanted}")
         return self
@@ -241,14 +223,11 @@ class Experiment(Section):
     def data_sets(self) -> list[DataSet]:
         """The entries of `dataset` in order, with defaults filled in but for the quota."""
         given = [DataSet(path=self.dataset)] if isinstance(self.dataset, str) else self.dataset
-        defaults = {"dataset_format": self.dataset_format, "max_samples": self.max_samples}
-        return [
-            each.model_copy(
-                update={key: getattr(each, key) or value for key, value in defaults.items()}
-                | {"name": each.name or Path(each.path).stem}
-            )
-            for each in given
-        ]
+        sets, ours = [], {"dataset_format": self.dataset_format, "max_samples": self.max_samples}
+        for each in given:
+            defaults = {"name": Path(each.path).stem} | ours
+            sets.append(each.model_copy(update={k: v for k, v in defaults.items() if getattr(each, k) is None}))
+        return sets
 
     @property
     def eval_set(self) -> list[DataSet]:
@@ -258,14 +237,15 @@ class Experiment(Section):
     @property
     def row_format(self) -> DatasetFormat:
         """Form of the rows in the run folder: that of the data sets, or `COMMON_FORM` where they differ."""
-        first, *others = (each.dataset_format for each in self.data_sets + self.eval_set)
-        return first if all(each == first for each in others) else COMMON_FORM
+        forms = [each.dataset_format for each in self.data_sets + self.eval_set]
+        return forms[0] if all(form == forms[0] for form in forms) else COMMON_FORM
+
+    def passes(self, keys: dict[str, Any]) -> float:  # over the data, when tuning with `keys` beside `training`
+        return (self.training | keys).get("num_train_epochs", 3)
 
     @property
-    def tuned_small(self) -> Path | None:
-        """None where `small_training` asks for no pass: the speculative model scores untuned."""
-        passes = (self.training | self.small_training).get("num_train_epochs", 3)
-        return self.speculative_folder / "small" if passes else None
+    def tuned_small(self) -> Path | None:  # None: it scores untuned
+        return self.speculative_folder / "small" if self.passes(self.small_training) else None
 
     def tuned_target(self, dataset: str) -> Path:
         """The target tuned on "full" or on a coreset, by name."""
@@ -286,8 +266,6 @@ class Experiment(Section):
 
 
 class Task(Section):
-    """A task of a grid: an experiment, and what to change in it."""
-
     config: str  # YAML of the experiment
     set: list[str] = []  # changes, each as `--set` takes it
     paper_target: str | None = None  # target of data/paper_table1.csv that this reproduces; absent: none
@@ -313,7 +291,7 @@ class Grid(Section):
 
 
 def from_repository(path: str) -> Path:
-    """A path of a configuration; relative ones count from the repository. Raises: UserError for an impossible path."""
+    """A path of a configuration; relative ones count from the repository. Raises: UserError for an impossible one."""
     try:
         resolved = (REPOSITORY / Path(path).expanduser()).resolve()
         resolved.exists()  # raises for a name that is too long
@@ -323,10 +301,7 @@ def from_repository(path: str) -> Path:
 
 
 def load_experiment(config_path: str | Path, overrides: list[str] = ()) -> Experiment:
-    """Read an experiment's YAML, changed by `--set key=value` texts.
-
-    Raises: UserError for a file that cannot be read, an unknown key, a wrong type or a value out of range.
-    """
+    """Read an experiment's YAML, changed by `--set key=value` texts. Raises: UserError naming the file and key."""
     values = read_yaml(config_path)
     for text in overrides:
         override(values, text)
@@ -340,13 +315,12 @@ _STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "toke
 
 
 def _refuse_links_out_of(folder: Path) -> None:
-    """No stage may write outside the run folder through a link. An `output_dir` may be a whole disk by mistake, so only
-    the folders of stages are searched."""
+    """No stage may write outside its run folder. Only the stages' folders are searched: it may be a whole disk."""
     try:
-        found = [Path(entry.path) for entry in os.scandir(folder)] if folder.is_dir() else []
+        found = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise UserError(f"output_dir {folder}: {error.strerror or error}") from None
-    for path in itertools.chain(found, *(folder.joinpath(name).rglob("*") for name in _STAGE_FOLDERS)):
+    for path in itertools.chain(found, *((folder / name).rglob("*") for name in _STAGE_FOLDERS)):
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder):
             raise UserError(f"{path} is a link that leads out of the run folder: put the file itself there")
 

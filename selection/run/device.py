@@ -14,10 +14,8 @@ _NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "can'
 
 
 def device() -> torch.device:
-    """The first visible GPU, of several processes on a host each its own, else the CPU.
-
-    The GPU becomes torch's current one, as libraries that are told "cuda" would all take the first.
-    """
+    """The first visible GPU, for several processes on a host each its own, else the CPU. It becomes torch's current
+    one: libraries that are told "cuda" would all take the first."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     number = int(os.environ.get("LOCAL_RANK", "0"))
@@ -47,9 +45,7 @@ def choose_precision(asked: str) -> str:
     return precision
 
 
-@cache
-def _say_once(text: str) -> None:
-    say(text)
+_say_once = cache(say)
 
 
 def _cpu_has_bf16() -> bool:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from selection.run.errors import INSTALL, UserError
 
 INTERRUPTED = "interrupted: call the same command again to go on"
-_ONE_SIGNAL = 10.0  # seconds within which signals count as one
-_LONGEST = 600  # characters of a message, which may quote a user's file
+_ONE_SIGNAL, _LONGEST = 10.0, 600  # seconds within which signals count as one; characters of a message
 
 
 def one_line(message: str) -> str:
@@ -23,11 +22,7 @@ def one_line(message: str) -> str:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, by `number`: whatever is being written is dropped, what is finished stays."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+    """Ctrl-C or SIGTERM, by its number: whatever is being written is dropped, what is finished stays."""
 
 
 def end_on_signals() -> None:
@@ -37,9 +32,8 @@ def end_on_signals() -> None:
 
 
 def _end_without_package(kind: type[BaseException], error: BaseException, traceback) -> None:
-    if text := not_installed(error):
-        _end(text, 2)
-    sys.__excepthook__(kind, error, traceback)
+    text = not_installed(error)
+    _end(text, 2) if text else sys.__excepthook__(kind, error, traceback)
 
 
 def _end(text: str, code: int) -> None:
@@ -65,28 +59,20 @@ _interrupted_at = -math.inf
 
 
 def interrupt(number: int, frame) -> None:
-    """Raise Interrupted for the first of several signals, as torchrun and terminals send them: the end is not to be
-    interrupted. One that comes much later counts again: a library may have swallowed the first."""
+    """Raise Interrupted, once for several signals as torchrun and terminals send them: the end must not be interrupted.
+    A much later one counts again: a library may have swallowed the first."""
     global _interrupted_at
     if time.monotonic() - _interrupted_at > _ONE_SIGNAL:
         _interrupted_at = time.monotonic()
         raise Interrupted(number)
 
 
-# What the user can mend: no space, no permission, a read-only file system, and the like.
-_OF_THE_SYSTEM = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
-    errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
-    errno.ETIMEDOUT, errno.ENOTCONN,
-}  # fmt: skip
+_OUR_FAULTS = (None, errno.ENOENT, errno.EEXIST, errno.EINVAL, errno.EBADF, errno.EPIPE)  # the user can mend others
 
 
 def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
     """Run a script's `main`: an error of the user's becomes one line on stderr and exit code 2, a signal 130 or 143.
-
-    `one_gpu`: see only the first GPU where the user names none, as LLaMA-Factory refuses to tune when it sees several
-    and was not started by torchrun.
-    """
+    `one_gpu`: without torchrun, see only the first GPU where the user names none, as LLaMA-Factory tunes on no more."""
     from selection.run.processes import processes
 
     if one_gpu and "LOCAL_RANK" not in os.environ:
@@ -101,7 +87,7 @@ def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
             raise
         if together is None or together.first_to_say(one_line(text)):
             print(one_line(text), file=sys.stderr, flush=True)
-        sys.exit(128 + error.number if isinstance(error, Interrupted) else 2)
+        sys.exit(128 + error.args[0] if isinstance(error, Interrupted) else 2)
 
 
 def _as_text(error: BaseException) -> str | None:
@@ -112,7 +98,7 @@ def _as_text(error: BaseException) -> str | None:
         return INTERRUPTED
     if isinstance(error, MemoryError):
         return "error: out of memory: give fewer rows or a smaller model"
-    if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+    if isinstance(error, OSError) and error.errno not in _OUR_FAULTS:
         where = f": {error.filename}" if error.filename else ""
         return f"error: {error.strerror}{where}: see to it, then call the same command again to go on"
     return not_installed(error)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, RootModel
 
 from selection.run.config import REPOSITORY, Section, from_repository
 from selection.run.products import read_record
@@ -23,16 +23,12 @@ class Family(Section):
     model_type: str | None = None  # of config.json, where it tells this template (ours)
 
 
-class _Families(Section):
-    families: dict[str, Family]
-
-
 @dataclass(frozen=True)
 class Pair:
-    """What is known of a target. Without a small model one has to be cut out of it."""
+    """What is known of a target."""
 
     target: str  # model-hub name as listed, or an absolute folder
-    small: str | None  # model-hub name or absolute folder
+    small: str | None  # model-hub name or absolute folder; None: one has to be cut out of the target
     template: str | None  # None: unknown
     family: str | None  # name in configs/families.yaml; None: at most the template is known
     why: str  # how the target was recognised, or why it was not
@@ -41,7 +37,7 @@ class Pair:
 @functools.cache
 def read_families(path: Path = FAMILIES) -> dict[str, Family]:
     """Families by name. Raises: UserError for an unknown key or a wrong type."""
-    return check_keys(_Families, {"families": read_yaml(path)}, str(path)).families
+    return check_keys(RootModel[dict[str, Family]], read_yaml(path), str(path)).root
 
 
 def local_folder(model: str) -> Path | None:
@@ -53,9 +49,7 @@ def find_pair(target: str) -> Pair:
     """The small model and the template of `target`, a model folder or hub name (in any case).
 
     A folder is known by its name (the last part of a hub name), else by _name_or_path in its config.json; else its
-    model_type may still tell the template. A sibling beside the folder goes before the hub's. Raises: UserError for a
-    folder whose config.json cannot be read.
-    """
+    model_type may tell the template. A sibling beside the folder goes before the hub's. Raises: UserError."""
     folder = local_folder(target)
     if folder is None:
         unknown = Pair(target, None, None, None, f"{target} is not in configs/families.yaml")
@@ -67,17 +61,17 @@ def find_pair(target: str) -> Pair:
         return pair
     families = read_families().values()
     templates = {family.template for family in families if model_type and family.model_type == model_type}
-    if len(templates) == 1:
-        # Base or instruction-tuned, and which version, is unknown: only a speculator out of the target itself fits.
-        return Pair(str(folder), None, templates.pop(), None, f"by its model_type {model_type} alone")
+    # Base or instruction-tuned, and which version, is unknown: only a speculator out of the target itself fits.
+    template = templates.pop() if len(templates) == 1 else None
     why = f"neither the name of {folder} nor its config.json (model_type {model_type}) tells its family"
-    return Pair(str(folder), None, None, None, why)
+    return Pair(str(folder), None, template, None, f"by its model_type {model_type} alone" if template else why)
 
 
 def _listed(is_it: Callable[[str], bool], folder: Path | None, why: str) -> Pair | None:
     """The pair of the first listed model for which `is_it(model)` holds."""
-    for name, family in read_families().items():
-        for model in filter(is_it, family.models):
+    listed = ((model, name, family) for name, family in read_families().items() for model in family.models)
+    for model, name, family in listed:
+        if is_it(model):
             small = {"first": family.models[0], "none": None}.get(family.small, family.small)
             small = None if small == model else small
             if folder and small:

@@ -1,8 +1,8 @@
 """The cost ledger of a run folder: what each stage took, and what selection costs against tuning on everything.
 
-FLOPs count 2 for a multiply-add: 2·P·T for a forward pass of T tokens through P parameters, as much again for the
-gradients of activations, and again for those of trained weights. Left out: attention's T² part, norms, softmax, the
-optimiser. P holds an untied input embedding, and of a mixture of experts those active for a token.
+FLOPs count 2 for a multiply-add: 2·P·T for a forward pass of T tokens through P parameters (active ones of a mixture of
+experts, with an untied input embedding), as much again for the gradients of activations, and again for trained weights;
+without attention's T² part, norms, softmax and the optimiser.
 """
 
 import contextlib
@@ -10,12 +10,13 @@ import json
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from selection.run.config import WITHOUT_SCORES, Experiment, from_repository
@@ -28,8 +29,9 @@ CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
 SPECULATIVE_SCORES, VERIFICATION, CORESETS = "speculative scores", "verification", "coresets"
 TARGET_TUNING, TARGET_SCORES, EVALUATION = "target tuning", "target scores", "evaluation"
 SPECULATIVE_STAGES = (CUTTING, SPECULATIVE_TUNING, SPECULATIVE_SCORES)
-SELECTION_STAGES = (*SPECULATIVE_STAGES, VERIFICATION, CORESETS)
 _SCORING_STAGES = (SPECULATIVE_SCORES, VERIFICATION, TARGET_SCORES)
+_Count = Annotated[int, Field(ge=0, le=10**18)]  # more is damage: sums would be infinite
+_Amount = Annotated[float, Field(ge=0, le=1e12)]
 
 
 def forward_flops(parameters: int, tokens: int) -> float:
@@ -53,11 +55,11 @@ class Cost:
 
     stage: str
     what: str  # model, coreset or method
-    samples: NonNegativeInt = 0
-    tokens: NonNegativeInt = 0
-    parameters: NonNegativeInt = 0  # of the model it ran, of a mixture of experts the active ones
-    seconds: NonNegativeFloat = 0.0
-    peak_memory_gb: NonNegativeFloat = 0.0
+    samples: _Count = 0
+    tokens: _Count = 0
+    parameters: _Count = 0  # of the model it ran, of a mixture of experts the active ones
+    seconds: _Amount = 0.0
+    peak_memory_gb: _Amount = 0.0
     device: str = ""
     precision: str = ""
     finished: str = ""
@@ -73,12 +75,10 @@ def ledger_path(run_folder: Path) -> Path:
 
 @contextlib.contextmanager
 def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
-    """Append what runs inside to the ledger, with wall time and peak memory; if it fails, what was scored.
-
-    The leader records the stage. If it fails, every process records what it has scored, the leader the time.
-    """
+    """Append what runs inside to the ledger, by the leader, with wall time and peak memory. If it fails, every process
+    records what it has scored, the leader alone the time."""
     torch = sys.modules.get("torch")  # a stage that never loaded torch used no GPU
-    gpu = torch.cuda if torch is not None and torch.cuda.is_available() else None
+    gpu = torch.cuda if torch and torch.cuda.is_available() else None
     if gpu:
         gpu.reset_peak_memory_stats()
     started = time.perf_counter()
@@ -90,17 +90,13 @@ def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
             cost.peak_memory_gb = round((gpu.max_memory_allocated() if gpu else resident) / 1e9, 2)
             cost.seconds = round(time.perf_counter() - started if leads else 0.0, 2)
-            _append(run_folder, cost)
-
-
-def _append(run_folder: Path, cost: Cost) -> None:
-    cost.finished = time.strftime("%Y-%m-%dT%H:%M:%S")
-    with locked(run_folder), ledger_path(run_folder).open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut off
-        file.write(json.dumps(asdict(cost)).encode() + b"\n")
-    took = f"{cost.tokens} tokens, {cost.seconds:.1f} s, peak memory {cost.peak_memory_gb:.2f} GB"
-    say(f"{cost.stage} of {cost.what}: {cost.samples} samples, {took}")
+            cost.finished = time.strftime("%Y-%m-%dT%H:%M:%S")
+            with locked(run_folder), ledger_path(run_folder).open("a+b") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut off
+                file.write(json.dumps(asdict(cost)).encode() + b"\n")
+            took = f"{cost.tokens} tokens, {cost.seconds:.1f} s, peak memory {cost.peak_memory_gb:.2f} GB"
+            say(f"{cost.stage} of {cost.what}: {cost.samples} samples, {took}")
 
 
 def read_ledger(run_folder: Path) -> list[Cost]:
@@ -123,14 +119,12 @@ class CostSummary:
     sharing_runs: int = 1  # runs that share the speculative stages, this one included
     coresets: int = 1  # of STAFF, one a rate, cut from this selection
 
-    @property
-    def selection_total(self) -> float:
-        return sum(self.selection_seconds.values())
+    selection_total = property(lambda self: sum(self.selection_seconds.values()))
 
 
 def summarise(experiment: Experiment) -> CostSummary:
     """Selection cost by stage, and the cost of tuning the target on everything."""
-    selection = dict.fromkeys(SELECTION_STAGES, 0.0)
+    selection = Counter()
     for cost in selection_costs(experiment, "staff"):
         selection[cost.stage] += cost.seconds
     rates = len(list(experiment.coresets.glob("staff-*.json")))
@@ -141,35 +135,27 @@ def _full_tuning(experiment: Experiment) -> tuple[float | None, str]:
     """Seconds of tuning the target on everything, as measured; else scaled by tokens from its tuning on coresets; else
     by tokens and parameters from the small model's tuning."""
     ours, theirs = read_ledger(experiment.folder), read_ledger(experiment.speculative_folder)
-    target = [c for c in ours if c.stage == TARGET_TUNING]
-    verified = [c for c in ours if c.stage == VERIFICATION]
-    small, scored = [c for c in theirs if c.stage == SPECULATIVE_TUNING], _scoring(theirs, SPECULATIVE_SCORES)
-    if full := [c for c in target if c.what == "full"]:
-        return full[-1].seconds, "measured"
-    passes, target_passes = (
-        (experiment.training | keys).get("num_train_epochs", 3)
-        for keys in (experiment.small_training, experiment.target_training)
-    )
-    one_pass = small[-1].tokens / passes if small and passes else sum(c.tokens for c in scored)
-    if not one_pass:
-        return None, "unknown before something was tuned or scored"
-    if target:
+    if full := _last(ours, TARGET_TUNING, "full"):
+        return full[0].seconds, "measured"
+    target, verified = [c for c in ours if c.stage == TARGET_TUNING], _last(ours, VERIFICATION)
+    small, scored = _last(theirs, SPECULATIVE_TUNING), _scoring(theirs, SPECULATIVE_SCORES)
+    passes, target_passes = map(experiment.passes, (experiment.small_training, experiment.target_training))
+    tokens = small[0].tokens / passes if small and passes else sum(c.tokens for c in scored)  # of one pass
+    if tokens and target:
         per_token = sum(c.seconds for c in target) / sum(c.tokens for c in target)
-        return per_token * one_pass * target_passes, "scaled by tokens from its tuning on coresets"
-    if not (small and scored and verified):
+        return per_token * tokens * target_passes, "scaled by tokens from its tuning on coresets"
+    if not (tokens and small and scored and verified):
         return None, "unknown before something was tuned and all was scored"
-    ratio = verified[-1].parameters / scored[-1].parameters
-    per_token = small[-1].seconds / small[-1].tokens * ratio
-    return per_token * one_pass * target_passes, f"scaled from the small model's by tokens and size, {ratio:.1f} ×"
+    ratio = verified[0].parameters / scored[-1].parameters
+    per_token = small[0].seconds / small[0].tokens * ratio
+    return per_token * tokens * target_passes, f"scaled from the small model's by tokens and size, {ratio:.1f} ×"
 
 
 def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
-    """The entries of a method's selection; all rates share them.
+    """The entries of a method's selection, which all rates share; the last of what was made again.
 
-    STAFF: cutting the speculator (from its draft.json), tuning it, its scores, each an equal part where runs share
-    them; verification. A baseline that reads the tuned target's scores: tuning on everything, and these scores. Of what
-    was made again the last counts; the parts of an interrupted scoring run add up.
-    """
+    STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them;
+    verification. A baseline that reads the tuned target's scores: tuning on everything, and these scores."""
     ours, paid = read_ledger(experiment.folder), []
     if method == "staff":
         theirs, n = read_ledger(experiment.speculative_folder), sharing_runs(experiment)
@@ -193,12 +179,8 @@ def _scoring(costs: list[Cost], stage: str) -> list[Cost]:
     return [c for c in entries if c.folder == entries[-1].folder]
 
 
-class _CuttingCost(TypedDict):
-    tokens: NonNegativeInt
-    parameters: NonNegativeInt
-    seconds: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
+_NUMBERS = {"tokens": _Count, "parameters": _Count, "seconds": _Amount}
+_CuttingCost = TypedDict("_CuttingCost", _NUMBERS)
 
 
 def _cutting(experiment: Experiment) -> list[Cost]:
@@ -207,38 +189,34 @@ def _cutting(experiment: Experiment) -> list[Cost]:
     return [Cost(CUTTING, experiment.small_model, **paid)] if paid else []
 
 
-def _shared_by(folder: Path) -> list[str]:
-    path = folder / "shared_by.json"
+def _shared_by(path: Path) -> list[str]:
     return checked(list[str], read_sealed(path).get("runs"), path) if path.exists() else []
 
 
 def share_costs(experiment: Experiment) -> None:
     """Record this run, once, in the run folder whose speculative scores it uses (`speculative_run`)."""
-    folder = experiment.speculative_folder
+    folder, ours = experiment.speculative_folder, str(experiment.folder)
     with locked(folder):
-        runs = _shared_by(folder)
-        if str(experiment.folder) not in runs:
-            write_sealed(folder / "shared_by.json", {"runs": [*runs, str(experiment.folder)]})
+        runs = _shared_by(folder / "shared_by.json")
+        if ours not in runs:
+            write_sealed(folder / "shared_by.json", {"runs": [*runs, ours]})
 
 
 def sharing_runs(experiment: Experiment) -> int:
     """How many runs use the same speculative scores: the one that made them, this one, and all recorded that exist."""
-    folder = experiment.speculative_folder
-    others = {run for run in _shared_by(folder) if Path(run).is_dir()}
-    return len({str(folder), str(experiment.folder), *others})
+    others = {run for run in _shared_by(experiment.speculative_folder / "shared_by.json") if Path(run).is_dir()}
+    return len({str(experiment.speculative_folder), str(experiment.folder), *others})
 
 
 def format_summary(summary: CostSummary) -> str:
-    runs, lines = summary.sharing_runs, []
+    runs, total, lines = summary.sharing_runs, summary.selection_total, []
     for stage, seconds in summary.selection_seconds.items():
         whole = f" ({seconds * runs:.1f} s, shared by {runs} runs)" if runs > 1 and stage in SPECULATIVE_STAGES else ""
-        lines += [f"  {stage:<22} {seconds:>9.1f} s{whole}"] if seconds else []
-    total = summary.selection_total
+        lines.append(f"  {stage:<22} {seconds:>9.1f} s{whole}")
     lines.append(f"  {'selection in all':<22} {total:>9.1f} s")
-    if summary.coresets > 1:
-        each = total / summary.coresets
-        lines.append(f"  shared by the coresets of {summary.coresets} rates: {each:.1f} s each")
+    if (count := summary.coresets) > 1:
+        lines.append(f"  shared by the coresets of {count} rates: {total / count:.1f} s each")
     if full := summary.full_tuning_seconds:
-        lines.append(f"  tuning the target on everything: {full:.1f} s ({summary.full_tuning_basis}); ")
-        lines[-1] += f"selection costs {total / full:.0%} of it"
+        basis = f"{full:.1f} s ({summary.full_tuning_basis})"
+        lines.append(f"  tuning the target on everything: {basis}; selection costs {total / full:.0%} of it")
     return "\n".join(lines)

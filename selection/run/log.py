@@ -10,7 +10,7 @@ _quiet = False
 
 
 def be_quiet(quiet: bool) -> None:
-    """Silence `say` and the progress bars from now on (--quiet), or not."""
+    """Silence `say` and the progress bars from now on, or not."""
     global _quiet
     _quiet = quiet
 
@@ -27,13 +27,13 @@ def warn(text: str) -> None:
     sys.stderr.flush()
 
 
-def _bars_are_shown() -> bool:
+def bars_are_shown() -> bool:
     return processes().leads and not _quiet and sys.stderr.isatty()
 
 
 def progress_bar(**options) -> tqdm:
     """tqdm's, on a terminal, by the leader alone, and not under --quiet."""
-    return tqdm(file=sys.stderr, disable=not _bars_are_shown(), **options)
+    return tqdm(file=sys.stderr, disable=not bars_are_shown(), **options)
 
 
 def set_library_bars(long_work: bool = True) -> None:
@@ -41,5 +41,5 @@ def set_library_bars(long_work: bool = True) -> None:
     import datasets
     from huggingface_hub import utils as hub
 
-    (datasets.enable_progress_bars if _bars_are_shown() and long_work else datasets.disable_progress_bars)()
-    (hub.enable_progress_bars if _bars_are_shown() else hub.disable_progress_bars)()
+    (datasets.enable_progress_bars if bars_are_shown() and long_work else datasets.disable_progress_bars)()
+    (hub.enable_progress_bars if bars_are_shown() else hub.disable_progress_bars)()

@@ -6,7 +6,7 @@ from typing import Annotated, NotRequired
 from pydantic import Field, PositiveInt
 from typing_extensions import TypedDict
 
-from selection.run.products import checked, read_json
+from selection.run.products import read_json
 
 # Said wherever the figures are shown.
 LLAMA_FACTORYS = (
@@ -31,8 +31,7 @@ Metrics = TypedDict(
 
 def read_metrics(folder: Path) -> Metrics:
     """The metrics of an evaluation's folder. Raises: UserError naming the key that is missing or no percentage."""
-    path = folder / "metrics.json"
-    return checked(Metrics, read_json(path), path)
+    return read_json(folder / "metrics.json", Metrics)
 
 
 def shown_figure(metrics: Metrics, key: str) -> str:

@@ -14,17 +14,15 @@ from typing_extensions import TypedDict
 from selection.run.config import from_repository
 from selection.run.errors import UserError
 from selection.run.log import say
-from selection.run.products import checked, digest, file_digest, made_from, read_json, read_record, write_json
+from selection.run.products import digest, file_digest, made_from, read_json, read_record, write_json
 
 
 def model_path(model: str) -> str:
-    """A local model folder as an absolute path, or the name of a model on the hub, as it is.
-
-    Raises: UserError for a local folder that is missing, is no model, or has no weights.
-    """
+    """A local model folder as an absolute path, or the name of a model on the hub, as it is. Raises: UserError for a
+    local folder that is missing, is no model, or has no weights."""
     folder = from_repository(model)
-    looks_like_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "models/", "runs/"))
-    if not folder.exists() and looks_like_hub_name:
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "models/", "runs/"))
+    if on_hub and not folder.exists():
         return model
     if not folder.is_dir():
         raise UserError(f"model {model}: no folder {folder}: download or make it first, or give its name on the hub")
@@ -39,14 +37,12 @@ class _Index(TypedDict):
 
 
 def check_weights(folder: Path, name: str) -> None:
-    """The weights of a local model ("model") or adapter ("adapter_model") are safetensors, in that folder.
-
-    Raises: UserError where there are none, where they are pickled, or where a file in the folder names others.
-    """
-    index, files = folder / f"{name}.safetensors.index.json", {f"{name}.safetensors"}
+    """Raises: UserError where the weights of a local model ("model") or adapter ("adapter_model") are missing, pickled,
+    or not all in the folder itself."""
+    index, files = folder / f"{name}.safetensors.index.json", []
     if not (folder / f"{name}.safetensors").exists():
         if index.exists():
-            files = set(checked(_Index, read_json(index), index)["weight_map"].values())
+            files = read_json(index, _Index)["weight_map"].values()
         elif any(folder.glob("*.bin")):
             mend = "convert them to safetensors (where you trust them: load them with transformers, save_pretrained)"
             raise UserError(f"{folder} has pickled weights (*.bin), which are not read here: {mend}")
@@ -69,32 +65,28 @@ _IDENTIFYING = (
     "*.tiktoken", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "additional_chat_templates/*",
 )  # fmt: skip
-_LARGE = 2**32  # bytes that take long enough to say so
-# What was hashed in this process: by path, the file's state and the SHA-256 of its content.
-_hashed: dict[str, tuple[list[int], str]] = {}
 _State = Annotated[list[int], Field(min_length=4, max_length=4)]
 _Hashed = dict[str, tuple[_State, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]]
+hashed: _Hashed = {}  # by path of a file, its state and the SHA-256 of its content; shared by a call's processes
 
 
 def model_fingerprint(folder: str | Path, run_folder: Path | None = None) -> str:
-    """Identity of a model or adapter folder: the content of its weights, config and tokenizer files.
-
-    A name on the model hub stands for itself. With the `run_folder` of `keep_hashes` a file is hashed once, as long as
-    its size and times stay the same. Raises: UserError where a file cannot be read.
-    """
+    """Identity of a model or adapter folder by its weights, config and tokenizer files; of a hub's name, the name. With
+    the `run_folder` of `keep_hashes` a file is hashed again only where its size or times changed. Raises: UserError
+    where a file cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         return str(folder)
     if run_folder is not None:
-        learn_hashes(_stored_hashes(run_folder))
+        hashed.update(_stored_hashes(run_folder) | hashed)
     paths = sorted({path for pattern in _IDENTIFYING for path in folder.glob(pattern) if path.is_file()})
-    new = [path for path in paths if _hashed.get(str(path), (None,))[0] != _state(path)]
-    if sum(path.stat().st_size for path in new) > _LARGE:
+    new = [path for path in paths if hashed.get(str(path), (None,))[0] != _state(path)]
+    if sum(path.stat().st_size for path in new) > 2**32:  # takes long
         say(f"hashing {folder}, once")
     for path in new:
         state = _state(path)  # before: what is written meanwhile is seen the next time
-        _hashed[str(path)] = state, file_digest(path)
-    return digest(*(part.encode() for path in paths for part in (str(path.relative_to(folder)), _hashed[str(path)][1])))
+        hashed[str(path)] = state, file_digest(path)
+    return digest(*(part.encode() for path in paths for part in (str(path.relative_to(folder)), hashed[str(path)][1])))
 
 
 def _state(path: Path) -> list[int]:
@@ -103,21 +95,9 @@ def _state(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def hashes() -> dict[str, tuple[list[int], str]]:
-    """What was hashed in this process, for `learn_hashes` in the others."""
-    return _hashed
-
-
-def learn_hashes(known: dict) -> None:
-    """Add what another process or the run folder knows; what this process has hashed itself counts."""
-    _hashed.update(known | _hashed)
-
-
 def _stored_hashes(run_folder: Path) -> dict:
-    """Nothing where hashes.json cannot be read: then all is hashed again."""
-    path = run_folder / "hashes.json"
-    with contextlib.suppress(UserError):
-        return checked(_Hashed, read_json(path), path)
+    with contextlib.suppress(UserError):  # then all is hashed again
+        return read_json(run_folder / "hashes.json", _Hashed)
     return {}
 
 
@@ -125,7 +105,7 @@ def keep_hashes(run_folder: Path) -> None:
     """Note in a run folder which model files were hashed, for the next stages."""
     stored = _stored_hashes(run_folder)
     settled = time.time_ns() - 10**9  # a file changed since may change again within one tick of its clock
-    known = {name: (state, sha) for name, (state, sha) in (stored | _hashed).items() if max(state[1:3]) < settled}
+    known = {name: (state, sha) for name, (state, sha) in (stored | hashed).items() if max(state[1:3]) < settled}
     if known != stored:
         write_json(run_folder / "hashes.json", known)
 

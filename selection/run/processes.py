@@ -1,9 +1,9 @@
 """The processes of one `torchrun` call, on one host or several: which one this is, and waiting for the others.
 
-They meet in torchrun's own key-value store. Nothing here makes a process group but `process_group`, so LLaMA-Factory
-makes its own for training. The processes share the run folder (several hosts need a network file system), no memory.
+They meet in torchrun's own key-value store and share the run folder (several hosts need a network file system).
 """
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -20,8 +20,7 @@ from typing import Any
 
 from selection.run.errors import UserError
 
-_SILENCE = 60.0  # seconds without a sign of life after which a process counts as dead
-_BETWEEN_SIGNS = 2.0
+_SILENCE, _BETWEEN_SIGNS = 60.0, 2.0  # seconds after which a silent process counts as dead; between signs of life
 _GO_ON = "what is finished is kept; call the same command again, on all hosts, to go on"
 
 
@@ -38,21 +37,21 @@ class Processes:
         self.rank, self.count, self.leads = rank, count, rank == 0
         self._store, self._waits, self._groups = None, 0, 0
         self._stopped: BaseException | None = None  # how this process has to end because another one did
+        self._left = threading.Event()  # this process ends
         if count > 1:
             self._join()
 
     def wait(self) -> None:
         """Wait until every process has called this as often. Raises: UserError where another one stopped."""
         self._waits += 1
-        if self._store is None:
-            return
         arrived, pause = f"wait-{self._waits}", 0.01
-        self._ask("add", arrived, 1)
-        while self._ask("add", arrived, 0) < self.count:
+        here = self._ask("add", arrived, 1) if self._store else self.count
+        while here < self.count:
             if self._stopped:
                 raise self._stopped
             time.sleep(pause)
             pause = min(1.5 * pause, 0.5)
+            here = self._ask("add", arrived, 0)
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -77,20 +76,17 @@ class Processes:
         return [json.loads(self._ask("get", key)) for key in keys]
 
     def first_to_say(self, text: str) -> bool:
-        """Tell the others that this process ends, and why. True for the first one of this host: what comes later only
-        follows from it."""
-        if self._store is None:
-            return True
+        """Tell the others that this process ends, and why. True for the first one of its host: the others follow it."""
         with contextlib.suppress(UserError):  # the store may be what failed
-            if not self._ask("check", ["failed"]):
+            if self._store and not self._ask("check", ["failed"]):
                 self._ask("set", "failed", json.dumps([socket.gethostname(), text]))
-            return self._ask("add", f"said on {socket.gethostname()}", 1) == 1
+            return not self._store or self._ask("add", f"said on {socket.gethostname()}", 1) == 1
         return True
 
     @contextlib.contextmanager
     def process_group(self) -> Iterator[None]:
-        """torch's default process group for what runs inside. LLaMA-Factory makes one for each tuning of a call, but
-        torch lets the second find the addresses of the first."""
+        """A default process group of torch's for what runs inside: LLaMA-Factory makes one for each tuning of a call,
+        but the second would find the addresses of the first."""
         if self._store is None:
             yield
             return
@@ -98,13 +94,12 @@ class Processes:
         from torch import distributed
 
         self._groups += 1
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
+        if on_gpu := torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store = distributed.PrefixStore(f"group-{self._groups}", self._store)
         hours = datetime.timedelta(hours=6)  # the others wait while the leader computes metrics
-        kind = "nccl" if on_gpu else "gloo"
-        distributed.init_process_group(kind, store=store, rank=self.rank, world_size=self.count, timeout=hours)
+        kind, world = "nccl" if on_gpu else "gloo", {"rank": self.rank, "world_size": self.count}
+        distributed.init_process_group(kind, store=store, timeout=hours, **world)
         try:
             yield
         finally:
@@ -120,46 +115,50 @@ class Processes:
         except (RuntimeError, ValueError, OSError) as error:  # torch's DistError is a RuntimeError
             raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}: use torchrun") from None
         self._ask("set", f"host-{self.rank}", socket.gethostname())
-        threading.Thread(target=self._exchange_signs, daemon=True).start()
+        signs = threading.Thread(target=self._exchange_signs, daemon=True)
+        signs.start()
+        atexit.register(self._leave, signs)
         if not self.leads:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
-    def _ask(self, question: str, *arguments: Any) -> Any:
-        """Raises: UserError where the store, which lives with the first host's torchrun, is gone."""
-        return self._ask_in(self._store, question, *arguments)
+    def _leave(self, signs: threading.Thread) -> None:
+        """Let `signs` end: Python's end in the middle of a question to the store would abort the process."""
+        self._left.set()
+        signs.join(_SILENCE)
 
-    @staticmethod
-    def _ask_in(store: Any, question: str, *arguments: Any) -> Any:
+    def _ask(self, question: str, *arguments: Any, store: Any = None) -> Any:
+        """Raises: UserError where the store, which lives with the first host's torchrun, is gone."""
         try:
-            return getattr(store, question)(*arguments)
+            return getattr(store or self._store, question)(*arguments)
         except (RuntimeError, OSError):
             raise UserError(f"lost the other processes: {_GO_ON}") from None
 
     def _exchange_signs(self) -> None:
-        """Give signs of life and look for those of the others; note in `_stopped` why this process has to end."""
-        signs_store = self._store.clone()  # a connection of its own: torch may wait in the other one for minutes
+        """Give signs of life and look for the others'; note in `_stopped` why this process has to end."""
+        # A connection of its own: torch may wait in the other one for minutes.
+        ask = functools.partial(self._ask, store=self._store.clone())
         signs, heard = [-1] * self.count, [0.0] * self.count
-        while self._stopped is None:
+        while self._stopped is None and not self._left.is_set():
             network_is_gone = threading.Timer(_SILENCE, _end_without_answer)  # then the store answers nobody
             network_is_gone.daemon = True
             network_is_gone.start()
             try:
-                self._ask_in(signs_store, "add", f"sign-{self.rank}", 1)
+                ask("add", f"sign-{self.rank}", 1)
                 for rank in range(self.count):
-                    if (sign := self._ask_in(signs_store, "add", f"sign-{rank}", 0)) != signs[rank]:
+                    if (sign := ask("add", f"sign-{rank}", 0)) != signs[rank]:
                         signs[rank], heard[rank] = sign, time.monotonic()
                     elif time.monotonic() - heard[rank] > _SILENCE:
-                        host = self._ask_in(signs_store, "get", f"host-{rank}").decode() if sign else "its host"
+                        host = ask("get", f"host-{rank}").decode() if sign else "its host"
                         silent = f"process {rank} on {host} has given no sign of life for {_SILENCE:.0f} s"
                         self._stopped = UserError(f"{silent}: {_GO_ON}")
-                if self._ask_in(signs_store, "check", ["failed"]):
-                    host, said = json.loads(self._ask_in(signs_store, "get", "failed"))
+                if ask("check", ["failed"]):
+                    host, said = json.loads(ask("get", "failed"))
                     here = host == socket.gethostname()  # where it has been said already
                     self._stopped = SystemExit(2) if here else UserError(f"a process on {host} stopped: {said}")
             except UserError as error:
                 self._stopped = error
             network_is_gone.cancel()
-            time.sleep(_BETWEEN_SIGNS)
+            self._left.wait(_BETWEEN_SIGNS)
 
 
 def _end_without_answer() -> None:
@@ -168,7 +167,7 @@ def _end_without_answer() -> None:
 
 
 def end_with_parent() -> None:
-    """From now on this process ends when the one that made it is gone: a killed runner leaves no workers behind."""
+    """From now on this process ends when the one that made it is gone."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -180,7 +179,7 @@ def end_with_parent() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them. Asks the driver, as importing torch takes seconds."""
+    """As CUDA_VISIBLE_DEVICES names them, else by the driver's tool: importing torch takes seconds."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:  # a negative one, or none, hides itself and what follows
         return list(itertools.takewhile(lambda name: name and name[0] != "-", map(str.strip, named.split(","))))
@@ -191,11 +190,6 @@ def visible_gpus() -> list[str]:
 
 
 def shards(weights: list[int], count: int) -> list[list[int]]:
-    """Numbers of the parts, of given tokens, for each process: heaviest first, each to the lightest load."""
-    chosen: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for part in sorted(range(len(weights)), key=lambda part: -weights[part]):
-        lightest = loads.index(min(loads))
-        chosen[lightest].append(part)
-        loads[lightest] += weights[part]
-    return chosen
+    """The numbers of each process's parts, heaviest first; loads differ by the heaviest part at most."""
+    heaviest_first = sorted(range(len(weights)), key=lambda part: -weights[part])
+    return [heaviest_first[rank::count] for rank in range(count)]

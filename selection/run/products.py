@@ -1,7 +1,8 @@
-"""Files that a reader never sees half of, what they hold checked and hashed, and products made once or reused."""
+"""Files that no reader sees half of, checked and hashed content, and products that are made once and reused."""
 
 import contextlib
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -92,17 +93,18 @@ def write_json(path: Path, value: object) -> None:
         draft.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Raises: UserError where the file is missing or no JSON."""
+def read_json(path: Path, kind: type[_T] = Any) -> _T:
+    """A JSON document, as a `kind` that pydantic knows. Raises: UserError where it is missing, no JSON or another."""
     try:
         with _one_error("read", path):
-            return parse_json(path.read_text(encoding="utf-8"))
+            value = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON: {error}") from None
+    return checked(kind, value, path)
 
 
 def parse_json(text: str) -> Any:
-    """Raises: ValueError, RecursionError; also for NaN, infinity and half characters, which Python would take."""
+    """Raises: ValueError, RecursionError; also for NaN, infinity and half characters, which Python takes."""
     value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
@@ -116,7 +118,7 @@ def _finite(number: str) -> float:
 
 
 def checked(kind: type[_T], value: object, source: Path) -> _T:
-    """`value`, out of the file `source`, as a `kind` that pydantic knows. Raises: UserError naming the field."""
+    """`value`, out of the file `source`, as a `kind`. Raises: UserError naming the field."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -125,9 +127,7 @@ def checked(kind: type[_T], value: object, source: Path) -> _T:
         raise UserError(f"{source} is damaged: {where}: {first['msg']}: remove it and make it again") from None
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises: UserError."""
-    return checked(dict[str, Any], read_json(path), path)
+read_record = functools.partial(read_json, kind=dict[str, Any])  # a JSON object
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:
@@ -139,8 +139,8 @@ def read_sealed(path: Path, remove: Path | None = None) -> dict[str, Any]:
     """Raises: UserError where the file is missing, no JSON object, or not as it was written: `remove` it then."""
     record = read_record(path)
     if record.pop("sha256", None) != _seal(record):
-        why = "its checksum does not fit), or of an earlier version"
-        raise UserError(f"{path} is damaged ({why}: remove {remove or 'it'} and make it again")
+        todo = f"remove {remove or 'it'} and make it again"
+        raise UserError(f"{path} is damaged (its checksum does not fit), or of an earlier version: {todo}")
     return record
 
 
@@ -163,6 +163,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
 def code_version() -> str:
     """The suite's version, with the commit where this is a checkout."""
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
@@ -183,21 +184,25 @@ def first_difference(stored: dict, wanted: dict) -> str | None:
     return None
 
 
+def refuse_difference(path: Path, stored: dict, wanted: dict, todo: str) -> None:
+    """Raises: UserError where the record of `path` is not the one wanted."""
+    if difference := first_difference(stored, wanted):
+        raise UserError(f"{path} was made otherwise ({difference}): {todo}")
+
+
 def check_same_everywhere(identity: dict) -> None:
     """Raises: UserError naming the host whose processes would make something else than the leader."""
     if difference := first_difference(processes().from_leader(lambda: identity), identity):
-        host, mend = socket.gethostname(), "give all hosts the same models, devices and arguments"
-        raise UserError(f"host {host} would compute otherwise than the first one ({difference}): {mend}")
+        here = f"host {socket.gethostname()} would compute otherwise than the first one ({difference})"
+        raise UserError(f"{here}: give all hosts the same models, devices and arguments")
 
 
 def reuse(folder: Path, identity: dict) -> bool:
-    """Whether `folder` is a finished product of exactly this `identity`; False where there is none.
-
-    Raises: UserError where it was made from something else, or changed since: it is neither used nor overwritten.
-    """
-    if folder.exists() and (difference := first_difference(made_from(folder), identity)):
-        raise UserError(f"{folder} was made otherwise ({difference}): remove it or give another output_dir")
-    return folder.exists()
+    """Whether `folder` is there, a finished product of this `identity`. Raises: UserError where it was made from
+    something else, or changed since: it is neither used nor overwritten."""
+    if there := folder.exists():
+        refuse_difference(folder, made_from(folder), identity, "remove it or give another output_dir")
+    return there
 
 
 def made_from(folder: Path) -> dict:
@@ -209,17 +214,11 @@ def made_from(folder: Path) -> dict:
     return record
 
 
-def _draft_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
-
-
 @contextlib.contextmanager
 def building(folder: Path, identity: dict) -> Iterator[Path]:
     """Give an empty folder to fill; at the end it becomes `folder`, with its identity, or is removed on an error.
-
-    Raises: UserError where another run is making it.
-    """
-    draft = _draft_of(folder)
+    Raises: UserError where another run is making it."""
+    draft = folder.with_name(f".{folder.name}.partial")
     with held(folder):
         shutil.rmtree(draft, ignore_errors=True)
         try:
@@ -238,8 +237,8 @@ def building(folder: Path, identity: dict) -> Iterator[Path]:
 @contextlib.contextmanager
 def building_together(folder: Path, identity: dict) -> Iterator[Path]:
     """`building` by all processes: each is given the same folder, which the leader makes and names."""
-    together = processes()
-    with building(folder, identity) if together.leads else contextlib.nullcontext(_draft_of(folder)) as draft:
+    together, draft = processes(), folder.with_name(f".{folder.name}.partial")
+    with building(folder, identity) if together.leads else contextlib.nullcontext():
         together.wait()
         yield draft
         together.wait()

@@ -29,9 +29,8 @@ _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: a date
 
 
 def _parse(text: str) -> Any:
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for more than any memory holds
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: write the value out instead of an alias")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
+        raise yaml.YAMLError("write values out instead of aliases: a few lines could fill all memory")
     return yaml.load(text, Loader=_Loader)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import hub_kernels
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -30,17 +29,19 @@ _ANY_TARGET = ("staff", *WITHOUT_SCORES)  # methods that do not read the scores 
 def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
     """Try φ and tuning's LoRA on both models' kinds, made small from their configurations: no weights are loaded.
 
-    Where a configuration cannot be had, or not be made small, the stage that loads the model finds out. `to_be_cut`:
-    there is no small model yet, and it will be of the target's kind.
-    Raises: UserError for what is wrong with a model, or with a key of `selection` on it.
-    """
+    What cannot be had, or not be made small, is left to the stage that loads the model. `to_be_cut`: the small model is
+    still to be made, of the target's kind. Raises: UserError for what is wrong with a model, or with a key on it."""
     settings, tuned = experiment.selection, experiment.tuned_small is not None
     trainings = {experiment.target_model: experiment.training | experiment.target_training}
     if not experiment.borrows and not to_be_cut:
         keys = experiment.training | experiment.small_training if tuned else {"finetuning_type": None}
         trainings = {experiment.small_model: keys} | trainings
     for model, keys in trainings.items():  # the small one first
-        if (config := _configuration(model)) is None:
+        try:
+            config = AutoConfig.from_pretrained(model_path(model), **NO_CODE)
+        except Exception as error:  # a stranger's config.json makes transformers raise anything
+            if Path(model_path(model)).is_dir():
+                raise UserError(f"model {model}: cannot read its configuration: {error}") from None
             continue
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UserError(f"model {model}: transformers has no causal language model of type {config.model_type}")
@@ -48,7 +49,7 @@ def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
         if speculates and settings.rules == "released":
             default_lora_targets(config)
         if config.model_type == "gpt_oss" and not hasattr(hub_kernels, "load_and_register_kernel"):
-            # LLaMA-Factory 0.9.5 tunes it through a kernel, and asks for it by a name that this transformers has not.
+            # LLaMA-Factory 0.9.5 tunes it through a kernel that this transformers has no longer under that name.
             cannot = f"model {model}: LLaMA-Factory cannot tune gpt-oss beside transformers {transformers.__version__}"
             if speculates:
                 raise UserError(f"{cannot}: give small_training.num_train_epochs=0, or another small model")
@@ -77,21 +78,8 @@ def check_rows(experiment: Experiment, num_rows: int) -> None:
     in_strata = num_rows - floor_share(settings.hardest_cutoff, num_rows)
     draws = "staff" in settings.methods and settings.rules == "released" and not settings.verify_all
     if draws and in_strata <= settings.verify_per_stratum:
-        raise UserError(
-            f"mode released verifies no stratum of verify_per_stratum {settings.verify_per_stratum} samples or fewer, "
-            f"and {in_strata} of {num_rows} rows are in strata: give a smaller verify_per_stratum"
-        )
-
-
-def _configuration(model: str) -> PretrainedConfig | None:
-    """Raises: UserError for a local folder whose configuration cannot be read."""
-    path = model_path(model)
-    try:
-        return AutoConfig.from_pretrained(path, **NO_CODE)
-    except Exception as error:  # a stranger's config.json makes transformers raise anything
-        if Path(path).is_dir():
-            raise UserError(f"model {model}: cannot read its configuration: {error}") from None
-        return None
+        said = f"mode released verifies strata of more than verify_per_stratum {settings.verify_per_stratum} samples"
+        raise UserError(f"{said}, and {in_strata} of {num_rows} rows are in strata: give a smaller verify_per_stratum")
 
 
 def _try_small(config: PretrainedConfig, model: str, experiment: Experiment, keys: dict[str, Any]) -> None:
@@ -103,7 +91,10 @@ def _try_small(config: PretrainedConfig, model: str, experiment: Experiment, key
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             small = AutoModelForCausalLM.from_config(made_small(config), **NO_CODE).float().eval()
-            if _needs_cache(small):
+            tokens, decoder = torch.tensor(_TOKENS[:1]), decoder_of(small)
+            with torch.no_grad():
+                cached, without = (decoder(input_ids=tokens, use_cache=use).last_hidden_state for use in (True, False))
+            if not torch.allclose(cached, without, rtol=0, atol=1e-2 * float(without.abs().max())):
                 raise UserError("some layers read the cache, which tuning and scoring do without: give another model")
             lora = tuning_lora(experiment.training | experiment.target_training | keys)
             tunes_some = keys.get("finetuning_type", "lora") == "lora" and lora["target"] != "all"
@@ -112,13 +103,12 @@ def _try_small(config: PretrainedConfig, model: str, experiment: Experiment, key
             EffortScorer(small, settings.phi, settings.phi_rank).score(_TOKENS, _LABELS)
     except (UserError, NoPhi) as error:
         raise UserError(f"model {model}: {error}") from None
-    except Exception:  # it is the small one that does not work: says nothing of the model itself
+    except Exception:  # the small model does not work, which says nothing of the whole one
         return
 
 
 def made_small(config: PretrainedConfig) -> PretrainedConfig:
-    """The text decoder's configuration with two heads, a narrow feed-forward part and few words, and all its layers:
-    what kinds of layers follow each other decides what the last one does."""
+    """The text decoder's configuration with few heads, columns and words, but all layers, which may differ in kind."""
     small = copy.deepcopy(config.get_text_config())
     heads = small.num_attention_heads
     small.hidden_size = -(-2 * small.hidden_size // heads // 16) * 16  # kernels of experts want rows of 16 numbers
@@ -129,16 +119,7 @@ def made_small(config: PretrainedConfig) -> PretrainedConfig:
             setattr(small, key, [8] * len(value) if isinstance(value, list) else value and 8)
         elif "vocab_size" in key:
             setattr(small, key, 64)
-        elif key == "word_embed_proj_dim":
-            setattr(small, key, small.hidden_size)
+    if hasattr(small, "word_embed_proj_dim"):  # OPT
+        small.word_embed_proj_dim = small.hidden_size
     small.num_attention_heads, small.pad_token_id = 2, None
     return small
-
-
-@torch.no_grad()
-def _needs_cache(model: nn.Module) -> bool:
-    tokens = torch.tensor(_TOKENS[:1])
-    with_cache, without = (
-        decoder_of(model)(input_ids=tokens, use_cache=use).last_hidden_state for use in (True, False)
-    )
-    return not torch.allclose(with_cache, without, rtol=0, atol=1e-2 * float(without.abs().max()))

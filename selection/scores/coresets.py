@@ -19,7 +19,7 @@ from selection.run.log import say
 from selection.run.products import checked, code_version, digest, read_json, write_json
 from selection.scores.folder import Scores
 
-# The paper's data sets by the rows of their training splits, and its rates: what published lists may be of.
+# The paper's data sets by the rows of their training splits, and its rates.
 PUBLISHED_ROWS = {"BioInstruct": 22_504, "DialogSum": 13_014, "WMT-19 kk-en": 115_784}
 PUBLISHED_RATES = (0.8, 0.5, 0.3, 0.2, 0.1)
 # Names of a run folder's own data sets, tuned targets and records.
@@ -36,9 +36,8 @@ class Coreset:
     fingerprint: str | None
     num_rows: int | None = None  # of the training split, if known
     published: bool = False  # a `.pt` index list
-    # What made the scores that it was cut from, and those of the target that V_i is of (`made_by` in folder.py).
-    scores: dict | None = None
-    target: dict | None = None
+    scores: dict | None = None  # what made the scores that it was cut from (`made_by` in folder.py)
+    target: dict | None = None  # the same for the target's scores in V_i
     num_train_epochs: float | None = None  # passes to tune for; None: as configured
 
 
@@ -62,30 +61,17 @@ def coreset_name(method: str, rate: float) -> str:
 def write_coreset(
     folder: Path, method: str, rate: float, rows: np.ndarray, ids: list[str] | None, scores: Scores, record: dict
 ) -> Path:
-    """Write METHOD-RATE.json, the keys of `record` in between; returns the file. `ids` are those of `rows`."""
-    path = folder / f"{coreset_name(method, rate)}.json"
-    value = {
-        "method": method,
-        "rate": rate,
-        **record,
-        "scores": scores.made_by,
-        "num_rows": scores.num_rows,
-        "size": len(rows),
-        "data_fingerprint": scores.fingerprint,
-        "code_version": code_version(),
-        "indices_sha256": _checksum(rows),
-        "indices": rows.tolist(),
-        "ids": ids,
-    }
-    write_json(path, value)
+    """Write METHOD-RATE.json with the keys of `record`; returns the file. `ids` are those of `rows`."""
+    path, about = folder / f"{coreset_name(method, rate)}.json", {"method": method, "rate": rate, **record}
+    about |= {"scores": scores.made_by, "num_rows": scores.num_rows, "size": len(rows)}
+    about |= {"data_fingerprint": scores.fingerprint, "code_version": code_version()}
+    write_json(path, about | {"indices_sha256": _checksum(rows), "indices": rows.tolist(), "ids": ids})
     return path
 
 
 def read_coreset(path: Path) -> Coreset:
-    """Read a coreset JSON or a published `.pt` index list (unpickled with weights_only=True: no code runs).
-
-    Raises: UserError for an unreadable file, and for indices that are no row numbers or not unique.
-    """
+    """Read a coreset JSON or a published `.pt` index list (with weights_only=True: no code runs). Raises: UserError for
+    an unreadable file, and for indices that are no row numbers or not unique."""
     published = path.suffix == ".pt"
     record = checked(_Record, {"indices": _read_published(path)} if published else read_json(path), path)
     indices, ids = np.array(record["indices"], dtype=np.int64), record.get("ids")
@@ -99,14 +85,12 @@ def read_coreset(path: Path) -> Coreset:
     if record.get("indices_sha256") not in (None, _checksum(indices)):
         raise UserError(f"{path} is damaged (the checksum of its indices does not fit): cut it again")
     if path.stem in _RESERVED or not re.fullmatch(r"[\w=+-][\w.=+-]*", path.stem):
-        raise UserError(
-            f"{path}: a coreset's file name names its data set and tuned model: rename it to letters, digits and . _ - "
-            f"alone, no dot in front, and not {', '.join(_RESERVED)}"
-        )
+        allowed = f"letters, digits and . _ - alone, no dot in front, and not {', '.join(_RESERVED)}"
+        raise UserError(f"{path}: a coreset's file name names its data set and tuned model: rename it to {allowed}")
     ids = ids and [ids[i] for i in order]
-    known = [record.get(key) for key in ("data_fingerprint", "num_rows")]
-    known += [published, *(record.get(key) for key in ("scores", "target", "num_train_epochs"))]
-    return Coreset(path.stem, indices, ids, *known)
+    fingerprint, num_rows, scores, target = map(record.get, ("data_fingerprint", "num_rows", "scores", "target"))
+    passes = record.get("num_train_epochs")
+    return Coreset(path.stem, indices, ids, fingerprint, num_rows, published, scores, target, passes)
 
 
 def _checksum(indices: np.ndarray) -> str:
@@ -118,28 +102,22 @@ def _read_published(path: Path) -> list[Any]:
 
     reason = "it is damaged, or no plain index list (a list or tensor of row numbers)"
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch tests no checksum
-            raise ValueError
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        sound = not (zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip())  # torch tests no checksum
+        value = torch.load(path, map_location="cpu", weights_only=True) if sound else None
         # A tensor may claim more numbers than the file holds.
         if isinstance(value, torch.Tensor) and value.ndim == 1 and value.nbytes <= path.stat().st_size:
             value = value.tolist()
         if isinstance(value, list | tuple):
             return list(value)
-    except OSError as error:
-        reason = error.strerror or error
-    except Exception:  # whatever a damaged or hostile file makes them raise
-        pass
+    except Exception as error:  # whatever a damaged or hostile file makes them raise
+        reason = getattr(error, "strerror", None) or reason
     raise UserError(f"cannot read {path}: {reason}")
 
 
 def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) -> None:
-    """Refuse a coreset that was chosen from other data than the training split at hand (its `ids`, row by row).
-
-    A coreset cut from plain score files has no fingerprint; then its number of rows must do. A `.pt` list names no data
-    at all; then its length must be one that the paper's rates give (`check_published`), or a line says that it is none.
-    """
-    rows, stored, num_rows, why = coreset.indices, coreset.ids or [], len(ids), None
+    """Raises: UserError where a coreset is not of the training split with these `ids`. Without a fingerprint (cut from
+    plain score files) only the number of rows is compared; of a `.pt` list the length, by `check_published`."""
+    rows, num_rows, why = coreset.indices, len(ids), None
     if coreset.published and (said := check_published(len(rows), num_rows, source)):
         say(said)
     if rows[-1] >= num_rows:
@@ -147,39 +125,34 @@ def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) 
     elif coreset.num_rows not in (None, num_rows):
         why = f"chosen from {coreset.num_rows} rows, the training split has {num_rows}"
     elif coreset.fingerprint is not None:
-        if other := [(row, was) for row, was in zip(rows, stored, strict=False) if ids[row] != was]:
-            row, was = other[0]
-            why = f"row {row} has id {ids[row]} in the data at hand and {was} in the coreset"
-        elif coreset.fingerprint != fingerprint:
+        if coreset.fingerprint != fingerprint:
             why = f"chosen from other data (fingerprint {coreset.fingerprint}, at hand {fingerprint})"
+        for row, was in zip(rows, coreset.ids or [], strict=False):
+            if ids[row] != was:
+                why = f"row {row} has id {ids[row]} in the data at hand and {was} in the coreset"
+                break
     if why:
         raise UserError(f"{source}: {why}: the coreset is for other data; cut it again")
 
 
 def check_published(count: int, num_rows: int, source: str) -> str | None:
-    """Whether a published list of `count` rows can be of a training split of `num_rows`: m = ⌊rate · N⌋, give or take
-    one, as the authors' rounding is not known. None: it can; else a line to show.
-
-    Raises: UserError where it is the length of a list of another of the paper's data sets.
-    """
+    """None where a published list of `count` rows can be of N = `num_rows`: ⌊rate · N⌋ at a published rate, give or
+    take one, as the authors' rounding is not known; else a line that says so. Raises: UserError where it is the length
+    of a list of another of the paper's data sets."""
     for name, rows in {"": num_rows, **PUBLISHED_ROWS}.items():
-        for rate in PUBLISHED_RATES:
-            if abs(count - floor_share(rate, rows)) <= 1:
-                if not name:
-                    return None
-                raise UserError(
-                    f"{source}: {count:,} rows are the paper's coreset of {name} at rate {rate:g} (of {rows:,} "
-                    f"training rows), the training split at hand has {num_rows:,}: the coreset is for other data"
-                )
+        found = [rate for rate in PUBLISHED_RATES if abs(count - floor_share(rate, rows)) <= 1]
+        if found and not name:
+            return None
+        if found:
+            of = f"the paper's coreset of {name} at rate {found[0]:g} ({rows:,} training rows, at hand {num_rows:,})"
+            raise UserError(f"{source}: {count:,} rows are {of}: it was cut from other data")
     rates = ", ".join(f"{rate:g}" for rate in PUBLISHED_RATES)
     return f"{source}: {count:,} rows are no published rate ({rates}) of the {num_rows:,} rows of the training split"
 
 
 def quotas_of(experiment: Experiment | None, scores: Scores) -> Quotas | None:
-    """Data set and quota of the rows that have `scores`; None where there is one data set.
-
-    Raises: UserError where the run folder has no split, or that of other data, and for scores of other rows.
-    """
+    """Data set and quota of the rows that have `scores`; None where there is one data set. Raises: UserError where the
+    run folder has no split, or that of other data, and for scores of other rows."""
     if experiment is None or len(experiment.data_sets) == 1:
         return None
     quotas, scored = _quotas_of_all(experiment), len(scores.index) + len(scores.left_out)

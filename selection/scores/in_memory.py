@@ -8,13 +8,12 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
+from selection.method.effort import IGNORED_LABEL, EffortScorer, tokens_per_batch
 from selection.method.staff import choose_staff, coreset_size
 from selection.run.config import Selection, validated
 from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
-from selection.scores.reasons import explain
-from selection.scores.verification import Settings, cut_strata, draw, verify
+from selection.scores.verification import Settings, cut_strata, draw, explain, verify
 from selection.scores.within_memory import score_within_memory
 
 
@@ -31,29 +30,19 @@ class Selected:
 
 
 def select_coreset(
-    dataset: Dataset,
-    small: nn.Module,
-    target: nn.Module,
-    rate: float,
-    tokenizer: Any = None,
-    cutoff_len: int = 1024,
-    **settings: Any,
+    dataset: Dataset, small: nn.Module, target: nn.Module, rate: float, tokenizer=None, cutoff_len=1024, **settings
 ) -> Selected:
     """Choose ⌊rate · N⌋ rows of `dataset` by STAFF (Algorithm 1).
 
     Args:
         dataset: with columns input_ids and labels (−100 on the prompt), or, with a `tokenizer`, prompt and completion
             (text), or messages (role and content; the last one is the response).
-        small: the speculative model, tuned on the data set. target: as it is before tuning. Both take the same tokens.
-            They are frozen and put into eval mode.
+        small, target: the model tuned on the data set, and the one to be tuned, of the same tokens. Both get frozen.
         settings: keys of `selection:` in a YAML, such as num_strata, verify_per_stratum, mode, phi, seed.
-    Raises: UserError for a wrong setting, and for rows without a response or without a finite score.
-    """
+    Raises: UserError for a wrong setting, and for rows without a response or without a finite score."""
     chosen = validated(Selection(), settings | {"rates": [rate]}, "select_coreset")
-    tokens = tokens_of(dataset, tokenizer, cutoff_len)
-    rules = Settings.of(chosen)
+    tokens, rules, every = tokens_of(dataset, tokenizer, cutoff_len), Settings.of(chosen), np.arange(len(dataset))
     with refusals():
-        every = np.arange(len(dataset))
         speculative = _scores(small, tokens, every, chosen, "the small model")
         strata = cut_strata(speculative.effort, rules)
         verified = every if rules.verify == "all" else np.sort(np.concatenate(draw(strata, rules)))
@@ -62,25 +51,22 @@ def select_coreset(
         m = coreset_size(rate, len(dataset))
         choice = choose_staff(speculative.effort, strata, ratios, m, rules.rules, rules.seed)
     numbers = np.full(len(dataset), -1)
-    for record, members in zip(records, strata.members, strict=True):
-        numbers[members] = record.stratum
+    for stratum, members in enumerate(strata.members):
+        numbers[members] = stratum
     reasons = explain(choice, strata, len(dataset), rules).tolist()
     return Selected(dataset.select(choice.rows), choice.rows, reasons, numbers, ratios, speculative.effort)
 
 
 def _scores(model: nn.Module, tokens: list[tuple], rows: np.ndarray, selection: Selection, who: str) -> Scores:
-    """Effort scores of `rows`, in batches of similar length."""
+    """Effort scores of `rows`."""
     scorer = EffortScorer(model, selection.phi, selection.phi_rank, selection.phi_alpha, selection.seed)
-    lengths = [len(ids) for ids, _ in tokens]
-    budget = selection.tokens_per_batch or tokens_per_batch(selection.phi, scorer.device)
-    effort = np.full(len(tokens), np.nan)
-    for batch in plan_batches(rows.tolist(), lengths, budget):
-        names = [f"row {row} of the data set" for row in batch]
-        ids, labels = zip(*(tokens[row] for row in batch), strict=True)
-        effort[batch] = score_within_memory(scorer, ids, labels, names)["effort"].numpy()
-    if len(wild := np.flatnonzero(~np.isfinite(effort[rows]))):
-        raise UserError(f"row {rows[wild[0]]} of the data set: its score by {who} is not finite: remove the row")
-    columns = {"effort": effort[rows], "n_response_tokens": np.array([_responses(tokens[row][1]) for row in rows])}
+    scorer.largest_batch = selection.tokens_per_batch or tokens_per_batch(selection.phi, scorer.device)
+    names = [f"row {row} of the data set" for row in rows]
+    ids, labels = ([tokens[row][part] for row in rows] for part in (0, 1))
+    effort = score_within_memory(scorer, ids, labels, names)["effort"].numpy() if len(rows) else np.empty(0)
+    if len(wild := np.flatnonzero(~np.isfinite(effort))):
+        raise UserError(f"{names[wild[0]]}: its score by {who} is not finite: remove the row")
+    columns = {"effort": effort, "n_response_tokens": np.array([_responses(tokens[row][1]) for row in rows])}
     return Scores(rows, columns, ids=None, fingerprint=None, num_rows=len(tokens), source=f"scores of {who}")
 
 
@@ -91,29 +77,26 @@ def _responses(labels: Sequence[int]) -> int:
 def tokens_of(dataset: Dataset, tokenizer: Any, cutoff_len: int) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of each row, cut at `cutoff_len`. Raises: UserError naming the row."""
     columns = set(dataset.column_names)
-    if not columns & {"input_ids", "prompt", "messages"} or ("input_ids" not in columns and tokenizer is None):
-        raise UserError(
-            "the data set needs input_ids and labels; or prompt and completion, or messages, and a tokenizer"
-        )
+    if "input_ids" not in columns and (tokenizer is None or not columns & {"prompt", "messages"}):
+        raise UserError("give input_ids and labels, or a tokenizer and prompt and completion, or messages")
     tokens = []
     for number, row in enumerate(dataset):
         if "input_ids" in columns:
-            ids, labels = list(row["input_ids"]), list(row["labels"])
+            ids, labels = row["input_ids"], row["labels"]
         else:
             prompt, ids = _prompt_and_all(row, tokenizer, number)
             labels = [IGNORED_LABEL] * len(prompt) + ids[len(prompt) :]
-        ids, labels = ids[:cutoff_len], labels[:cutoff_len]
-        if not _responses(labels):
+        tokens.append((ids[:cutoff_len], labels[:cutoff_len]))
+        if not _responses(tokens[-1][1]):
             raise UserError(f"row {number} of the data set: cutoff_len {cutoff_len} leaves no response token")
-        tokens.append((ids, labels))
     return tokens
 
 
 def _prompt_and_all(row: dict, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
     if "messages" in row:
-        *before, _ = row["messages"]
-        prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=True)["input_ids"]
-        ids = tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
+        turns, template = row["messages"], tokenizer.apply_chat_template
+        prompt = template(turns[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = template(turns, return_dict=True)["input_ids"]
         if ids[: len(prompt)] != prompt:
             raise UserError(f"row {number} of the data set: the chat template changes the prompt once it is answered")
         return prompt, ids

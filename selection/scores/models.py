@@ -20,53 +20,41 @@ from selection.run.errors import UserError
 from selection.run.model_folder import incomplete_adapters_refused
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal whether to run a model's code
+_ACTIVE = ("num_experts_per_tok", "moe_topk", "top_k_experts")  # keys of a config: experts for each token
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @contextlib.contextmanager
 def model_errors(what: str) -> Iterator[None]:
-    """A model folder of a stranger makes transformers and PEFT raise anything."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # a model folder of a stranger makes transformers and PEFT raise anything
         raise UserError(f"{what}: {error}") from error
 
 
 def load_for_scoring(
-    model: str,
-    tuned: Path | None,
-    precision: str,
-    reset_query_value: bool = False,
-    device_map: str | None = None,
-    quantization_bit: int | None = None,
+    model: str, tuned: Path | None, precision: str, reset_query_value=False, device_map=None, quantization_bit=None
 ) -> nn.Module:
     """Load `model` (a folder or hub name) with what its tuning made: an adapter, or a whole model.
 
-    `reset_query_value` (released): zero the tuned adapters of query and value projection. The released code puts its
-    scoring LoRA on the tuned model under the adapter's own name, which initialises those again.
-    `device_map`, `quantization_bit`: as in selection/run/config.py; the head is never quantised.
-    Raises: UserError where the folder cannot be loaded, or bitsandbytes is asked for and not installed.
-    """
+    `reset_query_value` (released): zero the tuned adapters of query and value projection, as the released code puts its
+    scoring LoRA on the tuned model under the adapter's own name. `device_map`, `quantization_bit`: see Selection.
+    Raises: UserError where the folder cannot be loaded, or bitsandbytes is asked for and not installed."""
     transformers.utils.logging.disable_progress_bar()  # "loading weights", a bar of a second
-    placed, again = {}, {}
-    if device_map:
-        free = get_max_memory()  # bytes by device; 15 % of a GPU's are left for batches
-        room = {where: size if where == "cpu" else int(0.85 * size) for where, size in free.items()}
-        again = {"max_memory": room}  # PEFT places an offloaded model anew
-        placed = {"device_map": device_map, **again}
+    placed, room = {}, {}
+    if device_map:  # 15 % of a GPU's bytes are left for batches
+        free = {place: size if place == "cpu" else int(0.85 * size) for place, size in get_max_memory().items()}
+        room = {"max_memory": free}  # PEFT places an offloaded model anew
+        placed = {"device_map": device_map, **room}
     elif quantization_bit is not None or device().type != "cpu":
         placed = {"device_map": {"": device()}}  # not through the host's memory, which many processes share
     if quantization_bit is not None:
         check_bitsandbytes(quantization_bit)
-        placed["quantization_config"] = BitsAndBytesConfig(  # as LLaMA-Factory loads under the same key
-            load_in_8bit=quantization_bit == 8,
-            load_in_4bit=quantization_bit == 4,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[precision],
-        )
+        keys = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # as LLaMA-Factory loads
+        keys |= {f"load_in_{quantization_bit}bit": True, "bnb_4bit_compute_dtype": DTYPES[precision]}
+        placed["quantization_config"] = BitsAndBytesConfig(**keys)
     source = str(tuned) if tuned is not None and not (tuned / "adapter_config.json").exists() else model
     with model_errors(f"cannot load model {source}"):
         config = AutoConfig.from_pretrained(source, **NO_CODE).get_text_config()
@@ -79,9 +67,8 @@ def load_for_scoring(
             raise UserError(f"model {source} has no weights for {absent[0]} ({len(absent)} in all): get it again")
         if tuned is not None and source == model:
             with incomplete_adapters_refused():
-                loaded = PeftModel.from_pretrained(
-                    loaded, tuned, autocast_adapter_dtype=False, torch_device=str(device()), **again
-                )
+                keys = {"autocast_adapter_dtype": False, "torch_device": str(device()), **room}
+                loaded = PeftModel.from_pretrained(loaded, tuned, **keys)
     replaced = default_lora_targets(unwrap(loaded).config) if reset_query_value else ()
     for name, module in loaded.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' 4-bit product for CPUs that has no gradient
@@ -93,16 +80,13 @@ def load_for_scoring(
 
 
 def check_bitsandbytes(bits: int) -> None:
-    """Raises: UserError where it is not installed."""
     if not is_bitsandbytes_available():
-        raise UserError(
-            f"selection.quantization_bit {bits} needs bitsandbytes from {BITSANDBYTES_MIN_VERSION} on: "
-            "pip install bitsandbytes, or leave the key out"
-        )
+        version = f"bitsandbytes from {BITSANDBYTES_MIN_VERSION} on"
+        raise UserError(f"selection.quantization_bit {bits} needs {version}: pip install bitsandbytes")
 
 
 def default_lora_targets(config: PretrainedConfig) -> list[str]:
-    """PEFT's, for models of this kind: query and value projection. Raises: UserError where it names none."""
+    """PEFT's for this kind of model: query and value projection. Raises: UserError where it names none."""
     model_type = config.get_text_config().model_type
     if model_type not in QUERY_AND_VALUE:
         raise UserError(f"mode released: PEFT names no default LoRA targets for {model_type} models: use mode paper")
@@ -110,10 +94,7 @@ def default_lora_targets(config: PretrainedConfig) -> list[str]:
 
 
 def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: int) -> PeftModel:
-    """`model` with a plain LoRA of tuning's rank and α: A random, B zero. `target`: LLaMA-Factory's lora_target.
-
-    Raises: UserError where the model has no such module.
-    """
+    """`model` with a plain LoRA (B zero) on `target`, LLaMA-Factory's lora_target. Raises: UserError if it has none."""
     modules = "all-linear" if target == "all" else [name.strip() for name in target.split(",")]
     # As LLaMA-Factory, but PEFT would take routers for linear maps that answer with a tuple.
     routers = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and not is_linear_map(each)]
@@ -127,13 +108,12 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Weights that a forward pass multiplies a token with, tied ones once; of a mixture of experts the active ones:
-    router, shared experts, and as many experts as a token is sent to.
-
-    Where the configuration does not say how many that is, all experts count. It counts even where a model's code
-    multiplies every token with every expert, nearly all of them by 0, as that of Llama 4 does.
-    """
-    experts, active = {}, _active_experts(unwrap(model).config.get_text_config())  # parameter -> number of experts
+    """Weights that a forward pass multiplies a token with, tied ones once; of experts the active ones, where known."""
+    config, experts = unwrap(model).config.get_text_config(), {}  # parameter -> of how many experts
+    active = next(filter(None, (getattr(config, key, None) for key in _ACTIVE)), None)
+    active = active or getattr(getattr(config, "ffn_config", None), "moe_top_k", None)  # DBRX
+    if isinstance(active, list):  # Hunyuan: one a layer
+        active = sum(active) / len(active)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and name.endswith("experts"):
             experts |= dict.fromkeys(module.parameters(), len(module))
@@ -147,14 +127,6 @@ def count_parameters(model: nn.Module) -> int:
     return round(total)
 
 
-def _active_experts(config: PretrainedConfig) -> float | None:
-    """Routed experts for each token; None: no mixture of experts, or it does not say."""
-    for key in ("num_experts_per_tok", "moe_topk", "top_k_experts"):
-        if found := getattr(config, key, None):
-            return sum(found) / len(found) if isinstance(found, list) else found  # Hunyuan: one a layer
-    return getattr(getattr(config, "ffn_config", None), "moe_top_k", None)  # DBRX
-
-
 def _stacked_experts(module: nn.Module) -> dict[nn.Parameter, int]:
     """The module's own tensors that hold the weights or biases of several experts, and of how many."""
     own = list(module.parameters(recurse=False))
@@ -165,10 +137,7 @@ def _stacked_experts(module: nn.Module) -> dict[nn.Parameter, int]:
 
 
 def parameters_of(model: str) -> int:
-    """`count_parameters` of a model folder or hub name, from its configuration alone: no weights are loaded.
-
-    Raises: UserError where the configuration cannot be read or names no causal language model.
-    """
+    """`count_parameters` of a model folder or hub name, without its weights. Raises: UserError where that cannot be."""
     with model_errors(f"cannot build model {model} from its configuration"):
         config = AutoConfig.from_pretrained(model, **NO_CODE)
         with torch.device("meta"):

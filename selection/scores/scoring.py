@@ -20,7 +20,7 @@ from selection.run.log import progress_bar, say, warn
 from selection.run.model_folder import model_path
 from selection.run.processes import processes, shards
 from selection.run.products import check_same_everywhere, held
-from selection.scores.folder import ScoreFolder, check_left_out
+from selection.scores.folder import ScoreFolder
 from selection.scores.identity import placement, score_identity, tuning_lora, write_experiment
 from selection.scores.models import count_parameters, load_for_scoring, with_fresh_lora
 from selection.scores.self_test import self_test
@@ -57,18 +57,16 @@ def score_rows(
 ) -> None:
     """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already; `dry_run`: only say so.
 
-    Under torchrun every process scores its share of the parts. The first `selection.self_test` rows are scored one by
-    one too, and must agree with their batch. A row whose loss or score is NaN or infinite is named, gets the score NaN
-    and is left out of every coreset. Released: each score is doubled, as by the released code's two backward passes per
-    sample. Raises: UserError where more than 1 % are left out, or `folder` holds scores made otherwise.
-    """
-    together, columns = processes(), experiment.selection.columns
+    Under torchrun every process scores its share of the parts. A row without a finite loss or score is named and gets
+    the score NaN. Released: scores are doubled, as by the released code's two backward passes per sample.
+    Raises: UserError where more than 1 % are left out, or `folder` holds scores made otherwise."""
+    together = processes()
     if together.count > 1 and placement(experiment, model, tuned).get("device_map"):
         raise UserError("selection.device_map auto spreads one process over all GPUs: give NPROC=1, or no torchrun")
     with held(folder) if together.leads and not dry_run else contextlib.nullcontext():
         with together.leader_first():
             identity = score_identity(experiment, split, model, tuned)
-            store = ScoreFolder(folder, identity, len(split.rows), columns)
+            store = ScoreFolder(folder, identity, len(split.rows), experiment.selection.columns)
             if dry_run:
                 missing = len(store.missing(rows))
                 would = f"would score {missing} of {len(rows)} rows on {model} ->" if missing else "reusing"
@@ -91,31 +89,30 @@ def score_rows(
 
 
 def _score_missing(job: _Job) -> None:
-    settings, identity, store, together = job.experiment.selection, job.identity, job.store, processes()
+    settings, store, together = job.experiment.selection, job.store, processes()
     with together.leader_first():
         tokenised = tokenised_split(job.experiment, job.model, job.split)
     lengths = lengths_of(tokenised)
-    cost = Cost(job.stage, job.model, device=device_name(), precision=identity["precision"], processes=together.count)
+    precision = job.identity["precision"]
+    cost = Cost(job.stage, job.model, device=device_name(), precision=precision, processes=together.count)
     with measured(job.experiment.folder, cost):
         scorer = _load_scorer(job, cost)
         check_embeddings(job.experiment, job.model, scorer.model, tokenised)
-        budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
+        budget = scorer.largest_batch = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
         if first := job.rows[: settings.self_test].tolist():
-            samples, noise = tokenised[first], "8 bit" if identity["quantization_bit"] == 8 else identity["precision"]
-            self_test(scorer, samples["input_ids"], samples["labels"], job.names(first), noise, budget)
+            samples, noise = tokenised[first], "8 bit" if job.identity["quantization_bit"] == 8 else precision
+            self_test(scorer, samples["input_ids"], samples["labels"], job.names(first), noise)
         with together.leader_first():
             if together.leads:
                 about = {"model": job.model, "tuned": job.tuned and job.tuned.name, "phi_modules": scorer.phi.modules}
-                store.plan(job.rows, lambda missing: _cut_parts(plan_batches(missing.tolist(), lengths, budget)), about)
+                store.plan(job.rows, lambda missing: _parts(plan_batches(missing.tolist(), lengths, budget)), about)
             parts = store.remaining()
         together.wait()  # nobody writes a part before all have seen what remains
         cost.folder = store.id
         tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
-        own = [parts[i] for i in shards(tokens, together.count)[together.rank]]
-        _score_parts(job, scorer, own, tokenised, cost)
+        _score_parts(job, scorer, [parts[i] for i in shards(tokens, together.count)[together.rank]], tokenised, cost)
         together.wait()
-        shares = together.gather([cost.samples, cost.tokens])
-        cost.samples, cost.tokens = (sum(share) for share in zip(*shares, strict=True))
+        cost.samples, cost.tokens = map(sum, zip(*together.gather([cost.samples, cost.tokens]), strict=True))
 
 
 def _load_scorer(job: _Job, cost: Cost) -> EffortScorer:
@@ -127,29 +124,26 @@ def _load_scorer(job: _Job, cost: Cost) -> EffortScorer:
     cost.parameters = count_parameters(loaded)
     if settings.phi == "all_lora" and not isinstance(loaded, PeftModel):
         loaded = with_fresh_lora(loaded, **tuning_lora(keys), seed=settings.seed)
-    columns = job.store.manifest["columns"]
+    phi = settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed
     with refusals():
-        return EffortScorer(loaded, settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed, columns)
+        return EffortScorer(loaded, *phi, columns=job.store.manifest["columns"])
 
 
 def _score_parts(job: _Job, scorer: EffortScorer, parts: list, tokenised: Dataset, cost: Cost) -> None:
     """Score this process's parts and write each when it is done; `cost` counts them."""
-    together, left_out = processes(), 0
-    with progress_bar(
-        total=sum(len(batch) for part in parts for batch in part),
-        unit="samples",
-        desc=job.stage if together.count == 1 else f"{job.stage} (process 1 of {together.count})",
-    ) as progress:
+    count, left_out = processes().count, 0
+    said = job.stage if count == 1 else f"{job.stage} (process 1 of {count})"
+    with progress_bar(total=sum(len(batch) for part in parts for batch in part), unit="samples", desc=said) as progress:
         for part in parts:
-            columns = []
+            batches = []
             for batch in part:
-                columns.append(_score_batch(job, scorer, tokenised, batch))
+                batches.append(_score_batch(job, scorer, tokenised, batch))
                 progress.update(len(batch))
-            joined = {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}
+            joined = {name: np.concatenate([each[name] for each in batches]) for name in batches[0]}
             if job.experiment.selection.rules == "released":
                 joined["effort"] *= 2
             left_out += int(np.isnan(joined["effort"]).sum())
-            check_left_out(left_out, len(job.rows), str(job.store.path))
+            job.store.check_left_out(job.rows, left_out)
             job.store.write_part(part, joined)
             cost.samples += len(joined["index"])
             cost.tokens += int((joined["n_prompt_tokens"] + joined["n_response_tokens"]).sum())
@@ -159,12 +153,11 @@ def _score_batch(job: _Job, scorer: EffortScorer, tokenised: Dataset, batch: lis
     samples, names = tokenised[batch], job.names(batch)
     tensors = score_within_memory(scorer, samples["input_ids"], samples["labels"], names)
     scores = {name: values.numpy() for name, values in tensors.items()}
-    finite = {name: np.isfinite(values).reshape(len(batch), -1).all(1) for name, values in scores.items()}
-    for i in np.flatnonzero(~np.all(list(finite.values()), axis=0)):
-        said = ", ".join(name for name in scores if not finite[name][i])
-        warn(f"left out: {names[i]}: {said} not finite")
-        for values in scores.values():
-            values[i] = np.nan
+    for i, name in enumerate(names):
+        if wild := [column for column, values in scores.items() if not np.isfinite(values[i]).all()]:
+            warn(f"left out: {name}: {', '.join(wild)} not finite")
+            for values in scores.values():
+                values[i] = np.nan
     responses = np.array([sum(label != IGNORED_LABEL for label in labels[1:]) for labels in samples["labels"]])
     return {
         "index": np.array(batch),
@@ -175,7 +168,7 @@ def _score_batch(job: _Job, scorer: EffortScorer, tokenised: Dataset, batch: lis
     }
 
 
-def _cut_parts(batches: list[list[int]]) -> list[list[list[int]]]:
-    """Consecutive batches joined to parts, of one batch where there are few."""
+def _parts(batches: list[list[int]]) -> list[list[list[int]]]:
+    """Parts of consecutive batches, of one batch where there are few."""
     size = min(_BATCHES_PER_PART, max(1, len(batches) // _ENOUGH_PARTS))
     return [batches[start : start + size] for start in range(0, len(batches), size)]

@@ -6,18 +6,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional
 
-from selection.method.effort import IGNORED_LABEL, IN_FOURS, EffortScorer, plan_batches
-from selection.method.phi import LinearMap
+from selection.method.effort import IGNORED_LABEL, IN_FOURS, EffortScorer
+from selection.method.phi import LinearMap, device_of
 from selection.method.reference import effort_score
 from selection.run.device import out_of_memory
 from selection.run.errors import UserError
 from selection.run.log import say
 from selection.scores.within_memory import score_within_memory
 
-# The largest relative difference that comes from the number format alone, and what to do beyond it. In fp32 parity is
-# better than 1e-5, but softmax − 1 of a sample known by heart cancels in plain autograd too. LLM.int8 rounds inputs to
-# 8 bits, except for columns in which any sample of the batch has an outlier: a score moves with its batch, on
-# SmolLM2-135M-Instruct by 2 % (median) and at most 12 %.
+# The largest relative difference that comes from the number format alone, and what to do beyond it. In fp32 softmax − 1
+# of a sample known by heart cancels. LLM.int8 rounds by the outliers of the batch: SmolLM2's scores move by 2 to 12 %.
 TOLERANCE = {
     "fp32": (1e-4, "please report this model"),
     "bf16": (0.1, "score in fp32 (selection.precision)"),
@@ -26,28 +24,25 @@ TOLERANCE = {
 
 
 def self_test(
-    scorer: EffortScorer, input_ids: Sequence, labels: Sequence, names: Sequence[str], precision: str, budget: int
+    scorer: EffortScorer, input_ids: Sequence, labels: Sequence, names: Sequence[str], precision: str
 ) -> float:
-    """Score tokenised samples in batches of at most `budget` tokens and one by one, and say how far they agree.
+    """Score tokenised samples in batches and one by one, and say how far they agree; `names` say what each sample is.
 
     Returns the largest difference of effort or loss, relative to the sample's own or to the median of all, whichever is
-    larger. `names` say what each sample is. Raises: UserError where the difference exceeds TOLERANCE[precision].
-    """
-    batched = torch.zeros((len(names), 2), dtype=torch.double)  # effort, loss
-    for batch in plan_batches(range(len(names)), [len(ids) for ids in input_ids], budget):
-        scores = score_within_memory(scorer, *([each[i] for i in batch] for each in (input_ids, labels, names)))
-        batched[batch] = torch.stack([scores["effort"], scores["loss"]], 1)
+    larger. Raises: UserError where it exceeds TOLERANCE[precision]."""
+    scores = score_within_memory(scorer, input_ids, labels, names)
+    batched = torch.stack([scores["effort"], scores["loss"]], 1)  # (n, 2)
+    skip = "skip the test with --self_test 0"
     try:
         plain = plain_scores(scorer, input_ids, labels)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        said = "self-test: out of memory on one sample by plain autograd, which takes more than scoring does"
-        raise UserError(f"{said}: skip the test with --self_test 0") from None
+        raise UserError(f"self-test: out of memory on one sample by plain autograd: {skip}") from None
     # A sample that is finite in neither is left out of the run, which says so.
     known = batched.isfinite().all(1) | plain.isfinite().all(1)
     floor = plain[known].median(0).values if known.any() else plain.new_zeros(2)
-    difference = (batched - plain).abs() / torch.maximum(plain, floor.clamp(min=1e-30))  # (n, 2)
+    difference = (batched - plain).abs() / torch.maximum(plain, floor.clamp(min=1e-30))
     difference[~known] = 0
     allowed, advice = TOLERANCE[precision]
     if not (difference <= allowed).all():  # NaN too
@@ -55,7 +50,7 @@ def self_test(
         raise UserError(
             f"self-test: {names[i]} has {('effort', 'loss')[column]} {batched[i, column]:.7g} in a batch and "
             f"{plain[i, column]:.7g} by plain autograd, a relative difference of {difference[i, column]:.2g} where "
-            f"{precision} allows {allowed:g}: {advice}, or skip the test with --self_test 0"
+            f"{precision} allows {allowed:g}: {advice}, or {skip}"
         )
     worst, count = float(difference.max()), len(names)
     say(f"self-test: {count} samples in a batch and one by one agree to {worst:.2g} ({precision} allows {allowed:g})")
@@ -76,19 +71,16 @@ def plain_scores(scorer: EffortScorer, input_ids: Sequence, labels: Sequence) ->
 
 @contextlib.contextmanager
 def _phi_as_parameters(scorer: EffortScorer) -> Iterator[list[torch.Tensor]]:
-    """φ as tensors that require a gradient.
-
-    A matrix of zeros stands in for what is no whole weight of the model (B of the fresh LoRA, a part of a fused
-    projection, a quantised or offloaded weight): its product with the inputs is added to the map's output.
-    """
+    """φ as tensors that require a gradient: where no whole weight is at hand, zeros whose product joins the output."""
     a, undo = scorer.lora_a, contextlib.ExitStack()
 
     def parameter(each: LinearMap) -> torch.Tensor:
         if a is None and each.columns is None and each.weight_at_hand:
             return each.weight
         wide, high = each.width
-        columns = torch.arange(high, device=each.device) if each.columns is None else each.columns
-        zero = torch.zeros((len(columns), wide if a is None else len(a)), device=each.device)
+        where = device_of(each.module)
+        columns = torch.arange(high, device=where) if each.columns is None else each.columns
+        zero = torch.zeros((len(columns), wide if a is None else len(a)), device=where)
 
         def add(module, inputs, output):
             x = inputs[0].float() if a is None else scorer.lora_scaling * functional.linear(inputs[0].float(), a)

@@ -1,17 +1,18 @@
-"""The verification ratio V_i of each stratum from stored scores, and its record (verification.json)."""
+"""The verification ratio V_i of each stratum from stored scores, its record (verification.json), and reasons."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import ConfigDict, NonNegativeFloat
 
+from selection.method import staff
 from selection.method.length_control import length_residual
-from selection.method.staff import Strata, draw_verification_samples, min_max_normalise, stratify, verification_ratio
+from selection.method.staff import Choice, Strata
 from selection.run.config import Selection, rules_of, validated
 from selection.run.errors import UserError, refusals
-from selection.run.products import checked, digest, first_difference, read_sealed, write_sealed
+from selection.run.products import checked, digest, read_sealed, refuse_difference, write_sealed
 from selection.scores.folder import Scores
 
 RULES_VERSION = 2  # of draws, V_i and choice: counted up where the same scores give another coreset
@@ -37,7 +38,7 @@ class Settings:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], source: Path) -> "Settings":
-        """Read a `record` out of the file `source`. Raises: UserError naming the field that is wrong."""
+        """Raises: UserError naming the file `source` and the field that is wrong."""
         known = {field.name: record[field.name] for field in fields(cls) if record.get(field.name) is not None}
         if absent := set(_REQUIRED) - set(known):
             raise UserError(f"{source} is damaged: it has no {min(absent)}: make it again")
@@ -45,19 +46,14 @@ class Settings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a verification and a coreset keep. `verify` and `length_control` are kept under mode extended alone."""
+        """What a verification and a coreset keep; `verify` and `length_control` under mode extended alone."""
         stratified_by = "effort" if self.length_control == "none" else "length residual of effort"
         kept = asdict(self) | {"stratified_by": stratified_by}
         return kept if self.mode == "extended" else {name: kept[name] for name in _REQUIRED}
 
-    @property
-    def made_from(self) -> dict[str, Any]:
-        """What a verification depends on beside the scores."""
-        return {**self.record, "verify": self.verify, "rules": RULES_VERSION}
-
-    @property
-    def rules(self) -> str:  # "paper" or "released"
-        return rules_of(self.mode)
+    # What a verification depends on beside the scores.
+    made_from = property(lambda self: {**self.record, "verify": self.verify, "rules": RULES_VERSION})
+    rules = property(lambda self: rules_of(self.mode))  # "paper" or "released"
 
     @property
     def columns(self) -> tuple[str, ...]:  # of the score files
@@ -66,29 +62,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class StratumRecord:
-    """One stratum. The sums are of the normalised scores of its verified samples, None where there are none."""
+    """One stratum; the sums and the ratio are None where no sample is verified."""
 
     stratum: int
     score_range: tuple[float, float]  # of the score that is stratified by: raw effort, or its length residual
     size: int
     verified: list[int]
-    speculative_sum: float | None
+    speculative_sum: float | None  # of the normalised scores of the verified samples
     target_sum: float | None
-    verification_ratio: float | None
+    verification_ratio: NonNegativeFloat | None
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def cut_strata(speculative: np.ndarray, settings: Settings) -> Strata:
     with refusals():
-        return stratify(speculative, settings.num_strata, settings.hardest_cutoff)
+        return staff.stratify(speculative, settings.num_strata, settings.hardest_cutoff)
 
 
 def stratified_score(scores: Scores, settings: Settings) -> Scores:
-    """Replace `effort` by the quantity that is stratified; `scores` has `settings.columns`.
-
-    Raises: UserError, under length control, for a row without a response token, or too few scores above 0.
-    """
+    """Replace `effort` by the quantity that is stratified; `scores` has `settings.columns`. Raises: UserError, under
+    length control, for a row without a response token, and too few scores above 0."""
     if settings.length_control == "none":
         return scores
     tokens = scores.columns["n_response_tokens"]
@@ -99,7 +93,7 @@ def stratified_score(scores: Scores, settings: Settings) -> Scores:
 
 
 def draw(strata: Strata, settings: Settings) -> list[np.ndarray]:
-    return draw_verification_samples(strata, settings.verify_per_stratum, settings.rules, settings.seed)
+    return staff.draw_verification_samples(strata, settings.verify_per_stratum, settings.rules, settings.seed)
 
 
 def verify(
@@ -107,17 +101,17 @@ def verify(
 ) -> list[StratumRecord]:
     """V_i of every stratum; None where it is not verified.
 
-    Args: `speculative` (N,), as `stratified_score` gives it; `target`, raw with `settings.columns`, at least of the
-    drawn rows; `index` (N,), the row numbers where rows were left out in scoring, else 0 to N − 1. A drawn row that the
-    target left out counts for neither model.
+    Args: `speculative` (N,), from `stratified_score`; `target`, raw with `settings.columns`, at least of the drawn
+    rows; `index` (N,), row numbers, by default 0 to N − 1. A drawn row that the target left out counts for neither.
     Scores are min–max normalised over D. Where the target has scored only the verified samples, its least and greatest
-    score get the places of the small model's least and greatest normalised scores of the same samples. (To normalise
-    by the verified samples alone gives too high a V, as the hardest samples are never among them.)
-    """
+    score get the small model's least and greatest normalised scores of the same samples: normalised among themselves
+    they would give too high a V, as the hardest samples are never drawn."""
     strata = cut_strata(speculative, settings) if strata is None else strata
     records = []
     for i, (rows, ours, theirs) in enumerate(verified_pairs(speculative, target, settings, strata, index)):
-        sums = (float(ours.sum()), float(theirs.sum()), verification_ratio(theirs, ours)) if len(rows) else [None] * 3
+        sums = None, None, None
+        if len(rows):
+            sums = float(ours.sum()), float(theirs.sum()), staff.verification_ratio(theirs, ours)
         records.append(StratumRecord(i, strata.score_ranges[i], strata.sizes[i], rows.tolist(), *sums))
     return records
 
@@ -125,45 +119,53 @@ def verify(
 def verified_pairs(
     speculative: np.ndarray, target: Scores, settings: Settings, strata: Strata, index: np.ndarray | None = None
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each stratum the k verified rows' numbers and normalised scores by the small model and the target, (k,) each.
-
-    Args: as `verify`."""
+    """By stratum: numbers of the k verified rows, and their normalised scores by small model and target, (k,) each."""
     target, draws = stratified_score(target, settings), draw(strata, settings)
     index = np.arange(len(speculative)) if index is None else index
     draws = [rows[~np.isin(index[rows], target.left_out)] for rows in draws]
     drawn = np.concatenate(draws)
     speculatives = targets = np.empty(0)  # normalised scores of the drawn rows
     if len(drawn):
-        speculatives = min_max_normalise(speculative[drawn], reference=speculative)
+        speculatives = staff.min_max_normalise(speculative[drawn], reference=speculative)
         targets = target.at(index[drawn])
         if len(target.index) + len(target.left_out) >= len(speculative):
-            targets = min_max_normalise(targets, reference=target.effort)
+            targets = staff.min_max_normalise(targets, reference=target.effort)
         else:
             low, high = speculatives.min(), speculatives.max()
-            targets = low + (high - low) * min_max_normalise(targets, reference=targets)
+            targets = low + (high - low) * staff.min_max_normalise(targets, reference=targets)
     ends = np.cumsum([len(rows) for rows in draws])[:-1]
     return list(zip(np.split(index[drawn], ends), np.split(speculatives, ends), np.split(targets, ends), strict=True))
+
+
+def explain(choice: Choice, strata: Strata, num_rows: int, settings: Settings) -> np.ndarray:
+    """Why each row is in a coreset or not, (num_rows,) in the order of the scores that `strata` are cut by."""
+    chosen, reasons = np.zeros(num_rows, dtype=bool), np.empty(num_rows, dtype=object)
+    chosen[choice.rows] = True
+    drawn = ("not drawn in its stratum", "chosen: drawn at random in its stratum")
+    if settings.rules == "released":
+        drawn = ("below the chosen of its stratum", "chosen: among the highest of its stratum")
+    kept = "chosen: taken back from the hardest, as the strata do not hold enough"
+    hardest = (f"dropped: among the hardest {settings.hardest_cutoff:.0%}", kept)
+    for rows, texts in [*((members, drawn) for members in strata.members), (strata.hardest, hardest)]:
+        reasons[rows] = np.array(texts, dtype=object)[chosen[rows].astype(np.intp)]
+    reasons[np.setdiff1d(choice.fill, strata.hardest)] = "chosen: random fill of what the budgets left"
+    return reasons
 
 
 def write_verification(
     path: Path, settings: Settings, speculative: Scores, records: list[StratumRecord], target: Scores | None = None
 ) -> None:
     """Write V_i with what made both models' scores."""
-    about = {
-        "scores": speculative.made_by,
-        "target": target and target.made_by,
-        "data_fingerprint": speculative.fingerprint,
-        "verified_samples": sum(len(record.verified) for record in records),
-        "strata": [asdict(record) for record in records],
-    }
+    about = {"scores": speculative.made_by, "target": target and target.made_by}
+    about |= {"data_fingerprint": speculative.fingerprint, "strata": [asdict(record) for record in records]}
+    about["verified_samples"] = sum(len(record.verified) for record in records)
     write_sealed(path, _made_from(settings, speculative) | about)
 
 
 def read_verification(path: Path, settings: Settings, speculative: Scores) -> tuple[list[StratumRecord], dict | None]:
-    """Read the strata and the target's `Scores.made_by`. Raises: UserError for other settings or scores, and damage."""
-    value, wanted = read_sealed(path), _made_from(settings, speculative)
-    if difference := first_difference({key: value.get(key) for key in wanted}, wanted):
-        raise UserError(f"{path} was made otherwise ({difference}): run verify.py again under the settings of now")
+    """The strata and the target's `Scores.made_by`. Raises: UserError for other settings or scores, and damage."""
+    value, todo = read_sealed(path), "run verify.py again under the settings of now"
+    refuse_difference(path, value, value | _made_from(settings, speculative), todo)
     return checked(list[StratumRecord], value.get("strata"), path), checked(dict | None, value.get("target"), path)
 
 

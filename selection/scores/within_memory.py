@@ -14,13 +14,10 @@ from selection.run.log import say
 def score_within_memory(
     scorer: EffortScorer, input_ids: Sequence, labels: Sequence, names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """`scorer.score`, in smaller batches where its device's memory does not hold this one; `names` say what each is.
+    """`scorer.score` in batches of at most `scorer.largest_batch` tokens; `names` say what each sample is.
 
-    Out of memory, the token budget is halved for this batch and all that follow. A score does not depend on the other
-    samples, but its last bits depend on the batch's shape: kernels sum up in another order. (Under quantization_bit 8
-    it is more than the last bits: see TOLERANCE in self_test.py.)
-    Raises: UserError where one sample alone does not fit.
-    """
+    Out of memory, that budget is halved from here on. A score's last bits depend on the batch's shape (under
+    quantization_bit 8 more: see TOLERANCE in self_test.py). Raises: UserError where one sample does not fit."""
     lengths = [len(ids) for ids in input_ids]
     size = len(lengths) * max(lengths)
     if size <= scorer.largest_batch or len(lengths) == 1:
