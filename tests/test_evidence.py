@@ -15,6 +15,8 @@ from scripts.paper import pools, subsets
 from scripts.paper.worth import equivalent_size, worth
 from selection.method.baselines import rs2
 from selection.method.effort import EffortScorer
+from selection.method.interval import null_ratios
+from selection.method.staff import verification_ratio
 from selection.rows.split import rows_of, split_numbers, training_split
 from selection.rows.tokens import empty_turn, tokenised_rows, tokenised_split
 from selection.run.config import load_experiment
@@ -61,6 +63,21 @@ def test_rs2_takes_as_many_steps_as_passes_over_one_subset():
     for rate, passes in ((0.1, 4), (0.25, 4), (0.3, 4), (0.8, 2.5)):
         share, epochs = rs2(rate, passes)
         assert share <= 1 and share * epochs == pytest.approx(rate * passes)
+
+
+def test_null_ratios_are_the_mean_over_shuffles():
+    rng = np.random.default_rng(0)
+    ours = [np.sort(rng.random(n)) + low for n, low in ((4, 0.0), (10, 1.0), (7, 2.0))]
+    theirs = rng.random(21)
+    ends, shuffled = np.cumsum([4, 10, 7])[:-1], []
+    for _ in range(4000):
+        parts = np.split(rng.permutation(theirs), ends)
+        shuffled.append([verification_ratio(a, b) for a, b in zip(parts, ours, strict=True)])
+    sums = np.array([each.sum() for each in ours]), np.array([theirs.sum(), 0.0, 0.0])
+    found = null_ratios(np.array([4, 10, 7]), *sums)
+    assert found == pytest.approx(np.mean(shuffled, 0), rel=0.02) and found[0] > found[1] > found[2]
+    found = null_ratios(np.array([4, 0, 7]), np.array([1.0, np.nan, 2.0]), np.array([1.0, np.nan, 1.0]))
+    assert np.isnan(found[1]) and np.isfinite(found[[0, 2]]).all()
 
 
 def test_worth_counts_random_rows():

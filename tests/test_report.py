@@ -173,9 +173,9 @@ def test_costs_and_evaluations_and_those_that_cannot_be_read(page, copy):
     assert f"{said}on staff-0.2, 10.0 s, it is 18 %." in page.text
     text = section(page.text, "evaluation")
     assert [re.findall(r"<td[^>]*>([^<]*)", row) for row in re.findall("<tr>(.*?)</tr>", text)[1:]] == [
-        ["staff-0.2", "24", "40.50", "60.00", "20.00", "10.00", "–", "–", "–", "–", "30"],
-        ["full", "120", "41.24", "60.00", "20.00", "10.00", "42.12", "61.50", "21.25", "8.50", "30"],
-        ["untuned", "–", "3.00", "60.00", "20.00", "10.00", "–", "–", "–", "–", "30"],
+        ["staff-0.2", "24", "–", "40.50", "60.00", "20.00", "10.00", "–", "–", "–", "–", "30"],
+        ["full", "120", "–", "41.24", "60.00", "20.00", "10.00", "42.12", "61.50", "21.25", "8.50", "30"],
+        ["untuned", "–", "–", "3.00", "60.00", "20.00", "10.00", "–", "–", "–", "–", "30"],
     ]
     assert "words as jieba cuts them" in text and "one seed is no evidence" in text and "warning" not in text
     (copy.folder / "eval" / "staff-0.2" / "metrics.json").unlink()

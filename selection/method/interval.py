@@ -1,4 +1,4 @@
-"""The 95 % interval of V_i over the verified samples of a stratum."""
+"""How sure V_i is: its 95 % interval, and what it would be if the target knew nothing of the small model."""
 
 import numpy as np
 from scipy.special import stdtrit  # quantiles of Student's t
@@ -25,3 +25,14 @@ def ratio_interval(target_scores: np.ndarray, speculative_scores: np.ndarray, si
         error = np.sqrt((n - 1) * np.var(np.log(targets / speculatives)) * (1 - n / size))
     ratio, reach = verification_ratio(target_scores, speculative_scores), np.exp(stdtrit(max(n - 1, 1), 0.975) * error)
     return float(ratio / reach), float(ratio * reach)
+
+
+def null_ratios(counts: np.ndarray, speculative_sums: np.ndarray, target_sums: np.ndarray) -> np.ndarray:
+    """V_i (K,) of a target whose scores have nothing to do with the small model's: the mean over all shuffles of them
+    among the verified rows of all strata, k_i · mean S^t / Σ S^s. Strata are cut by S^s, so it falls from the first to
+    the last whatever the target is: V_i tells as much as it differs from this. (ours)
+
+    Args: of each stratum the k_i verified rows (0: NaN comes out), and the sums of their normalised scores (K,)."""
+    mean = np.nansum(target_sums) / max(np.sum(counts), 1)
+    ratios = [verification_ratio(n * mean, ours) for n, ours in zip(counts, speculative_sums, strict=True)]
+    return np.where(counts > 0, ratios, np.nan)

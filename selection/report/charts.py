@@ -85,16 +85,23 @@ def score_figure(shown: Shown, stratified_by: str) -> Markup:
     edges = ends.mark_rule(opacity=0.2, color="var(--text)").encode(x=alt.X("value:Q", **plain))
     strata = strata.assign(
         middle=(strata["low"] + strata["high"]) / 2,
-        said=[f"stratum {s['stratum']}: V {number(s['ratio'], 3)}, 95 % interval {interval(s)}" for s in shown.strata],
+        said=[
+            f"stratum {s['stratum']}: V {number(s['ratio'], 3)}, 95 % interval {interval(s)}, "
+            f"{number(s['null_ratio'], 3)} if the models had nothing in common"
+            for s in shown.strata
+        ],
     )
     panel = alt.Chart(strata, width=WIDTH, height=130).encode(x=alt.X("middle:Q", **plain), description="said:N")
     one = alt.Chart(pd.DataFrame({"ratio": [1]})).mark_rule(strokeDash=[4, 4], opacity=0.6, color="var(--text)")
     lines = panel.properties(data=strata.dropna(subset="ratio_low")).mark_rule(strokeWidth=2, color="var(--ratio)")
     ratios = panel.mark_point(filled=True, size=45, opacity=1, color="var(--ratio)")
     one, ratios = (chart.encode(y=alt.Y("ratio:Q", title="V")) for chart in (one, ratios))
+    null = panel.mark_tick(thickness=2, width=14, orient="horizontal", opacity=0.8, color="var(--text)")
+    null = null.encode(y=alt.Y("null_ratio:Q", title="V"))
     lines = lines.encode(y=alt.Y("ratio_low:Q", title="V"), y2="ratio_high:Q")
     parts = _stacked(budgets, labelled, 130, "rows of a stratum", _colours(BUDGETS, ["chosen", "filled", "other"]))
-    panels = (shaded(plain) + histogram + edges, shaded(plain) + edges + one + lines + ratios, shaded(labelled) + parts)
+    ratios = shaded(plain) + edges + one + lines + null + ratios
+    panels = (shaded(plain) + histogram + edges, ratios, shaded(labelled) + parts)
     return _svg(alt.vconcat(*panels, spacing=14).resolve_scale(x="shared", color="independent"))
 
 

@@ -19,7 +19,7 @@ from selection.run.errors import UserError
 from selection.run.metrics import Metrics, read_metrics
 from selection.run.products import checked, read_record
 from selection.scores.folder import Scores, has_column, read_scores
-from selection.scores.verification import Settings, cut_strata, stratified_score, verified_pairs
+from selection.scores.verification import Settings, cut_strata, null_ratios_of, stratified_score, verified_pairs
 
 CHOSEN, NOT_CHOSEN, HARDEST = "chosen", "not chosen", "hardest, dropped"
 STATUSES = [CHOSEN, NOT_CHOSEN, HARDEST]
@@ -79,9 +79,11 @@ def _shown(experiment: Experiment, path: Path, about: dict, train: pa.Table, fir
         score = np.full(len(chosen), np.nan)
         score[scores.index] = scores.effort
         stratum, strata = train["stratum"].fill_null(-1).to_numpy(), []
-        for entry, spread in zip(about["strata"], _intervals(experiment, about, scores, settings), strict=True):
+        spreads, nulls = _intervals(experiment, about, scores, settings), null_ratios_of(about["strata"])
+        for entry, spread, null in zip(about["strata"], spreads, nulls, strict=True):
             (low, high), ratio = entry.score_range, entry.verification_ratio
             own = {"low": low, "high": high, "ratio": ratio, "ratio_low": spread[0], "ratio_high": spread[1]}
+            own["null_ratio"] = float(null)
             strata.append({**vars(entry), **own, "verified": len(entry.verified)})
         return Shown(name, about, chosen, reason, score, stratum, strata, name)
     if first and first.strata:  # another method's coreset, by the strata of STAFF's first

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import ConfigDict, NonNegativeFloat
 
 from selection.method import staff
+from selection.method.interval import null_ratios
 from selection.method.length_control import length_residual
 from selection.method.staff import Choice, Strata
 from selection.run.config import Selection, rules_of, validated
@@ -137,6 +138,12 @@ def verified_pairs(
     return list(zip(np.split(index[drawn], ends), np.split(speculatives, ends), np.split(targets, ends), strict=True))
 
 
+def null_ratios_of(records: list[StratumRecord]) -> np.ndarray:
+    """`null_ratios` (K,) of a verification's strata; NaN where nothing is verified."""
+    sums = np.array([(r.speculative_sum, r.target_sum) for r in records], dtype=float).reshape(-1, 2)
+    return null_ratios(np.array([len(record.verified) for record in records]), *sums.T)
+
+
 def explain(choice: Choice, strata: Strata, num_rows: int, settings: Settings) -> np.ndarray:
     """Why each row is in a coreset or not, (num_rows,) in the order of the scores that `strata` are cut by."""
     chosen, reasons = np.zeros(num_rows, dtype=bool), np.empty(num_rows, dtype=object)
@@ -159,6 +166,7 @@ def write_verification(
     about = {"scores": speculative.made_by, "target": target and target.made_by}
     about |= {"data_fingerprint": speculative.fingerprint, "strata": [asdict(record) for record in records]}
     about["verified_samples"] = sum(len(record.verified) for record in records)
+    about["null_ratios"] = [None if np.isnan(ratio) else float(ratio) for ratio in null_ratios_of(records)]
     write_sealed(path, _made_from(settings, speculative) | about)
 
 
