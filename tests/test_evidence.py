@@ -145,7 +145,7 @@ def test_figures_of_rows_are_those_of_single_passes(pool):
         assert columns["loss"][number] == pytest.approx(loss(ids, start).mean(), rel=1e-4)
         assert columns["loss_without_prompt"][number] == pytest.approx(loss(alone, len(around[0])).mean(), rel=1e-4)
         # chatml ends a response with <|im_end|> and a line break.
-        assert columns["end_loss"][number] == pytest.approx(loss(ids, start)[-2:].sum(), rel=1e-4)
+        assert columns["end_loss"][number] == pytest.approx(loss(alone, len(around[0]))[-2:].sum(), rel=1e-4)
         assert columns["n_response_tokens"][number] == len(ids) - start
     assert all(np.isfinite(values).all() and len(values) == 30 for values in suspicions(columns).values())
 

@@ -4,9 +4,11 @@
 
 Needs the pools of scripts/paper/pools.py and the configuration's target model. Writes OUT/purity.csv: for each seed,
 pool and score the AUC (chance that a faulty row has a higher score than a clean one) and the purity (share of faulty
-rows among the tenth with the highest score, which STAFF drops of effort); and OUT/purity.md with means over seeds.
+rows among the tenth with the highest score, which STAFF drops of effort); OUT/suspects.csv: how many rows
+check_pool.py would suspect, and of what; OUT/purity.md with means over seeds. A stopped run goes on where it was.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from scripts.paper.cells import markdown_table
-from scripts.paper.pools import POOLS, is_faulty
+from scripts.paper.pools import POOLS, is_faulty, read_rows
 from selection.method.effort import EffortScorer
 from selection.rows.split import training_split
 from selection.rows.tokens import empty_turn, tokenised_split
@@ -32,6 +34,7 @@ from selection.run.model_folder import model_path
 from selection.run.products import atomic_path, code_version
 from selection.scores.models import load_for_scoring
 from selection.scores.row_figures import COLUMNS, row_figures, suspicions
+from selection.scores.suspects import KINDS, find_suspects
 
 
 def main() -> None:
@@ -40,38 +43,52 @@ def main() -> None:
     parser.add_argument("--pools", type=Path, required=True, help="folder that pools.py wrote; required")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables; required")
     arguments = parser.parse_args()
-    found, known, scorer = [], {}, None
     seeds = sorted(int(folder.name.removeprefix("seed-")) for folder in arguments.pools.glob("seed-*"))
     if not seeds:
         raise UserError(f"{arguments.pools} has no pools: run scripts/paper/pools.py first")
-    for seed in seeds:
-        for pool in POOLS:
-            source = (arguments.pools / f"seed-{seed}" / f"{pool}.jsonl").resolve()
-            folder = arguments.pools.resolve() / "purity" / f"{pool}-{seed}"
-            changes = [*arguments.set, f"dataset={json.dumps(str(source))}", f"output_dir={json.dumps(str(folder))}"]
-            experiment = load_experiment(arguments.config_path, changes)
-            rows = tokenised_split(experiment, experiment.target_model, training_split(experiment))
-            scorer = scorer or load_scorer(experiment)
-            faulty = is_faulty(source)
-            columns = row_figures(rows, scorer, empty_turn(experiment, experiment.target_model), known)
-            for name, values in suspicions(columns).items() if faulty.any() else ():
-                worst = np.argsort(-values, kind="stable")[: len(values) // 10]
-                auc, purity = roc_auc_score(faulty, values), faulty[worst].mean()
-                found.append({"pool": pool, "seed": seed, "score": name, "auc": auc, "purity": purity})
-            say(f"seed {seed}, {pool}: {len(known)} distinct rows scored so far")
-    table, model = pd.DataFrame(found).round(4), Path(experiment.target_model).name
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(arguments.out / "purity.csv") as draft:
-        table.to_csv(draft, index=False)
-    text = f"# Which score finds the faults of a pool\n\n{model}, untuned; "
-    text += (
-        f"{len(rows)} rows a pool, {len(seeds)} seeds, {code_version()}. Mean over seeds ± their standard deviation.\n"
-    )
+    known, scorer, paths = {}, None, [arguments.out / f"{name}.csv" for name in ("purity", "suspects")]
+    purity, suspects = (pd.read_csv(path).to_dict("records") if path.exists() else [] for path in paths)
+    done = {(row["seed"], row["pool"]) for row in suspects}
+    for seed, pool in itertools.product(seeds, POOLS):
+        if (seed, pool) in done:
+            continue
+        source = (arguments.pools / f"seed-{seed}" / f"{pool}.jsonl").resolve()
+        folder = arguments.pools.resolve() / "purity" / f"{pool}-{seed}"
+        changes = [*arguments.set, f"dataset={json.dumps(str(source))}", f"output_dir={json.dumps(str(folder))}"]
+        experiment = load_experiment(arguments.config_path, changes)
+        rows = tokenised_split(experiment, experiment.target_model, training_split(experiment))
+        scorer, faulty = scorer or load_scorer(experiment), is_faulty(source)
+        columns = row_figures(rows, scorer, empty_turn(experiment, experiment.target_model), known)
+        about = {"pool": pool, "seed": seed}
+        for name, values in suspicions(columns).items() if faulty.any() else ():
+            worst = np.argsort(-values, kind="stable")[: len(values) // 10]
+            auc, pure = roc_auc_score(faulty, values), faulty[worst].mean()
+            purity.append(about | {"score": name, "auc": round(auc, 4), "purity": round(pure, 4)})
+        texts = [(f"{row['instruction']} {row['input']}", row["output"]) for row in read_rows(source)]
+        found = find_suspects(*map(list, zip(*texts, strict=True)), columns)
+        for kind in KINDS:
+            own = found.row[found.kind == kind]
+            suspects.append(about | {"kind": kind, "rows": len(own), "faulty": int(faulty[own].sum())})
+        for path, table in zip(paths, (purity, suspects), strict=True):
+            with atomic_path(path) as draft:
+                pd.DataFrame(table, columns=list(table[0]) if table else None).to_csv(draft, index=False)
+        say(f"seed {seed}, {pool}: {len(known)} distinct rows scored so far")
+    model, table = Path(load_experiment(arguments.config_path, arguments.set).target_model).name, pd.DataFrame(purity)
+    text = f"# Which score finds the faults of a pool\n\n{model}, untuned; {table.seed.nunique()} seeds, {code_version()}. "
+    text += "Mean over seeds ± their standard deviation.\n"
     for figure in ("auc", "purity"):
         text += f"\n## {figure}\n\n{means_with_deviation(table, figure)}\n"
+    text += f"\n## Suspects of check_pool.py\n\n{suspects_table(pd.DataFrame(suspects))}\n"
     with atomic_path(arguments.out / "purity.md") as draft:
         draft.write_text(text, encoding="utf-8")
     print(text)
+
+
+def suspects_table(table: pd.DataFrame) -> str:
+    """By pool and kind: suspect rows, and how many of them are faulty, means over seeds."""
+    means = table.groupby(["pool", "kind"], sort=False)[["rows", "faulty"]].mean().round(1).astype(str)
+    cells = (means["faulty"] + " of " + means["rows"]).unstack()[list(KINDS)].loc[table.pool.unique()]
+    return markdown_table(["faulty of suspect rows", *KINDS], cells.reset_index().to_numpy().tolist())
 
 
 def load_scorer(experiment: Experiment) -> EffortScorer:

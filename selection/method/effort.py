@@ -178,16 +178,25 @@ class EffortScorer:
         return squares
 
 
-def response_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch.Tensor:
-    """Mean cross-entropy per response token of each sample (B,): a forward pass and nothing else."""
+def token_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch.Tensor:
+    """Cross-entropy (B, T) in nats of each response token, at the place that predicts it, else 0: a forward pass and
+    nothing else."""
     model = unwrap(model)
     batch = _Batch.of(input_ids, labels, device_of(model.get_input_embeddings()))
     hidden = _last_hidden_state(model, batch.tokens).flatten(0, 1)
     batch = batch.to(hidden.device)
-    losses = []
-    for rows, targets in _chunks(model, hidden[batch.head_rows], batch.targets):
-        losses.append(functional.cross_entropy(_logits(model, rows).float(), targets, reduction="none"))
-    return batch.per_sample(torch.cat(losses)[: len(batch.targets)]) / batch.counts
+    losses = [
+        functional.cross_entropy(_logits(model, rows).float(), targets, reduction="none")
+        for rows, targets in _chunks(model, hidden[batch.head_rows], batch.targets)
+    ]
+    return batch.by_place(torch.cat(losses)[: len(batch.targets)])
+
+
+def response_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch.Tensor:
+    """Mean cross-entropy per response token of each sample (B,), by one forward pass."""
+    losses = token_losses(model, input_ids, labels)
+    counts = [sum(label != IGNORED_LABEL for label in own[1:]) for own in labels]
+    return losses.sum(1) / torch.tensor(counts, device=losses.device)
 
 
 @dataclass(frozen=True)
@@ -220,11 +229,15 @@ class _Batch:
     def to(self, device: torch.device) -> "_Batch":
         return _Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
-    def per_sample(self, values: torch.Tensor) -> torch.Tensor:
-        """(n,) by head row, summed by sample (B,): over a dense table, as a GPU's `index_add_` has no order."""
+    def by_place(self, values: torch.Tensor) -> torch.Tensor:
+        """(n,) by head row, at their places (B, T); 0 elsewhere."""
         table = torch.zeros(self.tokens.shape, device=values.device)
         table.view(-1)[self.head_rows] = values
-        return table.sum(1)
+        return table
+
+    def per_sample(self, values: torch.Tensor) -> torch.Tensor:
+        """(n,) by head row, summed by sample (B,): over a dense table, as a GPU's `index_add_` has no order."""
+        return self.by_place(values).sum(1)
 
 
 def _last_hidden_state(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

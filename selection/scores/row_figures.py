@@ -1,8 +1,9 @@
 """Figures of every row from one pass of an untuned model: effort, loss with and without the prompt, hidden state."""
 
 import numpy as np
+import torch
 
-from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, response_losses, tokens_per_batch
+from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, token_losses, tokens_per_batch
 from selection.method.length_control import length_residual
 from selection.run.errors import refusals
 from selection.run.log import progress_bar
@@ -19,8 +20,8 @@ def row_figures(
     Args: `tokenised` as `tokenised_rows` makes it; `scorer` made with COLUMNS; `around`: `empty_turn`'s tokens;
     `known`: rows that were scored before, which grows. Beside the scorer's columns:
         loss_without_prompt: mean loss of the response behind an empty prompt, in nats a token;
-        end_loss: loss of the template's tokens after the response, in nats, all together: high where an answer breaks
-            off; 0 where cutoff_len has cut them;
+        end_loss: loss of the template's tokens after the response, in nats, all together, in the same pass: high where
+            an answer breaks off; 0 where cutoff_len has cut them;
         n_response_tokens.
     """
     known, budget = {} if known is None else known, tokens_per_batch("v_lora_b", scorer.device)
@@ -32,15 +33,16 @@ def row_figures(
         for numbers in plan_batches(range(len(missing)), [len(ids) for ids, _ in missing], budget):
             batch = [missing[number] for number in numbers]
             ids, labels = zip(*batch, strict=True)
-            alone, ends = [before + responses[sample] for sample in batch], [own[-end:] for own in labels]
             with refusals():
                 figures = scorer.score(ids, labels)
-            without_prompt = [_ignored(len(before)) + responses[sample] for sample in batch]
-            figures["loss_without_prompt"] = response_losses(scorer.model, alone, without_prompt).double()
-            only_end = [_ignored(len(own) - end) + list(last) for own, last in zip(ids, ends, strict=True)]
-            figures["end_loss"] = end * response_losses(scorer.model, ids, only_end).double()
+            alone = [before + responses[sample] for sample in batch]
+            losses = token_losses(scorer.model, alone, [_ignored(len(before)) + responses[sample] for sample in batch])
+            lengths = [len(responses[sample]) for sample in batch]
+            figures["loss_without_prompt"] = losses.double().sum(1) / torch.tensor(lengths, device=losses.device)
+            places = [len(own) - 1 for own in alone]
+            figures["end_loss"] = torch.stack([each[n - end : n].sum() for each, n in zip(losses, places, strict=True)])
             for number, sample in enumerate(batch):
-                known[sample] = {name: values[number].numpy() for name, values in figures.items()}
+                known[sample] = {name: values[number].cpu().numpy() for name, values in figures.items()}
             progress.update(len(batch))
     columns = {name: np.array([known[sample][name] for sample in samples]) for name in known[samples[0]]}
     columns["end_loss"] *= [list(ids[-end:]) == after for ids, _ in samples]
