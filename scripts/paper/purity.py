@@ -49,7 +49,7 @@ def main() -> None:
     known, scorer, paths = {}, None, [arguments.out / f"{name}.csv" for name in ("purity", "suspects")]
     purity, suspects = (pd.read_csv(path).to_dict("records") if path.exists() else [] for path in paths)
     done = {(row["seed"], row["pool"]) for row in suspects}
-    for seed, pool in itertools.product(seeds, POOLS):
+    for seed, pool in itertools.product(seeds, sorted(POOLS, key="clean".__eq__)):  # the clean one has no AUC: last
         if (seed, pool) in done:
             continue
         source = (arguments.pools / f"seed-{seed}" / f"{pool}.jsonl").resolve()
@@ -71,11 +71,11 @@ def main() -> None:
             suspects.append(about | {"kind": kind, "rows": len(own), "faulty": int(faulty[own].sum())})
         for path, table in zip(paths, (purity, suspects), strict=True):
             with atomic_path(path) as draft:
-                pd.DataFrame(table, columns=list(table[0]) if table else None).to_csv(draft, index=False)
+                pd.DataFrame(table).to_csv(draft, index=False)
         say(f"seed {seed}, {pool}: {len(known)} distinct rows scored so far")
     model, table = Path(load_experiment(arguments.config_path, arguments.set).target_model).name, pd.DataFrame(purity)
-    text = f"# Which score finds the faults of a pool\n\n{model}, untuned; {table.seed.nunique()} seeds, {code_version()}. "
-    text += "Mean over seeds ± their standard deviation.\n"
+    text = f"# Which score finds the faults of a pool\n\n{model}, untuned; {table.seed.nunique()} seeds, "
+    text += f"{code_version()}. Mean over seeds ± their standard deviation.\n"
     for figure in ("auc", "purity"):
         text += f"\n## {figure}\n\n{means_with_deviation(table, figure)}\n"
     text += f"\n## Suspects of check_pool.py\n\n{suspects_table(pd.DataFrame(suspects))}\n"
