@@ -60,11 +60,7 @@ FORMS = {  # the dataset_format of a form, and rows with all that the form has
     "sharegpt": (
         {"formatting": "sharegpt", "columns": {"messages": "conversations", "system": "system", "tools": "tools"}},
         [
-            {
-                "conversations": turns("A cell?", "A neuron.", "And a part?", "The nucleus."),
-                "system": "S",
-                "tools": None,
-            },
+            {"conversations": turns("A?", "A neuron.", "And a part?", "The nucleus."), "system": "S", "tools": None},
             {"conversations": [LONG, *turns("Why?", "So.")], "system": "Not this.", "tools": TOOLS},
             {"conversations": [NONE, *turns("Why?", "So.")], "system": None, "tools": ""},
             {"conversations": [*turns("Add 1."), *USED, {"from": "gpt", "value": "2."}], "system": "", "tools": TOOLS},
@@ -129,12 +125,8 @@ WRONG = [
     (CHAT, turns("a", "b", "c"), "it ends without a turn of 'gpt' or 'function_call'"),
     (CHAT, turns("a", "b", roles=("human", "bot")), "turn 1 is of 'bot' where one of 'gpt' or 'function_call' is due"),
     (CHAT, [*turns("a", "b"), {"from": "system", "value": "s"}, *turns("c")], "turn 2 is of 'system'"),
-    (CHAT, [{"from": "system", "value": "s"}], "it ends without a turn of 'gpt'"),
-    (CHAT, [], "it ends without a turn of 'gpt'"),
     (CHAT, turns("a", "b", tags=("role", "content")), r"turn 0 has no 'from' \(it has role, content\): name it under"),
     (CHAT, "a", "something else than text or turns"),
-    (CHAT, turns("a", "  "), "its response is blank"),
-    (MESSAGES, [said("a", "user"), said("b", "bot")], "turn 1 is of 'bot'"),
     (MESSAGES, [said("a", "user"), said(CALL, "call"), said("2", "tool")], "it ends without a turn"),
     (CHAT | {"columns": {"messages": "conversations", "system": "system"}}, {"system": 3}, "system prompt is no text"),
     (CHAT | {"columns": {"messages": "conversations", "tools": "tools"}}, {"tools": "add"}, "are no text that holds J"),
@@ -143,20 +135,16 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("form", "wrong", "why"), WRONG)
-def test_what_is_wrong_with_a_row_is_said_with_its_number(form, wrong, why):
+def test_what_is_wrong_with_a_row_is_said_with_its_number(make_experiment):
     good = {"conversations": turns("a", "b"), "messages": [said("a", "user"), said("b", "assistant")], "system": "s"}
     good |= {"instruction": "a", "input": "", "output": "b", "tools": "[]"}
-    column = "messages" if form is MESSAGES else "conversations"
-    row = good | (wrong if isinstance(wrong, dict) else {column: wrong})
-    ((number, text),) = unusable_rows([good, row, good], form).items()
-    assert number == 1 and re.search(why, text)
-
-
-def test_a_file_with_an_unusable_row_is_refused(make_experiment):
-    talks = [{"conversations": turns(*texts)} for texts in (("a", "b"), ("a", "b", "c"), ("a", "b"))]
-    experiment = load_experiment(make_experiment(talks, dataset_format=CHAT))
-    with pytest.raises(UserError, match=r"1 of 3 rows have .*first row 1 \(row 1: it ends without a turn of 'gpt'"):
+    for form, wrong, why in WRONG:
+        column = "messages" if form is MESSAGES else "conversations"
+        row = good | (wrong if isinstance(wrong, dict) else {column: wrong})
+        ((number, text),) = unusable_rows([good, row, good], form).items()
+        assert number == 1 and re.search(why, text), text
+    experiment = load_experiment(make_experiment([good, good | {"output": ""}, good]))
+    with pytest.raises(UserError, match=r"1 of 3 rows have .*first row 1 \(row 1: its response is blank"):
         training_split(experiment)
 
 
@@ -202,31 +190,27 @@ def test_rows_are_pooled_in_order_and_split_once(make_experiment, rows, tmp_path
             with pytest.raises(UserError, match="belongs to other data"):
                 call(of(change))
     renamed = of([sets[0] | {"name": "first", "quota": 0.5}, sets[1]])
-    assert training_split(renamed).ids == split.ids
-    assert [name for name, *_ in data_sets(renamed)] == ["first", "b"]
+    assert training_split(renamed).ids == split.ids and data_sets(renamed)[0][0] == "first"
 
 
 def test_columns_that_do_not_go_together_are_named(make_experiment, rows, tmp_path):
-    paths = [write_jsonl(tmp_path / "a.jsonl", rows[:12])]
-    paths.append(write_jsonl(tmp_path / "b.jsonl", [row | {"id": 3} for row in rows[12:]]))
+    parts = {"a": rows[:12], "b": [row | {"id": 3} for row in rows[12:]]}
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in parts.items()]
     experiment = load_experiment(make_experiment([], dataset=[{"path": path} for path in paths]))
     with pytest.raises(UserError, match=r"column id is Value\('int64'\) in .*b\.js.* and Value\('string'\) in .*a\.js"):
         training_split(experiment)
     assert not (experiment.data_folder / "split.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("sets", "why"),
-    [
+def test_lists_of_data_sets_that_cannot_be_are_refused(make_experiment):
+    for sets, why in (
         ([{"path": "a.json"}, {"path": "x/a.jsonl"}], "more than one data set is called a:"),
         ([{"path": "a", "quota": 0.7}, {"path": "b", "quota": 0.4}], "sum to 1.1: they must sum to at most 1"),
         ([{"path": "a", "quota": 0.7}, {"path": "b", "quota": 0.2}], "must sum to 1 where every data set has one"),
         ([{"name": "a"}], "key dataset.0.path is missing: add it$"),
-    ],
-)
-def test_lists_of_data_sets_that_cannot_be_are_refused(make_experiment, sets, why):
-    with pytest.raises(UserError, match=why):
-        load_experiment(make_experiment([], dataset=sets))
+    ):
+        with pytest.raises(UserError, match=why):
+            load_experiment(make_experiment([], dataset=sets))
 
 
 # Published lists
@@ -247,7 +231,7 @@ def test_a_published_list_fits_its_own_data_alone(name):
 
 def test_only_a_pt_list_is_held_against_the_published_lengths(tmp_path, capsys):
     def check(name: str) -> str:
-        check_fits(read_coreset(tmp_path / name), [f"id{row}" for row in range(1000)], "fingerprint", name)
+        check_fits(read_coreset(tmp_path / name), list(map(str, range(1000))), "fingerprint", name)
         return capsys.readouterr().err
 
     torch.save(list(range(50)), tmp_path / "some.pt")

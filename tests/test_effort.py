@@ -161,6 +161,25 @@ def test_lora_b_gradient_of_a_batch_equals_a_real_fresh_lora(name):
     assert_close(ours, autograd(wrapped, [lora_b], ids, labels, mask)[0])
 
 
+class Experts(torch.nn.ModuleList):
+    """In the place of an MLP: the third expert gets no token, and long sequences use the router without calling it."""
+
+    def forward(self, x):
+        first, second, _, router = self
+        even = (torch.arange(x.shape[1]) % 2 == 0)[:, None]
+        weight = functional.linear(x, router.weight) if x.shape[1] > 10 else router(x)
+        return torch.where(even, first(x), second(x)) * weight.sigmoid()
+
+
+def test_an_expert_without_a_token_and_a_router_that_is_called_only_sometimes():
+    model = make_model("llama")
+    model.model.layers[2].mlp = Experts(torch.nn.Linear(32, 32, bias=False) for _ in range(4))
+    scorer, (ids, labels) = EffortScorer(model, "last_layer"), make_samples((5, 9, 20, 15))
+    for rows, aside in ((slice(2), []), (slice(2, 4), ["layers.2.mlp.3"]), (slice(2), ["layers.2.mlp.3"])):
+        assert_is_autograd(scorer, model, last_layer(model), ids[rows], labels[rows])
+        assert list(scorer.phi.others) == aside
+
+
 @pytest.mark.parametrize("name", WEIGHT_WITHOUT_CALL)
 def test_a_weight_used_without_its_module_counts(name):
     model = make_model(name)
@@ -228,8 +247,7 @@ def test_score_does_not_depend_on_batch_padding_order_a_neighbours_loss_or_how_i
 
 @pytest.mark.parametrize("phi", ["v_lora_b", "last_layer"])
 def test_few_response_tokens_score_exactly_under_a_real_vocabulary(phi, monkeypatch):
-    """One to three rows, or the last ones of a thread's share, are summed in sequence over the vocabulary on a CPU:
-    digits are lost where what is summed is large beside the sum, as the mean embedding is."""
+    """A CPU sums one to three rows one by one over the vocabulary and so loses digits beside a large mean embedding."""
     vocabulary = 49_152  # of SmolLM2
     model = make_model("llama", vocab_size=vocabulary)
     model.lm_head.weight.data.add_(0.5)

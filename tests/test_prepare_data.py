@@ -4,6 +4,7 @@ import io
 import json
 import sqlite3
 import struct
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -30,15 +31,12 @@ def run(tmp_path):
     return run
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Rows as .json (one list), .jsonl, .csv or .parquet."""
-    table = pd.DataFrame(rows)
-    if path.suffix in (".json", ".jsonl"):
-        table.to_json(path, orient="records", lines=path.suffix == ".jsonl")
-    elif path.suffix == ".csv":
-        table.to_csv(path, index=False)
-    else:
-        table.to_parquet(path)
+WRITE = {
+    ".json": partial(pd.DataFrame.to_json, orient="records"),
+    ".jsonl": partial(pd.DataFrame.to_json, orient="records", lines=True),
+    ".csv": partial(pd.DataFrame.to_csv, index=False),
+    ".parquet": pd.DataFrame.to_parquet,
+}
 
 
 def write_mo(path: Path, messages: dict[str, str]) -> None:
@@ -66,10 +64,10 @@ def dialogue(*summaries: str) -> list[dict]:
     return [{"id": "x", "dialogue": f"#Person1#: {text}\n#Person2#: Yes.", "summary": text} for text in summaries]
 
 
-@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("ending", WRITE)
 def test_splits_are_pooled_in_order(run, tmp_path, monkeypatch, ending):
     for split, text in (("test", "c"), ("validation", "None"), ("train", "a")):
-        write_table(tmp_path / "source" / f"{split}-00000{ending}", dialogue(text))
+        WRITE[ending](pd.DataFrame(dialogue(text)), tmp_path / "source" / f"{split}-00000{ending}")
     (tmp_path / "source" / "README.md").write_text("no data: train test")
     monkeypatch.setitem(script.FULL_ROWS, "dialogsum", 3)  # the count check stays on
     rows = run("dialogsum")
@@ -81,7 +79,7 @@ def test_splits_are_pooled_in_order(run, tmp_path, monkeypatch, ending):
 
 def test_bioinstruct_keeps_its_own_prompt_and_the_count_is_checked(run, tmp_path):
     rows = [{"instruction": "Name it.", "input": text, "output": "Cell."} for text in ("a cell", None)]
-    write_table(tmp_path / "source" / "train.json", rows)
+    (tmp_path / "source" / "train.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match=r"2 rows, but the published data set has 25,005: .*--any_count"):
         run("bioinstruct")
     assert not (tmp_path / "out").exists()
@@ -95,9 +93,7 @@ def test_bioinstruct_keeps_its_own_prompt_and_the_count_is_checked(run, tmp_path
         ("dialogsum", [{"dialogue": "Hi"}], "train: no column summary: name them dialogue, summary"),
         ("dialogsum", dialogue("a", " ", "c", "", "", "d", ""), r"4 rows have an empty response .*: 1, 3, 4 \("),
         ("bioinstruct", [{"instruction": "Do.", "input": "", "output": 5}], "first rows: 0 "),
-        ("dialogsum", [{"dialogue": None, "summary": "a"}, *dialogue("b")], "first rows: 0 "),
         ("wmt19_kk_en", [{"translation": {"kk": "a", "ru": "b"}}], "no column translation.en"),
-        ("wmt19_kk_en", [{"translation": "a"}], "no column translation.kk, translation.en"),
         ("dialogsum", None, r"cannot read .*: give --source a folder of JSON, CSV or Parquet"),
     ],
 )
@@ -113,9 +109,9 @@ def test_the_hub(tmp_path, monkeypatch, capsys):
     def hub(*arguments):
         if arguments != ("wmt/wmt19", "kk-en"):
             raise ConnectionError("no route\nto the hub")
-        pairs = {"validation": ("", "Blank"), "train": ("Сәлем", "Hello")}
-        parts = {split: [{"translation": {"kk": kk, "en": en}}] for split, (kk, en) in pairs.items()}
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in parts.items()})
+        pairs = {"validation": {"kk": "", "en": "Blank"}, "train": {"kk": "Сәлем", "en": "Hello"}}
+        parts = {split: datasets.Dataset.from_list([{"translation": pair}]) for split, pair in pairs.items()}
+        return datasets.DatasetDict(parts)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     out, about = tmp_path / "out.jsonl", "Translate the following Kazakh sentence into English."
@@ -139,13 +135,10 @@ def test_go_selection(run, tmp_path):
         ("GO:0000003", "long", "BP", words(60)),
         ("GO:0000002", "short", "MF", words(6)),
         ("GO:0000001", "part", "CC", "A part  of it, it says here."),
-        ("GO:0000004", "too long", "BP", words(61)),
-        ("GO:0000005", "too short", "BP", words(5)),
-        ("GO:0000006", "without", "BP", None),
         ("GO:0000007", "root", "universal", words(6)),
-        ("GO:0000008", "x", "BP", "Any process that activates the rate of x."),
-        ("GO:0000009", "x", "MF", "Catalysis of the reaction that makes x."),
     ]
+    bad = (words(61), words(5), None, "Any process that stops x in a cell.", "Catalysis of the reaction to x.")
+    terms += [("GO:0000004", "x", "BP", definition) for definition in bad]
     write_go(tmp_path / "source" / script.GO_SQLITE, terms)
     assert [list(row.values()) for row in run("go_biology", "--any_count")] == [
         ["GO:0000001", 'Explain the cellular component "part".', "", "A part  of it, it says here."],
@@ -193,9 +186,6 @@ def test_check_names_the_first_difference(run, tmp_path):
         with pytest.raises(UserError, match=row):
             run("go_biology", "--any_count", "--check")
         assert out.read_text() == "".join(changed)
-    out.unlink()
-    with pytest.raises(UserError, match="cannot read"):
-        run("go_biology", "--any_count", "--check")
 
 
 def test_bad_packages_are_refused(run, tmp_path, monkeypatch):
