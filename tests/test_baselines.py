@@ -198,8 +198,7 @@ def test_the_order_is_the_literal_one(case, variant, k, gamma):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int8])
 def test_of_equal_rows_the_distances_are_exact_and_no_row_is_its_own_neighbour(dtype):
-    rng = np.random.default_rng(0)
-    features = (50 * rng.uniform(-1, 1, (200, 12))).astype(dtype)
+    features = np.random.default_rng(0).uniform(-50, 50, (200, 12)).astype(dtype)
     features[50:100] = features[7]
     near, distances = nearest_neighbours(features, 5)
     assert not (near == np.arange(200)[:, None]).any() and all(len(set(row)) == 5 for row in near.tolist())
@@ -210,8 +209,7 @@ def test_by_hand_where_the_variants_part():
     assert d2_order(np.empty(0), np.empty((0, 3)), "published").tolist() == []
     # k = 1: 0 → 1, 1 → 0 (distance 1), 2 → 1 (distance 2).
     # Published: 2 + 10/e = 5.68, 10 + 2/e = 10.74, 3 + 10/e² = 4.35. Row 1 takes 9.71 from row 0: −4.04. Then 2, 0.
-    # Released: row 1 has the edge to 2 too: 10.74 + 3/e² = 11.14; it takes 10.08 from row 0: −4.40, and 9.12 from
-    # row 2: −4.77. Then 0, 2.
+    # Released: row 1 has the edge to 2 too: 11.14. It leaves −4.40 to row 0 and −4.77 to row 2.
     features, scores = np.array([[0.0], [1.0], [3.0]]), np.array([2.0, 10.0, 3.0])
     assert d2_order(scores, features, "published", k=1).tolist() == [1, 2, 0]
     assert d2_order(scores, features, "released", k=1).tolist() == [1, 0, 2]

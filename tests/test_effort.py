@@ -109,7 +109,6 @@ def assert_close(ours, reference):
 
 
 def assert_is_autograd(scorer, model, phi, ids, labels, mask=1):
-    """In a batch, and one by one as the self-test takes them."""
     scores, expected = scorer.score(ids, labels), autograd(model, phi, ids, labels, mask)
     assert_close(torch.stack([scores["effort"], scores["loss"]]), expected)
     assert_close(plain_scores(scorer, ids, labels).T, expected)
@@ -195,12 +194,11 @@ def test_a_weight_used_twice_has_the_gradient_of_both_uses_and_a_part_or_an_adde
     for shared, phi in (("layer", "last_layer"), ("weight", "v_weight")):
         model = make_model("llama")
         layers = model.model.layers
+        matrices = [layers[2].self_attn.v_proj.weight]
         if shared == "layer":
-            layers[1] = layers[2]
+            layers[1], matrices = layers[2], [p for p in layers[2].parameters() if p.dim() >= 2]
         else:
-            layers[1].self_attn.v_proj.weight = layers[2].self_attn.v_proj.weight
-        matrices = [p for p in layers[2].parameters() if p.dim() >= 2]
-        matrices = matrices if phi == "last_layer" else [layers[2].self_attn.v_proj.weight]
+            layers[1].self_attn.v_proj.weight = matrices[0]
         assert_is_autograd(EffortScorer(model, phi), model, matrices, *make_samples())
     model = make_model("gpt2-conv1d-fused")
     model.transformer.h[1] = model.transformer.h[2]
@@ -253,10 +251,8 @@ def test_few_response_tokens_score_exactly_under_a_real_vocabulary(phi, monkeypa
     model.lm_head.weight.data.add_(0.5)
     scorer = EffortScorer(model, phi)
     ids, labels = make_samples((2, 3, 9, 12), (1, 1, 7, 3))  # 1, 2, 2 and 9 rows of responses
-    expected = plain_scores(EffortScorer(model.double(), phi), ids, labels)
-    model.float()
-    rows = []
-    model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[1]))
+    expected, rows = plain_scores(EffortScorer(model.double(), phi), ids, labels), []
+    model.float().lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[1]))
     monkeypatch.setattr(effort, "_LOGITS_AT_ONCE", {"cpu": 7 * vocabulary})  # 4, 4 and 1 of the last's
     for i, (exact_effort, exact_loss) in enumerate(expected):
         sample = ids[i : i + 1], labels[i : i + 1]
@@ -274,17 +270,15 @@ def test_scoring_leaves_the_model_as_it_was_and_keeps_nothing_below_phi(phi):
     before, kept = {key: value.clone() for key, value in model.state_dict().items()}, []
     scorer, layer = EffortScorer(model, phi), model.get_decoder().layers[0]
     layer.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].requires_grad))
-    attributes = {key: {**vars(module), **module._forward_hooks} for key, module in model.named_modules()}
+    attributes = [{*vars(module), *module._forward_hooks} for module in model.modules()]
     with pytest.raises(IndexError):
         scorer.score([[VOCABULARY + 1, 3]], [[-100, 3]])  # a token that it does not have
     scores = scorer.score(ids, labels)
     assert all(torch.equal(scores[name], expected[name]) for name in expected)
-    assert kept == [False]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    for key, module in model.named_modules():
-        assert {**vars(module), **module._forward_hooks}.keys() == attributes[key].keys()
+    assert [{*vars(module), *module._forward_hooks} for module in model.modules()] == attributes
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
+    assert kept == [False] and model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_without_the_phi_is_an_error_that_names_what_was_looked_at():
@@ -309,8 +303,8 @@ def test_the_self_test_stops_at_a_score_that_depends_on_its_batch(monkeypatch):
     for factor, said in ((1.001, r"self-test: c has effort .* a relative difference of 0\.00"), (torch.nan, "nan")):
 
         def wrong(self, ids, labels, factor=factor):
-            scores = right(self, ids, labels)
-            return scores | {"effort": scores["effort"] * torch.tensor([factor if len(r) == 9 else 1.0 for r in ids])}
+            scores, nine = right(self, ids, labels), torch.tensor([len(row) == 9 for row in ids])
+            return scores | {"effort": torch.where(nine, factor, 1.0) * scores["effort"]}
 
         monkeypatch.setattr(EffortScorer, "score", wrong)
         with pytest.raises(UserError, match=said):

@@ -81,10 +81,10 @@ def test_the_residual_is_the_literal_fits_whatever_the_unit(seed, num_rows, powe
 
 
 def test_a_fit_of_too_few_scores_and_a_row_without_response_are_refused():
-    with pytest.raises(UserError, match="9 scores above 0"):
-        stratified_score(scores_of([1.0] * 9 + [0.0] * 5, np.arange(1, 15)), CONTROL)
-    with pytest.raises(UserError, match="row 2 has no response token"):
-        stratified_score(scores_of(np.ones(12), [3, 3, 0] + [4] * 9), CONTROL)
+    few, empty = scores_of([1.0] * 9 + [0.0] * 5, np.arange(1, 15)), scores_of(np.ones(12), [3, 3, 0] + [4] * 9)
+    for scores, said in ((few, "9 scores above 0"), (empty, "row 2 has no response token")):
+        with pytest.raises(UserError, match=said):
+            stratified_score(scores, CONTROL)
 
 
 def test_each_model_is_controlled_by_its_own_fit_over_the_rows_it_has_scored():

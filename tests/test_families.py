@@ -270,13 +270,16 @@ def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(beg
     assert load_experiment(path).selection.rates == [0.5]
 
 
-def test_selection_sh_starts_cuts_and_goes_on(tmp_path):
+def test_selection_sh_starts_cuts_and_goes_on_and_a_dry_one_ends_with_the_plan(tmp_path):
     """With a python that notes its calls and answers as start.py does."""
     python = '() { echo "$@" >> calls; [[ $1 != *start.py ]] || printf "%s\\n" my.yaml --target T --out D > "$3"; }'
-    command = ["bash", REPOSITORY / "selection" / "selection.sh", "--target", "T", "--data", "my.jsonl"]
-    subprocess.run(command, env=os.environ | {"BASH_FUNC_python%%": python}, cwd=tmp_path, check=True)
+    for arguments in (["--target", "T", "--data", "my.jsonl"], ["my.yaml", "--quiet", "--dry_run"]):
+        command = ["bash", REPOSITORY / "selection" / "selection.sh", *arguments]
+        subprocess.run(command, env=os.environ | {"BASH_FUNC_python%%": python}, cwd=tmp_path, check=True)
     start, draft, *calls = re.sub(r"\S*/(?=[\w-]+\.py)", "", (tmp_path / "calls").read_text()).splitlines()
     assert start.startswith("start.py --answer ") and start.endswith(" --target T --data my.jsonl")
     assert draft == "make_draft.py --config_path my.yaml --target T --out D"
-    stages = [f"launch.py {stage}.py" for stage in ("finetune", "effort_score", "verify")]
-    assert calls == [f"{call} --config_path my.yaml" for call in (*stages, "coreset.py", "costs.py", "report.py")]
+    stages = [f"launch.py {stage}.py" for stage in ("finetune", "effort_score", "verify")] + ["coreset.py"]
+    assert calls[:6] == [f"{call} --config_path my.yaml" for call in (*stages, "costs.py", "report.py")]
+    dry = [f"{call.removeprefix('launch.py ')} --config_path my.yaml --quiet --dry_run" for call in stages]
+    assert calls[6:] == [*dry, "plan.py --config_path my.yaml --quiet"]

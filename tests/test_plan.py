@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -140,10 +141,10 @@ def test_configuration_decides_rows_and_flops_or_is_refused(experiment):
     assert changed("small_training.finetuning_type=full")["speculative tuning"].flops == 8 * 10 * 360
     assert list(changed("speculative_run=runs/other"))[:2] == ["verification", "selection in all"]  # it has paid
 
-    freeze = {"training.max_steps=10": "max_steps", "small_training.finetuning_type=freeze": "finetuning_type freeze"}
-    for refused, said in (freeze | {"selection.rates=[0.5,0.01]": "keeps none"}).items():
+    refused = {"training.max_steps=10": "max_steps", "small_training.finetuning_type=freeze": "finetuning_type freeze"}
+    for override, said in refused.items():
         with pytest.raises(UserError, match=said):
-            changed(refused)
+            changed(override)
 
 
 def test_verdicts():
@@ -159,9 +160,7 @@ def test_verdicts():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 10**6), st.integers(0, 999), st.integers(1, 10**4))
 def test_the_first_paying_number_of_reuses(selection, coreset, more):
-    def says(reuses: int) -> str:
-        return verdict(0.2, selection, coreset, coreset + more, reuses)
-
+    says = partial(verdict, 0.2, selection, coreset, coreset + more)
     n = int(re.search(r"from (\d+) re-uses|$", says(1))[1] or 1)
     assert "selection pays" in says(n) and (n == 1 or "does not pay" in says(n - 1))
 
@@ -184,14 +183,11 @@ def test_speed_is_of_padded_tokens_after_a_first_batch(monkeypatch):
     # Padded to a multiple of 8; 80 tokens, and nothing of the first batch's 1,000 s.
     assert per_token == pytest.approx(0.25 * 2 * (32 + 8 + 16 + 8) / 80)
     calls.clear()
-    started = clock.now
     assert plan.seconds_per_token(step, batches, 8, rows, seconds=50) == pytest.approx(per_token)
-    assert 50 <= clock.now - started - 1000 < 50 + 0.25 * 2 * 16
     assert plan.seconds_per_token(step, [[0, 1]], 8, rows, seconds=1) > 0  # one batch, measured
 
 
 def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, monkeypatch):
-    """Which models are scored and tuned, and on which batches: watched at the doors."""
     asked = experiment("selection.phi=v_weight", "target_training.lora_rank=2", "small_training.finetuning_type=full")
     split = training_split(asked)
     tokenised = {name: tokenised_rows(asked, str(tiny_model), "train", split.rows) for name in ("small", "target")}
@@ -199,7 +195,7 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
 
     class Watched(plan.EffortScorer):
         def __init__(self, model, phi, *rest):
-            seen.append(("scores", phi, any("lora_A" in name for name, _ in model.named_parameters())))
+            seen.append(("scores", phi))
             super().__init__(model, phi, *rest)
 
     def watched(model, input_ids=None, labels=None, **more):
@@ -216,7 +212,7 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", watched)
     speeds = plan.calibrate(asked, tokenised, seconds=0.1)
     # All 39 tensors of the small model; A and B of rank 2 on 7 maps in 4 layers of the target.
-    assert list(dict.fromkeys(seen)) == [("scores", "v_weight", False), ("tunes", 39), ("tunes", 56, 2)]
+    assert list(dict.fromkeys(seen)) == [("scores", "v_weight"), ("tunes", 39), ("tunes", 56, 2)]
     assert all(s.scoring > 0 and s.tuning > 0 for s in speeds.values())
     assert {s.parameters for s in speeds.values()} == {parameters_of(str(tiny_model))}
     monkeypatch.setattr(plan, "prepare_tuning", lambda *_: torch.empty(2**60))
@@ -243,4 +239,5 @@ def test_the_script_counts_the_true_tokens(make_experiment, rows, tiny_model):
     assert "where one selection serves 4 tuning runs" in done.stdout
     assert re.search(r"^at rate 0\.5 selection (pays|does not pay): \d\.\d\d of the time", done.stdout, re.MULTILINE)
     assert not (experiment.folder / "costs.jsonl").exists()  # nothing was run
-    assert_one_line_error(run_script("scripts/plan.py", "--config_path", path, "--reuses", 0, check=False), "--reuses")
+    for option, value, said in (("--reuses", 0, "--reuses"), ("--set", "template=llama3", "has no embedding for")):
+        assert_one_line_error(run_script("scripts/plan.py", "--config_path", path, option, value, check=False), said)

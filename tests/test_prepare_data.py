@@ -5,6 +5,7 @@ import json
 import sqlite3
 import struct
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import datasets
@@ -42,14 +43,12 @@ WRITE = {
 def write_mo(path: Path, messages: dict[str, str]) -> None:
     """A gettext catalogue: header, two tables of (length, offset), the texts with a zero after each."""
     messages = {"": "Content-Type: text/plain; charset=UTF-8\n", **messages}
-    texts = [text.encode() for text in (*sorted(messages), *(messages[key] for key in sorted(messages)))]
-    offset, tables = 28 + 8 * len(texts), b""
-    for text in texts:
-        tables += struct.pack("<2I", len(text), offset)
-        offset += len(text) + 1
-    header = struct.pack("<7I", 0x950412DE, 0, len(messages), 28, 28 + 8 * len(messages), 0, 0)
+    texts = [text.encode() + b"\0" for text in (*sorted(messages), *(messages[key] for key in sorted(messages)))]
+    offsets = accumulate(map(len, texts), initial=28 + 8 * len(texts))
+    table = b"".join(struct.pack("<2I", len(text) - 1, offset) for text, offset in zip(texts, offsets, strict=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header + tables + b"".join(text + b"\0" for text in texts))
+    header = struct.pack("<7I", 0x950412DE, 0, len(messages), 28, 28 + 8 * len(messages), 0, 0)
+    path.write_bytes(header + table + b"".join(texts))
 
 
 def write_go(path: Path, terms: list[tuple]) -> None:
@@ -87,21 +86,17 @@ def test_bioinstruct_keeps_its_own_prompt_and_the_count_is_checked(run, tmp_path
     assert written[0] == {"id": "bioinstruct:0", **rows[0]} and written[1]["input"] == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "message"),
-    [
+def test_bad_files_are_refused(run, tmp_path):
+    for name, rows, message in (
         ("dialogsum", [{"dialogue": "Hi"}], "train: no column summary: name them dialogue, summary"),
         ("dialogsum", dialogue("a", " ", "c", "", "", "d", ""), r"4 rows have an empty response .*: 1, 3, 4 \("),
         ("bioinstruct", [{"instruction": "Do.", "input": "", "output": 5}], "first rows: 0 "),
         ("wmt19_kk_en", [{"translation": {"kk": "a", "ru": "b"}}], "no column translation.en"),
         ("dialogsum", None, r"cannot read .*: give --source a folder of JSON, CSV or Parquet"),
-    ],
-)
-def test_bad_files_are_refused(run, tmp_path, name, rows, message):
-    path = tmp_path / "source" / "train.json"
-    path.write_text('{"dialogue": ' if rows is None else json.dumps(rows))
-    with pytest.raises(UserError, match=message):
-        run(name, "--any_count")
+    ):
+        (tmp_path / "source" / "train.json").write_text(json.dumps(rows) if rows else '{"dialogue": ')
+        with pytest.raises(UserError, match=message):
+            run(name, "--any_count")
     assert not (tmp_path / "out").exists()
 
 
@@ -203,7 +198,6 @@ def test_bad_packages_are_refused(run, tmp_path, monkeypatch):
     for name, source, said in (
         ("go_biology", "source", "no readable GO.db database"),
         ("kazakh_english", "source", r"sw.mo is no readable .mo file"),
-        ("go_biology", "nowhere.deb", "does not exist"),
         ("go_biology", "x y.deb", "dpkg -x '.*: give --source"),
         ("dialogsum", "source", "leave it out for dialogsum"),
     ):

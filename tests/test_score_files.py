@@ -59,9 +59,6 @@ def filled_folder(path: Path, rows=EVERY) -> Path:
     return path
 
 
-# The score folder
-
-
 def test_a_folder_is_read_as_it_was_written(tmp_path):
     folder = filled_folder(tmp_path / "scores", rows=[7, 2, 9, 0, 1, 3, 8, 4, 6, 5])
     scores = read_scores(folder)
@@ -117,16 +114,15 @@ def test_a_folder_without_parts_or_manifest_is_refused(tmp_path):
         read_scores(folder)
 
 
-def test_an_unfinished_folder_names_the_first_row_without_a_score(tmp_path):
+def test_unfinished_scores_name_the_first_row_without_a_score(tmp_path):
     scores = read_scores(filled_folder(tmp_path / "scores", rows=[0, 1, 3, 5]))
-    with pytest.raises(UserError, match="row 2 "):
-        scores.of_all_rows()
+    far = read_scores(write_scores(tmp_path / "scores.parquet", index=[0, 1, 10**15], effort=[1.0] * 3))
+    for unfinished in (scores, far):
+        with pytest.raises(UserError, match="row 2 "):
+            unfinished.of_all_rows()
     with pytest.raises(UserError, match="row 4 "):
         scores.at(np.array([5, 0, 4]))
     assert scores.at(np.array([5, 0, 3])).tolist() == [5 / 7, 0.0, 3 / 7]
-
-
-# Plain files
 
 
 def write_scores(path: Path, **columns: list) -> Path:
@@ -179,16 +175,6 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
             (tmp_path / name).unlink(missing_ok=True) if content is None else (tmp_path / name).write_bytes(content)
             with pytest.raises(UserError, match=name):
                 read_scores(tmp_path / name)
-
-
-def test_a_hole_in_the_index_is_named(tmp_path):
-    for index, hole in (([0, 1, 3], 2), ([0, 10**15], 1)):
-        path = write_scores(tmp_path / "scores.parquet", index=index, effort=[1.0] * len(index))
-        with pytest.raises(UserError, match=f"row {hole} "):
-            read_scores(path).of_all_rows()
-
-
-# Coresets
 
 
 def write_list(path: Path, value: object) -> Path:

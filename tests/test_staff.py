@@ -112,14 +112,9 @@ def test_budgets_are_those_of_the_reference(strata, m, mode):
 def test_budgets_by_hand():
     # Smallest first: ⌊30 · 1/3⌋ = 10, but the stratum holds 2. Left: 28. ⌊28 · 1/2⌋ = 14, then ⌊14 · 1/1⌋ = 14.
     assert allocate_budgets([50, 2, 50], [1.0, 1.0, 1.0], 30, "paper") == [14, 2, 14]
-    # ⌊12 · 2/3⌋ = 8, the stratum holds 5. Left: 7. ⌊7 · 3/2⌋ = 10 is more than 7: cut to 7. Nothing is left.
-    assert allocate_budgets([5, 20, 30], [2.0, 3.0, 1.0], 12, "paper") == [5, 7, 0]
     # The unverified stratum of 10 first: ⌊30/3⌋ = 10. Left: 20. ⌊20 · 1/(1 + 3)⌋ = 5, then ⌊15 · 3/3⌋ = 15.
     assert allocate_budgets([50, 10, 40], [3.0, None, 1.0], 30, "released") == [15, 10, 5]
     assert allocate_budgets([9] * 5, [0.7] * 5, 10, "released") == [2] * 5  # 10 · 0.7/Σ is below 2 in floats
-
-
-# The choice of rows
 
 
 @by_property
@@ -159,11 +154,7 @@ def test_scaling_and_shifting_the_speculative_scores_changes_nothing(scores, mod
     assert found[0] == found[1]
 
 
-# Verification ratios
-
-
 def target_scores(*effort: float) -> Scores:
-    """Target scores of the first rows."""
     return Scores(np.arange(len(effort)), {"effort": np.array(effort, dtype=np.float64)}, None, None, None, "target")
 
 

@@ -122,7 +122,6 @@ def test_every_number_of_table_1_is_the_mean_of_its_rows(tmp_path, few_replicate
 
 
 def test_the_best_two_are_marked_and_the_papers_values_stand_beside(tmp_path, few_replicates):
-    """Full data gets no mark, equal prints share a place, and the paper has no method Length."""
     means = {"full": 60, "random": 40.0011, "ccs": 39.9989, "length": 39.5, "staff": 39.0}
     values = {m: {"rouge_l": mean, "rouge_l_by_sample": " ".join([str(mean)] * EVAL_ROWS)} for m, mean in means.items()}
     paper = {"biology": {"paper_target": "Gemma-7b", "paper_task": "BioInstruct"}, "kazakh": {}}
@@ -142,8 +141,6 @@ def test_missing_cells_are_counted_and_shown(tmp_path, few_replicates):
     biology, kazakh = (table_after(text, f"### ROUGE-L, {task}\n") for task in TASKS)
     assert biology["STAFF"]["90"] == kazakh["Full data"]["0"] == "–" and biology["Random"]["50"].endswith("†")
     assert "†" not in biology["Random"]["90"] + biology["Full data"]["0"]
-    ratios = table_after(text.split("### Cost, kazakh")[1], "tuning on everything: –.")
-    assert ratios["STAFF"] == {"pruned, %": "STAFF", "50": "–", "90": "–"}
     for said in ("5 of the 44 cells", "† fewer seeds", "\n| biology | 90 | – | – | – |\n", "mean over 3 of 4 pairs"):
         assert said in text
 
@@ -202,9 +199,7 @@ def test_verdict_is_the_first_line_under_table_1(tmp_path, few_replicates, lead,
 
 def test_costs_ratios_and_saving_over_the_seeds_that_both_have(tmp_path, few_replicates):
     section = text_of(tmp_path, fake_grid()).split("### Cost, biology")[1]
-    costs = table_after(section, "\n")
-    assert list(costs["STAFF"].values()) == ["STAFF", "150.0", "1,000,000", "1.0e14"]
-    assert list(costs["Random"].values()) == ["Random", "0.0", "0", "0"]
+    assert list(table_after(section, "\n")["STAFF"].values()) == ["STAFF", "150.0", "1,000,000", "1.0e14"]
     assert "STAFF saves 75.0 % in seconds and 75.0 % in FLOPs against GraNd" in section
     ratios = table_after(section, "by pruning rate; tuning on everything: 500.5 s and 2.0e15 FLOPs.\n")
     assert ratios["STAFF"]["50"] == f"{(150 + 250.5) / 500.5:.2f} / {(1e14 + 1e15) / 2e15:.2f}"
@@ -214,7 +209,6 @@ def test_costs_ratios_and_saving_over_the_seeds_that_both_have(tmp_path, few_rep
 
 
 def test_two_calls_write_the_same_bytes_and_nothing_where_the_curves_fail(tmp_path, monkeypatch):
-    """Whatever the process and the order of the rows."""
     cells, names = fake_grid(), ("tables.md", *CURVES)
     done = run_script("scripts/paper/tables.py", write_cells(tmp_path / "one", cells))
     make(write_cells(tmp_path / "two", cells[::-1]), monkeypatch)
