@@ -28,7 +28,7 @@ from selection.method.baselines import baseline, columns_of
 from selection.method.quotas import Rule, choose_by_rule
 from selection.method.staff import choose_staff
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
-from selection.run.config import Experiment, Method, Selection, load_experiment, validated
+from selection.run.config import ANY_SCORES, Experiment, Method, Selection, load_experiment, validated
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
@@ -142,7 +142,7 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
 def scores_of(experiment: Experiment, method: str) -> Path:
     """The scores of a run folder that a method reads. Random and Length only count rows and tokens: any will do."""
     small, tuned = experiment.small_scores, experiment.tuned_target_scores
-    if method == "staff" or (method in ("random", "length") and (small.exists() or not tuned.exists())):
+    if method == "staff" or (method in ANY_SCORES and (small.exists() or not tuned.exists())):
         return small
     if not tuned.exists():
         how = "run finetune.py and effort_score.py with --model target"

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, NonNega
 from typing_extensions import TypedDict
 
 from selection.run import ledger
-from selection.run.config import REPOSITORY, Experiment, Grid, Method, load_experiment
+from selection.run.config import ANY_SCORES, REPOSITORY, Experiment, Grid, Method, load_experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.metrics import read_metrics
@@ -186,9 +186,9 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
     """The jobs that make `cells` of one run folder: STAFF's selection by the small model's scores; the target tuned on
     everything, and the baselines' selection by its scores; each coreset's tuning and evaluation."""
     methods, jobs, coresets = {cell.rule for cell in cells}, [], load(arguments).coresets
-    selected = {"small": methods & {"staff"}, "target": methods - {"staff", "random", "length", "full"}}
+    selected = {"small": methods & {"staff"}, "target": methods - {"staff", "full", *ANY_SCORES}}
     # Random and Length need any scores, for the number of rows and their tokens.
-    selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & {"random", "length"}
+    selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & {*ANY_SCORES}
     full = next((cell for cell in cells if cell.method == "full"), None)
     for model, scored in selected.items():
         tuned, commands = full if model == "target" else None, []
