@@ -151,7 +151,6 @@ def biology(count: int) -> list[dict]:
 
 @pytest.fixture
 def rows() -> list[dict]:
-    """30 rows of biology question answering."""
     return biology(30)
 
 

@@ -75,7 +75,6 @@ def test_what_would_have_to_stay_on_the_device_is_refused_where_offloaded(tmp_pa
 
 @pytest.fixture(scope="module")
 def on_disk_models(tmp_path_factory):
-    """Folders of a model and of an adapter tuned from it."""
     folder = tmp_path_factory.mktemp("models")
     make_model("llama").save_pretrained(folder / "model")
     with_tuned_adapter(make_model("llama")).save_pretrained(folder / "tuned")

@@ -66,7 +66,6 @@ def write_scores(path: Path, effort: np.ndarray, rows: np.ndarray | None = None)
 
 @pytest.fixture
 def files(tmp_path) -> list:
-    """Arguments that name the scores of both models."""
     small = write_scores(tmp_path / "small.csv", SPECULATIVE)
     return ["--scores", small, "--target_scores", write_scores(tmp_path / "target.csv", TARGET), *STRATA]
 

@@ -161,7 +161,6 @@ def test_llama_factory_reads_every_form_to_the_same_sample():
         assert sample["_response"] == [{"role": "assistant", "content": "1"}], name
         assert sample["_system"] == ("S" if "system" in name else ""), name
     # No description where none is needed: the same rows would be other data than under a configuration by hand.
-    assert DatasetFormat(**detect_form(["instruction", "input", "output"], [], "")[0]) == DatasetFormat()
     assert detect_form(["conversations"], [FORMS["sharegpt"]], "")[0] == {"formatting": "sharegpt"}
 
 
@@ -189,7 +188,6 @@ def test_the_target_verifies_at_most_a_fifth(num_rows):
 
 @pytest.fixture
 def begin(tiny_model, rows, tmp_path):
-    """`start` for the tiny model and my.jsonl, in the run folder `run`."""
     data = Path(write_jsonl(tmp_path / "my.jsonl", rows))
     arguments = {"target": str(tiny_model), "data": [data], "template": "chatml", "run": tmp_path / "run"}
     return lambda **changes: start(**arguments | changes)

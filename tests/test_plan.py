@@ -29,7 +29,6 @@ LENGTHS = {"small": [4, 6, 5, 9] * 5, "target": [5, 7, 6, 10] * 5}  # 20 rows, 1
 
 @pytest.fixture
 def experiment(make_experiment, rows):
-    """A function: the experiment of the fixture, overridden."""
     path = make_experiment(rows, small_training={"num_train_epochs": 3}, target_training={"num_train_epochs": 4})
     return lambda *overrides: load_experiment(str(path), list(overrides))
 

@@ -1,14 +1,13 @@
 """Tables of a grid: a literal bootstrap, differences that pair, numbers that are the means of their rows."""
 
 import re
-import sys
 from functools import partial
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REPOSITORY, run_script
+from conftest import REPOSITORY, run_main, run_script
 
 from scripts.paper import tables
 from scripts.paper.tables import Estimate, bootstrap_means, pool
@@ -58,11 +57,6 @@ def write_cells(folder, cells: list[dict]):
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(cells).to_csv(folder / "cells.csv", index=False)
     return folder
-
-
-def make(folder, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tables.py", str(folder)])
-    tables.main()
 
 
 def estimated(folder, cells):
@@ -146,8 +140,9 @@ def test_missing_cells_are_counted_and_shown(tmp_path, few_replicates):
 
 
 @pytest.mark.parametrize("method", ["staff", "full"])
-def test_one_cell_makes_tables_and_curves(tmp_path, monkeypatch, few_replicates, method):
-    make(write_cells(tmp_path, [fake_cell(method=method, rate=1.0 if method == "full" else 0.5)]), monkeypatch)
+def test_one_cell_makes_tables_and_curves(tmp_path, few_replicates, method):
+    cell = fake_cell(method=method, rate=1.0 if method == "full" else 0.5)
+    run_main("scripts.paper.tables", write_cells(tmp_path, [cell]))
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     for said in ("No cell of this grid is missing (1).", "With one seed the", "STAFF against Random: no verdict"):
         assert said in text
@@ -211,12 +206,12 @@ def test_costs_ratios_and_saving_over_the_seeds_that_both_have(tmp_path, few_rep
 def test_two_calls_write_the_same_bytes_and_nothing_where_the_curves_fail(tmp_path, monkeypatch):
     cells, names = fake_grid(), ("tables.md", *CURVES)
     done = run_script("scripts/paper/tables.py", write_cells(tmp_path / "one", cells))
-    make(write_cells(tmp_path / "two", cells[::-1]), monkeypatch)
+    run_main("scripts.paper.tables", write_cells(tmp_path / "two", cells[::-1]))
     one, two = ([(tmp_path / folder / name).read_bytes() for name in names] for folder in ("one", "two"))
     assert one == two and one[0].decode() in done.stdout
     monkeypatch.setattr(tables, "draw_curves", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        make(write_cells(tmp_path / "three", cells), monkeypatch)
+        run_main("scripts.paper.tables", write_cells(tmp_path / "three", cells))
     assert [path.name for path in (tmp_path / "three").iterdir()] == ["cells.csv"]
 
 
@@ -233,7 +228,7 @@ def test_curves_show_every_method_and_leave_gaps(tmp_path, few_replicates):
             np.testing.assert_allclose(means, [one.mean if one else np.nan for one in found])
 
 
-def test_damaged_cells_are_one_line_with_row_and_column(tmp_path, monkeypatch):
+def test_damaged_cells_are_one_line_with_row_and_column(tmp_path):
     for row, changes, said in (  # rows as a spreadsheet counts
         (4, {"tuning_seconds": "fast"}, "row 4, column tuning_seconds: .*number"),
         (4, {"selection_flops": "nan"}, "row 4, column selection_flops: .*finite"),
@@ -246,7 +241,7 @@ def test_damaged_cells_are_one_line_with_row_and_column(tmp_path, monkeypatch):
         cells = fake_grid(METHODS[:2])
         cells[row - 2] |= changes
         with pytest.raises(UserError, match=rf"^[^\n]*cells\.csv.*{said}[^\n]*$"):
-            make(write_cells(tmp_path, cells), monkeypatch)
+            run_main("scripts.paper.tables", write_cells(tmp_path, cells))
     text = (write_cells(tmp_path, [fake_cell(), fake_cell(seed=1)]) / "cells.csv").read_text(encoding="utf-8")
     for damaged, said in (
         (text.splitlines()[0] + "\n", "no cells yet"),
@@ -256,7 +251,7 @@ def test_damaged_cells_are_one_line_with_row_and_column(tmp_path, monkeypatch):
     ):
         (tmp_path / "cells.csv").write_bytes(damaged.encode(errors="surrogateescape"))
         with pytest.raises(UserError, match=rf"^[^\n]*{said}[^\n]*$"):
-            make(tmp_path, monkeypatch)
+            run_main("scripts.paper.tables", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cells.csv"]
 
 
