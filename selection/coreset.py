@@ -6,10 +6,10 @@
     python coreset.py --method d2 --scores target.parquet --features F.npy --rate 0.1 --out coresets
 
 Needs scores: with --config_path those of the experiment's run folder, and its verification; without, score folders, or
-Parquet or CSV files with a column index and those that a method reads (one row per row of the training split): staff
-effort; length n_response_tokens; grand effort; el2n and ccs el2n; d2 el2n and hidden_state; moderate hidden_state;
-entropy entropy; random none. Each V_i comes from --verify_per_stratum drawn samples also where the target's scores are
-complete. configs/README.md explains the keys of `selection:`. Writes OUT/METHOD-RATE.json.
+Parquet or CSV files, one row per row of the training split: a column index, and effort for staff and grand; el2n for
+el2n, ccs and d2; hidden_state for d2 and moderate; entropy; n_response_tokens for length; nothing more for random. Each
+V_i comes from --verify_per_stratum drawn samples also where the target's scores are complete. configs/README.md
+explains the keys of `selection:`. Writes OUT/METHOD-RATE.json.
 """
 
 import argparse

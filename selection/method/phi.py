@@ -55,7 +55,7 @@ class Phi:
 
 
 def find_phi(model: nn.Module, name: str) -> Phi:
-    """Raises: NoPhi naming the modules looked at where the model has no such parameters."""
+    """The parameters φ of that name in a model. Raises: NoPhi naming what was looked at where it has none."""
     if name == "all_lora":
         return Phi(loras=_loras(model))
     if name != "last_layer":

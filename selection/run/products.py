@@ -136,7 +136,7 @@ def write_sealed(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path, remove: Path | None = None) -> dict[str, Any]:
-    """Raises: UserError where the file is missing, no JSON object, or not as it was written: `remove` has to go."""
+    """What `write_sealed` wrote. Raises: UserError, which says to `remove` it, where it is missing or was changed."""
     record = read_record(path)
     if record.pop("sha256", None) != _seal(record):
         todo = f"remove {remove or 'it'} and make it again"
