@@ -16,7 +16,7 @@ from selection.run.products import read_json
 
 
 def _run(arguments: dict[str, Any], what: str) -> None:
-    """LLaMA-Factory's training or generation, in all processes of this call. Raises: UserError with its objection."""
+    """LLaMA-Factory's training or generation, in all processes of this call. Raises: UserError with its error."""
     import_llama_factory()
     from llamafactory.train.tuner import run_exp
 

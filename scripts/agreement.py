@@ -33,7 +33,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     settings = validated(default, {name: arguments[name] for name in ("rates", "num_strata", "hardest_cutoff", "seed")})
     scores = []
-    for path in arguments["scores"]:  # one that is not there, read_scores names
+    for path in arguments["scores"]:  # read_scores refuses a missing one
         known = path.exists() and has_column(path, "n_response_tokens")
         scores.append(read_scores(path, ["effort", "n_response_tokens"] if known else ["effort"]))
     result = agreement(*scores, settings.rates, settings.num_strata, settings.hardest_cutoff, settings.seed)

@@ -45,7 +45,7 @@ def _run_many(count: int, command: list[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
         run.run(run.parse_args(["--standalone", "--nproc_per_node", str(count), *command]))
-    except errors.ChildFailedError as error:  # the first to fail speaks for all: torchrun ends the others by SIGTERM
+    except errors.ChildFailedError as error:  # the code of the process that failed: torchrun ends the others by SIGTERM
         codes = (failure.exitcode for failure in error.failures.values())
         code = next((code for code in codes if code not in (-15, 143)), 143)
         sys.exit(code if code > 0 else 128 - code)

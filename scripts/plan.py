@@ -164,8 +164,8 @@ def calibrate(experiment: Experiment, tokenised: dict[str, Dataset], seconds: fl
 
 
 def seconds_per_token(step: Step, batches: Batches, multiple: int, rows: Dataset, seconds: float) -> float:
-    """Seconds for each token of the data: those of a padded token on some batches after the first, times the padding of
-    all batches. Batches are padded to a `multiple`."""
+    """Seconds for each token of the data, measured on some batches (after a first one as warm-up) and scaled from their
+    padded tokens to the padding of all batches. A batch is padded to a `multiple`."""
     lengths = [len(ids) for ids in rows["input_ids"]]
 
     def padded(batch: list[int]) -> int:

@@ -68,7 +68,7 @@ def convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
     model.generation_config.max_length = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    (folder / "tokenizer.model").unlink(missing_ok=True)  # the whole GGUF once more
+    (folder / "tokenizer.model").unlink(missing_ok=True)  # a copy of the whole GGUF
     # As saved, the tokenizer loads as a class that loses every space, and ends a text with <|im_start|>.
     path = folder / "tokenizer_config.json"
     wrong = {"backend", "is_local", "local_files_only", "model_type", "legacy"}

@@ -1,4 +1,4 @@
-"""Between a data set and its coresets. As a library: from selection import EffortScorer, select_coreset."""
+"""Selection of coresets, as stages; as a library: from selection import EffortScorer, select_coreset."""
 
 import importlib
 import sys
@@ -9,7 +9,7 @@ _LIBRARY = {"EffortScorer": "selection.method.effort", "select_coreset": "select
 
 
 def _hide_foreign_torchvision() -> None:
-    """Let a torchvision built for another torch (the registry's is for CUDA) count as missing: else no model loads."""
+    """Treat a torchvision built for another torch (the registry's is for CUDA) as missing: with it no model loads."""
     try:
         builds = {version(name).partition("+")[2] for name in ("torch", "torchvision")}
     except PackageNotFoundError:

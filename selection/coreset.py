@@ -6,10 +6,10 @@
     python coreset.py --method d2 --scores target.parquet --features F.npy --rate 0.1 --out coresets
 
 Needs scores: with --config_path those of the experiment's run folder, and its verification; without, score folders, or
-Parquet or CSV files with a column index and those that a method reads (one row per row of the training split): staff
-effort; length n_response_tokens; grand effort; el2n and ccs el2n; d2 el2n and hidden_state; moderate hidden_state;
-entropy entropy; random none. Each V_i comes from --verify_per_stratum drawn samples also where the target's scores are
-complete. configs/README.md explains the keys of `selection:`. Writes OUT/METHOD-RATE.json.
+Parquet or CSV files, one row per row of the training split: a column index, and effort for staff and grand; el2n for
+el2n, ccs and d2; hidden_state for d2 and moderate; entropy; n_response_tokens for length; nothing more for random. Each
+V_i comes from --verify_per_stratum drawn samples also where the target's scores are complete. configs/README.md
+explains the keys of `selection:`. Writes OUT/METHOD-RATE.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from selection.method.baselines import baseline, columns_of, rs2
 from selection.method.quotas import Rule, choose_by_rule
 from selection.method.staff import choose_staff
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
-from selection.run.config import WITHOUT_SCORES, Experiment, Method, Selection, load_experiment, validated
+from selection.run.config import ANY_SCORES, Experiment, Method, Selection, load_experiment, validated
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
@@ -151,7 +151,7 @@ def passes_of(experiment: Experiment | None) -> float:
 def scores_of(experiment: Experiment, method: str) -> Path:
     """The scores of a run folder that a method reads. Random and Length only count rows and tokens: any will do."""
     small, tuned = experiment.small_scores, experiment.tuned_target_scores
-    if method == "staff" or (method in WITHOUT_SCORES and (small.exists() or not tuned.exists())):
+    if method == "staff" or (method in ANY_SCORES and (small.exists() or not tuned.exists())):
         return small
     if not tuned.exists():
         how = "run finetune.py and effort_score.py with --model target"

@@ -78,7 +78,7 @@ def start(
     small, cut = pair.small, []
     if small is None:
         layers = half_the_layers(pair.target)
-        small = str(run / f"{name}-{layers}-layers")  # in the run folder, as this run's rows choose the layers
+        small = str(run / f"{name}-{layers}-layers")  # here, as this run's rows decide which layers it has
         cut = ["--target", pair.target, "--layers", str(layers), "--out", small]
         say(f"speculator: {layers} layers, half of the target's, in {small}; --small M for one made otherwise")
     values = read_yaml(REPOSITORY / "configs" / "own_data.yaml") | {"template": pair.template}

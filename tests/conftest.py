@@ -35,11 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def run_script(
     script: str | Path, *arguments: object, cwd: Path | None = None, check: bool = True
 ) -> subprocess.CompletedProcess:
-    """Run a script as a user would; `cwd` defaults to the script's own folder.
-
-    A Python script runs in a fork of this process (tests/forks.py). Fresh processes are in test_demo.py, and in
-    test_faults.py for full disks and torchrun.
-    """
+    """Run a script as a user would, a Python script in a fork of this process; `cwd` defaults to its own folder."""
     path = REPOSITORY / script
     command, cwd = [str(path), *map(str, arguments)], cwd or path.parent
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
@@ -138,17 +134,11 @@ def make_experiment(tiny_model, tmp_path):
     """A function that writes a configuration for the tiny model and given rows, and returns its path."""
 
     def make(rows: list[dict], name: str = "experiment", **changes) -> Path:
-        keys = {
-            "small_model": str(tiny_model),
-            "target_model": str(tiny_model),
-            "cutoff_len": 256,
-            "precision": "fp32",
-            "selection": {"rates": [0.5], "num_strata": 4, "verify_per_stratum": 2, "precision": "fp32"},
-            "training": {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": 7},
-            "small_training": {"num_train_epochs": 1},
-            "target_training": {"num_train_epochs": 1},
-            "evaluation": {"max_new_tokens": 4},
-        }
+        selection = {"rates": [0.5], "num_strata": 4, "verify_per_stratum": 2, "precision": "fp32"}
+        keys = {"small_model": str(tiny_model), "target_model": str(tiny_model), "selection": selection}
+        keys |= {"cutoff_len": 256, "precision": "fp32", "evaluation": {"max_new_tokens": 4}}
+        keys["training"] = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": 7}
+        keys["small_training"] = keys["target_training"] = {"num_train_epochs": 1}
         return write_experiment(tmp_path, rows, name, **keys | changes)
 
     return make
@@ -161,7 +151,6 @@ def biology(count: int) -> list[dict]:
 
 @pytest.fixture
 def rows() -> list[dict]:
-    """30 rows of biology question answering."""
     return biology(30)
 
 
@@ -197,11 +186,7 @@ HOSTILE = {
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_model, tmp_path_factory):
-    """The experiment of a run as the stages leave it, with coresets of STAFF and at random; to be read alone.
-
-    150 rows of biology with a column `about` that is not trained on, and HOSTILE as row 40; the target is another
-    random model than the small one.
-    """
+    """The experiment of a finished run, to be read alone: 150 rows with a column `about`, HOSTILE as row 40."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -229,10 +214,7 @@ def copy_of(experiment, folder: Path):
 
 
 def scored_run(folder: Path, rows: list[dict], effort, target=None, lengths=None, features=None, keys=(), **selection):
-    """The experiment of a run with given scores, all arrays (N, …) by row of the training split, and its coresets.
-
-    Defaults: the target's scores 3 times `effort`, row i with i + 1 response tokens, no features.
-    """
+    """The experiment of a run with given scores, arrays (N, …) by row of the training split, and its coresets."""
     import numpy as np
 
     from selection.rows.split import training_split

@@ -39,7 +39,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, run_main
+from conftest import REPOSITORY, biology, run_main
 from damage import BYTES, CSV, JSON, JSON_LINES, NPY, PARQUET, PT, SAFETENSORS, SEALED, YAML, Damage, damage
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -312,8 +312,7 @@ def copy_case(base: Path, case: Path) -> Path:
 def finished(tiny_model) -> Path:
     """Data, a model, a selection, and every other file that KINDS names."""
     base = _HOME / "base"
-    lines = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = sorted(map(json.loads, lines[:300]), key=lambda row: len(row["output"]))[:14]
+    rows = sorted(biology(300), key=lambda row: len(row["output"]))[:14]
     (base / "around").mkdir(parents=True)
     (base / "around" / "canary.txt").write_text("sings")
     data = pd.DataFrame(rows)
@@ -343,16 +342,6 @@ def finished(tiny_model) -> Path:
     return work
 
 
-def put(found: Damage, path: Path, around: Path) -> None:
-    shutil.move(path, around / "linked")
-    if found.content is not None:
-        path.write_bytes(found.content)
-    elif found.what == "a folder":
-        path.mkdir()
-    elif found.what != "nothing":
-        path.symlink_to(around / "linked")
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_damage_ends_in_one_line_or_in_a_sound_result(name, finished):
     file, format, read, wrong = KINDS[name]
@@ -363,7 +352,14 @@ def test_damage_ends_in_one_line_or_in_a_sound_result(name, finished):
     @settings(PLAIN, max_examples=CASES, phases=[Phase.generate])
     @given(damage(lambda: content, format))
     def cases(found: Damage) -> None:
-        put(found, next(copy_case(finished, _CASE).glob(file)), _CASE / "around")
+        path = next(copy_case(finished, _CASE).glob(file))
+        shutil.move(path, linked := _CASE / "around" / "linked")
+        if found.content is not None:
+            path.write_bytes(found.content)
+        elif found.what == "a folder":
+            path.mkdir()
+        elif found.what != "nothing":
+            path.symlink_to(linked)
         verdict, said = run_case(read, lambda result: wrong(result, reference))
         assert verdict != "failed", said
 

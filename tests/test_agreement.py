@@ -91,22 +91,18 @@ def test_strata_and_overlaps_are_the_literal_ones(scores):
         assert [overlap.rate, overlap.m, overlap.highest] == [rate, m, len(set.intersection(*top)) / m]
 
 
-def test_scores_agree_wholly_with_themselves_on_another_scale(scores):
+def test_scores_agree_wholly_with_themselves_rescaled_and_with_unrelated_ones_as_chance_gives(scores):
     effort = np.random.default_rng(0).lognormal(size=200)
     result = agree(scores(effort, n_response_tokens=np.arange(200) % 7), scores(4 * effort))
     found = [result.rand_index, result.adjusted_rand_index, result.spearman, result.partial_spearman]
     assert result.num_rows == 200 and found == pytest.approx([1] * 4)
     assert all((o.highest, o.staff) == (1, 1) and o.staff_by_chance < 0.95 for o in result.overlaps)
 
-
-def test_unrelated_scores_share_what_chance_gives(scores):
     a, b = (scores(each) for each in np.random.default_rng(1).uniform(size=(2, 4000)))
     result = agree(a, b, num_strata=20)
     assert abs(result.spearman) < 0.06 and abs(result.adjusted_rand_index) < 0.02
-    for overlap in result.overlaps:
-        tolerance = 4 / math.sqrt(overlap.m)
-        assert overlap.highest == pytest.approx(overlap.rate, abs=tolerance)
-        assert overlap.staff == pytest.approx(overlap.staff_by_chance, abs=tolerance)
+    for o in result.overlaps:
+        assert [o.highest, o.staff] == pytest.approx([o.rate, o.staff_by_chance], abs=4 / math.sqrt(o.m))
     # One seed is all that coresets of one stratum share.
     result = agree(a, b, num_strata=1, hardest_cutoff=0.0)
     assert all(o.staff == o.staff_by_chance == 1 for o in result.overlaps)

@@ -23,8 +23,8 @@ score_lists = st.one_of(few_values, st.lists(st.floats(0.001, 1e3), min_size=1, 
 by_property = settings(max_examples=50, deadline=None)
 
 
-def make_columns(num_rows: int, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
+def make_columns(num_rows: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
     columns = {name: rng.lognormal(size=num_rows) for name in ("effort", "el2n", "el2n_released", "entropy")}
     return columns | {
         "n_response_tokens": rng.integers(1, 90, num_rows).astype(float),
@@ -127,23 +127,17 @@ def test_features_from_a_file_take_the_place_of_the_column_and_must_fit(cut, tmp
     for name in ("d2-0.2.json", "moderate-0.2.json"):
         assert (column / name).read_bytes() == (file / name).read_bytes()
     assert_one_line_error(cut(both, out="none", hidden_state=None)[0], "scores.parquet has no column hidden_state")
-    wild = np.zeros((60, 4))
-    wild[17, 2] = np.nan
-    refused = {"59 rows, the scores have 60": wild[1:], "no two-dimensional array": wild[0], "features of row 17": wild}
-    for why, features in refused.items():
+    wild = np.full((60, 4), np.nan)
+    for why, features in {"59 rows, the scores have 60": wild[1:], "features of row 0": wild}.items():
         np.save(path, features)
         assert_one_line_error(cut(["moderate"], ["--features", path], "none")[0], why)
     assert_one_line_error(cut(["length"], ["--features", path], "none")[0], "--features is read by --method d2 and mod")
 
 
 def test_scores_that_are_no_numbers_and_rows_without_response_are_refused_by_row(cut):
-    for method, column, number, said in (
-        ("ccs", "el2n", np.inf, "row 8 has el2n inf"),
-        ("length", "n_response_tokens", 0, "row 8 has no response token"),
-    ):
-        values = make_columns(60)[column]
-        values[8] = number
-        assert_one_line_error(cut([method], **{column: values})[0], said)
+    numbers = np.append(np.ones(59), np.inf)
+    assert_one_line_error(cut(["ccs"], el2n=numbers)[0], "row 59 has el2n inf")
+    assert_one_line_error(cut(["length"], n_response_tokens=1 / numbers)[0], "row 59 has no response token")
 
 
 @st.composite
@@ -177,13 +171,10 @@ def literal_order(scores: np.ndarray, features: np.ndarray, variant: str, k: int
             edges[row][other] = distance
             if variant == "released":
                 edges[other][row] = distance
+    carried = np.maximum(scores, 1e-7) if variant == "released" else scores
     values = np.empty(len(scores))
-    for row, neighbours in enumerate(edges):
-        total = 0.0
-        for other in sorted(neighbours):
-            carried = max(scores[other], 1e-7) if variant == "released" else scores[other]
-            total += np.exp(-neighbours[other]) * carried
-        values[row] = scores[row] + total
+    for row, near in enumerate(edges):
+        values[row] = scores[row] + sum(np.exp(-near[other]) * carried[other] for other in sorted(near))
     order, left = [], np.ones(len(scores), dtype=bool)
     while left.any():
         row = int(np.argmax(np.where(left, values, -np.inf)))
@@ -198,9 +189,8 @@ def literal_order(scores: np.ndarray, features: np.ndarray, variant: str, k: int
 @given(d2_cases(), st.sampled_from(["published", "released"]), st.integers(1, 8), st.sampled_from([0.1, 0.0, 1.0]))
 def test_the_order_is_the_literal_one(case, variant, k, gamma):
     scores, features = case
-    order = d2_order(scores, features, variant, k, gamma)
-    assert order.tolist() == literal_order(scores, features, variant, k, gamma)
-    assert d2_order(scores, features, variant).tolist() == literal_order(scores, features, variant)  # the paper's
+    for rest in ((k, gamma), ()):  # the paper's by default
+        assert d2_order(scores, features, variant, *rest).tolist() == literal_order(scores, features, variant, *rest)
     near, distances = nearest_neighbours(features, k, block_rows=7)
     expected = literal_neighbours(features, k)
     assert near.tolist() == expected[0] and np.array_equal(distances, np.reshape(expected[1], distances.shape))
@@ -208,8 +198,7 @@ def test_the_order_is_the_literal_one(case, variant, k, gamma):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int8])
 def test_of_equal_rows_the_distances_are_exact_and_no_row_is_its_own_neighbour(dtype):
-    rng = np.random.default_rng(0)
-    features = (50 * rng.uniform(-1, 1, (200, 12))).astype(dtype)
+    features = np.random.default_rng(0).uniform(-50, 50, (200, 12)).astype(dtype)
     features[50:100] = features[7]
     near, distances = nearest_neighbours(features, 5)
     assert not (near == np.arange(200)[:, None]).any() and all(len(set(row)) == 5 for row in near.tolist())
@@ -220,8 +209,7 @@ def test_by_hand_where_the_variants_part():
     assert d2_order(np.empty(0), np.empty((0, 3)), "published").tolist() == []
     # k = 1: 0 → 1, 1 → 0 (distance 1), 2 → 1 (distance 2).
     # Published: 2 + 10/e = 5.68, 10 + 2/e = 10.74, 3 + 10/e² = 4.35. Row 1 takes 9.71 from row 0: −4.04. Then 2, 0.
-    # Released: row 1 has the edge to 2 too: 10.74 + 3/e² = 11.14; it takes 10.08 from row 0: −4.40, and 9.12 from
-    # row 2: −4.77. Then 0, 2.
+    # Released: row 1 has the edge to 2 too: 11.14. It leaves −4.40 to row 0 and −4.77 to row 2.
     features, scores = np.array([[0.0], [1.0], [3.0]]), np.array([2.0, 10.0, 3.0])
     assert d2_order(scores, features, "published", k=1).tolist() == [1, 2, 0]
     assert d2_order(scores, features, "released", k=1).tolist() == [1, 0, 2]
@@ -229,14 +217,10 @@ def test_by_hand_where_the_variants_part():
 
 @pytest.mark.parametrize("number", [np.nan, -np.inf, 1e140])
 def test_numbers_that_cannot_be_squared_are_refused_by_row_and_shapes_that_do_not_fit(number):
-    scores, features = np.ones(9), np.arange(18.0).reshape(9, 2)
+    scores, features = np.ones(9), np.ones((9, 2))
     wild, odd = features.copy(), scores.copy()
     wild[[4, 7], 1] = odd[[6, 8]] = number
-    for given_scores, given_features, said in (
-        (scores, wild, "features of row 4 "),
-        (odd, features, "score of row 6 "),
-        (np.ones(8), features, r"features of shape \(9, 2\)"),
-        (scores, scores, r"features of shape \(9,\)"),
-    ):
+    refused = {"features of row 4 ": (scores, wild), "score of row 6 ": (odd, features)}
+    for said, given_arrays in (refused | {r"features of shape \(9,\)": (scores, scores)}).items():
         with pytest.raises(ValueError, match=said):
-            d2_order(given_scores, given_features, "published")
+            d2_order(*given_arrays, "published")

@@ -76,7 +76,7 @@ def test_what_cannot_be_tried_is_left_to_the_stage_that_loads_it(make_experiment
     check_models(load_experiment(make_experiment(rows, target_model=model(LAST_LAYER_HAS_NO_ATTENTION))))
 
 
-def test_what_the_settings_ask_for_is_said_at_once(make_experiment, rows, capsys):
+def test_what_the_settings_ask_for_is_said_at_once(make_experiment, rows, capsys, monkeypatch):
     check_models(load_experiment(make_experiment(rows, selection={"methods": ["staff", "grand", "d2"]})))
     assert "grand, d2: need the tuned target's scores" in capsys.readouterr().err
     check_models(load_experiment(make_experiment(rows)))
@@ -86,9 +86,6 @@ def test_what_the_settings_ask_for_is_said_at_once(make_experiment, rows, capsys
     check_rows(experiment, 12)  # 11 in strata: one may have them all
     with pytest.raises(UserError, match="10 of 11 rows are in strata: give a smaller verify_per_stratum"):
         check_rows(experiment, 11)
-
-
-def test_quantisation_without_its_package_is_refused_at_once(make_experiment, rows, monkeypatch):
     experiment = load_experiment(make_experiment(rows, selection={"rates": [0.5], "quantization_bit": 4}))
     monkeypatch.setattr("selection.scores.models.is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match=r"quantization_bit 4 needs bitsandbytes from .*pip install bitsandbytes"):

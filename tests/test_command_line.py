@@ -8,12 +8,11 @@ import runpy
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 from selection.run.ending import run_stage
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, everything_in
 
 from finetune.tuning import _logs_to, tune_once
 from selection.rows.split import training_split
@@ -42,16 +41,12 @@ def test_help_is_enough_to_call_a_script_and_a_wrong_command_line_is_one_line(sc
     parser = made[0]
     text = parser.format_help()
     about = text.split("\noptions:\n")[0]
-    first, blank, example, *_ = about.splitlines()
-    assert first.endswith((".", "?")) and blank == "" and "usage:" not in text
-    assert re.match(r"    (CUDA_VISIBLE_DEVICES=0 )?python \S+\.py", example)
+    assert re.match(r".*[.?]\n\n    (CUDA_VISIBLE_DEVICES=0 )?python \S+\.py", about) and "usage:" not in text
     assert re.search(r"\bNeeds\b", about) and re.search(r"\b([Ww]rites|[Pp]rints|written|Ends as)\b", about)
     for option in parser._actions:
         said = option.help
-        assert said, option
-        if option.nargs != 0 and said != "==SUPPRESS==":
-            assert re.search("default: .|require", said), option
-            assert ("require" in said) >= option.required, option
+        assert said and ("require" in said) >= option.required, option
+        assert option.nargs == 0 or re.search("default: .|require|==SUPPRESS==", said), option
 
     examples = re.findall(r"^    (?:\S+=\S+ )?python (?:\\\n|.)*", parser.description, re.MULTILINE)
     here = REPOSITORY if script.startswith("scripts") else (REPOSITORY / script).parent
@@ -66,9 +61,8 @@ def test_help_is_enough_to_call_a_script_and_a_wrong_command_line_is_one_line(sc
     monkeypatch.setattr(sys, "argv", [script, *wrong])
     with pytest.raises(SystemExit) as stopped:
         run_stage(main)
-    out, error = capsys.readouterr()
-    assert stopped.value.code == 2 and out == ""
-    assert re.fullmatch(r"error: .* \(--help says how to call this\)\n", error)
+    (out, error), said = capsys.readouterr(), r"error: .* \(--help says how to call this\)\n"
+    assert stopped.value.code == 2 and out == "" and re.fullmatch(said, error)
 
 
 @pytest.mark.parametrize(("script", "option"), [("selection/selection.sh", "--help"), ("scripts/demo.sh", "-h")])
@@ -95,8 +89,7 @@ def test_results_on_stdout_and_plain_lines_on_stderr(score, tmp_path):
     folder = tmp_path / "run" / "scores" / "small"
     out, said = score()
     assert out == f"{SPECULATIVE_SCORES}: 24 rows -> {folder}\n"
-    for text in ("split experiment.jsonl: 24 training", "self-test: 4 samples", f"{SPECULATIVE_SCORES} of "):
-        assert text in said
+    assert "split experiment.jsonl: 24 training" in said and "self-test: 4 samples" in said
     assert not re.search("\r|\x1b|%\\|", said)  # no bar in a pipe
     out, said = score()
     assert out == "" and f"{SPECULATIVE_SCORES}: reusing {folder}\n" in said
@@ -110,23 +103,18 @@ def test_a_terminal_gets_bars_without_colour_but_quiet_leaves_results_and_warnin
         log.say("this not")
         log.warn("this")
     assert out.count("\n") == 1 and "\x1b" not in shown.getvalue()
-    if quiet:
-        assert shown.getvalue() == "this\n"
-    else:
-        assert "24/24" in shown.getvalue() and "self-test: " in shown.getvalue()
+    assert shown.getvalue() == "this\n" if quiet else re.search("self-test: (.|\n)*24/24", shown.getvalue())
 
 
 @pytest.fixture
 def tune(make_experiment, rows, tmp_path):
-    """A function that tunes the small model for a step, with more keys under `training:`; gives its folder."""
+    """A function that tunes the small model for a step, with more keys under `training:`."""
 
-    def call(**training) -> Path:
+    def call(**training) -> None:
         keys = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3} | training
         experiment = load_experiment(make_experiment(rows, training=keys))
-        folder, split = tmp_path / "run" / "small", training_split(experiment)
-        arguments = (folder, experiment.small_training, SPECULATIVE_TUNING, {})
-        tune_once(experiment, experiment.small_model, "train", split.rows, *arguments)
-        return folder
+        arguments = (tmp_path / "run" / "small", experiment.small_training, SPECULATIVE_TUNING, {})
+        tune_once(experiment, experiment.small_model, "train", training_split(experiment).rows, *arguments)
 
     return call
 
@@ -136,16 +124,14 @@ def test_tensorboard_writes_into_the_run_folder_and_logging_is_no_identity(tune,
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
-    folder = tune(report_to="tensorboard", logging_steps=1)
+    tune(report_to="tensorboard", logging_steps=1)
     assert not (tmp_path / "runs").exists() and "TENSORBOARD_LOGGING_DIR" not in os.environ
     (events,) = (tmp_path / "run" / "tensorboard" / "small").glob("events.out.tfevents.*")
-    log_file = EventAccumulator(str(events)).Reload()
-    assert log_file.Scalars("train/loss")[0].step == 1
+    assert EventAccumulator(str(events)).Reload().Scalars("train/loss")[0].step == 1
     events.unlink()  # the user's to remove: no part of the tuned model
     capsys.readouterr()
-    assert tune(report_to="none", logging_steps=7, run_name="b", logging_first_step=True) == folder
-    said = capsys.readouterr()
-    assert said.out == "" and "reusing" in said.err
+    tune(report_to="none", logging_steps=7, run_name="b", logging_first_step=True)
+    assert "reusing" in capsys.readouterr().err
     with pytest.raises(UserError, match="keys\\.learning_rate: stored"):
         tune(learning_rate=1e-4)
 
@@ -157,20 +143,16 @@ def test_the_command_line_adds_a_logger_and_a_missing_one_is_one_error_before_an
     assert not (tmp_path / "run" / "costs.jsonl").exists() and not (tmp_path / "run" / "small").exists()
 
 
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
 def test_a_dry_run_says_what_the_run_then_does_and_writes_nothing(make_experiment, rows, tmp_path, stage, monkeypatch):
     training = {"max_steps": 1, "per_device_train_batch_size": 2}
     config, run = make_experiment(rows, training=training), tmp_path / "run"
 
     def dry(name: str, *arguments: object) -> str:
-        kept = contents(run)
+        kept = everything_in(run)
         with monkeypatch.context() as patch:  # loading a model would be seen
             patch.setattr("selection.scores.models.AutoModelForCausalLM", None)
             code, said, error = stage(name, config, *arguments, "--dry_run")
-        assert code == 0 and contents(run) == kept, error
+        assert code == 0 and everything_in(run) == kept, error
         return said
 
     stages = {  # what is said on an empty run folder, before the stage and after it
@@ -187,21 +169,6 @@ def test_a_dry_run_says_what_the_run_then_does_and_writes_nothing(make_experimen
         assert stage(name, config)[0] == 0
         assert re.search(after, dry(name))
     said = dry("finetune.finetune-select", "--select_path", run / "coresets" / "staff-0.5.json")
-    model = load_experiment(config).target_model
-    assert said == f"target tuning: would tune {model} on staff-0.5 (12 rows) -> {run}/target/staff-0.5\n"
+    assert re.fullmatch(rf"target tuning: would tune .* on staff-0.5 \(12 rows\) -> {run}/target/staff-0.5\n", said)
     said = dry("finetune.eval", "--tuned", "untuned")
     assert said == f"evaluation of untuned: would answer 6 held-out rows -> {run}/eval/untuned\n"
-
-
-def test_a_dry_selection_asks_every_stage_and_ends_with_the_plan():
-    environment = os.environ | {"BASH_FUNC_python%%": '() { echo "${@##*/}"; }'}  # in the place of python
-    command = ["bash", REPOSITORY / "selection" / "selection.sh", "my.yaml", "--quiet", "--dry_run"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
-    stages = ("finetune.py", "effort_score.py", "verify.py", "coreset.py")
-    asked = [f"{name} --config_path my.yaml --quiet --dry_run" for name in stages]
-    assert done.stdout.splitlines() == [*asked, "", "plan.py --config_path my.yaml --quiet"]
-
-
-def test_a_plan_refuses_a_template_beyond_the_embedding(make_experiment, rows, stage):
-    code, _, error = stage("scripts.plan", make_experiment(rows, template="llama3"), "--seconds", 0.1)
-    assert code == 2 and re.search(r"template llama3 makes a token that .* has no embedding for", error)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,7 @@ from selection.rows.split import data_sets, row_id, rows_of, split_numbers, trai
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import COMMON_FORM, load_experiment
 from selection.run.errors import UserError
-from selection.run.products import read_json
 from selection.scores.coresets import PUBLISHED_RATES, PUBLISHED_ROWS, check_fits, check_published, read_coreset
-
-# Forms of rows
 
 
 def turns(*texts: str, roles=("human", "gpt"), tags=("from", "value")) -> list[dict[str, str]]:
@@ -60,11 +58,7 @@ FORMS = {  # the dataset_format of a form, and rows with all that the form has
     "sharegpt": (
         {"formatting": "sharegpt", "columns": {"messages": "conversations", "system": "system", "tools": "tools"}},
         [
-            {
-                "conversations": turns("A cell?", "A neuron.", "And a part?", "The nucleus."),
-                "system": "S",
-                "tools": None,
-            },
+            {"conversations": turns("A?", "A neuron.", "And a part?", "The nucleus."), "system": "S", "tools": None},
             {"conversations": [LONG, *turns("Why?", "So.")], "system": "Not this.", "tools": TOOLS},
             {"conversations": [NONE, *turns("Why?", "So.")], "system": None, "tools": ""},
             {"conversations": [*turns("Add 1."), *USED, {"from": "gpt", "value": "2."}], "system": "", "tools": TOOLS},
@@ -82,14 +76,14 @@ FORMS = {  # the dataset_format of a form, and rows with all that the form has
 
 
 def assert_tokens_are_those_of_llama_factory(make_experiment, folder: Path, forms: list[str]):
-    given = {f"set{number}": FORMS[form] for number, form in enumerate(forms)}
-    files = [write_jsonl(folder / f"{name}.jsonl", rows) for name, (_, rows) in given.items()]
-    sets = [{"path": file, "dataset_format": form} for file, (form, _) in zip(files, given.values(), strict=True)]
-    info = {name: {"file_name": f"{name}.jsonl", **form} for name, (form, _) in given.items()}
+    info, sets = {}, []
+    for number, (form, rows) in enumerate(FORMS[name] for name in forms):
+        info[f"set{number}"] = {"file_name": f"set{number}.jsonl", **form}
+        sets.append({"path": write_jsonl(folder / f"set{number}.jsonl", rows), "dataset_format": form})
     (folder / "dataset_info.json").write_text(json.dumps(info))
     experiment = load_experiment(make_experiment([], dataset=sets, output_dir=str(folder / "run"), cutoff_len=1024))
     train, numbers = training_split(experiment), split_numbers(experiment)
-    theirs = rows_of_llama_factory(experiment, folder, ",".join(given))
+    theirs = rows_of_llama_factory(experiment, folder, ",".join(info))
     assert len(train.rows) + len(rows_of(experiment, "eval")) == len(theirs) > len(train.rows) > 0
     for name in ("train", "eval"):
         ours = tokenised_rows(experiment, experiment.target_model, name, rows_of(experiment, name))
@@ -112,8 +106,6 @@ def test_rows_of_every_form_together_have_the_tokens_of_their_own_form(make_expe
     labels = [label for label in theirs[firsts[2]]["labels"] if label >= 0]
     text = AutoTokenizer.from_pretrained(experiment.target_model).decode(labels)
     assert "A neuron." in text and "The nucleus." in text and "part" not in text
-    entry = read_json(experiment.data_folder / "dataset_info.json")["train"]
-    assert entry == {"file_name": "train.arrow", **COMMON_FORM.entry}
 
 
 @pytest.mark.parametrize("form", ["alpaca with system and history", "openai"])
@@ -129,12 +121,8 @@ WRONG = [
     (CHAT, turns("a", "b", "c"), "it ends without a turn of 'gpt' or 'function_call'"),
     (CHAT, turns("a", "b", roles=("human", "bot")), "turn 1 is of 'bot' where one of 'gpt' or 'function_call' is due"),
     (CHAT, [*turns("a", "b"), {"from": "system", "value": "s"}, *turns("c")], "turn 2 is of 'system'"),
-    (CHAT, [{"from": "system", "value": "s"}], "it ends without a turn of 'gpt'"),
-    (CHAT, [], "it ends without a turn of 'gpt'"),
     (CHAT, turns("a", "b", tags=("role", "content")), r"turn 0 has no 'from' \(it has role, content\): name it under"),
     (CHAT, "a", "something else than text or turns"),
-    (CHAT, turns("a", "  "), "its response is blank"),
-    (MESSAGES, [said("a", "user"), said("b", "bot")], "turn 1 is of 'bot'"),
     (MESSAGES, [said("a", "user"), said(CALL, "call"), said("2", "tool")], "it ends without a turn"),
     (CHAT | {"columns": {"messages": "conversations", "system": "system"}}, {"system": 3}, "system prompt is no text"),
     (CHAT | {"columns": {"messages": "conversations", "tools": "tools"}}, {"tools": "add"}, "are no text that holds J"),
@@ -143,24 +131,17 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("form", "wrong", "why"), WRONG)
-def test_what_is_wrong_with_a_row_is_said_with_its_number(form, wrong, why):
+def test_what_is_wrong_with_a_row_is_said_with_its_number(make_experiment):
     good = {"conversations": turns("a", "b"), "messages": [said("a", "user"), said("b", "assistant")], "system": "s"}
     good |= {"instruction": "a", "input": "", "output": "b", "tools": "[]"}
-    column = "messages" if form is MESSAGES else "conversations"
-    row = good | (wrong if isinstance(wrong, dict) else {column: wrong})
-    ((number, text),) = unusable_rows([good, row, good], form).items()
-    assert number == 1 and re.search(why, text)
-
-
-def test_a_file_with_an_unusable_row_is_refused(make_experiment):
-    talks = [{"conversations": turns(*texts)} for texts in (("a", "b"), ("a", "b", "c"), ("a", "b"))]
-    experiment = load_experiment(make_experiment(talks, dataset_format=CHAT))
-    with pytest.raises(UserError, match=r"1 of 3 rows have .*first row 1 \(row 1: it ends without a turn of 'gpt'"):
+    for form, wrong, why in WRONG:
+        column = "messages" if form is MESSAGES else "conversations"
+        row = good | (wrong if isinstance(wrong, dict) else {column: wrong})
+        ((number, text),) = unusable_rows([good, row, good], form).items()
+        assert number == 1 and re.search(why, text), text
+    experiment = load_experiment(make_experiment([good, good | {"output": ""}, good]))
+    with pytest.raises(UserError, match=r"1 of 3 rows have .*first row 1 \(row 1: its response is blank"):
         training_split(experiment)
-
-
-# Several data sets
 
 
 def test_one_file_gives_the_same_run_folder_in_a_list_as_by_itself(make_experiment, rows, tmp_path):
@@ -202,52 +183,44 @@ def test_rows_are_pooled_in_order_and_split_once(make_experiment, rows, tmp_path
             with pytest.raises(UserError, match="belongs to other data"):
                 call(of(change))
     renamed = of([sets[0] | {"name": "first", "quota": 0.5}, sets[1]])
-    assert training_split(renamed).ids == split.ids
-    assert [name for name, *_ in data_sets(renamed)] == ["first", "b"]
+    assert training_split(renamed).ids == split.ids and data_sets(renamed)[0][0] == "first"
 
 
 def test_columns_that_do_not_go_together_are_named(make_experiment, rows, tmp_path):
-    paths = [write_jsonl(tmp_path / "a.jsonl", rows[:12])]
-    paths.append(write_jsonl(tmp_path / "b.jsonl", [row | {"id": 3} for row in rows[12:]]))
+    parts = {"a": rows[:12], "b": [row | {"id": 3} for row in rows[12:]]}
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in parts.items()]
     experiment = load_experiment(make_experiment([], dataset=[{"path": path} for path in paths]))
     with pytest.raises(UserError, match=r"column id is Value\('int64'\) in .*b\.js.* and Value\('string'\) in .*a\.js"):
         training_split(experiment)
     assert not (experiment.data_folder / "split.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("sets", "why"),
-    [
+def test_lists_of_data_sets_that_cannot_be_are_refused(make_experiment):
+    for sets, why in (
         ([{"path": "a.json"}, {"path": "x/a.jsonl"}], "more than one data set is called a:"),
         ([{"path": "a", "quota": 0.7}, {"path": "b", "quota": 0.4}], "sum to 1.1: they must sum to at most 1"),
         ([{"path": "a", "quota": 0.7}, {"path": "b", "quota": 0.2}], "must sum to 1 where every data set has one"),
         ([{"name": "a"}], "key dataset.0.path is missing: add it$"),
-    ],
-)
-def test_lists_of_data_sets_that_cannot_be_are_refused(make_experiment, sets, why):
-    with pytest.raises(UserError, match=why):
-        load_experiment(make_experiment([], dataset=sets))
-
-
-# Published lists
+    ):
+        with pytest.raises(UserError, match=why):
+            load_experiment(make_experiment([], dataset=sets))
 
 
 @pytest.mark.parametrize("name", PUBLISHED_ROWS)
 def test_a_published_list_fits_its_own_data_alone(name):
     own = PUBLISHED_ROWS[name]
     assert sorted(PUBLISHED_ROWS.values()) == [13_014, 22_504, 115_784]
-    for rate in PUBLISHED_RATES:
-        for count in (math.floor(Fraction(str(rate)) * own) + off for off in (-1, 0, 1)):
-            assert check_published(count, own, "list.pt") is None
-            for rows in set(PUBLISHED_ROWS.values()) - {own}:
-                said = f"list.pt: {count:,} rows are .* of {name} at rate {rate:g} .*{rows:,}"
-                with pytest.raises(UserError, match=said):
-                    check_published(count, rows, "list.pt")
+    for rate, off in product(PUBLISHED_RATES, (-1, 0, 1)):
+        count = math.floor(Fraction(str(rate)) * own) + off
+        assert check_published(count, own, "list.pt") is None
+        for rows in set(PUBLISHED_ROWS.values()) - {own}:
+            with pytest.raises(UserError, match=f"{count:,} rows are .* of {name} at rate {rate:g} .*{rows:,}"):
+                check_published(count, rows, "list.pt")
 
 
 def test_only_a_pt_list_is_held_against_the_published_lengths(tmp_path, capsys):
     def check(name: str) -> str:
-        check_fits(read_coreset(tmp_path / name), [f"id{row}" for row in range(1000)], "fingerprint", name)
+        check_fits(read_coreset(tmp_path / name), list(map(str, range(1000))), "fingerprint", name)
         return capsys.readouterr().err
 
     torch.save(list(range(50)), tmp_path / "some.pt")

@@ -109,7 +109,6 @@ def assert_close(ours, reference):
 
 
 def assert_is_autograd(scorer, model, phi, ids, labels, mask=1):
-    """In a batch, and one by one as the self-test takes them."""
     scores, expected = scorer.score(ids, labels), autograd(model, phi, ids, labels, mask)
     assert_close(torch.stack([scores["effort"], scores["loss"]]), expected)
     assert_close(plain_scores(scorer, ids, labels).T, expected)
@@ -161,6 +160,25 @@ def test_lora_b_gradient_of_a_batch_equals_a_real_fresh_lora(name):
     assert_close(ours, autograd(wrapped, [lora_b], ids, labels, mask)[0])
 
 
+class Experts(torch.nn.ModuleList):
+    """In the place of an MLP: the third expert gets no token, and long sequences use the router without calling it."""
+
+    def forward(self, x):
+        first, second, _, router = self
+        even = (torch.arange(x.shape[1]) % 2 == 0)[:, None]
+        weight = functional.linear(x, router.weight) if x.shape[1] > 10 else router(x)
+        return torch.where(even, first(x), second(x)) * weight.sigmoid()
+
+
+def test_an_expert_without_a_token_and_a_router_that_is_called_only_sometimes():
+    model = make_model("llama")
+    model.model.layers[2].mlp = Experts(torch.nn.Linear(32, 32, bias=False) for _ in range(4))
+    scorer, (ids, labels) = EffortScorer(model, "last_layer"), make_samples((5, 9, 20, 15))
+    for rows, aside in ((slice(2), []), (slice(2, 4), ["layers.2.mlp.3"]), (slice(2), ["layers.2.mlp.3"])):
+        assert_is_autograd(scorer, model, last_layer(model), ids[rows], labels[rows])
+        assert list(scorer.phi.others) == aside
+
+
 @pytest.mark.parametrize("name", WEIGHT_WITHOUT_CALL)
 def test_a_weight_used_without_its_module_counts(name):
     model = make_model(name)
@@ -176,12 +194,11 @@ def test_a_weight_used_twice_has_the_gradient_of_both_uses_and_a_part_or_an_adde
     for shared, phi in (("layer", "last_layer"), ("weight", "v_weight")):
         model = make_model("llama")
         layers = model.model.layers
+        matrices = [layers[2].self_attn.v_proj.weight]
         if shared == "layer":
-            layers[1] = layers[2]
+            layers[1], matrices = layers[2], [p for p in layers[2].parameters() if p.dim() >= 2]
         else:
-            layers[1].self_attn.v_proj.weight = layers[2].self_attn.v_proj.weight
-        matrices = [p for p in layers[2].parameters() if p.dim() >= 2]
-        matrices = matrices if phi == "last_layer" else [layers[2].self_attn.v_proj.weight]
+            layers[1].self_attn.v_proj.weight = matrices[0]
         assert_is_autograd(EffortScorer(model, phi), model, matrices, *make_samples())
     model = make_model("gpt2-conv1d-fused")
     model.transformer.h[1] = model.transformer.h[2]
@@ -228,17 +245,14 @@ def test_score_does_not_depend_on_batch_padding_order_a_neighbours_loss_or_how_i
 
 @pytest.mark.parametrize("phi", ["v_lora_b", "last_layer"])
 def test_few_response_tokens_score_exactly_under_a_real_vocabulary(phi, monkeypatch):
-    """One to three rows, or the last ones of a thread's share, are summed in sequence over the vocabulary on a CPU:
-    digits are lost where what is summed is large beside the sum, as the mean embedding is."""
+    """A CPU sums one to three rows one by one over the vocabulary and so loses digits beside a large mean embedding."""
     vocabulary = 49_152  # of SmolLM2
     model = make_model("llama", vocab_size=vocabulary)
     model.lm_head.weight.data.add_(0.5)
     scorer = EffortScorer(model, phi)
     ids, labels = make_samples((2, 3, 9, 12), (1, 1, 7, 3))  # 1, 2, 2 and 9 rows of responses
-    expected = plain_scores(EffortScorer(model.double(), phi), ids, labels)
-    model.float()
-    rows = []
-    model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[1]))
+    expected, rows = plain_scores(EffortScorer(model.double(), phi), ids, labels), []
+    model.float().lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[1]))
     monkeypatch.setattr(effort, "_LOGITS_AT_ONCE", {"cpu": 7 * vocabulary})  # 4, 4 and 1 of the last's
     for i, (exact_effort, exact_loss) in enumerate(expected):
         sample = ids[i : i + 1], labels[i : i + 1]
@@ -256,17 +270,15 @@ def test_scoring_leaves_the_model_as_it_was_and_keeps_nothing_below_phi(phi):
     before, kept = {key: value.clone() for key, value in model.state_dict().items()}, []
     scorer, layer = EffortScorer(model, phi), model.get_decoder().layers[0]
     layer.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].requires_grad))
-    attributes = {key: {**vars(module), **module._forward_hooks} for key, module in model.named_modules()}
+    attributes = [{*vars(module), *module._forward_hooks} for module in model.modules()]
     with pytest.raises(IndexError):
         scorer.score([[VOCABULARY + 1, 3]], [[-100, 3]])  # a token that it does not have
     scores = scorer.score(ids, labels)
     assert all(torch.equal(scores[name], expected[name]) for name in expected)
-    assert kept == [False]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    for key, module in model.named_modules():
-        assert {**vars(module), **module._forward_hooks}.keys() == attributes[key].keys()
+    assert [{*vars(module), *module._forward_hooks} for module in model.modules()] == attributes
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
+    assert kept == [False] and model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_without_the_phi_is_an_error_that_names_what_was_looked_at():
@@ -291,8 +303,8 @@ def test_the_self_test_stops_at_a_score_that_depends_on_its_batch(monkeypatch):
     for factor, said in ((1.001, r"self-test: c has effort .* a relative difference of 0\.00"), (torch.nan, "nan")):
 
         def wrong(self, ids, labels, factor=factor):
-            scores = right(self, ids, labels)
-            return scores | {"effort": scores["effort"] * torch.tensor([factor if len(r) == 9 else 1.0 for r in ids])}
+            scores, nine = right(self, ids, labels), torch.tensor([len(row) == 9 for row in ids])
+            return scores | {"effort": torch.where(nine, factor, 1.0) * scores["effort"]}
 
         monkeypatch.setattr(EffortScorer, "score", wrong)
         with pytest.raises(UserError, match=said):

@@ -8,14 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (
-    assert_one_line_error,
-    everything_in,
-    rows_of_llama_factory,
-    run_main,
-    run_script,
-    write_jsonl,
-)
+from conftest import assert_one_line_error, everything_in, rows_of_llama_factory, run_main, run_script, write_jsonl
 from datasets import Dataset, load_dataset, load_from_disk
 
 from selection.report.annotated import annotated
@@ -230,28 +223,28 @@ def test_a_tokenizers_own_first_mark_is_not_doubled(exported, rows, tiny_model, 
     assert any("; 3 of them the tokenizer cuts otherwise" in line for line in other.said)  # without the mark
 
 
-def test_an_end_mark_that_only_the_last_turn_gets(exported, rows, tiny_model):
-    """Templates with efficient_eos write none behind a response; tuning adds one."""
-    out = exported(rows, [0, 3], template="bailing")
+def test_an_end_mark_that_only_the_last_turn_gets_is_added(exported, rows, tiny_model):
+    out = exported(rows, [0, 3], template="bailing")  # efficient_eos
     lines = read_lines(out.folder / "prompt_completion.jsonl")
     for line, row, wanted in zip(lines, out.rows, out.tokens, strict=True):
         assert line["completion"] == row["output"] + "<|im_end|>"
         assert line["prompt"] + line["completion"] == text(tiny_model, wanted["input_ids"])
 
 
-def test_figures_that_are_no_numbers_go_out_as_null(exported, rows, tmp_path):
+def test_figures_that_are_no_numbers_go_out_as_null_and_a_column_of_ours_is_refused(exported, rows, tmp_path):
     rows = [row | {"weight": math.nan if number == 2 else 0.5} for number, row in enumerate(rows)]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     out = exported([], [0], dataset=str(tmp_path / "rows.parquet"), max_samples=20)
     weights = [line["weight"] for line in read_lines(out.folder / "annotated.jsonl")]
     assert weights == [0.5] * 2 + [None] + [0.5] * 17
+    with pytest.raises(UserError, match="column staff_effort already"):
+        exported([row | {"staff_effort": 1.0} for row in rows], [0], output_dir=str(tmp_path / "other" / "run"))
 
 
-@pytest.mark.parametrize("form", ["the same", "two"])
-def test_rows_of_several_files_are_numbered_in_their_own(exported, rows, tmp_path, form):
-    parts = {"first": rows[:9], "second": conversations() if form == "two" else rows[9:19]}
+def test_rows_of_several_files_are_numbered_in_their_own(exported, rows, tmp_path):
+    parts = {"first": rows[:9], "second": conversations()}
     sets = [{"path": write_jsonl(tmp_path / f"{name}.jsonl", part)} for name, part in parts.items()]
-    sets[1] |= {"max_samples": 8} | ({"dataset_format": SHAREGPT} if form == "two" else {})
+    sets[1] |= {"max_samples": 8, "dataset_format": SHAREGPT}
     chosen = list(range(0, 13, 2))
     out = exported([], chosen, dataset=sets)
     numbers = split_numbers(out.experiment)["train"][chosen]
@@ -259,8 +252,6 @@ def test_rows_of_several_files_are_numbered_in_their_own(exported, rows, tmp_pat
         assert own and [int(line) for line in (out.folder / f"indices-{name}.txt").read_text().split()] == own
     lines = read_lines(out.folder / "annotated.jsonl")
     assert [line["staff_dataset"] for line in lines] == ["first"] * 9 + ["second"] * 8
-    if form == "the same":
-        assert [{key: line[key] for key in rows[0]} for line in lines] == rows[:17]
     theirs = rows_of_llama_factory(out.experiment, out.folder / "llamafactory", "mine")
     assert theirs["input_ids"] == [row["input_ids"] for row in out.tokens]
 
@@ -284,11 +275,6 @@ def test_a_second_export_replaces_the_first_and_nothing_else(exported, rows, tmp
     (tmp_path / "theirs").mkdir()
     with pytest.raises(UserError, match="no export of mine"):
         export(out.experiment, out.path, tmp_path / "theirs")
-
-
-def test_a_column_of_ours_in_the_data_is_refused(exported, rows):
-    with pytest.raises(UserError, match="column staff_effort already"):
-        exported([row | {"staff_effort": 1.0} for row in rows], [0])
 
 
 def test_coresets_are_found_by_name_or_path(run):

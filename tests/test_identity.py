@@ -51,22 +51,17 @@ def test_what_is_stored_is_never_taken_for_the_product_of_another_configuration(
     other_data.write_text("\n".join(reversed(lines)) + "\n")
     changes = {
         "selection.phi=v_weight": '(phi.name: stored "v_lora_b", now "v_weight")',
-        "selection.phi_rank=8": "(phi.rank: stored 81, now 8)",
         "selection.verify=all": '(verify: stored "sampled", now "all")',
         "target_training.num_train_epochs=2": "staff-0.5 was made otherwise (keys.num_train_epochs: stored 1, now 2)",
         "evaluation.max_new_tokens=2": "eval/staff-0.5 was made otherwise (max_new_tokens: stored 1, now 2)",
-        "selection.precision=bf16": '(precision: stored "fp32", now "bf16")',
         "selection.mode=released": '(mode: stored "paper", now "released")',
         f"small_model={other_model}": "small was made otherwise (model: stored",
         f"target_model={other_model}": "scores/target was made otherwise (model_fingerprint: stored",
-        "target_model=some/other-model": 'now "some/other-model")',
         "template=alpaca": "(template: stored",
         "cutoff_len=200": "(cutoff_len: stored 256, now 200)",
-        "training.learning_rate=0.5": "(keys.learning_rate: stored 0.001, now 0.5)",
         "small_training.num_train_epochs=2": "(keys.num_train_epochs: stored 1, now 2)",
         "precision=bf16": '(precision: stored "fp32", now "bf16")',
         f"dataset={other_data}": "belongs to other data (dataset_sha256: stored",
-        "eval_size=0.3": "(eval_size: stored 0.2, now 0.3)",
         "split_seed=1": "(split_seed: stored 42, now 1)",
     }
     before, names = everything_in(experiment.folder), list(STAGES)

@@ -1,6 +1,8 @@
 """The library in a notebook: selection/README.md's example runs, and chooses what the stages choose."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,12 @@ from selection.run.config import load_experiment
 from selection.run.errors import UserError
 from selection.run.products import read_json
 from selection.scores.folder import read_scores
+
+
+def test_import_is_light():
+    code = "import sys; from selection import EffortScorer, select_coreset; print('llamafactory' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_the_notebook_of_the_readme_runs(tiny_model, rows, monkeypatch, tmp_path, capsys):

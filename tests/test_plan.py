@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,6 @@ from selection.rows.split import training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
-from selection.run.ledger import forward_flops, scoring_flops, tuning_flops
 from selection.scores.models import count_parameters, parameters_of
 
 SPEEDS = {"small": Speed(parameters=10, scoring=0.5, tuning=2.0)}
@@ -29,18 +29,8 @@ LENGTHS = {"small": [4, 6, 5, 9] * 5, "target": [5, 7, 6, 10] * 5}  # 20 rows, 1
 
 @pytest.fixture
 def experiment(make_experiment, rows):
-    """A function: the experiment of the fixture, overridden."""
     path = make_experiment(rows, small_training={"num_train_epochs": 3}, target_training={"num_train_epochs": 4})
     return lambda *overrides: load_experiment(str(path), list(overrides))
-
-
-def test_flops_by_hand():
-    assert forward_flops(7, 11) == 2 * 7 * 11
-    factors = {(True, False): 4, (True, True): 6, (False, False): 6, (False, True): 8}
-    for (lora, checkpointing), factor in factors.items():
-        assert tuning_flops(7, 11, lora, checkpointing) == factor * 7 * 11
-    for phi, factor in {"v_lora_b": 2, "v_weight": 2, "last_layer": 2, "all_lora": 4}.items():
-        assert scoring_flops(7, 11, phi) == factor * 7 * 11
 
 
 def test_parameters_are_counted_without_weights(tiny_model, tmp_path):
@@ -95,22 +85,19 @@ def test_a_mixture_counts_what_its_forward_pass_multiplies(family):
     assert count_parameters(model) == expected < 0.7 * sum(each.numel() for each in parameters.values())
 
 
-def inactive(family: str, **shape) -> int:
-    """Parameters that are not counted."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **shape))
-    return sum(each.numel() for each in model.parameters()) - count_parameters(model)
-
-
 def test_experts_in_a_list_of_llama_4_and_of_dbrx_count_the_active_ones():
     listed = torch.nn.Linear(5, 4, bias=False)
     listed.config = transformers.MixtralConfig(num_local_experts=4, num_experts_per_tok=3)
     listed.experts = torch.nn.ModuleList(torch.nn.Linear(5, 5) for _ in range(4))
     assert count_parameters(listed) == 20 + 3 * 30
-    assert inactive("llama4_text", **TINY, num_local_experts=8, intermediate_size_mlp=48) == 3 * 7 * (3 * 32 * 48)
+    llama = transformers.Llama4TextConfig(**TINY, num_local_experts=8, intermediate_size_mlp=48)
     parts = {"attn_config": {"kv_n_heads": 1, "rope_theta": 5e5}}
     parts["ffn_config"] = {"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 8, "hidden_size": 32}
-    assert inactive("dbrx", d_model=32, n_heads=2, n_layers=3, vocab_size=50, **parts) == 3 * 12 * (3 * 8 * 32)
+    dbrx = transformers.DbrxConfig(d_model=32, n_heads=2, n_layers=3, vocab_size=50, **parts)
+    for config, inactive in ((llama, 3 * 7 * (3 * 32 * 48)), (dbrx, 3 * 12 * (3 * 8 * 32))):
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        assert sum(each.numel() for each in model.parameters()) - count_parameters(model) == inactive
 
 
 def test_the_stages_by_hand(experiment):
@@ -134,7 +121,7 @@ def test_the_stages_by_hand(experiment):
     assert lines[-2:] == [verdict(rate, 906, coresets[rate].seconds, 3360, 2) for rate in (0.5, 0.1)]
 
 
-def test_configuration_decides_rows_and_flops(experiment):
+def test_configuration_decides_rows_and_flops_or_is_refused(experiment):
     def changed(*overrides):
         return make_plan(experiment(*overrides), LENGTHS, SPEEDS)[0]
 
@@ -145,21 +132,18 @@ def test_configuration_decides_rows_and_flops(experiment):
     assert changed("selection.phi=all_lora")["speculative scores"].flops == 4 * 10 * 120
     assert changed("training.finetuning_type=full")[full].flops == 8 * 30 * 560
     assert changed("training.disable_gradient_checkpointing=true")[full].flops == 4 * 30 * 560
+    kept = changed("training.disable_gradient_checkpointing=true", "training.finetuning_type=full")
+    assert kept[full].flops == 6 * 30 * 560
     by_default = changed("small_training={}", "target_training={}")  # LLaMA-Factory's 3 epochs
     assert (by_default["speculative tuning"].tokens, by_default[full].tokens) == (360, 420)
     assert changed("target_training.num_train_epochs=0.5")[full].tokens == 70
     assert changed("small_training.finetuning_type=full")["speculative tuning"].flops == 8 * 10 * 360
     assert list(changed("speculative_run=runs/other"))[:2] == ["verification", "selection in all"]  # it has paid
 
-
-def test_what_no_plan_can_be_made_for_is_refused(experiment):
-    for override, said in (
-        ("training.max_steps=10", "max_steps"),
-        ("small_training.finetuning_type=freeze", "finetuning_type freeze"),
-        ("selection.rates=[0.5,0.01]", "keeps none"),
-    ):
+    refused = {"training.max_steps=10": "max_steps", "small_training.finetuning_type=freeze": "finetuning_type freeze"}
+    for override, said in refused.items():
         with pytest.raises(UserError, match=said):
-            make_plan(experiment(override), LENGTHS, SPEEDS)
+            changed(override)
 
 
 def test_verdicts():
@@ -175,9 +159,7 @@ def test_verdicts():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 10**6), st.integers(0, 999), st.integers(1, 10**4))
 def test_the_first_paying_number_of_reuses(selection, coreset, more):
-    def says(reuses: int) -> str:
-        return verdict(0.2, selection, coreset, coreset + more, reuses)
-
+    says = partial(verdict, 0.2, selection, coreset, coreset + more)
     n = int(re.search(r"from (\d+) re-uses|$", says(1))[1] or 1)
     assert "selection pays" in says(n) and (n == 1 or "does not pay" in says(n - 1))
 
@@ -200,15 +182,11 @@ def test_speed_is_of_padded_tokens_after_a_first_batch(monkeypatch):
     # Padded to a multiple of 8; 80 tokens, and nothing of the first batch's 1,000 s.
     assert per_token == pytest.approx(0.25 * 2 * (32 + 8 + 16 + 8) / 80)
     calls.clear()
-    started = clock.now
     assert plan.seconds_per_token(step, batches, 8, rows, seconds=50) == pytest.approx(per_token)
-    assert 50 <= clock.now - started - 1000 < 50 + 0.25 * 2 * 16
-    assert {tuple(c) for c in calls[2::2]} == {(3, 2), (9, 8), (7, 1)}
     assert plan.seconds_per_token(step, [[0, 1]], 8, rows, seconds=1) > 0  # one batch, measured
 
 
 def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, monkeypatch):
-    """Which models are scored and tuned, and on which batches: watched at the doors."""
     asked = experiment("selection.phi=v_weight", "target_training.lora_rank=2", "small_training.finetuning_type=full")
     split = training_split(asked)
     tokenised = {name: tokenised_rows(asked, str(tiny_model), "train", split.rows) for name in ("small", "target")}
@@ -216,7 +194,7 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
 
     class Watched(plan.EffortScorer):
         def __init__(self, model, phi, *rest):
-            seen.append(("scores", phi, any("lora_A" in name for name, _ in model.named_parameters())))
+            seen.append(("scores", phi))
             super().__init__(model, phi, *rest)
 
     def watched(model, input_ids=None, labels=None, **more):
@@ -229,17 +207,14 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
             seen.append(("tunes", len(trained), *ranks))
         return forward(model, input_ids=input_ids, labels=labels, **more)
 
-    def too_large(*_):
-        raise torch.OutOfMemoryError
-
     monkeypatch.setattr(plan, "EffortScorer", Watched)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", watched)
     speeds = plan.calibrate(asked, tokenised, seconds=0.1)
     # All 39 tensors of the small model; A and B of rank 2 on 7 maps in 4 layers of the target.
-    assert list(dict.fromkeys(seen)) == [("scores", "v_weight", False), ("tunes", 39), ("tunes", 56, 2)]
+    assert list(dict.fromkeys(seen)) == [("scores", "v_weight"), ("tunes", 39), ("tunes", 56, 2)]
     assert all(s.scoring > 0 and s.tuning > 0 for s in speeds.values())
     assert {s.parameters for s in speeds.values()} == {parameters_of(str(tiny_model))}
-    monkeypatch.setattr(plan, "prepare_tuning", too_large)
+    monkeypatch.setattr(plan, "prepare_tuning", lambda *_: torch.empty(2**60))
     with pytest.raises(UserError, match=r"tuning on .* does not fit into memory"):
         plan.calibrate(asked, tokenised, seconds=0.1)
 
@@ -263,4 +238,5 @@ def test_the_script_counts_the_true_tokens(make_experiment, rows, tiny_model):
     assert "where one selection serves 4 tuning runs" in done.stdout
     assert re.search(r"^at rate 0\.5 selection (pays|does not pay): \d\.\d\d of the time", done.stdout, re.MULTILINE)
     assert not (experiment.folder / "costs.jsonl").exists()  # nothing was run
-    assert_one_line_error(run_script("scripts/plan.py", "--config_path", path, "--reuses", 0, check=False), "--reuses")
+    for option, value, said in (("--reuses", 0, "--reuses"), ("--set", "template=llama3", "has no embedding for")):
+        assert_one_line_error(run_script("scripts/plan.py", "--config_path", path, option, value, check=False), said)

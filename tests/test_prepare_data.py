@@ -4,6 +4,8 @@ import io
 import json
 import sqlite3
 import struct
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import datasets
@@ -30,28 +32,23 @@ def run(tmp_path):
     return run
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Rows as .json (one list), .jsonl, .csv or .parquet."""
-    table = pd.DataFrame(rows)
-    if path.suffix in (".json", ".jsonl"):
-        table.to_json(path, orient="records", lines=path.suffix == ".jsonl")
-    elif path.suffix == ".csv":
-        table.to_csv(path, index=False)
-    else:
-        table.to_parquet(path)
+WRITE = {
+    ".json": partial(pd.DataFrame.to_json, orient="records"),
+    ".jsonl": partial(pd.DataFrame.to_json, orient="records", lines=True),
+    ".csv": partial(pd.DataFrame.to_csv, index=False),
+    ".parquet": pd.DataFrame.to_parquet,
+}
 
 
 def write_mo(path: Path, messages: dict[str, str]) -> None:
     """A gettext catalogue: header, two tables of (length, offset), the texts with a zero after each."""
     messages = {"": "Content-Type: text/plain; charset=UTF-8\n", **messages}
-    texts = [text.encode() for text in (*sorted(messages), *(messages[key] for key in sorted(messages)))]
-    offset, tables = 28 + 8 * len(texts), b""
-    for text in texts:
-        tables += struct.pack("<2I", len(text), offset)
-        offset += len(text) + 1
-    header = struct.pack("<7I", 0x950412DE, 0, len(messages), 28, 28 + 8 * len(messages), 0, 0)
+    texts = [text.encode() + b"\0" for text in (*sorted(messages), *(messages[key] for key in sorted(messages)))]
+    offsets = accumulate(map(len, texts), initial=28 + 8 * len(texts))
+    table = b"".join(struct.pack("<2I", len(text) - 1, offset) for text, offset in zip(texts, offsets, strict=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header + tables + b"".join(text + b"\0" for text in texts))
+    header = struct.pack("<7I", 0x950412DE, 0, len(messages), 28, 28 + 8 * len(messages), 0, 0)
+    path.write_bytes(header + table + b"".join(texts))
 
 
 def write_go(path: Path, terms: list[tuple]) -> None:
@@ -66,10 +63,10 @@ def dialogue(*summaries: str) -> list[dict]:
     return [{"id": "x", "dialogue": f"#Person1#: {text}\n#Person2#: Yes.", "summary": text} for text in summaries]
 
 
-@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("ending", WRITE)
 def test_splits_are_pooled_in_order(run, tmp_path, monkeypatch, ending):
     for split, text in (("test", "c"), ("validation", "None"), ("train", "a")):
-        write_table(tmp_path / "source" / f"{split}-00000{ending}", dialogue(text))
+        WRITE[ending](pd.DataFrame(dialogue(text)), tmp_path / "source" / f"{split}-00000{ending}")
     (tmp_path / "source" / "README.md").write_text("no data: train test")
     monkeypatch.setitem(script.FULL_ROWS, "dialogsum", 3)  # the count check stays on
     rows = run("dialogsum")
@@ -81,7 +78,7 @@ def test_splits_are_pooled_in_order(run, tmp_path, monkeypatch, ending):
 
 def test_bioinstruct_keeps_its_own_prompt_and_the_count_is_checked(run, tmp_path):
     rows = [{"instruction": "Name it.", "input": text, "output": "Cell."} for text in ("a cell", None)]
-    write_table(tmp_path / "source" / "train.json", rows)
+    (tmp_path / "source" / "train.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match=r"2 rows, but the published data set has 25,005: .*--any_count"):
         run("bioinstruct")
     assert not (tmp_path / "out").exists()
@@ -89,45 +86,36 @@ def test_bioinstruct_keeps_its_own_prompt_and_the_count_is_checked(run, tmp_path
     assert written[0] == {"id": "bioinstruct:0", **rows[0]} and written[1]["input"] == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "message"),
-    [
+def test_bad_files_are_refused(run, tmp_path):
+    for name, rows, message in (
         ("dialogsum", [{"dialogue": "Hi"}], "train: no column summary: name them dialogue, summary"),
         ("dialogsum", dialogue("a", " ", "c", "", "", "d", ""), r"4 rows have an empty response .*: 1, 3, 4 \("),
         ("bioinstruct", [{"instruction": "Do.", "input": "", "output": 5}], "first rows: 0 "),
-        ("dialogsum", [{"dialogue": None, "summary": "a"}, *dialogue("b")], "first rows: 0 "),
         ("wmt19_kk_en", [{"translation": {"kk": "a", "ru": "b"}}], "no column translation.en"),
-        ("wmt19_kk_en", [{"translation": "a"}], "no column translation.kk, translation.en"),
         ("dialogsum", None, r"cannot read .*: give --source a folder of JSON, CSV or Parquet"),
-    ],
-)
-def test_bad_files_are_refused(run, tmp_path, name, rows, message):
-    path = tmp_path / "source" / "train.json"
-    path.write_text('{"dialogue": ' if rows is None else json.dumps(rows))
-    with pytest.raises(UserError, match=message):
-        run(name, "--any_count")
+    ):
+        (tmp_path / "source" / "train.json").write_text(json.dumps(rows) if rows else '{"dialogue": ')
+        with pytest.raises(UserError, match=message):
+            run(name, "--any_count")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_hub(tmp_path, monkeypatch, capsys):
+def test_the_hub(tmp_path, monkeypatch):
     def hub(*arguments):
         if arguments != ("wmt/wmt19", "kk-en"):
             raise ConnectionError("no route\nto the hub")
-        pairs = {"validation": ("", "Blank"), "train": ("Сәлем", "Hello")}
-        parts = {split: [{"translation": {"kk": kk, "en": en}}] for split, (kk, en) in pairs.items()}
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in parts.items()})
+        pairs = {"validation": {"kk": "", "en": "Blank"}, "train": {"kk": "Сәлем", "en": "Hello"}}
+        parts = {split: datasets.Dataset.from_list([{"translation": pair}]) for split, pair in pairs.items()}
+        return datasets.DatasetDict(parts)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     out, about = tmp_path / "out.jsonl", "Translate the following Kazakh sentence into English."
     script.main(["wmt19_kk_en", "--any_count", "--out", str(out)])
     rows = [list(json.loads(line).values()) for line in out.open(encoding="utf-8")]
     assert rows == [["wmt19_kk_en:0", about, "Сәлем", "Hello"], ["wmt19_kk_en:1", about, "", "Blank"]]
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        script.run_stage(lambda: script.main(["dialogsum", "--out", str(tmp_path / "none.jsonl")]))
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and message.startswith("error: cannot read knkarthick/dialogsum (ConnectionError: no")
-    assert message.count("\n") == 1 and "--source" in message and not (tmp_path / "none.jsonl").exists()
+    with pytest.raises(UserError, match=r"cannot read knkarthick/dialogsum \(ConnectionError: no route\s.*--source"):
+        script.main(["dialogsum", "--out", str(tmp_path / "none.jsonl")])
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def words(number: int) -> str:
@@ -139,13 +127,10 @@ def test_go_selection(run, tmp_path):
         ("GO:0000003", "long", "BP", words(60)),
         ("GO:0000002", "short", "MF", words(6)),
         ("GO:0000001", "part", "CC", "A part  of it, it says here."),
-        ("GO:0000004", "too long", "BP", words(61)),
-        ("GO:0000005", "too short", "BP", words(5)),
-        ("GO:0000006", "without", "BP", None),
         ("GO:0000007", "root", "universal", words(6)),
-        ("GO:0000008", "x", "BP", "Any process that activates the rate of x."),
-        ("GO:0000009", "x", "MF", "Catalysis of the reaction that makes x."),
     ]
+    bad = (words(61), words(5), None, "Any process that stops x in a cell.", "Catalysis of the reaction to x.")
+    terms += [("GO:0000004", "x", "BP", definition) for definition in bad]
     write_go(tmp_path / "source" / script.GO_SQLITE, terms)
     assert [list(row.values()) for row in run("go_biology", "--any_count")] == [
         ["GO:0000001", 'Explain the cellular component "part".', "", "A part  of it, it says here."],
@@ -193,9 +178,6 @@ def test_check_names_the_first_difference(run, tmp_path):
         with pytest.raises(UserError, match=row):
             run("go_biology", "--any_count", "--check")
         assert out.read_text() == "".join(changed)
-    out.unlink()
-    with pytest.raises(UserError, match="cannot read"):
-        run("go_biology", "--any_count", "--check")
 
 
 def test_bad_packages_are_refused(run, tmp_path, monkeypatch):
@@ -213,7 +195,6 @@ def test_bad_packages_are_refused(run, tmp_path, monkeypatch):
     for name, source, said in (
         ("go_biology", "source", "no readable GO.db database"),
         ("kazakh_english", "source", r"sw.mo is no readable .mo file"),
-        ("go_biology", "nowhere.deb", "does not exist"),
         ("go_biology", "x y.deb", "dpkg -x '.*: give --source"),
         ("dialogsum", "source", "leave it out for dialogsum"),
     ):

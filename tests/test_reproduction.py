@@ -42,7 +42,7 @@ def test_every_task_method_rate_and_seed_is_a_cell_and_full_has_one_a_seed(tmp_p
     assert (experiment.selection.rates, experiment.max_samples) == ([0.1, 0.5], 40)
 
 
-def test_jobs_run_the_stages_in_order_and_cells_wait_for_their_coresets(tmp_path):
+def test_jobs_run_the_needed_stages_in_order_and_cells_wait_for_their_coresets(tmp_path):
     small, full, *cells = jobs(grid(), tmp_path)
     assert scripts(small) == ["finetune.py", "effort_score.py", "verify.py", "coreset.py"]
     assert small.commands[-1][-3:] == ["--method", "random", "staff"]
@@ -52,9 +52,7 @@ def test_jobs_run_the_stages_in_order_and_cells_wait_for_their_coresets(tmp_path
     assert [scripts(job) for job in cells] == [["finetune-select.py", "eval.py"]] * 6
     needed = {"random": small.name, "staff": small.name, "ccs": full.name}
     assert {job.cell.method: job.needs for job in cells} == needed
-
-
-def test_only_what_the_methods_need_and_what_is_not_there_is_run(tmp_path):
+    # Only what the methods need and what is not there is run.
     selection = ["finetune.py", "effort_score.py", "coreset.py"]
     for methods, stages in (("full", ["finetune.py", "eval.py"]), ("random", selection), ("grand", selection)):
         made = jobs(grid(methods=[methods]), tmp_path)

@@ -83,7 +83,7 @@ def with_fakes(tmp_path: Path, code: str, **fakes: tuple[str, str]) -> list[str]
     return done.stdout.split()
 
 
-def test_builds_for_another_torch_count_as_missing(tmp_path):
+def test_builds_for_another_torch_count_as_missing_and_one_that_loads_is_left_alone(tmp_path):
     """As pip leaves them beside a CPU torch: installed, and broken when they are imported."""
     code = """
 from finetune.trainer import import_llama_factory
@@ -97,10 +97,6 @@ print(is_torchvision_available(), torchaudio.__file__)
     audio = ("2.11.0", "raise RuntimeError('undefined symbol')")
     stand_in = REPOSITORY / "selection" / "rows" / "no_torchaudio" / "torchaudio.py"
     assert with_fakes(tmp_path, code, torchvision=vision, torchaudio=audio) == ["False", str(stand_in)]
-
-
-def test_a_build_that_loads_is_left_alone(tmp_path):
-    label = "".join(version("torch").partition("+")[1:])
+    good, label = tmp_path / "good", "".join(version("torch").partition("+")[1:])
     code = "import selection, torchvision; print(torchvision.__file__)"
-    found = with_fakes(tmp_path, code, torchvision=(f"0.28.0{label}", ""))
-    assert found == [str(tmp_path / "torchvision" / "__init__.py")]
+    assert with_fakes(good, code, torchvision=(f"0.28.0{label}", "")) == [str(good / "torchvision" / "__init__.py")]

@@ -40,7 +40,7 @@ def main() -> None:
         raise UserError("--rows and --features: give at least 10 rows and one feature")
     print(f"{'method':<16}{'rows':>12}{'seconds':>11}{'CPU':>11}{'peak, GiB':>11}")
     for rows in sorted(arguments.rows or [10**power for power in range(4, 9)]):
-        # D2 grows with N² · d.
+        # D2 takes time in proportion to N² · d, so by default it stops at 10^5 rows, and Moderate with it.
         methods = [m for m in arguments.method if arguments.rows or rows <= 10**5 or m not in READ_FEATURES]
         runs = [(m, mode) for m in methods for mode in ("paper", "released") if m == "staff" or mode == "paper"]
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

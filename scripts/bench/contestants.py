@@ -84,7 +84,7 @@ def _bound(model: nn.Module, phi: str) -> Score:
 
 
 def _forward_backward(model: nn.Module, phi: str) -> Score:
-    """The same and a plain backward pass down to the embeddings, no norms."""
+    """The suite's forward pass and a plain backward pass down to the embeddings, no norms."""
     unwrap(model).enable_input_require_grads()
 
     def score(ids, labels):
@@ -139,7 +139,7 @@ def _opacus(model: nn.Module, phi: str, ghost: bool = False) -> Score:
 
     model, parameters = with_phi(model, phi)
     for name in parameters:
-        model.get_submodule(name.removesuffix(".weight")).train()  # the hooks ask for it; a linear map does not change
+        model.get_submodule(name.removesuffix(".weight")).train()  # Opacus wants it; a linear map does not change
     hooked = (GradSampleModuleFastGradientClipping if ghost else GradSampleModule)(model, loss_reduction="sum")
 
     def score(ids, labels):

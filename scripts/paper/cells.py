@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, NonNega
 from typing_extensions import TypedDict
 
 from selection.run import ledger
-from selection.run.config import REPOSITORY, WITHOUT_SCORES, Experiment, Grid, Method, load_experiment
+from selection.run.config import ANY_SCORES, REPOSITORY, Experiment, Grid, Method, load_experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.metrics import read_metrics
@@ -191,7 +191,7 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
     """The jobs that make `cells` of one run folder: STAFF's selection by the small model's scores; the target tuned on
     everything, and the baselines' selection by its scores; each coreset's tuning and evaluation."""
     methods, jobs, coresets = {cell.rule for cell in cells}, [], load(arguments).coresets
-    any_scores = {*WITHOUT_SCORES, "oracle"}  # they need the number of rows and their tokens
+    any_scores = {*ANY_SCORES, "oracle"}  # they need the number of rows and their tokens
     selected = {"small": methods & {"staff"}, "target": methods - {"staff", "full", *any_scores}}
     selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & any_scores
     full = next((cell for cell in cells if cell.method == "full"), None)

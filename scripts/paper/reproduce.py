@@ -40,7 +40,7 @@ def main() -> None:
     for run in dict.fromkeys(cell.run for cell in cells):
         own = [cell for cell in cells if cell.run == run]
         command_line = grids.stage_arguments(grid, runs, own[0])
-        # A variant's settings are its task's: its name says what it changes.
+        # `settings` are the task's, also for a variant (STAFF, length control), whose name says what it adds.
         task = grids.load(grids.stage_arguments(grid, runs, replace(own[0], method="random")))
         split, paths = training_split(task), [*map(model_path, (task.small_model, task.target_model))]
         fingerprints = [model_fingerprint(path, task.folder) for path in paths]

@@ -132,7 +132,7 @@ def bootstrap_means(values: np.ndarray, stream: int = 0, replicates: int = 10_00
     are too narrow where seeds differ much ((S − 1) / S of their variance), too wide where only samples do."""
     num_quantities, num_seeds, num_samples = values.shape
     rng = np.random.default_rng([stream, num_seeds, num_samples])
-    position = rng.random((replicates, num_seeds))  # of the drawn seeds among those that a quantity has, as a share
+    position = rng.random((replicates, num_seeds))  # of each drawn seed, as a share of a quantity's seeds
     by_seed = np.empty((replicates, num_quantities, num_seeds))
     for replicate in range(replicates):
         times_drawn = np.bincount(rng.integers(num_samples, size=num_samples), minlength=num_samples)
@@ -170,7 +170,7 @@ Estimates = dict[tuple[str, str, str], dict[tuple[str, float], Estimate]]
 
 def estimate_grid(grid: Grid) -> Estimates:
     """Mean scores, and mean differences over the seeds that both methods have: STAFF's from each of AGAINST, every
-    method's from Random. All figures of a task share a draw; tasks do not, as they have other rows."""
+    method's from Random. All figures of a task are resampled together; tasks apart, as their rows differ."""
     estimates: Estimates = defaultdict(dict)
     for stream, task in enumerate(grid.tasks):
         cells, values = grid.cells[grid.cells.task == task], {}
@@ -192,7 +192,7 @@ def estimate_grid(grid: Grid) -> Estimates:
 
 
 def pool(estimates: list[Estimate]) -> Estimate | None:
-    """The mean of several estimates, taken inside each replicate too. None of none."""
+    """The mean of several estimates, replicate by replicate. None where there are no estimates."""
     if not estimates:
         return None
     mean, replicates = (np.mean([getattr(one, name) for one in estimates], axis=0) for name in ("mean", "replicates"))

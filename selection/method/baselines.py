@@ -38,7 +38,7 @@ def baseline(
     if method in ("moderate", "d2"):
         order = moderate_order(values[0]) if method == "moderate" else _d2_after_cut(*values, variant, cutoff)
         return lambda m, within: Choice(np.sort((order if within is None else order[within[order]])[:m]))
-    # GraNd (Paul et al. 2021): highest ‖∇_φ L‖₂. EL2N (same): highest error norm. Entropy: highest mean entropy.
+    # Every other method takes the highest: GraNd (Paul et al. 2021) ‖∇_φ L‖₂, EL2N (same) error norms, Entropy entropy.
     keys = random_ranks(num_rows, seed, RANDOM) if method in ("random", "rs2") else -values[0]
 
     def choose_lowest(m: int, within: np.ndarray | None) -> Choice:

@@ -64,7 +64,7 @@ class EffortScorer:
             hidden_state (B, d) float32: mean last hidden state of the response tokens.
         Raises: NoPhi where the norms of single samples cannot be told apart."""
         batch = _Batch.of(input_ids, labels, self.device, unshifted="el2n_released" in self.columns)
-        return self._pass(batch) or self._pass(batch)  # again where the first one found a weight to set aside
+        return self._pass(batch) or self._pass(batch)  # None: it moved a weight to `others`
 
     def _pass(self, batch: "_Batch") -> dict[str, torch.Tensor] | None:
         squares = torch.zeros(len(batch.tokens), device=self.device)
@@ -78,7 +78,7 @@ class EffortScorer:
             gradient.flatten(0, 1)[batch.head_rows] = head_gradient
             # Gradients of the SUM of the token losses; each sample's norm is divided by its own count below.
             others = self._squares_of_others(hidden, gradient)
-            squares.zero_()  # those passes may have gone through a map that listens
+            squares.zero_()  # the passes for the others may have added to it
             if ends:
                 torch.autograd.grad(hidden, ends, gradient, allow_unused=True)  # fills `squares`
 
@@ -119,7 +119,7 @@ class EffortScorer:
             yield ends
 
     def _set_aside(self, hidden: torch.Tensor) -> bool:
-        """Whether a map's weight was used past its module's call (as in DeepSeek-V2's router): it joins `others`."""
+        """Move to `others` the maps whose weight was used outside their call (DeepSeek-V2's router); True if any."""
         if self.lora_a is not None or not self.phi.maps:
             return False
         in_graph = norms.weights_in_graph(hidden)
@@ -132,7 +132,7 @@ class EffortScorer:
         return bool(aside)
 
     def _head(self, hidden: torch.Tensor, batch: "_Batch") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Per head row figures (n,) float32, zero where they do not apply, and the losses' gradient on `hidden` (n, d).
+        """Loss and columns by head row, (n,) float32, 0 where one does not apply; the loss gradient on `hidden` (n, d).
 
         One float32 table, kept from batch to batch, holds logits, log-probabilities, probabilities and their gradient
         in turn: fresh memory of that size costs more than what is computed in it."""
@@ -212,7 +212,7 @@ class _Batch:
 
     @classmethod
     def of(cls, input_ids: _Tokens, labels: _Tokens, device: torch.device, unshifted: bool = False) -> "_Batch":
-        """`unshifted`: the head reads the response tokens' own rows too. On the CPU: a GPU is not asked for sizes."""
+        """`unshifted`: the head reads response tokens' own rows too. On the CPU: a GPU asked for sizes has to wait."""
         shape = len(input_ids), max(map(len, input_ids))
         tokens, own, targets = np.zeros(shape, int), np.full(shape, IGNORED_LABEL), np.full(shape, IGNORED_LABEL)
         for i, (ids, label) in enumerate(zip(input_ids, labels, strict=True)):
@@ -273,14 +273,14 @@ class _Answer(list):
 
 
 def _logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (n, V) of `hidden` (n, d), which the decoder answers: nothing about the head has to be known here."""
+    """Logits (n, V) of `hidden` (n, d): the model is called with a decoder that answers `hidden`, whatever its head."""
     with norms.replaced_forward(decoder_of(model), lambda *args, **kwargs: _Answer([hidden[None]])):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits
     return logits.squeeze(0).to(hidden.device)  # [0] would copy in its backward; the head may lie on another device
 
 
 def tokens_per_batch(phi: str, device: torch.device) -> int:
-    """The default: few on a CPU, which is no slower so, and under all_lora, where the whole model keeps activations."""
+    """The default: fewer on a CPU, where more are no faster, and under all_lora, where all layers keep activations."""
     return (2048 if device.type == "cpu" else 16384) // (4 if phi == "all_lora" else 1)
 
 

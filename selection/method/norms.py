@@ -31,7 +31,7 @@ def sum_of_squares(values: torch.Tensor, dim: tuple[int, ...] | None = None) -> 
 
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Another forward for a while. One that accelerate put there (to move inputs between devices) comes back."""
+    """Give the module another forward inside the `with`. One that accelerate put there is put back at the end."""
     before = {key: value for key, value in module.__dict__.items() if key == "forward"}
     module.forward = forward
     try:
@@ -48,7 +48,7 @@ class Recorder:
         self.name, self.squares, self.length, self.used = name, squares, length, False
 
     def once(self) -> None:
-        """At each use of the module: a gradient that is the sum over two uses has another norm than its parts."""
+        """Called at each use of the module. A second one is refused: the norm of a sum is not known from its parts."""
         if self.used:
             raise NoPhi(f"{self.name} is used twice in one forward pass: its norm is not known, take another phi")
         self.used = True

@@ -55,7 +55,7 @@ class Phi:
 
 
 def find_phi(model: nn.Module, name: str) -> Phi:
-    """Raises: NoPhi naming the modules looked at where the model has no such parameters."""
+    """The parameters φ of that name in a model. Raises: NoPhi naming what was looked at where it has none."""
     if name == "all_lora":
         return Phi(loras=_loras(model))
     if name != "last_layer":
@@ -104,7 +104,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The text decoder, which answers with hidden states. (Llama 4 calls itself its decoder, head and all.)"""
+    """The text decoder, which answers with hidden states. (get_decoder of Llama 4 returns the model with its head.)"""
     model = unwrap(model)
     found = model.get_decoder()
     return found if found is not model else getattr(model, "model", model)
@@ -147,10 +147,10 @@ def projections(layer: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_linear_map(module: nn.Module) -> bool:
-    """Whether it answers with its product: some routers (Phi-3.5-MoE, Llama 4) are an nn.Linear with other answers."""
+    """Whether the module returns x Wᵀ: some routers (Phi-3.5-MoE, Llama 4) are an nn.Linear that returns more."""
     if not isinstance(module, nn.Linear):
         return type(module).__name__ == _CONV1D
-    # A forward of its own: the only way to know is to call it. (bitsandbytes' answer with the product.)
+    # A subclass with its own forward has to be called to know. (Those of bitsandbytes return x Wᵀ.)
     if type(module).forward is nn.Linear.forward or not module.weight.is_floating_point():
         return True
     with torch.no_grad():
@@ -212,7 +212,7 @@ def find_value_projection(model: nn.Module) -> LinearMap:
     if not values:
         kind, looked_at = type(unwrap(model)).__name__, ", ".join(seen) or "no linear map"
         raise NoPhi(f"found no value projection in {layer_name} of {kind}: looked at {looked_at}")
-    name = values[-1]  # in compressed attention the last of the chain makes the values
+    name = values[-1]  # compressed attention has a chain of maps: the last one makes the values
     columns = None if alive[name].all() else alive[name].nonzero().squeeze(1).to(seen[name][1].device)
     return LinearMap(f"{layer_name}.{name}", layer.get_submodule(name), columns)
 

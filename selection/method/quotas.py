@@ -11,7 +11,7 @@ import numpy as np
 
 from selection.method.staff import Choice, coreset_size
 
-# Chooses m rows, of those in a mask (N,) alone or, with None, of all.
+# A function of m and a mask (N,): chooses m rows of those in the mask, or of all where it is None.
 Rule = Callable[[int, np.ndarray | None], Choice]
 
 

@@ -104,7 +104,7 @@ def draw_verification_samples(strata: Strata, verify_per_stratum: int, mode: str
 
 
 def verification_ratio(target_scores: np.ndarray, speculative_scores: np.ndarray) -> float:
-    """V_i = Σ S^t_d / Σ S^s_d over the verified samples of stratum i, both min–max normalised; 1 where Σ S^s is 0."""
+    """V_i = Σ S^t_d / Σ S^s_d over verified samples, min–max normalised in scores/verification.py; 1 if Σ S^s is 0."""
     target, speculative = float(np.sum(target_scores)), float(np.sum(speculative_scores))
     return target / speculative if speculative > np.finfo(np.float32).tiny else 1.0
 

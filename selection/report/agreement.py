@@ -10,7 +10,7 @@ from selection.method.staff import choose_staff, coreset_size, stratify
 from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
 
-_SHUFFLES = 10  # of B's scores: one seed draws both coresets, so they share rows by chance
+_SHUFFLES = 10  # of B's scores, for the overlap by chance: one seed draws both coresets
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -78,7 +78,7 @@ def score_figure(shown: Shown, stratified_by: str) -> Markup:
     cut = pd.DataFrame({"low": [top], "high": [max(top, bins["high"].max())]})
 
     def shaded(axis: dict) -> alt.Chart:
-        """The cut, with the panel's own axis: the library would join another to it."""
+        """The range of the dropped rows, shaded; with the panel's own axis: altair would add another."""
         return alt.Chart(cut).mark_rect(opacity=0.13, color="var(--cut)").encode(x=alt.X("low:Q", **axis), x2="high:Q")
 
     ends = alt.Chart(strata.melt(value_vars=["low", "high"]))

@@ -94,12 +94,12 @@ def _shown(experiment: Experiment, path: Path, about: dict, train: pa.Table, fir
 
 
 def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Settings) -> list[tuple[float, float]]:
-    """Of each stratum's V_i; nan where the run folder does not hold the target's scores that V_i was made of."""
+    """The interval of each stratum's V_i; nan where the run folder lacks the target's scores that V_i was made of."""
     unknown = [(float("nan"), float("nan"))] * len(about["strata"])
     try:
         target = read_scores(experiment.target_scores, settings.columns, ids=False)
         pairs = verified_pairs(scores.effort, target, settings, cut_strata(scores.effort, settings), scores.index)
-    except UserError:  # the target has scored nothing, or other rows than this coreset's
+    except UserError:  # no target scores, or not of the rows that this coreset verified
         return unknown
     for (rows, _, theirs), entry in zip(pairs, about["strata"], strict=True):
         if rows.tolist() != entry.verified or not np.isclose(theirs.sum(), entry.target_sum or 0):

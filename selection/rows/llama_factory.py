@@ -16,9 +16,9 @@ from selection.run.model_folder import model_path
 
 
 def import_llama_factory() -> None:
-    """Import llamafactory, which needs torchaudio even for text: an empty one where it is missing or broken.
+    """Import llamafactory. It needs torchaudio even for text; a missing or broken one is replaced by an empty module.
 
-    The registry's torchaudio does not load beside a CPU torch. transformers must not see the empty one: it goes first.
+    The registry's torchaudio does not load beside a CPU torch. transformers, imported first, must see no empty one.
     """
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
     import transformers
@@ -87,7 +87,7 @@ def environment(changes: dict[str, str | None]):
 
 
 def alone():
-    """Without torchrun's variables: the leader prepares without waiting for the others."""
+    """Hide torchrun's variables, so that LLaMA-Factory prepares in the leader without waiting for the others."""
     return environment({name: None for name in os.environ if re.fullmatch("RANK|WORLD_SIZE|LOCAL_.*", name)})
 
 

@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def end_on_signals() -> None:
-    """Until `run_stage`: Ctrl-C, SIGTERM and a missing package end the process with one line."""
+    """From here until `run_stage`, Ctrl-C, SIGTERM and a missing package end the process with one line."""
     on_signals(lambda number, frame: _end(INTERRUPTED, 128 + number))
     sys.excepthook = _end_without_package
 
@@ -91,7 +91,7 @@ def run_stage(main: Callable[[], None], one_gpu: bool = False) -> None:
 
 
 def _as_text(error: BaseException) -> str | None:
-    """What to say of an error that the user can mend; None for a fault of the suite's."""
+    """The line for an error that the user can mend; None for a bug of the suite."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, Interrupted):

@@ -19,7 +19,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from selection.run.config import WITHOUT_SCORES, Experiment, from_repository
+from selection.run.config import ANY_SCORES, Experiment, from_repository
 from selection.run.errors import UserError
 from selection.run.log import say
 from selection.run.processes import processes
@@ -152,7 +152,7 @@ def _full_tuning(experiment: Experiment) -> tuple[float | None, str]:
 
 
 def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
-    """The entries of a method's selection, which all rates share; the last of what was made again.
+    """What a method's selection cost: one entry a stage, the last where it was done again. All rates share it.
 
     STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them;
     verification. A baseline that reads the tuned target's scores: tuning on everything, and these scores."""
@@ -164,7 +164,7 @@ def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
         if n > 1:
             paid = [replace(c, samples=c.samples / n, tokens=c.tokens / n, seconds=c.seconds / n) for c in paid]
         paid += _scoring(ours, VERIFICATION)
-    elif method not in WITHOUT_SCORES:
+    elif method not in ANY_SCORES:
         paid = _last(ours, TARGET_TUNING, "full") + _scoring(ours, TARGET_SCORES)
     return paid + _last(ours, CORESETS, method)
 
@@ -174,7 +174,7 @@ def _last(costs: list[Cost], stage: str, what: str | None = None) -> list[Cost]:
 
 
 def _scoring(costs: list[Cost], stage: str) -> list[Cost]:
-    """The entries of the score folder that was filled last."""
+    """The stage's entries for the score folder that is there now: the one filled last."""
     entries = [c for c in costs if c.stage == stage]
     return [c for c in entries if c.folder == entries[-1].folder]
 

@@ -32,7 +32,7 @@ def bars_are_shown() -> bool:
 
 
 def progress_bar(**options) -> tqdm:
-    """tqdm's, on a terminal, by the leader alone, and not under --quiet."""
+    """A tqdm bar: on a terminal, by the leader alone, and not under --quiet."""
     return tqdm(file=sys.stderr, disable=not bars_are_shown(), **options)
 
 

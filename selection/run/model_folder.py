@@ -90,7 +90,7 @@ def model_fingerprint(folder: str | Path, run_folder: Path | None = None) -> str
 
 
 def _state(path: Path) -> list[int]:
-    """Changes with a file's content, also where its size and its time of change were put back."""
+    """A file's state, which changes with its content, also where size and time of change were put back."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
@@ -119,7 +119,7 @@ def check_base(tuned: Path, model: str, run_folder: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def incomplete_adapters_refused() -> Iterator[None]:
-    """Make an error of PEFT's warning that an adapter's file lacks weights, which would stay as drawn."""
+    """Turn PEFT's warning that an adapter's file lacks weights into an error: they would stay random."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         yield

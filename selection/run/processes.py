@@ -26,12 +26,12 @@ _GO_ON = "what is finished is kept; call the same command again, on all hosts, t
 
 @functools.cache
 def processes() -> "Processes":
-    """Those of this call; alone where torchrun did not make it."""
+    """The processes of this torchrun call; without torchrun, this one alone."""
     return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 class Processes:
-    """`rank` 0 to `count` − 1. Rank 0 leads: it alone prints, plans, and writes what is one for all."""
+    """`rank` 0 to `count` − 1. Rank 0 leads: only the leader prints, plans, and writes files that all share."""
 
     def __init__(self, rank: int, count: int):
         self.rank, self.count, self.leads = rank, count, rank == 0
@@ -42,7 +42,7 @@ class Processes:
             self._join()
 
     def wait(self) -> None:
-        """Wait until every process has called this as often. Raises: UserError where another one stopped."""
+        """Wait until every process has made as many calls of `wait`. Raises: UserError where another one stopped."""
         self._waits += 1
         arrived, pause = f"wait-{self._waits}", 0.01
         here = self._ask("add", arrived, 1) if self._store else self.count
@@ -76,7 +76,7 @@ class Processes:
         return [json.loads(self._ask("get", key)) for key in keys]
 
     def first_to_say(self, text: str) -> bool:
-        """Tell the others that this process ends, and why. True for the first one of its host: the others follow it."""
+        """Tell the others that this process ends, and why. True for the first one of its host, which prints."""
         with contextlib.suppress(UserError):  # the store may be what failed
             if self._store and not self._ask("check", ["failed"]):
                 self._ask("set", "failed", json.dumps([socket.gethostname(), text]))
@@ -122,7 +122,7 @@ class Processes:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def _leave(self, signs: threading.Thread) -> None:
-        """Let `signs` end: Python's end in the middle of a question to the store would abort the process."""
+        """Wait for the thread `signs`: were Python to end while it asks the store, the process would abort."""
         self._left.set()
         signs.join(_SILENCE)
 
@@ -135,7 +135,7 @@ class Processes:
 
     def _exchange_signs(self) -> None:
         """Give signs of life and look for the others'; note in `_stopped` why this process has to end."""
-        # A connection of its own: torch may wait in the other one for minutes.
+        # A second connection to the store: torch may block the first one for minutes.
         ask = functools.partial(self._ask, store=self._store.clone())
         signs, heard = [-1] * self.count, [0.0] * self.count
         while self._stopped is None and not self._left.is_set():

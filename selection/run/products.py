@@ -104,7 +104,7 @@ def read_json(path: Path, kind: type[_T] = Any) -> _T:
 
 
 def parse_json(text: str) -> Any:
-    """Raises: ValueError, RecursionError; also for NaN, infinity and half characters, which Python takes."""
+    """The value in JSON text. Raises: ValueError, RecursionError; also for NaN, infinity and lone surrogates."""
     value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
@@ -136,7 +136,7 @@ def write_sealed(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path, remove: Path | None = None) -> dict[str, Any]:
-    """Raises: UserError where the file is missing, no JSON object, or not as it was written: `remove` it then."""
+    """What `write_sealed` wrote. Raises: UserError, which says to `remove` it, where it is missing or was changed."""
     record = read_record(path)
     if record.pop("sha256", None) != _seal(record):
         todo = f"remove {remove or 'it'} and make it again"

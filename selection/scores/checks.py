@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from selection.method.effort import EffortScorer
 from selection.method.phi import NoPhi, decoder_of
 from selection.method.staff import coreset_size, floor_share
-from selection.run.config import WITHOUT_SCORES, Experiment
+from selection.run.config import ANY_SCORES, Experiment
 from selection.run.errors import UserError, refusals
 from selection.run.log import say, warn
 from selection.run.model_folder import model_path
@@ -23,14 +23,13 @@ from selection.scores.models import NO_CODE, check_bitsandbytes, default_lora_ta
 
 _TOKENS = [[5, 9, 3, 7, 12], [8, 4, 6]]
 _LABELS = [[-100, -100, 3, 7, 12], [-100, 4, 6]]
-_ANY_TARGET = ("staff", *WITHOUT_SCORES)  # methods that do not read the scores of the tuned target
 
 
 def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
     """Try φ and tuning's LoRA on both models' kinds, made small from their configurations: no weights are loaded.
 
-    What cannot be had, or not be made small, is left to the stage that loads the model. `to_be_cut`: the small model is
-    still to be made, of the target's kind. Raises: UserError for what is wrong with a model, or with a key on it."""
+    A model that is not at hand, or has no small form, is left to the stage that loads it. `to_be_cut`: the small model
+    has yet to be cut out of the target. Raises: UserError for what is wrong with a model, or with a key on it."""
     settings, tuned = experiment.selection, experiment.tuned_small is not None
     trainings = {experiment.target_model: experiment.training | experiment.target_training}
     if not experiment.borrows and not to_be_cut:
@@ -55,7 +54,7 @@ def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
                 raise UserError(f"{cannot}: give small_training.num_train_epochs=0, or another small model")
             warn(f"{cannot}: coresets can be cut for it, and exported; nothing here will tune on them")
         _try_small(config, model, experiment, keys)
-    later = ", ".join(method for method in settings.methods if method not in _ANY_TARGET)
+    later = ", ".join(method for method in settings.methods if method not in ("staff", *ANY_SCORES))
     if later and not experiment.tuned_target_scores.exists():
         say(f"{later}: need the tuned target's scores: run finetune.py and effort_score.py with --model target too")
 
@@ -103,7 +102,7 @@ def _try_small(config: PretrainedConfig, model: str, experiment: Experiment, key
             EffortScorer(small, settings.phi, settings.phi_rank).score(_TOKENS, _LABELS)
     except (UserError, NoPhi) as error:
         raise UserError(f"model {model}: {error}") from None
-    except Exception:  # the small model does not work, which says nothing of the whole one
+    except Exception:  # a failure of the small form says nothing about the model itself
         return
 
 

@@ -136,8 +136,8 @@ def check_fits(coreset: Coreset, ids: list[str], fingerprint: str, source: str) 
 
 
 def check_published(count: int, num_rows: int, source: str) -> str | None:
-    """None where a published list of `count` rows can be of N = `num_rows`: ⌊rate · N⌋ at a published rate, give or
-    take one, as the authors' rounding is not known; else a line that says so. Raises: UserError where it is the length
+    """Check a published list's length: None if `count` is ⌊rate · N⌋ at a published rate, N = `num_rows`, give or take
+    one (the authors' rounding is not known); else a line that says so. Raises: UserError where it is the length
     of a list of another of the paper's data sets."""
     for name, rows in {"": num_rows, **PUBLISHED_ROWS}.items():
         found = [rate for rate in PUBLISHED_RATES if abs(count - floor_share(rate, rows)) <= 1]

@@ -40,19 +40,19 @@ MORE_COLUMNS = {
 }
 
 _NONE = np.empty(0, dtype=np.int64)
-_Batch = Annotated[list[NonNegativeInt], Field(min_length=1)]  # of rows
-Plan = list[Annotated[list[_Batch], Field(min_length=1)]]  # its parts
+_Batch = Annotated[list[NonNegativeInt], Field(min_length=1)]  # row numbers
+Plan = list[Annotated[list[_Batch], Field(min_length=1)]]  # the parts, each a list of batches
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures by row, but of rows that scoring left out, as their loss or score is not finite."""
+    """Scores by row. Rows whose loss or score is not finite are `left_out`, and not in `index`."""
 
     index: np.ndarray  # (n,) int64, ascending, unique
     columns: dict[str, np.ndarray]  # each (n,) float64, finite, not negative; hidden_state (n, d) float32, finite
     ids: list[str] | None  # None too where they were not asked for
-    fingerprint: str | None  # of the training split; None for plain files, as N
-    num_rows: int | None  # N, of the training split
+    fingerprint: str | None  # of the training split; None for plain files
+    num_rows: int | None  # N, of the training split; None for plain files
     source: str
     left_out: np.ndarray = field(default_factory=lambda: _NONE)  # rows, ascending
     made_by: dict | None = None  # what made a score folder (`made_by`)
@@ -75,7 +75,7 @@ class Scores:
         return self.check_complete().effort
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
-        """Where `rows` are in `index`. Raises: UserError naming the first row that has no score."""
+        """The positions of `rows` in `index`. Raises: UserError naming the first row that has no score."""
         position = np.minimum(np.searchsorted(self.index, rows), len(self.index) - 1)
         if len(absent := rows[self.index[position] != rows]):
             raise UserError(f"{self.source}: row {absent[0]} was drawn for verification and has no score there")
@@ -266,7 +266,7 @@ class ScoreFolder:
             "code_version": products.code_version(),
             "left_out": [],  # rows whose loss or score is not finite
         }
-        self.begun = any(path.glob("part-*.parquet"))  # a manifest without scores binds nobody
+        self.begun = any(path.glob("part-*.parquet"))  # before the first part, the manifest may still change
         if self.begun:
             self.manifest = read_manifest(path)
             if difference := products.first_difference(self.manifest["identity"], identity):
@@ -298,13 +298,13 @@ class ScoreFolder:
             products.write_json(self.path / "id", secrets.token_hex(8))
         parts, missing = self._planned() if self.begun else [], self.missing(rows)
         planned = {row for part in parts for batch in part for row in batch}
-        if not (planned <= set(rows.tolist()) and set(missing.tolist()) <= planned):  # not the plan of this request
+        if not (planned <= set(rows.tolist()) and set(missing.tolist()) <= planned):  # the plan was for other rows
             products.write_sealed(self.plan_path, {"parts": make_parts(missing)})
         return self.remaining()
 
     @property
     def id(self) -> str:
-        """The folder's own: it is another one where the folder was removed and filled again. "" where there is none."""
+        """A random text made with the folder: removed and filled again, it gets another. "" in a folder without one."""
         path = self.path / "id"
         return products.read_json(path, str) if path.exists() else ""
 

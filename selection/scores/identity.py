@@ -53,7 +53,7 @@ def fingerprint_of(experiment: Experiment, model: str) -> str:
 
 
 def digest_of_ids(ids: Iterable[str]) -> str:
-    """Identity of rows in their order, by their content hashes."""
+    """One hash for rows in their order, out of their content hashes."""
     return products.digest(*(each.encode() for each in ids))
 
 
@@ -64,7 +64,7 @@ def tuning_identity(experiment: Experiment, model: str, rows: Iterable[dict], ke
 
 
 def _wanted_tuning(experiment: Experiment, model: str, keys: dict) -> dict[str, Any]:
-    """What `tuning_identity` must say, as far as it is known without the rows."""
+    """`tuning_identity` as the configuration wants it, as far as it is known without the rows."""
     wanted = {
         "dataset_format": experiment.row_format.entry,
         "template": experiment.template,
@@ -112,7 +112,7 @@ def tuning_lora(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def placement(experiment: Experiment, model: str, tuned: Path | None) -> dict[str, Any]:
-    """`device_map` and `quantization_bit` for load_for_scoring: as configured for the target, else none."""
+    """`device_map` and `quantization_bit` for load_for_scoring: as configured for the target, else {}."""
     settings = experiment.selection
     if model != experiment.target_model or (tuned is not None and tuned == experiment.tuned_small):
         return {}
@@ -154,7 +154,7 @@ def check_run(experiment: Experiment, split: TrainingSplit | None = None, verifi
 
 
 def _products(experiment: Experiment, split: TrainingSplit | None, data: str | None) -> Iterator[tuple]:
-    """Each finished product's path, what it was made from, and what that must say."""
+    """Of each finished product: its path, what it was made from, and what it has to be made from."""
     small = experiment.tuned_small
     if small and small.exists():
         wanted = _wanted_tuning(experiment, experiment.small_model, experiment.small_training)
@@ -172,7 +172,7 @@ def _products(experiment: Experiment, split: TrainingSplit | None, data: str | N
 
 
 def _wanted_scores(experiment: Experiment, data: str | None, folder: Path) -> dict[str, Any]:
-    """What `made_by` must say of one of the run's score folders."""
+    """`made_by` of one of the run's score folders, as the configuration wants it."""
     model, tuned = experiment.target_model, None
     if folder == experiment.small_scores:
         model, tuned = experiment.small_model, experiment.tuned_small

@@ -20,7 +20,7 @@ from selection.run.errors import UserError
 from selection.run.model_folder import incomplete_adapters_refused
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal whether to run a model's code
-_ACTIVE = ("num_experts_per_tok", "moe_topk", "top_k_experts")  # keys of a config: experts for each token
+_ACTIVE = ("num_experts_per_tok", "moe_topk", "top_k_experts")  # names in configs for experts per token
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -63,7 +63,7 @@ def load_for_scoring(
         loaded, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, **NO_CODE, **placed
         )
-        if absent := sorted(info["missing_keys"]):  # transformers would draw them at random
+        if absent := sorted(info["missing_keys"]):  # transformers would fill these with random numbers
             raise UserError(f"model {source} has no weights for {absent[0]} ({len(absent)} in all): get it again")
         if tuned is not None and source == model:
             with incomplete_adapters_refused():
@@ -109,7 +109,7 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
 
 def count_parameters(model: nn.Module) -> int:
     """Weights that a forward pass multiplies a token with, tied ones once; of experts the active ones, where known."""
-    config, experts = unwrap(model).config.get_text_config(), {}  # parameter -> of how many experts
+    config, experts = unwrap(model).config.get_text_config(), {}  # parameter -> number of experts in it
     active = next(filter(None, (getattr(config, key, None) for key in _ACTIVE)), None)
     active = active or getattr(getattr(config, "ffn_config", None), "moe_top_k", None)  # DBRX
     if isinstance(active, list):  # Hunyuan: one a layer
@@ -128,16 +128,16 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _stacked_experts(module: nn.Module) -> dict[nn.Parameter, int]:
-    """The module's own tensors that hold the weights or biases of several experts, and of how many."""
+    """The module's own tensors that stack several experts' weights or biases, each with the number of experts."""
     own = list(module.parameters(recurse=False))
-    if count := getattr(module, "moe_num_experts", None):  # DBRX: their rows below each other
+    if count := getattr(module, "moe_num_experts", None):  # DBRX: the experts' rows below each other
         return {each: count for each in own if each.ndim == 2}
     stacks = {} if isinstance(module, nn.Conv1d) else {each: len(each) for each in own if each.ndim == 3}
     return stacks | {each: len(each) for each in own if each.ndim == 2 and len(each) in stacks.values()}
 
 
 def parameters_of(model: str) -> int:
-    """`count_parameters` of a model folder or hub name, without its weights. Raises: UserError where that cannot be."""
+    """`count_parameters` of a model folder or hub name, without its weights. Raises: UserError if none is built."""
     with model_errors(f"cannot build model {model} from its configuration"):
         config = AutoConfig.from_pretrained(model, **NO_CODE)
         with torch.device("meta"):

@@ -81,7 +81,7 @@ def score_rows(
             _score_missing(_Job(experiment, split, model, tuned, rows, stage, identity, store))
         if together.leads:
             store.finish(rows)  # also where a run was killed just before
-        together.wait()  # the leader's lock is everybody's
+        together.wait()  # the leader holds the lock for all: it keeps it until all are done
     if missing:
         print(f"{stage}: {len(rows)} rows -> {folder}")
     else:
@@ -117,7 +117,7 @@ def _score_missing(job: _Job) -> None:
 
 def _load_scorer(job: _Job, cost: Cost) -> EffortScorer:
     settings, keys = job.experiment.selection, job.experiment.training | job.experiment.target_training
-    # What the released code did to a tuned target is not known; to the speculator it did this.
+    # The released code resets them on the speculator; what it does to a tuned target is not known.
     reset_query_value = settings.rules == "released" and job.tuned is not None and job.stage != TARGET_SCORES
     placed = placement(job.experiment, job.model, job.tuned)
     loaded = load_for_scoring(model_path(job.model), job.tuned, cost.precision, reset_query_value, **placed)

@@ -39,7 +39,7 @@ def self_test(
         if not out_of_memory(error):
             raise
         raise UserError(f"self-test: out of memory on one sample by plain autograd: {skip}") from None
-    # A sample that is finite in neither is left out of the run, which says so.
+    # A sample that is not finite either way is no failure: scoring leaves it out and says so.
     known = batched.isfinite().all(1) | plain.isfinite().all(1)
     floor = plain[known].median(0).values if known.any() else plain.new_zeros(2)
     difference = (batched - plain).abs() / torch.maximum(plain, floor.clamp(min=1e-30))

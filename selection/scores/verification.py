@@ -16,7 +16,7 @@ from selection.run.errors import UserError, refusals
 from selection.run.products import checked, digest, read_sealed, refuse_difference, write_sealed
 from selection.scores.folder import Scores
 
-RULES_VERSION = 2  # of draws, V_i and choice: counted up where the same scores give another coreset
+RULES_VERSION = 2  # count it up when a change of draws, V_i, budgets or choice makes other coresets of the same scores
 _REQUIRED = ("mode", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed")  # of a record, in any mode
 
 
@@ -100,7 +100,7 @@ def draw(strata: Strata, settings: Settings) -> list[np.ndarray]:
 def verify(
     speculative: np.ndarray, target: Scores, settings: Settings, strata: Strata | None = None, index=None
 ) -> list[StratumRecord]:
-    """V_i of every stratum; None where it is not verified.
+    """V_i (`staff.verification_ratio`) of every stratum; None where no row of it was verified.
 
     Args: `speculative` (N,), from `stratified_score`; `target`, raw with `settings.columns`, at least of the drawn
     rows; `index` (N,), row numbers, by default 0 to N − 1. A drawn row that the target left out counts for neither.
