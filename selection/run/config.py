@@ -33,7 +33,7 @@ _NOT_FOR_TUNING = {
 }  # fmt: skip
 
 Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy"]
-ANY_SCORES = ("random", "rs2", "length")  # these count rows and tokens alone; every other baseline reads the tuned target
+ANY_SCORES = ("random", "rs2", "length")  # they count rows and tokens alone; other baselines read the tuned target
 Mode = Literal["paper", "released", "extended"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and transformers take
 _Fraction = Annotated[float, Field(gt=0, le=1)]
