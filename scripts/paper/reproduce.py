@@ -57,7 +57,8 @@ def main() -> None:
             row = done[job.cell] = grids.finished_cell(job.cell, grid, *known[job.cell.run])
             grids.write_cells(results, done, cells)
             count = sum(cell in done for cell in cells)
-            say(f"{job.cell}: ROUGE-L {row['rouge_l']:.2f} ({count} of {len(cells)} cells)")
+            figures = ", ".join(f"{metric} {row[metric]:.3f}" for metric in grids.METRICS if row[metric] != "")
+            say(f"{job.cell}: {figures} ({count} of {len(cells)} cells)")
 
     with held(runs):
         grids.run_jobs(jobs, arguments.jobs, runs / "logs", finished)
