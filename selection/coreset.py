@@ -108,8 +108,7 @@ def main() -> None:
 
 def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, method: str, selection: Selection):
     """One method's coresets at every rate, as the arguments of `write_coreset`."""
-    source = arguments.scores or scores_of(experiment, method)
-    settings = Settings.of(selection)
+    source, settings = arguments.scores or scores_of(experiment, method), Settings.of(selection)
     columns = settings.columns if method == "staff" else columns_of(method, selection.baseline_variant)
     read = [name for name in columns if name != "hidden_state" or not arguments.features]
     scores = read_scores(source, read, ids=False).check_complete()

@@ -260,7 +260,11 @@ def test_a_second_export_replaces_the_first_and_nothing_else(exported, rows, tmp
     out = exported(rows, [0, 1])
     (out.folder / "of the first").touch()
     torch.save([2, 3, 4], out.path)
-    export(out.experiment, out.path, out.folder)
+    with monkeypatch.context() as patch:  # killed while it removes the first, the next call would refuse what is left
+        remove, removed = shutil.rmtree, []
+        patch.setattr(shutil, "rmtree", lambda path, *more, **keys: removed.append(path) or remove(path, *more, **keys))
+        export(out.experiment, out.path, out.folder)
+    assert out.folder not in removed
     assert len(read_lines(out.folder / "chat.jsonl")) == 3 and not (out.folder / "of the first").exists()
     before, around = everything_in(out.folder), set(tmp_path.iterdir())
     broken = out.experiment.model_copy(update={"template": "no such"})

@@ -11,7 +11,7 @@ from selection.run import model_folder
 from selection.run.config import load_experiment
 from selection.run.ledger import SPECULATIVE_SCORES, read_ledger, selection_costs
 from selection.run.model_folder import keep_hashes, model_fingerprint
-from selection.run.products import read_json, read_sealed
+from selection.run.products import read_json, read_sealed, write_sealed
 
 _STAGES = ("finetune.finetune", "finetune.finetune-select", "finetune.eval", "scripts.costs", "scripts.report")
 _STAGES += ("selection.effort_score", "selection.verify", "selection.coreset")
@@ -83,6 +83,9 @@ def test_what_is_stored_is_never_taken_for_the_product_of_another_configuration(
         assert (of["phi"]["name"], of["precision"]) == ("v_lora_b", "fp32")
     verification = read_sealed(experiment.verification)
     assert (verification["scores"], verification["target"]) == (coreset["scores"], coreset["target"])
+    write_sealed(experiment.verification, verification | {"target": "x"})
+    assert "verification.json is damaged" in call("coreset", config, code=2)
+    write_sealed(experiment.verification, verification)
 
     before, fewer = everything_in(experiment.folder), ("selection.num_strata=2",)
     for name in ("coreset", "eval"):

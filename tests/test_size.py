@@ -4,6 +4,7 @@ import json
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selection.method.staff import Choice, Strata, allocate_budgets, choose_staff, coreset_size, stratify
+from selection.rows.tokens import _response_lengths
 from selection.run.errors import UserError
 from selection.run.products import file_digest, write_sealed
 from selection.scores.folder import read_ids, read_scores
@@ -132,3 +134,14 @@ def test_a_million_rows_are_cut_in_seconds_and_some_hundred_bytes_a_row(mode):
     tracemalloc.stop()
     assert len(choice.rows) == 10**5 and peak < 200 * 10**6
     assert time.perf_counter() - start < 5  # about 0.3 s; the bound is for a busy machine
+
+
+def test_response_tokens_are_counted_in_some_bytes_a_row():
+    chunk = pa.array([[-100] * 10 + [1] * 10] * 1000)
+    tokenised = SimpleNamespace(data=pa.table({"labels": pa.chunked_array([chunk] * 100)}))
+    _response_lengths(tokenised)  # imports
+    tracemalloc.start()
+    counts = _response_lengths(tokenised)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(counts) == 10**5 and (counts == 10).all() and peak < 40 * len(counts)  # at once: 160 a row and more

@@ -43,14 +43,16 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     if folder.exists() and any(before.get(key) != identity[key] for key in ("export_of", "run")):
         made = f"{coreset.name} of run {identity['run']}"
         raise UserError(f"{folder} is no export of {made}: remove it or give another --out")
-    new = folder.with_name(f".{folder.name}.new")
+    new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
     with held(folder):
         shutil.rmtree(new, ignore_errors=True)
         with building(new, identity) as draft:
             said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)  # only now that the new one is whole
+            folder.rename(old)  # only now that the new one is whole; half removed, the next call would refuse it
         new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     return said
 
 

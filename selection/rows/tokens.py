@@ -134,10 +134,12 @@ def _response_lengths(tokenised) -> np.ndarray:
     """Tokens of each row that the loss counts (N,): labels but the first, which nothing predicts."""
     from llamafactory.extras.constants import IGNORE_INDEX
 
-    column = tokenised.data.column("labels")
-    row, labels = (of(column).to_numpy() for of in (pc.list_parent_indices, pc.list_flatten))
-    counted = (labels != IGNORE_INDEX) & (np.diff(row, prepend=-1) == 0)
-    return np.bincount(row[counted], minlength=len(column))
+    counts = []
+    for chunk in tokenised.data.column("labels").chunks:  # one at a time: they stay on disk
+        row, labels = (of(chunk).to_numpy() for of in (pc.list_parent_indices, pc.list_flatten))
+        counted = (labels != IGNORE_INDEX) & (np.diff(row, prepend=-1) == 0)
+        counts.append(np.bincount(row[counted], minlength=len(chunk)))
+    return np.concatenate(counts)
 
 
 def check_tokenizer(tokenizer, texts: list[str], model: str) -> None:

@@ -29,7 +29,6 @@ _ONLY_LOGGING = {
     "logging_nan_inf_filter", "log_level", "log_level_replica", "log_on_each_node", "plot_loss", "disable_tqdm",
 }  # fmt: skip
 
-
 _REMOVE = "give the settings it was made with, remove it, or give another output_dir"
 _LEAVE = "give this run the same data and settings, or leave speculative_run out"
 
@@ -144,10 +143,9 @@ def check_run(experiment: Experiment, split: TrainingSplit | None = None, verifi
         ours = path.is_relative_to(experiment.folder)
         refuse_difference(path, stored, stored | wanted, _REMOVE if ours else _LEAVE)
     if verified and experiment.verification.exists():
-        path, todo = experiment.verification, "run verify.py again under the settings of now"
-        record = read_sealed(path)
+        record, todo = read_sealed(path := experiment.verification), "run verify.py again under the settings of now"
         refuse_difference(path, record, record | Settings.of(experiment.selection).made_from, todo)
-        if target := record.get("target"):
+        if target := checked(dict | None, record.get("target"), path):
             refuse_difference(path, target, target | _wanted_scores(experiment, data, experiment.target_scores), todo)
     if together.leads:
         together.from_leader(lambda: hashed)
