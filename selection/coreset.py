@@ -5,11 +5,11 @@
     python coreset.py --scores small.parquet --target_scores target.parquet --rate 0.1 0.2 --out coresets
     python coreset.py --method d2 --scores target.parquet --features F.npy --rate 0.1 --out coresets
 
-Needs scores: with --config_path those of the experiment's run folder, and its verification; without, score folders, or
-Parquet or CSV files, one row per row of the training split: a column index, and effort for staff and grand; el2n for
-el2n, ccs and d2; hidden_state for d2 and moderate; entropy; n_response_tokens for length; nothing more for random. Each
-V_i comes from --verify_per_stratum drawn samples also where the target's scores are complete. configs/README.md
-explains the keys of `selection:`. Writes OUT/METHOD-RATE.json.
+Needs scores: with --config_path those of the experiment's run folder, and its verification (random and rs2: the data
+alone); without, score folders, or Parquet or CSV files, one row per row of the training split: a column index, and
+effort for staff and grand; el2n for el2n, ccs and d2; hidden_state for d2 and moderate; entropy; n_response_tokens for
+length; nothing more for random. Each V_i comes from --verify_per_stratum drawn samples also where the target's scores
+are complete. configs/README.md explains the keys of `selection:`. Writes OUT/METHOD-RATE.json.
 """
 
 import argparse
@@ -27,8 +27,9 @@ import numpy as np
 from selection.method.baselines import baseline, columns_of, rs2
 from selection.method.quotas import Rule, choose_by_rule
 from selection.method.staff import choose_staff
+from selection.rows.split import training_split
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
-from selection.run.config import ANY_SCORES, Experiment, Method, Selection, load_experiment, validated
+from selection.run.config import ANY_SCORES, NO_SCORES, Experiment, Method, Selection, load_experiment, validated
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
@@ -111,7 +112,7 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     source, settings = arguments.scores or scores_of(experiment, method), Settings.of(selection)
     columns = settings.columns if method == "staff" else columns_of(method, selection.baseline_variant)
     read = [name for name in columns if name != "hidden_state" or not arguments.features]
-    scores = read_scores(source, read, ids=False).check_complete()
+    scores = read_scores(source, read, ids=False).check_complete() if source else unscored(experiment)
     if "hidden_state" in columns and arguments.features:
         features = read_features(arguments.features, scores.num_rows)
         scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
@@ -135,9 +136,18 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
             rows = scores.index[choice.rows]  # a rule counts the rows that have scores
             coresets.append({"method": method, "rate": rate, "rows": rows, "record": about})
     del rule  # and with it what all rates share
-    for each, ids in zip(coresets, read_ids(source, *(each["rows"] for each in coresets)), strict=True):
+    chosen = [each["rows"] for each in coresets]
+    ids_of = read_ids(source, *chosen) if source else [[scores.ids[row] for row in rows] for rows in chosen]
+    for each, ids in zip(coresets, ids_of, strict=True):
         each |= {"scores": replace(scores, columns={}), "ids": ids}
     return coresets
+
+
+def unscored(experiment: Experiment) -> Scores:
+    """The rows of the training split, without a score."""
+    split = training_split(experiment)
+    count = len(split.rows)
+    return Scores(np.arange(count), {}, split.ids, split.fingerprint, count, str(experiment.data_folder))
 
 
 def passes_of(experiment: Experiment | None) -> float:
@@ -147,9 +157,12 @@ def passes_of(experiment: Experiment | None) -> float:
     return experiment.passes(experiment.target_training)
 
 
-def scores_of(experiment: Experiment, method: str) -> Path:
-    """The scores of a run folder that a method reads. Random and Length only count rows and tokens: any will do."""
+def scores_of(experiment: Experiment, method: str) -> Path | None:
+    """The scores of a run folder that a method reads. Random and Length only count rows and tokens: any will do, and
+    for Random none (None)."""
     small, tuned = experiment.small_scores, experiment.tuned_target_scores
+    if method in NO_SCORES and not small.exists() and not tuned.exists():
+        return None
     if method == "staff" or (method in ANY_SCORES and (small.exists() or not tuned.exists())):
         return small
     if not tuned.exists():

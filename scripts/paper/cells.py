@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, NonNega
 from typing_extensions import TypedDict
 
 from selection.run import ledger
-from selection.run.config import ANY_SCORES, REPOSITORY, Experiment, Grid, Method, load_experiment
+from selection.run.config import NO_SCORES, REPOSITORY, Experiment, Grid, Method, load_experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.metrics import read_metrics
@@ -191,9 +191,9 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
     """The jobs that make `cells` of one run folder: STAFF's selection by the small model's scores; the target tuned on
     everything, and the baselines' selection by its scores; each coreset's tuning and evaluation."""
     methods, jobs, coresets = {cell.rule for cell in cells}, [], load(arguments).coresets
-    any_scores = {*ANY_SCORES, "oracle"}  # they need the number of rows and their tokens
-    selected = {"small": methods & {"staff"}, "target": methods - {"staff", "full", *any_scores}}
-    selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & any_scores
+    unscored = methods & {*NO_SCORES, "oracle"}
+    selected = {"small": methods & {"staff"}, "target": methods - {"staff", "full", "length", *unscored}}
+    selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & {"length"}
     full = next((cell for cell in cells if cell.method == "full"), None)
     for model, scored in selected.items():
         tuned, commands = full if model == "target" else None, []
@@ -202,14 +202,18 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
         if scored:
             commands.append(["selection/effort_score.py", "--model", model])
             commands += [["selection/verify.py"]] if "staff" in scored else []
-            commands += [["selection/coreset.py", "--method", *rules]] if (rules := sorted(scored - {"oracle"})) else []
-            commands += [["scripts/paper/oracle.py"]] if "oracle" in scored else []
+            commands.append(["selection/coreset.py", "--method", *sorted(scored)])
         if tuned:
             commands.append(["finetune/eval.py", "--tuned", "full"])
         jobs += [Job(f"{cells[0].run} {model}", commands, cell=tuned)] if commands else []
+    if unscored:
+        commands = [["selection/coreset.py", "--method", *rules]] if (rules := sorted(unscored - {"oracle"})) else []
+        commands += [["scripts/paper/oracle.py"]] if "oracle" in unscored else []
+        jobs.insert(0, Job(f"{cells[0].run} unscored", commands))
+    selected["unscored"] = unscored
     for cell in cells:
         select = ["finetune/finetune-select.py", "--select_path", str(coresets / f"{cell.tuned}.json")]
-        needs = f"{cell.run} {'small' if cell.rule in selected['small'] else 'target'}"
+        needs = f"{cell.run} {next((name for name, own in selected.items() if cell.rule in own), 'target')}"
         commands = [select, ["finetune/eval.py", "--tuned", cell.tuned]]
         jobs += [Job(str(cell), commands, needs, cell)] if cell.method != "full" else []
     return [replace(job, commands=[[script, *arguments, *more] for script, *more in job.commands]) for job in jobs]

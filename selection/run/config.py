@@ -33,7 +33,8 @@ _NOT_FOR_TUNING = {
 }  # fmt: skip
 
 Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy"]
-ANY_SCORES = ("random", "rs2", "length")  # they count rows and tokens alone; other baselines read the tuned target
+NO_SCORES = ("random", "rs2")  # they count rows alone
+ANY_SCORES = (*NO_SCORES, "length")  # rows and tokens alone; other baselines read the tuned target
 Mode = Literal["paper", "released", "extended"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and transformers take
 _Fraction = Annotated[float, Field(gt=0, le=1)]
