@@ -51,6 +51,8 @@ def main() -> None:
     if small and experiment.borrows:
         tell(f"{stage}: reusing {folder}, of speculative_run")
         return
+    if small and {"s2l", "learning_percentage"} & set(experiment.selection.methods):  # they read each pass
+        report |= {"save_strategy": "epoch", "save_only_model": True}
     tune_once(experiment, model, "train", split.rows, folder, keys, stage, report, arguments.dry_run)
 
 

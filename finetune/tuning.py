@@ -47,9 +47,9 @@ def tune_once(
 ) -> None:
     """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`, which appears when all is done.
 
-    `keys` are LLaMA-Factory's, `report` those that only add logging, `keys_of_coreset` go before `keys`. Under torchrun
-    the processes share each optimiser step's samples. Raises: UserError where `folder` was made otherwise, or tuning
-    cannot be done."""
+    `keys` are LLaMA-Factory's, `report` those that do not change the tuned model, as logging, `keys_of_coreset` go
+    before `keys`. Under torchrun the processes share each optimiser step's samples. Raises: UserError where `folder`
+    was made otherwise, or tuning cannot be done."""
     together, precision = processes(), choose_precision(experiment.precision)
     with together.leader_first():
         keys = keys | (keys_of_coreset or {})

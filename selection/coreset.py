@@ -3,6 +3,7 @@
     python coreset.py --config_path ../configs/demo.yaml        # in selection/
     python coreset.py --config_path ../configs/demo.yaml --method grand el2n ccs d2 --rate 0.1 0.2
     python coreset.py --scores small.parquet --target_scores target.parquet --rate 0.1 0.2 --out coresets
+    python coreset.py --config_path ../configs/demo.yaml --method rds --dev my_task.jsonl --rate 0.1
     python coreset.py --method d2 --scores target.parquet --features F.npy --rate 0.1 --out coresets
 
 Needs scores: with --config_path those of the experiment's run folder, and its verification (random and rs2: the data
@@ -29,7 +30,16 @@ from selection.method.quotas import Rule, choose_by_rule
 from selection.method.staff import choose_staff
 from selection.rows.split import training_split
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
-from selection.run.config import ANY_SCORES, NO_SCORES, Experiment, Method, Selection, load_experiment, validated
+from selection.run.config import (
+    ANY_SCORES,
+    NO_SCORES,
+    SMALL_RULES,
+    Experiment,
+    Method,
+    Selection,
+    load_experiment,
+    validated,
+)
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
@@ -49,6 +59,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Experiment | None, Selection]
         "target_scores": "staff: target scores, at least of the drawn samples; default: none",
         "verification": "staff: verification.json instead of --target_scores; default: the run folder's",
         "features": "d2, moderate: N x d array (.npy) instead of the column hidden_state; default: none",
+        "dev": "rds: rows of the task that is meant, a file in the form of dataset_format; required by rds",
         "out": "folder for the coresets; default: coresets/ in the run folder; required without --config_path",
     }.items():
         parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=text)
@@ -64,6 +75,8 @@ def parse_arguments() -> tuple[argparse.Namespace, Experiment | None, Selection]
     arguments = parser.parse_args()
     if arguments.features and not {"d2", "moderate"} & set(arguments.method or []):
         raise UserError("--features is read by --method d2 and moderate alone: leave it out or ask for one of them")
+    if arguments.dev and not arguments.config_path:
+        raise UserError("--dev is read with the models of an experiment: give --config_path with it")
     experiment, selection = None, Selection(methods=["staff"])
     if arguments.config_path:
         experiment = load_experiment(arguments.config_path, arguments.set)
@@ -76,6 +89,8 @@ def parse_arguments() -> tuple[argparse.Namespace, Experiment | None, Selection]
     elif arguments.scores is None or not arguments.rate or arguments.out is None:
         raise UserError("give --config_path, or --scores, --rate and --out (see --help)")
     arguments.method = arguments.method or selection.methods
+    if ("rds" in arguments.method) != bool(arguments.dev):
+        raise UserError("rds chooses by the rows of --dev FILE, and nothing else reads it: give both or neither")
     given = {name: value for name in _KEYS if (value := getattr(arguments, name)) is not None}
     return arguments, experiment, validated(selection, given)
 
@@ -116,6 +131,10 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     if "hidden_state" in columns and arguments.features:
         features = read_features(arguments.features, scores.num_rows)
         scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
+    if method == "rds":
+        from selection.scores.dev_set import features_of_rows  # the only rule that loads a model
+
+        scores.columns["dev"] = features_of_rows(experiment, arguments.dev)
     quotas, strata, coresets = quotas_of(experiment, scores), None, []
     with refusals():
         if method == "staff":
@@ -161,9 +180,11 @@ def scores_of(experiment: Experiment, method: str) -> Path | None:
     """The scores of a run folder that a method reads. Random and Length only count rows and tokens: any will do, and
     for Random none (None)."""
     small, tuned = experiment.small_scores, experiment.tuned_target_scores
+    if method in ("staff", *SMALL_RULES):
+        return small
     if method in NO_SCORES and not small.exists() and not tuned.exists():
         return None
-    if method == "staff" or (method in ANY_SCORES and (small.exists() or not tuned.exists())):
+    if method in ANY_SCORES and (small.exists() or not tuned.exists()):
         return small
     if not tuned.exists():
         how = "run finetune.py and effort_score.py with --model target"

@@ -14,8 +14,10 @@ from selection.run.ending import run_stage
 
 import numpy as np
 
+from selection.method.baselines import columns_of
 from selection.rows.split import training_split
 from selection.run.cli import argument_parser, load_scoring_arguments
+from selection.run.config import SMALL_RULES
 from selection.run.errors import UserError
 from selection.run.ledger import SPECULATIVE_SCORES, TARGET_SCORES
 from selection.run.log import say
@@ -23,6 +25,7 @@ from selection.scores.checks import check_machine, check_models, check_rows
 from selection.scores.coresets import check_quotas
 from selection.scores.folder import MORE_COLUMNS
 from selection.scores.identity import check_run
+from selection.scores.losses import LOSSES, passes_of
 from selection.scores.scoring import score_rows
 
 
@@ -34,14 +37,18 @@ def main() -> None:
     dry_run, borrows = arguments.dry_run, arguments.model == "small" and experiment.borrows
     if arguments.model == "small":
         model, tuned, folder = experiment.small_model, experiment.tuned_small, experiment.small_scores
-        stage = SPECULATIVE_SCORES
+        stage, rules = SPECULATIVE_SCORES, [rule for rule in SMALL_RULES if rule in experiment.selection.methods]
+        read = {name for rule in rules for name in columns_of(rule, "published")}  # more than STAFF does
+        columns = [name for name in MORE_COLUMNS if name in read.union(experiment.selection.columns)]
     else:
         model, tuned, folder = experiment.target_model, experiment.tuned_target("full"), experiment.tuned_target_scores
-        stage, experiment.selection.columns = TARGET_SCORES, list(MORE_COLUMNS)
+        stage, columns = TARGET_SCORES, [name for name in MORE_COLUMNS if name not in LOSSES]
     ready = tuned is None or tuned.exists()
     if not (ready or borrows or dry_run):
         how = f"finetune.py --model {arguments.model} with this configuration"
         raise UserError(f"the {arguments.model} model is not tuned yet (no {tuned}): run {how}")
+    if "loss_by_pass" in columns and ready and not borrows:
+        passes_of(tuned)
     if not dry_run and not folder.exists():
         check_machine(experiment)
         check_models(experiment)
@@ -55,7 +62,7 @@ def main() -> None:
     if borrows:
         (print if dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
         return
-    score_rows(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage, dry_run)
+    score_rows(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage, dry_run, columns)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,23 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from conftest import run_script, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from selection.method import rules
+from selection.rows.split import split_numbers, training_split
+from selection.rows.tokens import empty_turn, tokenised_rows
+from selection.run.config import load_experiment
+from selection.run.ledger import SPECULATIVE_TUNING, selection_costs
+from selection.scores.coresets import read_coreset
+from selection.scores.folder import read_scores
+from selection.scores.losses import passes_of
+
+SELECTION = {"rates": [0.5], "num_strata": 4, "verify_per_stratum": 2, "precision": "fp32"}
 
 
 def some(seed: int, n: int = 60):
@@ -52,26 +65,26 @@ def test_scores_are_the_formulas_of_their_papers():
     assert rules.by_score(rules.middle(np.array([5.0, 1.0, 3.0, 9.0, 2.0])))(3, None).rows.tolist() == [0, 2, 4]
 
 
-def test_s2l_and_coverage_take_from_every_cluster():
-    rng = np.random.default_rng(0)
-    centres = np.array([[0.0, 0, 0], [10, 0, 0], [0, 10, 0]])
-    cluster = np.repeat([0, 1, 2], [60, 30, 10])
-    features = centres[cluster] + rng.normal(scale=0.1, size=(100, 3))
-    for rule, counts in (
-        (rules.s2l(features, 3, 1), [10, 10, 10]),
-        (rules.coverage(features, 3, 1), [18, 9, 3]),
-        (rules.learning_percentage(np.full(100, 2.0), np.linspace(1, 3, 100), features, 3, 1), [18, 9, 3]),
+def test_s2l_learning_percentage_and_coverage_choose_in_clusters():
+    features = np.random.default_rng(0).normal(size=(100, 3))
+    cluster, distance = rules.clusters_of(features, 1)
+    centres = np.array([features[cluster == c].mean(0) for c in range(10)])
+    to_centres = np.linalg.norm(features[:, None] - centres, axis=2)
+    assert cluster.max() == 9 and distance == pytest.approx(to_centres[np.arange(100), cluster])
+    assert (distance <= to_centres.min(1) + 0.05).all()  # 20 iterations come near to the best
+    sizes, untuned, first_pass = np.bincount(cluster), np.full(100, 2.0), np.linspace(1, 3, 100)
+    by_pass = rules.s2l(features, 1)(30, None).rows
+    assert (np.bincount(cluster[by_pass]) >= np.minimum(sizes, 3)).all() and len(by_pass) == 30
+    for rule, keys in (
+        (rules.coverage(features, 1), distance),
+        (rules.learning_percentage(untuned, first_pass, features, 1), -first_pass),  # the loss fell least
     ):
-        assert np.bincount(cluster[rule(30, None).rows]).tolist() == counts
-    assert rules.s2l(features, 3, 1)(30, None).rows.tolist() == rules.s2l(features, 3, 1)(30, None).rows.tolist()
-    nearest = rules.coverage(features, 3, 1)(30, None).rows
-    distance = np.linalg.norm(features - np.array([features[cluster == c].mean(0) for c in cluster]), axis=1)
-    assert all(
-        distance[nearest[cluster[nearest] == c]].max() <= np.sort(distance[cluster == c])[n - 1] + 1e-9
-        for c, n in enumerate([18, 9, 3])
-    )
-    # Lowest learning percentage: the loss grew most.
-    assert rules.learning_percentage(np.full(100, 2.0), np.linspace(3, 1, 100), features, 3, 1)(30, None).rows[0] == 0
+        chosen = rule(30, None).rows
+        assert len(chosen) == 30
+        for c, size in enumerate(sizes):
+            own = chosen[cluster[chosen] == c]
+            assert math.floor(0.3 * size + 1e-9) <= len(own) <= math.ceil(0.3 * size)
+            assert set(own) == set(sorted(np.flatnonzero(cluster == c), key=lambda row: keys[row])[: len(own)])
 
 
 def test_rds_takes_in_turns_what_is_nearest_to_the_dev_rows():
@@ -85,3 +98,73 @@ def test_rds_takes_in_turns_what_is_nearest_to_the_dev_rows():
     assert rules.rds(pool, dev)(11, None).rows.tolist() == sorted(literal)
     within = np.arange(40) % 2 == 0
     assert (rules.rds(pool, dev)(20, within).rows == np.arange(0, 40, 2)).all()
+
+
+def test_every_rule_from_a_tuned_small_model(make_experiment, rows, tmp_path):
+    """The losses are transformers' own on the untuned model and on each pass's LoRA; efforts stay as they are."""
+    names = ["ifd", "middle", "davir", "s2l", "learning_percentage", "clusters"]
+    three = {"small_training": {"num_train_epochs": 3}}
+    plain = make_experiment(rows, "plain", output_dir=str(tmp_path / "plain"), **three)
+    config = make_experiment(rows, selection=SELECTION | {"methods": names}, **three)
+    for path in (plain, config):
+        run_script("finetune/finetune.py", "--config_path", path)
+        run_script("selection/effort_score.py", "--config_path", path)
+    experiment, without = load_experiment(config), load_experiment(plain)
+    columns = ("effort", "loss", "loss_untuned", "loss_without_prompt", "loss_by_pass", "hidden_state")
+    scores = read_scores(experiment.small_scores, columns)
+    assert (scores.effort == read_scores(without.small_scores).effort).all()
+    base = AutoModelForCausalLM.from_pretrained(experiment.small_model, dtype=torch.float32)
+    tokenised = tokenised_rows(experiment, experiment.small_model, "train", training_split(experiment).rows)
+    before, _ = empty_turn(experiment, experiment.small_model)
+
+    def losses(model, alone=False):
+        found = []
+        for row in tokenised:
+            ids, labels = row["input_ids"], row["labels"]
+            if alone:
+                labels = [label for label in labels if label != -100]
+                ids, labels = before + labels, [-100] * len(before) + labels
+            found.append(model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item())
+        return pytest.approx(found, abs=1e-4)
+
+    with torch.no_grad():
+        assert scores.columns["loss_untuned"] == losses(base)
+        assert scores.columns["loss_without_prompt"] == losses(base, alone=True)
+        for number, folder in enumerate(passes_of(experiment.tuned_small)):
+            tuned = PeftModel.from_pretrained(base, folder)
+            assert scores.columns["loss_by_pass"][:, number] == losses(tuned)
+            base = tuned.unload()
+    assert scores.columns["loss_by_pass"][:, 2] == pytest.approx(scores.columns["loss"], abs=1e-5)
+
+    train = split_numbers(experiment)["train"]
+    dev = write_jsonl(tmp_path / "dev.jsonl", [rows[row] for row in train[:2]])
+    run_script("selection/coreset.py", "--config_path", config)
+    run_script("selection/coreset.py", "--config_path", config, "--method", "rds", "--dev", dev, "--rate", 0.1)
+    for name in names:
+        assert len(read_coreset(experiment.coresets / f"{name}-0.5.json").indices) == 12
+    assert read_coreset(experiment.coresets / "rds-0.1.json").indices.tolist() == [0, 1]
+    costs = {name: {cost.stage for cost in selection_costs(experiment, name)} for name in names}
+    assert SPECULATIVE_TUNING in costs["s2l"] and SPECULATIVE_TUNING not in costs["ifd"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"small_training.num_train_epochs": 0, "selection.methods": '["davir"]'}, "what tuning changes"),
+        ({"training.finetuning_type": "full", "selection.methods": '["ifd"]'}, "finetuning_type must be lora"),
+        ({"selection.methods": '["rds"]'}, "--method rds --dev FILE"),
+    ],
+)
+def test_what_a_rule_cannot_read_is_said_before_anything_is_paid(make_experiment, rows, stage, changes, said):
+    pairs = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    code, _, error = stage("finetune.finetune", make_experiment(rows), *pairs)
+    assert code == 2 and said in error
+
+
+def test_a_speculator_without_its_passes_is_refused_by_rules_that_read_them(make_experiment, rows, stage):
+    config = make_experiment(rows)
+    assert stage("finetune.finetune", config)[0] == 0
+    code, _, error = stage("selection.effort_score", config, "--set", 'selection.methods=["s2l"]')
+    assert code == 2 and "has not kept the model after each pass" in error
+    code, _, error = stage("selection.coreset", config, "--method", "rds")
+    assert code == 2 and "--dev FILE" in error

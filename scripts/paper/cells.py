@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, NonNega
 from typing_extensions import TypedDict
 
 from selection.run import ledger
-from selection.run.config import NO_SCORES, REPOSITORY, Experiment, Grid, Method, load_experiment
+from selection.run.config import NO_SCORES, REPOSITORY, SMALL_RULES, Experiment, Grid, Method, load_experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.metrics import read_metrics
@@ -192,7 +192,8 @@ def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
     everything, and the baselines' selection by its scores; each coreset's tuning and evaluation."""
     methods, jobs, coresets = {cell.rule for cell in cells}, [], load(arguments).coresets
     unscored = methods & {*NO_SCORES, "oracle"}
-    selected = {"small": methods & {"staff"}, "target": methods - {"staff", "full", "length", *unscored}}
+    selected = {"small": methods & {"staff", *SMALL_RULES}}
+    selected["target"] = methods - {"full", "length", *unscored} - selected["small"]
     selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & {"length"}
     full = next((cell for cell in cells if cell.method == "full"), None)
     for model, scored in selected.items():

@@ -1,11 +1,13 @@
 """What STAFF is compared with: coresets by other rules, from stored scores.
 
-All but Random and Length read the scores of the target TUNED on the whole training split. `variant` decides EL2N's
-formula (and so CCS and D2); "published" CCS and D2 first drop the hardest ⌊hardest_cutoff · N⌋ rows by EL2N.
+All but Random, Length and the rules of rules.py read the scores of the target TUNED on the whole training split.
+`variant` decides EL2N's formula (and so CCS and D2); "published" CCS and D2 first drop the hardest ⌊hardest_cutoff · N⌋
+rows by EL2N.
 """
 
 import numpy as np
 
+from selection.method import rules
 from selection.method.d2 import d2_order
 from selection.method.quotas import Rule
 from selection.method.staff import RANDOM, Choice, choose_staff, lowest, random_ranks, stratify
@@ -16,6 +18,9 @@ def columns_of(method: str, variant: str) -> tuple[str, ...]:
     el2n = "el2n" if variant == "published" else "el2n_released"
     columns = {"random": (), "rs2": (), "length": ("n_response_tokens",), "grand": ("effort",), "entropy": ("entropy",)}
     columns |= {"moderate": ("hidden_state",), "el2n": (el2n,), "ccs": (el2n,), "d2": (el2n, "hidden_state")}
+    columns |= {"ifd": ("loss_untuned", "loss_without_prompt"), "middle": ("loss_untuned",)}
+    columns |= {"davir": ("loss_untuned", "loss"), "s2l": ("loss_by_pass",), "clusters": ("hidden_state",)}
+    columns |= {"learning_percentage": ("loss_untuned", "loss_by_pass", "hidden_state"), "rds": ("hidden_state",)}
     return columns[method]
 
 
@@ -24,9 +29,18 @@ def baseline(
 ) -> Rule:
     """The rule of `method`, with what all rates share (D2's graph) computed once.
 
-    `columns`: those of `columns_of`, (N,) each, hidden_state (N, d); `mode` concerns Length alone; `cutoff` is the
-    hardest_cutoff. Raises: ValueError, as `stratify` and `d2_order`."""
+    `columns`: those of `columns_of`, (N,) each, hidden_state (N, d), loss_by_pass (N, P), and for rds `dev` (D, d);
+    `mode` concerns Length alone; `cutoff` is the hardest_cutoff. Raises: ValueError, as `stratify` and `d2_order`."""
     values = [columns[name] for name in columns_of(method, variant)]
+    if method in ("ifd", "middle", "davir"):
+        return rules.by_score({"ifd": rules.ifd, "middle": rules.middle, "davir": rules.davir}[method](*values))
+    if method == "learning_percentage":
+        untuned, by_pass, features = values
+        return rules.learning_percentage(untuned, by_pass[:, 0], features, seed)
+    if method in ("s2l", "clusters"):
+        return {"s2l": rules.s2l, "clusters": rules.coverage}[method](*values, seed)
+    if method == "rds":
+        return rules.rds(*values, columns["dev"])
     if method != "length" and variant == "released":
         cutoff = 0.0
     if method in ("length", "ccs"):

@@ -3,6 +3,8 @@
 L is the mean response loss of a row, L0 before tuning, L_e after pass e. Each rule is a function from m to m rows.
 """
 
+import math
+
 import numpy as np
 from sklearn.cluster import KMeans
 
@@ -36,9 +38,11 @@ def middle(loss_untuned: np.ndarray) -> np.ndarray:
     return -np.abs(ranks - (len(ranks) - 1) / 2)
 
 
-def clusters_of(features: np.ndarray, num_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """k-means on `features` (N, d): cluster of each row (N,), and its distance from the cluster's centre (N,)."""
-    model = KMeans(min(num_clusters, len(np.unique(features, axis=0))), n_init=3, max_iter=20, random_state=seed)
+def clusters_of(features: np.ndarray, seed: int, most: int = 2**31) -> tuple[np.ndarray, np.ndarray]:
+    """k-means with √N clusters, at `most` so many, on `features` (N, d): cluster of each row (N,), and its distance
+    from the cluster's centre (N,)."""
+    count = min(most, max(1, round(math.sqrt(len(features)))), len(np.unique(features, axis=0)))
+    model = KMeans(count, n_init=3, max_iter=20, random_state=seed)
     cluster = model.fit_predict(features.astype(np.float64))
     return cluster, np.linalg.norm(features - model.cluster_centers_[cluster], axis=1)
 
@@ -77,24 +81,22 @@ def in_proportion(cluster: np.ndarray, keys: np.ndarray) -> Rule:
     return rule
 
 
-def s2l(losses_by_pass: np.ndarray, num_clusters: int, seed: int) -> Rule:
+def s2l(losses_by_pass: np.ndarray, seed: int) -> Rule:
     """Small to large (Yang et al. 2024, 2403.07384): clusters of the rows' loss trajectories (N, passes), each an equal
     part of the coreset, at random inside."""
-    cluster, _ = clusters_of(losses_by_pass, num_clusters, seed)
+    cluster, _ = clusters_of(losses_by_pass, seed, most=100)
     return in_equal_parts(cluster, random_ranks(len(cluster), seed, RANDOM))
 
 
-def learning_percentage(
-    loss_untuned: np.ndarray, loss_first_pass: np.ndarray, features: np.ndarray, num_clusters: int, seed: int
-) -> Rule:
+def learning_percentage(loss_untuned: np.ndarray, loss_first_pass: np.ndarray, features: np.ndarray, seed: int) -> Rule:
     """(P0 − P1) / P0 of perplexities (Mekala et al. 2024, 2402.10430): the lowest in each cluster of `features`."""
-    cluster, _ = clusters_of(features, num_clusters, seed)
+    cluster, _ = clusters_of(features, seed)
     return in_proportion(cluster, 1 - np.exp(loss_first_pass - loss_untuned))
 
 
-def coverage(features: np.ndarray, num_clusters: int, seed: int) -> Rule:
+def coverage(features: np.ndarray, seed: int) -> Rule:
     """Clusters of hidden states (N, d) in proportion to their size, the rows nearest to the centre."""
-    return in_proportion(*clusters_of(features, num_clusters, seed))
+    return in_proportion(*clusters_of(features, seed))
 
 
 def rds(features: np.ndarray, wanted: np.ndarray) -> Rule:

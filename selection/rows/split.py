@@ -207,14 +207,14 @@ def _identify(experiment: Experiment) -> TrainingSplit:
 
 
 def _make_split(experiment: Experiment, made_from: dict) -> None:
-    with _pooled_rows(experiment, experiment.data_sets) as (rows, counts):
+    with pooled_rows(experiment, experiment.data_sets) as (rows, counts):
         if len(rows) < 2:
             raise UserError(f"dataset {experiment.dataset_paths} has {len(rows)} usable rows: a split needs at least 2")
         numbers = split_numbers(experiment, len(rows))
         for name in _PARTS:
             write_dataset(experiment, name, rows.select(numbers[name]))
     if experiment.eval_set:
-        with _pooled_rows(experiment, experiment.eval_set) as (held_out, _):
+        with pooled_rows(experiment, experiment.eval_set) as (held_out, _):
             write_dataset(experiment, "eval", held_out)
     files = [products.file_digest(split_path(experiment, name)) for name in _PARTS]
     record = {"made_from": made_from, "fingerprint": _identify(experiment).fingerprint, "files": files}
@@ -225,7 +225,7 @@ def _make_split(experiment: Experiment, made_from: dict) -> None:
 
 
 @contextlib.contextmanager
-def _pooled_rows(experiment: Experiment, sets: list[DataSet]) -> Iterator[tuple["datasets.Dataset", list[int]]]:  # noqa: F821
+def pooled_rows(experiment: Experiment, sets: list[DataSet]) -> Iterator[tuple["datasets.Dataset", list[int]]]:  # noqa: F821
     """The rows of `sets` in `row_format`, in the order given, and how many each has. They stay on disk."""
     from datasets import Value, concatenate_datasets
 

@@ -32,7 +32,9 @@ _NOT_FOR_TUNING = {
     "swanlab_logdir", "push_to_hub", "hub_model_id", "export_hub_model_id", "generation_config",
 }  # fmt: skip
 
-Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy"]
+# They read the small model's scores, as STAFF does.
+SMALL_RULES = ("ifd", "middle", "davir", "s2l", "learning_percentage", "clusters", "rds")
+Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy", *SMALL_RULES]
 NO_SCORES = ("random", "rs2")  # they count rows alone
 ANY_SCORES = (*NO_SCORES, "length")  # rows and tokens alone; other baselines read the tuned target
 Mode = Literal["paper", "released", "extended"]
@@ -60,8 +62,9 @@ class Selection(Section):
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"
     # residual (extended alone): stratify what response length leaves unexplained of the effort scores. (ours)
     length_control: Literal["none", "residual"] = "none"
-    # Coresets to cut; all but staff, random, rs2 and length read the tuned target's scores. rs2: a fresh random subset
-    # for each pass of target_training. (paper; released: moderate, entropy; ours: length, rs2)
+    # Coresets to cut. staff, length and the rules from ifd on read the small model's scores, random and rs2 none, all
+    # others the tuned target's. rs2: a fresh random subset for each pass of target_training. (paper; released:
+    # moderate, entropy; ours: length, rs2 and the rules from ifd on, selection/method/rules.py)
     methods: list[Method] = Field(default=["staff", "random"], min_length=1)
     # EL2N, CCS and D2 of their papers or of the authors' code; by_mode: released under released. (ours)
     variant: Literal["by_mode", "published", "released"] = "by_mode"
@@ -76,7 +79,8 @@ class Selection(Section):
     phi: Literal["v_lora_b", "v_weight", "last_layer", "all_lora"] = "v_lora_b"
     phi_rank: PositiveInt = 81  # r of v_lora_b's LoRA (released)
     phi_alpha: PositiveInt = 16  # α of v_lora_b's LoRA (released)
-    # More columns of the score files, from the same pass (EffortScorer in selection/method/effort.py). (ours)
+    # More columns of the score files, from the same pass (EffortScorer in selection/method/effort.py); those that
+    # `methods` read are there anyway. (ours)
     columns: list[Literal["el2n", "el2n_released", "entropy", "hidden_state"]] = []
     # Number format of scoring; auto: bf16 where the device computes in it, else fp32. (ours)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -208,6 +212,18 @@ class Experiment(Section):
         if type(passes := keys.get("num_train_epochs", 0)) not in (int, float) or not 0 <= passes < math.inf:
             raise ValueError("num_train_epochs must be a number, not below 0")
         return keys
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> "Experiment":
+        keys, later = self.training | self.small_training, {"davir", "s2l", "learning_percentage"}
+        for method in self.selection.methods:
+            if method == "rds":
+                raise ValueError("rds chooses by a file of its own: call coreset.py with --method rds --dev FILE")
+            if method in {"ifd", "middle", *later} and keys.get("finetuning_type", "lora") != "lora":
+                raise ValueError(f"{method} reads losses with and without the tuned LoRA: finetuning_type must be lora")
+            if method in later and not self.passes(self.small_training):
+                raise ValueError(f"{method} reads what tuning changes: small_training.num_train_epochs must be above 0")
+        return self
 
     @model_validator(mode="after")
     def _check_data_sets(self) -> "Experiment":

@@ -19,7 +19,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from selection.run.config import ANY_SCORES, Experiment, from_repository
+from selection.run.config import ANY_SCORES, SMALL_RULES, Experiment, from_repository
 from selection.run.errors import UserError
 from selection.run.log import say
 from selection.run.processes import processes
@@ -155,15 +155,17 @@ def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
     """What a method's selection cost: one entry a stage, the last where it was done again. All rates share it.
 
     STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them;
-    verification. A baseline that reads the tuned target's scores: tuning on everything, and these scores."""
+    verification. A rule on the small model's scores: the same without verification, ifd and middle also without tuning.
+    A baseline that reads the tuned target's scores: tuning on everything, and these scores."""
     ours, paid = read_ledger(experiment.folder), []
-    if method == "staff":
+    if method == "staff" or method in SMALL_RULES:
         theirs, n = read_ledger(experiment.speculative_folder), sharing_runs(experiment)
-        paid = _cutting(experiment) + (_last(theirs, SPECULATIVE_TUNING) if experiment.tuned_small else [])
+        tuned = experiment.tuned_small and method not in ("ifd", "middle")  # these read the untuned model
+        paid = _cutting(experiment) + (_last(theirs, SPECULATIVE_TUNING) if tuned else [])
         paid += _scoring(theirs, SPECULATIVE_SCORES)
         if n > 1:
             paid = [replace(c, samples=c.samples / n, tokens=c.tokens / n, seconds=c.seconds / n) for c in paid]
-        paid += _scoring(ours, VERIFICATION)
+        paid += _scoring(ours, VERIFICATION) if method == "staff" else []
     elif method not in ANY_SCORES:
         paid = _last(ours, TARGET_TUNING, "full") + _scoring(ours, TARGET_SCORES)
     return paid + _last(ours, CORESETS, method)

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from selection.method.effort import EffortScorer
 from selection.method.phi import NoPhi, decoder_of
 from selection.method.staff import coreset_size, floor_share
-from selection.run.config import ANY_SCORES, Experiment
+from selection.run.config import ANY_SCORES, SMALL_RULES, Experiment
 from selection.run.errors import UserError, refusals
 from selection.run.log import say, warn
 from selection.run.model_folder import model_path
@@ -54,7 +54,7 @@ def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
                 raise UserError(f"{cannot}: give small_training.num_train_epochs=0, or another small model")
             warn(f"{cannot}: coresets can be cut for it, and exported; nothing here will tune on them")
         _try_small(config, model, experiment, keys)
-    later = ", ".join(method for method in settings.methods if method not in ("staff", *ANY_SCORES))
+    later = ", ".join(method for method in settings.methods if method not in ("staff", *ANY_SCORES, *SMALL_RULES))
     if later and not experiment.tuned_target_scores.exists():
         say(f"{later}: need the tuned target's scores: run finetune.py and effort_score.py with --model target too")
 

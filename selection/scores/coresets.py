@@ -23,7 +23,7 @@ from selection.scores.folder import Scores
 PUBLISHED_ROWS = {"BioInstruct": 22_504, "DialogSum": 13_014, "WMT-19 kk-en": 115_784}
 PUBLISHED_RATES = (0.8, 0.5, 0.3, 0.2, 0.1)
 # Names of a run folder's own data sets, tuned targets and records.
-_RESERVED = ("train", "eval", "full", "untuned", "split", "dataset_info")
+_RESERVED = ("train", "eval", "dev", "full", "untuned", "split", "dataset_info")
 
 
 @dataclass(frozen=True)

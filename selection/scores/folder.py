@@ -37,7 +37,11 @@ MORE_COLUMNS = {
     "el2n_released": pa.float64(),
     "entropy": pa.float64(),  # nats
     "hidden_state": pa.list_(pa.float32()),  # (d,)
+    "loss_untuned": pa.float64(),  # L0: `loss` before the small model is tuned (losses.py has these three)
+    "loss_without_prompt": pa.float64(),  # the same behind an empty prompt
+    "loss_by_pass": pa.list_(pa.float32()),  # (P,): L_e after each tuning pass e
 }
+_LISTS = [name for name, kind in MORE_COLUMNS.items() if pa.types.is_list(kind)]
 
 _NONE = np.empty(0, dtype=np.int64)
 _Batch = Annotated[list[NonNegativeInt], Field(min_length=1)]  # row numbers
@@ -49,7 +53,7 @@ class Scores:
     """Scores by row. Rows whose loss or score is not finite are `left_out`, and not in `index`."""
 
     index: np.ndarray  # (n,) int64, ascending, unique
-    columns: dict[str, np.ndarray]  # each (n,) float64, finite, not negative; hidden_state (n, d) float32, finite
+    columns: dict[str, np.ndarray]  # each (n,) float64, finite, not negative; lists (n, d) float32, finite
     ids: list[str] | None  # None too where they were not asked for
     fingerprint: str | None  # of the training split; None for plain files
     num_rows: int | None  # N, of the training split; None for plain files
@@ -133,7 +137,7 @@ def read_scores(path: Path, columns: Sequence[str] = ("effort",), ids: bool = Tr
     names = table["id"].take(pa.array(order)).to_pylist() if "id" in table.column_names else None
     del table, order
     for name, values in figures.items():
-        if name == "hidden_state":
+        if name in _LISTS:
             check_features(values, index, str(path))
         elif len(bad := np.flatnonzero(~(np.isfinite(values) & (values >= 0)))):
             todo = "it must be finite and not negative: score such rows again or leave them out of the data"
@@ -218,7 +222,7 @@ def _open(path: Path, names: list[str]) -> pa.Table:
 _COLUMNS = {  # what they must hold; every other column: numbers
     "index": (pa.int64(), "row numbers of the training split: 0, 1, 2, …"),
     "id": (pa.large_string(), "text"),
-    "hidden_state": (pa.list_(pa.float32()), "lists of numbers"),
+    **{name: (MORE_COLUMNS[name], "lists of numbers") for name in _LISTS},
 }
 
 
@@ -230,7 +234,7 @@ def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
     kind, what = _COLUMNS.get(name, (pa.float64(), "numbers"))
     try:
         stored = table[name].type
-        if name not in ("id", "hidden_state") and not (pa.types.is_integer(stored) or pa.types.is_floating(stored)):
+        if name not in ("id", *_LISTS) and not (pa.types.is_integer(stored) or pa.types.is_floating(stored)):
             raise pa.ArrowInvalid
         column = table[name].cast(kind, safe=name in ("index", "id"))
         if name == "index" and (column.null_count or (pa.compute.min(column).as_py() or 0) < 0):

@@ -1,12 +1,12 @@
 """Figures of every row from one pass of an untuned model: effort, loss with and without the prompt, hidden state."""
 
 import numpy as np
-import torch
 
-from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, token_losses, tokens_per_batch
+from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.method.length_control import length_residual
 from selection.run.errors import refusals
 from selection.run.log import progress_bar
+from selection.scores.losses import losses_without_prompt
 
 COLUMNS = ("el2n", "entropy", "hidden_state")  # that the scorer has to be made with
 _Sample = tuple[tuple[int, ...], tuple[int, ...]]  # token ids and labels
@@ -25,7 +25,7 @@ def row_figures(
         n_response_tokens.
     """
     known, budget = {} if known is None else known, tokens_per_batch("v_lora_b", scorer.device)
-    (before, after), end = around, max(1, len(around[1]))
+    after, end = around[1], max(1, len(around[1]))
     samples = [(tuple(row["input_ids"]), tuple(row["labels"])) for row in tokenised]
     responses = {sample: [label for label in sample[1] if label != IGNORED_LABEL] for sample in samples}
     missing = [sample for sample in responses if sample not in known]
@@ -35,12 +35,7 @@ def row_figures(
             ids, labels = zip(*batch, strict=True)
             with refusals():
                 figures = scorer.score(ids, labels)
-            alone = [before + responses[sample] for sample in batch]
-            losses = token_losses(scorer.model, alone, [_ignored(len(before)) + responses[sample] for sample in batch])
-            lengths = [len(responses[sample]) for sample in batch]
-            figures["loss_without_prompt"] = losses.double().sum(1) / torch.tensor(lengths, device=losses.device)
-            places = [len(own) - 1 for own in alone]
-            figures["end_loss"] = torch.stack([each[n - end : n].sum() for each, n in zip(losses, places, strict=True)])
+            figures |= losses_without_prompt(scorer.model, labels, around)
             for number, sample in enumerate(batch):
                 known[sample] = {name: values[number].cpu().numpy() for name, values in figures.items()}
             progress.update(len(batch))
@@ -70,7 +65,3 @@ def suspicions(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "similarity to the nearest row": nearest.max(1),
         "distance from the mean row": -(hidden @ hidden.mean(0)),
     }
-
-
-def _ignored(count: int) -> list[int]:
-    return [IGNORED_LABEL] * count

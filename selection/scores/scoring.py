@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.rows.split import TrainingSplit
-from selection.rows.tokens import check_embeddings, tokenised_split
+from selection.rows.tokens import check_embeddings, empty_turn, tokenised_split
 from selection.rows.tokens import lengths as lengths_of
 from selection.run.config import Experiment
 from selection.run.device import device_name
@@ -22,6 +22,7 @@ from selection.run.processes import processes, shards
 from selection.run.products import check_same_everywhere, held
 from selection.scores.folder import ScoreFolder
 from selection.scores.identity import placement, score_identity, tuning_lora, write_experiment
+from selection.scores.losses import LOSSES, LossScorer, passes_of
 from selection.scores.models import count_parameters, load_for_scoring, with_fresh_lora
 from selection.scores.self_test import self_test
 from selection.scores.within_memory import score_within_memory
@@ -54,8 +55,10 @@ def score_rows(
     folder: Path,
     stage: str,
     dry_run: bool = False,
+    columns: list[str] | None = None,
 ) -> None:
-    """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already; `dry_run`: only say so.
+    """Score `rows` on `model` (with its `tuned` adapter) unless `folder` holds them already; `dry_run`: only say so;
+    `columns`: of MORE_COLUMNS, by default the configuration's.
 
     Under torchrun every process scores its share of the parts. A row without a finite loss or score is named and gets
     the score NaN. Released: scores are doubled, as by the released code's two backward passes per sample.
@@ -66,7 +69,8 @@ def score_rows(
     with held(folder) if together.leads and not dry_run else contextlib.nullcontext():
         with together.leader_first():
             identity = score_identity(experiment, split, model, tuned)
-            store = ScoreFolder(folder, identity, len(split.rows), experiment.selection.columns)
+            columns = experiment.selection.columns if columns is None else columns
+            store = ScoreFolder(folder, identity, len(split.rows), columns)
             if dry_run:
                 missing = len(store.missing(rows))
                 would = f"would score {missing} of {len(rows)} rows on {model} ->" if missing else "reusing"
@@ -125,8 +129,13 @@ def _load_scorer(job: _Job, cost: Cost) -> EffortScorer:
     if settings.phi == "all_lora" and not isinstance(loaded, PeftModel):
         loaded = with_fresh_lora(loaded, **tuning_lora(keys), seed=settings.seed)
     phi = settings.phi, settings.phi_rank, settings.phi_alpha, settings.seed
+    columns = job.store.manifest["columns"]
     with refusals():
-        return EffortScorer(loaded, *phi, columns=job.store.manifest["columns"])
+        if not set(columns) & set(LOSSES):
+            return EffortScorer(loaded, *phi, columns=columns)
+        passes = passes_of(job.tuned) if "loss_by_pass" in columns else []
+        around = empty_turn(job.experiment, job.model)
+        return LossScorer(loaded, *phi, columns=columns, around=around, passes=passes)
 
 
 def _score_parts(job: _Job, scorer: EffortScorer, parts: list, tokenised: Dataset, cost: Cost) -> None:

@@ -1,0 +1,35 @@
+"""Features of rows that stand for the task that is meant: a dev set, which rds compares the pool with."""
+
+from pathlib import Path
+
+import numpy as np
+
+from selection.method.effort import EffortScorer, plan_batches, tokens_per_batch
+from selection.rows.split import pooled_rows, write_dataset
+from selection.rows.tokens import lengths, tokenised_rows
+from selection.run.config import DataSet, Experiment
+from selection.run.device import choose_precision
+from selection.run.model_folder import model_path
+from selection.scores.models import load_for_scoring
+from selection.scores.within_memory import score_within_memory
+
+
+def features_of_rows(experiment: Experiment, path: Path) -> np.ndarray:
+    """Mean last hidden state (D, d) of the responses in a data file, by the speculative model that scores the run.
+
+    Writes the rows into the run folder as the data set `dev`. Raises: UserError for a file that cannot be read."""
+    dev = DataSet(path=str(path.resolve()), dataset_format=experiment.dataset_format)
+    with pooled_rows(experiment, [dev]) as (rows, _):
+        write_dataset(experiment, "dev", rows)
+        tokenised = tokenised_rows(experiment, experiment.small_model, "dev", rows)
+    settings = experiment.selection
+    precision = choose_precision(settings.precision)
+    model = load_for_scoring(model_path(experiment.small_model), experiment.tuned_small, precision)
+    scorer = EffortScorer(model, columns=("hidden_state",))
+    budget = scorer.largest_batch = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
+    features = {}
+    for batch in plan_batches(range(len(tokenised)), lengths(tokenised), budget):
+        samples, names = tokenised[batch], [f"row {row} of {path}" for row in batch]
+        scores = score_within_memory(scorer, samples["input_ids"], samples["labels"], names)
+        features |= dict(zip(batch, scores["hidden_state"].numpy(), strict=True))
+    return np.stack([features[row] for row in range(len(tokenised))])
