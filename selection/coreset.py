@@ -27,7 +27,6 @@ import numpy as np
 
 from selection.method.baselines import baseline, columns_of, rs2
 from selection.method.quotas import Rule, choose_by_rule
-from selection.method.staff import choose_staff
 from selection.rows.split import training_split
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
 from selection.run.config import (
@@ -45,7 +44,14 @@ from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
 from selection.scores.folder import Scores, check_features, read_ids, read_scores
 from selection.scores.identity import check_run
-from selection.scores.verification import Settings, cut_strata, read_verification, stratified_score, verify
+from selection.scores.verification import (
+    Settings,
+    cut_strata,
+    read_verification,
+    staff_rule,
+    stratified_score,
+    verify,
+)
 
 # Options that are keys of `selection:`.
 _KEYS = ("mode", "variant", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed")
@@ -138,7 +144,7 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     quotas, strata, coresets = quotas_of(experiment, scores), None, []
     with refusals():
         if method == "staff":
-            rule, record, strata = staff_rule(arguments, scores, settings)
+            rule, record, strata = staff_and_record(arguments, scores, settings)
         else:
             rule, record = baseline_rule(method, scores, selection)
         for rate in arguments.rate:
@@ -192,30 +198,25 @@ def scores_of(experiment: Experiment, method: str) -> Path | None:
     return tuned
 
 
-def staff_rule(arguments: argparse.Namespace, scores: Scores, settings: Settings) -> tuple[Rule, dict, list]:
+def staff_and_record(arguments: argparse.Namespace, scores: Scores, settings: Settings) -> tuple[Rule, dict, list]:
     """STAFF's rule, what a coreset's file keeps of its settings, and the strata's `StratumRecord`s."""
     target_scores, verified = arguments.target_scores, arguments.verification
     if (target_scores is None) == (verified is None):
         raise UserError("STAFF needs either --target_scores or --verification beside --scores")
-    speculative = stratified_score(scores, settings).effort
-    strata = cut_strata(speculative, settings)
+    by = stratified_score(scores, settings)
+    speculative, strata = by.effort, cut_strata(by.effort, settings, by.columns)
     if verified is not None:
         records, of_target = read_verification(verified, settings, scores)
         if [record.size for record in records] != list(map(len, strata.members)):
             raise UserError(f"{verified} is damaged: its strata are not those of the scores: run verify.py again")
     else:
-        target = read_scores(target_scores, settings.columns, ids=False)
+        target = read_scores(target_scores, settings.target_columns, ids=False)
         same = target.fingerprint == scores.fingerprint or None in (target.fingerprint, scores.fingerprint)
         if not same or target.index[-1] >= scores.num_rows:
             why = f"it scores row {target.index[-1]} of {scores.num_rows}" if same else "fingerprints differ"
             raise UserError(f"{target.source} and {scores.source} are scores of different data ({why})")
         records, of_target = verify(speculative, target, settings, strata, scores.index), target.made_by
-    ratios = [record.verification_ratio for record in records]
-
-    def rule(m: int, within: np.ndarray | None):
-        return choose_staff(speculative, strata.within(within), ratios, m, settings.rules, settings.seed)
-
-    return rule, {**settings.record, "target": of_target}, records
+    return staff_rule(by, strata, records, settings), {**settings.record, "target": of_target}, records
 
 
 def baseline_rule(method: str, scores: Scores, selection: Selection) -> tuple[Rule, dict]:

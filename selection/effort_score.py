@@ -27,6 +27,7 @@ from selection.scores.folder import MORE_COLUMNS
 from selection.scores.identity import check_run
 from selection.scores.losses import LOSSES, passes_of
 from selection.scores.scoring import score_rows
+from selection.scores.verification import Settings
 
 
 def main() -> None:
@@ -38,8 +39,9 @@ def main() -> None:
     if arguments.model == "small":
         model, tuned, folder = experiment.small_model, experiment.tuned_small, experiment.small_scores
         stage, rules = SPECULATIVE_SCORES, [rule for rule in SMALL_RULES if rule in experiment.selection.methods]
-        read = {name for rule in rules for name in columns_of(rule, "published")}  # more than STAFF does
-        columns = [name for name in MORE_COLUMNS if name in read.union(experiment.selection.columns)]
+        read = {name for rule in rules for name in columns_of(rule, "published")}
+        read |= {*Settings.of(experiment.selection).columns, *experiment.selection.columns}
+        columns = [name for name in MORE_COLUMNS if name in read]
     else:
         model, tuned, folder = experiment.target_model, experiment.tuned_target("full"), experiment.tuned_target_scores
         stage, columns = TARGET_SCORES, [name for name in MORE_COLUMNS if name not in LOSSES]

@@ -40,7 +40,7 @@ def main() -> None:
         share_costs(experiment)
     scores = read_scores(experiment.small_scores, settings.columns, ids=False)
     speculative = stratified_score(scores.check_complete(), settings).effort
-    strata = cut_strata(speculative, settings)
+    strata = cut_strata(speculative, settings, scores.columns)
     rows = np.arange(len(split.rows))
     if settings.verify == "sampled":
         rows = np.sort(scores.index[np.concatenate(draw(strata, settings))])
@@ -49,7 +49,7 @@ def main() -> None:
     score_rows(experiment, split, experiment.target_model, None, rows, folder, VERIFICATION, arguments.dry_run)
     if arguments.dry_run or not processes().leads:
         return
-    target = read_scores(folder, settings.columns, ids=False).only(rows)  # not what earlier settings left there
+    target = read_scores(folder, settings.target_columns, ids=False).only(rows)  # not what earlier settings left there
     records = verify(speculative, target, settings, strata, scores.index)
     write_verification(experiment.verification, settings, scores, records, target)
     ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]

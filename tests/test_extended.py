@@ -1,5 +1,6 @@
-"""Mode extended: the published method with length control."""
+"""Mode extended: the published method with length control, other budgets, and other rows."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scripts.paper.cells import cells_of, load, stage_arguments
+from selection.method import extended
 from selection.method.length_control import length_residual
 from selection.method.staff import choose_staff, min_max_normalise
+from selection.report.annotated import annotated
 from selection.rows.split import training_split
 from selection.run.config import Selection, load_experiment, load_grid, validated
 from selection.run.errors import UserError
@@ -31,11 +34,13 @@ def scores_of(effort, tokens) -> Scores:
     return Scores(np.arange(len(effort)), columns, None, None, None, "scores")
 
 
-def test_length_control_is_refused_in_the_two_published_modes_and_adaptive_verification_in_all():
+def test_additions_are_refused_in_the_two_published_modes_and_adaptive_verification_in_all():
     assert validated(Selection(), {"mode": "extended", "length_control": "residual"}).length_control == "residual"
     for mode in ("paper", "released"):
         with pytest.raises(UserError, match=r"length_control.*give selection\.mode extended"):
             validated(Selection(), {"mode": mode, "length_control": "residual"})
+        with pytest.raises(UserError, match=r"budgets.*give selection\.mode extended"):
+            validated(Selection(), {"mode": mode, "budgets": "size"})
     with pytest.raises(UserError, match=r"^[^\n]*verify: [^\n]*verification was removed[^\n]*NOTES\.md[^\n]*$"):
         validated(Selection(), {"mode": "extended", "verify": "adaptive"})
 
@@ -101,6 +106,75 @@ def test_each_model_is_controlled_by_its_own_fit_over_the_rows_it_has_scored():
     ends = min_max_normalise(speculative[rows], speculative)
     by_hand = ends.min() + (ends.max() - ends.min()) * min_max_normalise(left, left)
     assert own_fit == pytest.approx(by_hand[:first].sum() / ends[:first].sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.floats(0, 5)), min_size=1, max_size=8), st.integers(1, 150))
+def test_proportional_budgets_fill_and_never_differ_from_the_share_by_more_than_rounding(strata, m):
+    sizes, weights = map(list, zip(*strata, strict=True))
+    budgets = extended.proportional_budgets(sizes, weights, m)
+    assert sum(budgets) == min(m, sum(sizes)) and all(0 <= b <= size for b, size in zip(budgets, sizes, strict=True))
+    for (b, size, weight), (c, _, other) in itertools.permutations(zip(budgets, sizes, weights, strict=True), 2):
+        if b < size and other > 1e-6:  # room was left: it has its share, measured by any stratum that was given one
+            assert b + 1 >= (c - 1) * weight / other * (1 - 1e-6)
+    assert extended.proportional_budgets([10, 20, 30], [10, 20, 30], 6) == [1, 2, 3]
+
+
+def test_calibrated_ratios_are_one_where_the_target_knows_what_the_small_model_does_or_nothing():
+    rng = np.random.default_rng(0)
+    ours = [rng.random(10) * 0.1 + low for low in (0.1, 0.3, 0.5, 0.7)]
+    counts, sums = np.array([10, 10, 10, 10, 0]), np.array([*map(np.sum, ours), np.nan])
+    linear = np.array([*(np.sum(0.2 + 0.5 * each) for each in ours), np.nan])
+    assert extended.calibrated_ratios(counts, sums, linear)[:4] == pytest.approx([1] * 4)
+    found = [
+        extended.calibrated_ratios(counts, sums, np.array([*rng.random((4, 10)).sum(1), np.nan])) for _ in range(500)
+    ]
+    assert np.mean(found, 0)[:4] == pytest.approx([1] * 4, abs=0.02) and np.isnan(found[0][4])
+    higher = linear * [1, 1.5, 1, 1, 1]  # what the target alone sees is left
+    assert extended.calibrated_ratios(counts, sums, higher)[:4].argmax() == 1
+
+
+def test_rows_nearest_to_centres_stand_for_different_clusters():
+    rng = np.random.default_rng(1)
+    centres = 10 * rng.normal(size=(5, 4))
+    features = centres[np.arange(100) % 5] + rng.normal(size=(100, 4))
+    rows = np.flatnonzero(np.arange(100) % 7 != 0)
+    taken = extended.nearest_to_centres(features, seed=3)(rows, 5)
+    assert sorted(taken % 5) == list(range(5)) and np.isin(taken, rows).all()
+    for row in taken:
+        own = rows[rows % 5 == row % 5]
+        distances = np.linalg.norm(features[own] - features[own].mean(0), axis=1)
+        assert row == own[distances.argmin()]
+    same = extended.nearest_to_centres(np.ones((9, 2)), seed=3)(np.arange(9), 4)
+    assert len(set(same)) == 4
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"budgets": "size"}, {"budgets": "neyman", "hardest_by": "loss_difference"}, {"budgets": "calibrated"},
+     {"within_stratum": "nearest", "hardest_by": "ifd"}],
+)  # fmt: skip
+def test_additions_in_the_stages(make_experiment, rows, tmp_path, keys):
+    """Each is recorded, and the coreset is cut again from its record, row by row with reasons."""
+    settings = {"mode": "extended", "num_strata": 3, "verify_per_stratum": 4, "rates": [0.5], "self_test": 0}
+    settings |= {"precision": "fp32", "hardest_cutoff": 0.2, **keys}
+    path = make_experiment(rows, small_training={"num_train_epochs": 0}, selection=settings)
+    for stage in ("effort_score", "verify", "coreset"):
+        run_main(f"selection.{stage}", "--config_path", path)
+    experiment, coreset = load_experiment(path), tmp_path / "run" / "coresets" / "staff-0.5.json"
+    record = json.loads(coreset.read_text())
+    assert keys.items() <= record.items() and len(record["indices"]) == 12
+    table = annotated(experiment, coreset).to_pandas()
+    assert table.chosen.sum() == 12 and table.reason.str.startswith("chosen").sum() == 12
+    scores = read_scores(experiment.small_scores, Settings.of(experiment.selection).columns)
+    if "hardest_by" in keys:
+        explained = scores.columns["loss_without_prompt"] - scores.columns["loss_untuned"]
+        explained *= scores.columns["n_response_tokens"] if keys["hardest_by"] == "loss_difference" else 1
+        dropped = table[table.split == "train"].set_index("index").stratum.isna()
+        assert set(dropped[dropped].index) == set(np.argsort(explained)[: int(0.2 * len(explained))])
+    if keys.get("budgets") == "size":
+        sizes, budgets = zip(*((s["size"], s["budget"]) for s in record["strata"]), strict=True)
+        assert list(budgets) == extended.proportional_budgets(sizes, sizes, 12)
 
 
 def test_length_control_in_the_stages(make_experiment, rows, tmp_path):

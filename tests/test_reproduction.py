@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from conftest import REPOSITORY, assert_one_line_error, run_script
@@ -24,7 +25,7 @@ def grid(**changes) -> Grid:
 
 def jobs(grid, runs, wanted=lambda cell: True):
     own = [cell for cell in cells_of(grid) if cell.seed == 3 and wanted(cell)]
-    return jobs_of(own, stage_arguments(grid, runs, CELL))
+    return jobs_of(own, *[stage_arguments(grid, runs, CELL)] * 2) if own else []
 
 
 def scripts(job: Job) -> list[str]:
@@ -43,23 +44,37 @@ def test_every_task_method_rate_and_seed_is_a_cell_and_full_has_one_a_seed(tmp_p
 
 
 def test_jobs_run_the_needed_stages_in_order_and_cells_wait_for_their_coresets(tmp_path):
-    small, full, *cells = jobs(grid(), tmp_path)
+    unscored, small, full, *cells = jobs(grid(), tmp_path)
+    assert scripts(unscored) == ["coreset.py"]
     assert scripts(small) == ["finetune.py", "effort_score.py", "verify.py", "coreset.py"]
-    assert small.commands[-1][-3:] == ["--method", "random", "staff"]
+    assert small.commands[-1][-2:] == ["--method", "staff"]
     assert scripts(full) == ["finetune.py", "effort_score.py", "coreset.py", "eval.py"]
     assert full.commands[0][-2:] == full.commands[1][-2:] == ["--model", "target"]
     assert full.commands[2][-2:] == ["--method", "ccs"] and full.cell == Cell("biology", "full", 1.0, 3)
     assert [scripts(job) for job in cells] == [["finetune-select.py", "eval.py"]] * 6
-    needed = {"random": small.name, "staff": small.name, "ccs": full.name}
+    needed = {"random": unscored.name, "staff": small.name, "ccs": full.name}
     assert {job.cell.method: job.needs for job in cells} == needed
     # Only what the methods need and what is not there is run.
     selection = ["finetune.py", "effort_score.py", "coreset.py"]
-    for methods, stages in (("full", ["finetune.py", "eval.py"]), ("random", selection), ("grand", selection)):
+    for methods, stages in (("full", ["finetune.py", "eval.py"]), ("ifd", selection), ("grand", selection)):
         made = jobs(grid(methods=[methods]), tmp_path)
         assert [scripts(job) for job in made if job.needs is None] == [stages]
     assert jobs(grid(), tmp_path, lambda cell: False) == []
     only = jobs(grid(), tmp_path, lambda cell: cell.method == "ccs" and cell.rate == 0.5)
     assert [scripts(job) for job in only] == [selection, ["finetune-select.py", "eval.py"]]
+
+
+def test_a_variant_of_staff_takes_the_scores_of_its_run_and_waits_for_them(tmp_path):
+    both = grid(methods=["staff", "staff_nearest", "staff_size"])
+    cell = Cell("biology", "staff_nearest", 0.1, 3)
+    arguments, lender = (stage_arguments(both, tmp_path, c) for c in (cell, replace(cell, method="staff")))
+    small, tuned = jobs_of([cell], arguments, lender, "biology-seed-3 small")
+    assert scripts(small) == ["finetune.py", "effort_score.py", "verify.py", "coreset.py"]
+    assert [lender[0] in command and command[1:] == lender for command in small.commands] == [True, True, False, False]
+    assert (small.needs, tuned.needs) == ("biology-seed-3 small", small.name)
+    variant, base = load(arguments), load(lender)
+    assert (variant.selection.mode, variant.selection.within_stratum) == ("extended", "nearest")
+    assert variant.folder != variant.speculative_folder == base.folder and "clusters" in base.selection.methods
 
 
 def test_the_settings_of_a_cell_change_with_what_its_figures_depend_on(tmp_path):

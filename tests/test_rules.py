@@ -15,7 +15,7 @@ from selection.method import rules
 from selection.rows.split import split_numbers, training_split
 from selection.rows.tokens import empty_turn, tokenised_rows
 from selection.run.config import load_experiment
-from selection.run.ledger import SPECULATIVE_TUNING, selection_costs
+from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, read_ledger, selection_costs
 from selection.scores.coresets import read_coreset
 from selection.scores.folder import read_scores
 from selection.scores.losses import passes_of
@@ -143,6 +143,9 @@ def test_every_rule_from_a_tuned_small_model(make_experiment, rows, tmp_path):
     for name in names:
         assert len(read_coreset(experiment.coresets / f"{name}-0.5.json").indices) == 12
     assert read_coreset(experiment.coresets / "rds-0.1.json").indices.tolist() == [0, 1]
+    (scoring,) = (cost for cost in read_ledger(experiment.folder) if cost.stage == SPECULATIVE_SCORES)
+    responses = int(read_scores(experiment.small_scores, ["n_response_tokens"]).columns["n_response_tokens"].sum())
+    assert scoring.more_tokens == 4 * scoring.tokens + responses
     costs = {name: {cost.stage for cost in selection_costs(experiment, name)} for name in names}
     assert SPECULATIVE_TUNING in costs["s2l"] and SPECULATIVE_TUNING not in costs["ifd"]
 

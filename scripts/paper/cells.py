@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, NonNega
 from typing_extensions import TypedDict
 
 from selection.run import ledger
-from selection.run.config import NO_SCORES, REPOSITORY, SMALL_RULES, Experiment, Grid, Method, load_experiment
+from selection.run.config import NO_SCORES, REPOSITORY, SMALL_RULES, Experiment, Grid, Method, Variant, load_experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.metrics import read_metrics
@@ -30,11 +30,18 @@ from selection.run.processes import end_with_parent, visible_gpus
 from selection.run.products import atomic_path, digest
 from selection.scores.coresets import coreset_name
 from selection.scores.folder import SCORER_VERSION
-from selection.scores.verification import RULES_VERSION
+from selection.scores.verification import LATER, RULES_VERSION
 
-# STAFF with more than the published rules, and what that changes in a task's experiment. Each has its own verification,
-# so its own run folders, and pays for its own speculator.
-VARIANTS = {"staff_length": ("selection.mode=extended", "selection.length_control=residual")}
+# STAFF with one addition to the published rules, and what that changes in a task's experiment. Each has its own
+# coresets, so its own run folders, with the speculative scores of STAFF's.
+VARIANTS = {
+    "staff_length": "selection.length_control=residual",
+    "staff_size": "selection.budgets=size",
+    "staff_neyman": "selection.budgets=neyman",
+    "staff_calibrated": "selection.budgets=calibrated",
+    "staff_nearest": "selection.within_stratum=nearest",
+    "staff_ifd": "selection.hardest_by=ifd",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ _FIGURES = {  # empty where no answers were generated; earlier evaluations have 
 }
 COLUMNS = {
     **dict.fromkeys(("task", "target"), str),
-    "method": Literal["full", "staff_length", "oracle", Method],
+    "method": Literal["full", "oracle", Variant, Method],
     "mode": str,
     "rate": Annotated[float, Field(gt=0, le=1)],
     **dict.fromkeys(("seed", "size", "num_rows", "eval_rows"), int),
@@ -153,9 +160,15 @@ def cells_of(grid: Grid) -> list[Cell]:
 
 def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
     """The stages' command line for the run folder of a cell."""
-    task, variant = grid.tasks[cell.task], VARIANTS.get(cell.method, ())
-    methods = [method for method in grid.methods if method not in ("full", "oracle", *VARIANTS)] or ["random"]
-    values = {"output_dir": str(runs / cell.run), "selection.methods": ["staff"] if variant else methods}
+    task, values = grid.tasks[cell.task], {"output_dir": str(runs / cell.run)}
+    if cell.method in VARIANTS:
+        values |= {"selection.methods": ["staff"], "selection.mode": "extended"}
+        values["speculative_run"] = str(runs / replace(cell, method="staff").run)
+    else:  # the small model's scores are also those of the variants
+        read = {"staff_nearest": "clusters", "staff_ifd": "ifd"}
+        methods = [read.get(method, method) for method in grid.methods]
+        values["selection.methods"] = [each for each in get_args(Method) if each in methods] or ["random"]
+    variant = [change for method, change in VARIANTS.items() if method == cell.method]
     values |= {"selection.rates": grid.rates, "selection.seed": cell.seed, "training.seed": cell.seed}
     changes = [*task.set, *variant, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
     config = str((REPOSITORY / task.config).resolve())
@@ -171,7 +184,11 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
     no_matter = {"output_dir": True, "speculative_run": True, "evaluation": {"batch_size"}}
     of_a_cell = {"training": {"seed", "report_to", "run_name"}}
     of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"}}
-    settings = json.dumps(experiment.model_dump(exclude=no_matter | of_a_cell), sort_keys=True)
+    settings = experiment.model_dump(exclude=no_matter | of_a_cell)
+    for key, published in LATER.items():  # the settings of before these keys
+        if settings["selection"][key] == published:
+            del settings["selection"][key]
+    settings = json.dumps(settings, sort_keys=True)
     formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
     texts = [settings, *formats, str(SCORER_VERSION), str(RULES_VERSION), fingerprint, *models]
     return digest(*(text.encode() for text in texts))[:16]
@@ -187,37 +204,44 @@ class Job:
     cell: Cell | None = None
 
 
-def jobs_of(cells: list[Cell], arguments: list[str]) -> list[Job]:
-    """The jobs that make `cells` of one run folder: STAFF's selection by the small model's scores; the target tuned on
-    everything, and the baselines' selection by its scores; each coreset's tuning and evaluation."""
-    methods, jobs, coresets = {cell.rule for cell in cells}, [], load(arguments).coresets
-    unscored = methods & {*NO_SCORES, "oracle"}
-    selected = {"small": methods & {"staff", *SMALL_RULES}}
-    selected["target"] = methods - {"full", "length", *unscored} - selected["small"]
-    selected["target" if selected["target"] and not selected["small"] else "small"] |= methods & {"length"}
+def jobs_of(cells: list[Cell], arguments: list[str], lender: list[str], after: str | None = None) -> list[Job]:
+    """The jobs that make `cells` of one run folder: selection by the small model's scores, a variant's by those of the
+    run that `lender`'s arguments name, once the job `after` is done; the target tuned on everything, and the baselines'
+    selection by its scores; each coreset's tuning and evaluation."""
+    methods, run, coresets = {cell.rule for cell in cells}, cells[0].run, load(arguments).coresets
+    unscored, small = methods & {*NO_SCORES, "oracle"}, methods & {"staff", *SMALL_RULES}
+    target = methods - {"full", "length"} - unscored - small
+    (target if target and not small else small).update(methods & {"length"})
     full = next((cell for cell in cells if cell.method == "full"), None)
-    for model, scored in selected.items():
-        tuned, commands = full if model == "target" else None, []
-        if scored or tuned:
-            commands.append(["finetune/finetune.py", "--model", model])
-        if scored:
-            commands.append(["selection/effort_score.py", "--model", model])
-            commands += [["selection/verify.py"]] if "staff" in scored else []
-            commands.append(["selection/coreset.py", "--method", *sorted(scored)])
-        if tuned:
-            commands.append(["finetune/eval.py", "--tuned", "full"])
-        jobs += [Job(f"{cells[0].run} {model}", commands, cell=tuned)] if commands else []
+
+    def stage(script: str, *more: str) -> list[str]:
+        return [script, *arguments, *more]
+
+    jobs = []
     if unscored:
-        commands = [["selection/coreset.py", "--method", *rules]] if (rules := sorted(unscored - {"oracle"})) else []
-        commands += [["scripts/paper/oracle.py"]] if "oracle" in unscored else []
-        jobs.insert(0, Job(f"{cells[0].run} unscored", commands))
-    selected["unscored"] = unscored
+        rules = sorted(unscored - {"oracle"})
+        commands = [stage("selection/coreset.py", "--method", *rules)] if rules else []
+        commands += [stage("scripts/paper/oracle.py")] if "oracle" in unscored else []
+        jobs.append(Job(f"{run} unscored", commands))
+    if small:
+        commands = [[script, *lender] for script in ("finetune/finetune.py", "selection/effort_score.py")]
+        commands += [stage("selection/verify.py")] if "staff" in small else []
+        commands.append(stage("selection/coreset.py", "--method", *sorted(small)))
+        jobs.append(Job(f"{run} small", commands, after))
+    if target or full:
+        commands = [stage("finetune/finetune.py", "--model", "target")]
+        if target:
+            commands.append(stage("selection/effort_score.py", "--model", "target"))
+            commands.append(stage("selection/coreset.py", "--method", *sorted(target)))
+        commands += [stage("finetune/eval.py", "--tuned", "full")] if full else []
+        jobs.append(Job(f"{run} target", commands, cell=full))
     for cell in cells:
-        select = ["finetune/finetune-select.py", "--select_path", str(coresets / f"{cell.tuned}.json")]
-        needs = f"{cell.run} {next((name for name, own in selected.items() if cell.rule in own), 'target')}"
-        commands = [select, ["finetune/eval.py", "--tuned", cell.tuned]]
-        jobs += [Job(str(cell), commands, needs, cell)] if cell.method != "full" else []
-    return [replace(job, commands=[[script, *arguments, *more] for script, *more in job.commands]) for job in jobs]
+        if cell.method != "full":
+            select = stage("finetune/finetune-select.py", "--select_path", str(coresets / f"{cell.tuned}.json"))
+            needs = "unscored" if cell.rule in unscored else "small" if cell.rule in small else "target"
+            commands = [select, stage("finetune/eval.py", "--tuned", cell.tuned)]
+            jobs.append(Job(str(cell), commands, f"{run} {needs}", cell))
+    return jobs
 
 
 def run_jobs(jobs: list[Job], parallel: int, log_folder: Path, finished: Callable[[Job], None]) -> None:
@@ -286,7 +310,7 @@ def finished_cell(cell: Cell, grid: Grid, experiment: Experiment, about: dict, s
         raise UserError(f"{experiment.folder} lacks the scores by sample or the tuning cost of {cell.tuned}: remove it")
     scores = metrics | {f"{metric}_by_sample": values for metric, values in metrics["by_sample"].items()}
     row = {name.replace("-", "_"): value for name, value in scores.items()} | vars(cell) | about
-    selection = [] if cell.method in ("full", "oracle") else ledger.selection_costs(experiment, cell.rule)
+    selection = [] if cell.method in ("full", "oracle") else ledger.selection_costs(experiment, cell.rule, shared=False)
     for kind, costs in (("selection", selection), ("tuning", tuned[-1:])):
         row[f"{kind}_seconds"] = round(sum(cost.seconds for cost in costs), 2)
         row[f"{kind}_tokens"] = round(sum(cost.tokens for cost in costs))
@@ -303,7 +327,8 @@ def stage_flops(cost: ledger.Cost, experiment: Experiment, sizes: tuple[int, int
     if cost.stage == ledger.CUTTING:
         return ledger.forward_flops(cost.parameters, cost.tokens)
     if cost.stage not in (ledger.SPECULATIVE_TUNING, ledger.TARGET_TUNING):
-        return ledger.scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
+        scoring = ledger.scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
+        return scoring + ledger.forward_flops(cost.parameters, cost.more_tokens)
     small = cost.stage == ledger.SPECULATIVE_TUNING
     keys = experiment.training | (experiment.small_training if small else experiment.target_training)
     lora = keys.get("finetuning_type", "lora") == "lora"

@@ -36,7 +36,7 @@ def main() -> None:
     results = (arguments.results or REPOSITORY / "data" / "results" / name) / "cells.csv"
     runs = (arguments.runs or REPOSITORY / "runs" / "reproduce" / name).resolve()
 
-    cells, done, jobs, known = grids.cells_of(grid), grids.read_cells(results), [], {}
+    cells, done, jobs, known, last = grids.cells_of(grid), grids.read_cells(results), [], {}, {}
     for run in dict.fromkeys(cell.run for cell in cells):
         own = [cell for cell in cells if cell.run == run]
         command_line = grids.stage_arguments(grid, runs, own[0])
@@ -49,7 +49,13 @@ def main() -> None:
             if cell.task == own[0].task and row["settings"] != about["settings"]:
                 raise UserError(f"{results} was made otherwise ({cell}: other settings, data or models): move it away")
         known[run] = grids.load(command_line), about, tuple(map(parameters_of, paths))
-        jobs += grids.jobs_of([cell for cell in own if cell not in done], command_line)
+        if missing := [cell for cell in own if cell not in done]:
+            base = replace(own[0], method="staff")  # a variant takes its scores
+            new = grids.jobs_of(missing, command_line, grids.stage_arguments(grid, runs, base), last.get(base.run))
+            jobs += new
+            for job in new:
+                if job.name.endswith(" small"):
+                    last[base.run] = job.name
     say(f"{name}: {len(cells)} cells, {sum(cell in done for cell in cells)} of them there")
 
     def finished(job: grids.Job) -> None:

@@ -49,6 +49,17 @@ METHODS = {
     "entropy": ("Entropy", "#999933", "<"),
     "staff": ("STAFF", "#d55e00", "*"),
     "staff_length": ("STAFF, length control", "#882255", "p"),
+    "staff_size": ("STAFF, budgets by size", "#cc6677", "p"),
+    "staff_neyman": ("STAFF, Neyman's budgets", "#cc6677", "X"),
+    "staff_calibrated": ("STAFF, calibrated V", "#cc6677", "D"),
+    "staff_nearest": ("STAFF, nearest to centres", "#cc6677", "s"),
+    "staff_ifd": ("STAFF, hardest by IFD", "#cc6677", "^"),
+    "ifd": ("IFD", "#0077bb", "o"),
+    "middle": ("Middle of the losses", "#0077bb", "s"),
+    "davir": ("DavIR", "#0077bb", "^"),
+    "s2l": ("S2L", "#0077bb", "v"),
+    "learning_percentage": ("Learning percentage", "#0077bb", "D"),
+    "clusters": ("Clusters", "#0077bb", "P"),
 }
 AGAINST = ("random", "ccs", "length")
 # Of every metric more is better: nll's is the log likelihood a response token, in nats.

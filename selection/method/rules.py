@@ -8,6 +8,7 @@ import math
 import numpy as np
 from sklearn.cluster import KMeans
 
+from selection.method.extended import proportional_budgets
 from selection.method.quotas import Rule
 from selection.method.staff import RANDOM, Choice, random_ranks
 
@@ -66,15 +67,13 @@ def in_equal_parts(cluster: np.ndarray, keys: np.ndarray) -> Rule:
 
 
 def in_proportion(cluster: np.ndarray, keys: np.ndarray) -> Rule:
-    """Each cluster in proportion to its size, ⌊m · size / N⌋ and one more for the largest remainders; inside a cluster
-    the lowest `keys` (N,)."""
+    """Each cluster in proportion to its size; inside a cluster the lowest `keys` (N,)."""
 
     def rule(m: int, within: np.ndarray | None) -> Choice:
         rows = np.arange(len(cluster)) if within is None else np.flatnonzero(within)
         parts = [rows[cluster[rows] == number] for number in np.unique(cluster[rows])]
-        shares = np.array([len(part) for part in parts]) * m / len(rows)
-        counts = np.floor(shares + 1e-9).astype(int)
-        counts[np.argsort(counts - shares, kind="stable")[: m - counts.sum()]] += 1
+        sizes = list(map(len, parts))
+        counts = proportional_budgets(sizes, sizes, m)
         taken = [part[np.argsort(keys[part], kind="stable")][:n] for part, n in zip(parts, counts, strict=True)]
         return Choice(np.sort(np.concatenate(taken)))
 

@@ -4,6 +4,7 @@ A *row* is a row number of the training split. `mode` is "paper" (as published) 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -55,7 +56,7 @@ class Strata:
 
     members: list[np.ndarray]  # rows of each stratum, ascending
     score_ranges: list[tuple[float, float]]  # low (inclusive) and high edge of each, in units of the score
-    hardest: np.ndarray  # rows dropped before stratifying, lowest score first
+    hardest: np.ndarray  # rows dropped before stratifying, easiest first
 
     @property
     def sizes(self) -> list[int]:
@@ -69,15 +70,19 @@ class Strata:
         return Strata(members, self.score_ranges, self.hardest[mask[self.hardest]])
 
 
-def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Strata:
-    """Drop the hardest ⌊hardest_cutoff · N⌋ rows by `scores` (N,), cut the rest into K ranges of equal score width.
+def stratify(
+    scores: np.ndarray, num_strata: int, hardest_cutoff: float, difficulty: np.ndarray | None = None
+) -> Strata:
+    """Drop the hardest ⌊hardest_cutoff · N⌋ rows by `difficulty` (N,), by default `scores` (N,), and cut the rest into
+    K ranges of equal score width.
 
-    Of equal scores at the cut the earlier rows stay. Empty strata are left out. Raises: ValueError where none is left.
+    Of equal ones at the cut the earlier rows stay. Empty strata are left out. Raises: ValueError where none is left.
     """
+    difficulty = scores if difficulty is None else difficulty
     num_kept = len(scores) - floor_share(hardest_cutoff, len(scores))
     if num_kept == 0:
         raise ValueError(f"hardest_cutoff {hardest_cutoff:g} leaves none of {len(scores)} rows: give a smaller one")
-    is_kept = lowest(scores, num_kept)
+    is_kept = lowest(difficulty, num_kept)
     kept, hardest = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
     kept_scores = scores[kept].astype(np.float64, copy=False)
     low, high = kept_scores.min(), kept_scores.max()
@@ -90,7 +95,7 @@ def stratify(scores: np.ndarray, num_strata: int, hardest_cutoff: float) -> Stra
     return Strata(
         members=[rows for rows in members if len(rows)],
         score_ranges=[(float(edges[i]), float(edges[i + 1])) for i, rows in enumerate(members) if len(rows)],
-        hardest=hardest[np.argsort(scores[hardest], kind="stable")],
+        hardest=hardest[np.argsort(difficulty[hardest], kind="stable")],
     )
 
 
@@ -147,14 +152,31 @@ def choose_staff(
 
     Take the budget of each stratum (published: at random; released: the highest scores), then fill up to m from the
     unchosen rows of all strata. Where these are too few (the paper is silent), the easiest of the hardest come back."""
-    budgets = allocate_budgets(strata.sizes, ratios, m, mode)
     ranks = -scores if mode == "released" else random_ranks(len(scores), seed, WITHIN_STRATUM)
-    chosen = np.zeros(len(scores), dtype=bool)
+    budgets = allocate_budgets(strata.sizes, ratios, m, mode)
+    return choose_by_budgets(strata, budgets, by_rank(ranks), m, len(scores), seed)
+
+
+def by_rank(ranks: np.ndarray) -> Callable[[np.ndarray, int], np.ndarray]:
+    """A function that takes `count` of `rows`: those with the lowest `ranks` (N,)."""
+    return lambda rows, count: rows[lowest(ranks[rows], count)]
+
+
+def choose_by_budgets(
+    strata: Strata,
+    budgets: list[int],
+    take: Callable[[np.ndarray, int], np.ndarray],
+    m: int,
+    num_rows: int,
+    seed: int,
+) -> Choice:
+    """The end of `choose_staff`, from budgets on: `take` gives so many of a stratum's rows, the fill what is left."""
+    chosen = np.zeros(num_rows, dtype=bool)
     for rows, budget in zip(strata.members, budgets, strict=True):
-        chosen[rows[lowest(ranks[rows], budget)]] = True
+        chosen[take(rows, budget)] = True
     taken = np.array([chosen[rows].sum() for rows in strata.members])
     unchosen = np.concatenate([rows[~chosen[rows]] for rows in strata.members])
-    fill = np.sort(unchosen[lowest(random_ranks(len(scores), seed, FILL)[unchosen], m - taken.sum())])
+    fill = np.sort(unchosen[lowest(random_ranks(num_rows, seed, FILL)[unchosen], m - taken.sum())])
     chosen[fill] = True
     budgets = np.array([chosen[rows].sum() for rows in strata.members])
     from_hardest = m - int(budgets.sum())

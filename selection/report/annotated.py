@@ -10,14 +10,13 @@ from pydantic import ConfigDict, Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from selection.method.quotas import choose_by_rule
-from selection.method.staff import Choice, choose_staff
 from selection.rows.split import TrainingSplit, data_sets, finished_split, split_numbers
 from selection.run.config import Experiment
 from selection.run.errors import UserError, refusals
 from selection.run.products import checked, read_record
 from selection.scores.coresets import check_fits, quotas_of, read_coreset
 from selection.scores.folder import has_column, read_scores
-from selection.scores.verification import Settings, StratumRecord, cut_strata, explain, stratified_score
+from selection.scores.verification import Settings, StratumRecord, cut_strata, explain, staff_rule, stratified_score
 
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
 
@@ -99,19 +98,15 @@ def _explain_staff(experiment: Experiment, path: Path, about: dict, columns: dic
         raise UserError(f"{path} is damaged: it has no {min(absent)}: cut it again")
     scores = read_scores(experiment.small_scores, settings.columns, ids=False).check_complete()
     scores = stratified_score(scores, settings)
-    strata, recorded = cut_strata(scores.effort, settings), about["strata"]
-    ratios = [each.verification_ratio for each in recorded]
+    strata, recorded = cut_strata(scores.effort, settings, scores.columns), about["strata"]
     other = UserError(f"{path} was cut from other scores than {experiment.small_scores} has now: cut it again")
-    if len(ratios) != len(strata.members):
+    if len(recorded) != len(strata.members):
         raise other
     quotas = quotas_of(experiment, scores)
     if quotas is not None and len(own := about.get("data_sets", [])) == len(quotas.names):
         quotas = replace(quotas, quotas=[each["quota"] for each in own])  # as they were when it was cut
-
-    def rule(m: int, within: np.ndarray | None) -> Choice:
-        return choose_staff(scores.effort, strata.within(within), ratios, m, settings.rules, settings.seed)
-
     with refusals():
+        rule = staff_rule(scores, strata, recorded, settings)
         choice = choose_by_rule(rule, about["rate"], len(scores.effort), quotas)
     if about["indices"] != scores.index[choice.rows].tolist():
         raise other

@@ -97,8 +97,9 @@ def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Se
     """The interval of each stratum's V_i; nan where the run folder lacks the target's scores that V_i was made of."""
     unknown = [(float("nan"), float("nan"))] * len(about["strata"])
     try:
-        target = read_scores(experiment.target_scores, settings.columns, ids=False)
-        pairs = verified_pairs(scores.effort, target, settings, cut_strata(scores.effort, settings), scores.index)
+        target = read_scores(experiment.target_scores, settings.target_columns, ids=False)
+        strata = cut_strata(scores.effort, settings, scores.columns)
+        pairs = verified_pairs(scores.effort, target, settings, strata, scores.index)
     except UserError:  # no target scores, or not of the rows that this coreset verified
         return unknown
     for (rows, _, theirs), entry in zip(pairs, about["strata"], strict=True):

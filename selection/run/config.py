@@ -36,6 +36,8 @@ _NOT_FOR_TUNING = {
 SMALL_RULES = ("ifd", "middle", "davir", "s2l", "learning_percentage", "clusters", "rds")
 Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy", *SMALL_RULES]
 NO_SCORES = ("random", "rs2")  # they count rows alone
+# STAFF with additions of mode extended (scripts/paper/cells.py), in grids.
+Variant = Literal["staff_length", "staff_size", "staff_neyman", "staff_calibrated", "staff_nearest", "staff_ifd"]
 ANY_SCORES = (*NO_SCORES, "length")  # rows and tokens alone; other baselines read the tuned target
 Mode = Literal["paper", "released", "extended"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and transformers take
@@ -55,13 +57,22 @@ class Section(BaseModel):
 
 
 class Selection(Section):
-    # The published method, or the authors' code where they differ (README.md); extended: published, with length_control
-    # allowed. (ours)
+    # The published method, or the authors' code where they differ (README.md); extended: published, with the next four
+    # keys allowed. (ours)
     mode: Mode = "paper"
     # Rows that the target scores, the drawn ones or all; by_mode: all under released. (paper: sampled; released: all)
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"
     # residual (extended alone): stratify what response length leaves unexplained of the effort scores. (ours)
     length_control: Literal["none", "residual"] = "none"
+    # Budgets of the strata. ratio: by V_i; calibrated: by V_i against what the small model's scores lead to expect of
+    # the target; size: in proportion to the strata's sizes; neyman: to size · spread of the scores. (paper: ratio)
+    budgets: Literal["ratio", "calibrated", "size", "neyman"] = "ratio"
+    # Rows of a stratum: at random, or as many k-means clusters of hidden states and of each the nearest to its centre.
+    # (paper: random)
+    within_stratum: Literal["random", "nearest"] = "random"
+    # What the hardest rows are dropped by. ifd: how little the prompt explains of the response, a token;
+    # loss_difference: the same summed over the response. (paper: effort)
+    hardest_by: Literal["effort", "ifd", "loss_difference"] = "effort"
     # Coresets to cut. staff, length and the rules from ifd on read the small model's scores, random and rs2 none, all
     # others the tuned target's. rs2: a fresh random subset for each pass of target_training. (paper; released:
     # moderate, entropy; ours: length, rs2 and the rules from ifd on, selection/method/rules.py)
@@ -96,12 +107,13 @@ class Selection(Section):
     self_test: int = Field(default=4, ge=0)  # rows that plain autograd scores first; a difference stops the run (ours)
     seed: Seed = 42  # of the fresh LoRA's A, the verification draws and every choice of rows (ours; released: none)
 
-    @field_validator("verify", "length_control", mode="before")
+    @field_validator("verify", "length_control", "budgets", "within_stratum", "hardest_by", mode="before")
     @classmethod
     def _check_additions(cls, value: Any, info) -> Any:
         if value == "adaptive":
             raise ValueError("adaptive verification was removed (data/results/NOTES.md says why): leave the key out")
-        if value == "residual" and info.data.get("mode") != "extended":
+        published = cls.model_fields[info.field_name].default
+        if info.field_name != "verify" and value != published and info.data.get("mode") != "extended":
             raise ValueError("neither the paper nor the released code has it: give selection.mode extended with it")
         return value
 
@@ -216,7 +228,8 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _check_rules(self) -> "Experiment":
         keys, later = self.training | self.small_training, {"davir", "s2l", "learning_percentage"}
-        for method in self.selection.methods:
+        by = self.selection.hardest_by
+        for method in [*self.selection.methods, *["ifd"] * (by != "effort")]:
             if method == "rds":
                 raise ValueError("rds chooses by a file of its own: call coreset.py with --method rds --dev FILE")
             if method in {"ifd", "middle", *later} and keys.get("finetuning_type", "lora") != "lora":
@@ -293,9 +306,9 @@ class Grid(Section):
     """task × method × rate × seed: what scripts/paper/reproduce.py tunes and evaluates."""
 
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Task], Field(min_length=1)]  # by name
-    # full: the target tuned on everything; staff_length: STAFF with length_control residual; oracle: rows drawn among
+    # full: the target tuned on everything; staff_…: STAFF with an addition of mode extended; oracle: rows drawn among
     # those that a pool's kinds call clean. (paper: full; ours: the others)
-    methods: list[Literal["full", "staff_length", "oracle", Method]] = Field(min_length=1)
+    methods: list[Literal["full", "oracle", Variant, Method]] = Field(min_length=1)
     rates: list[_Part] = Field(min_length=1)  # fractions of the training split to keep (paper, Table 1)
     seeds: list[Seed] = Field(min_length=1)  # of tuning, scoring and every choice; the split stays the same (ours)
 

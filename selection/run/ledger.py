@@ -65,6 +65,7 @@ class Cost:
     finished: str = ""
     processes: int = 1
     folder: str = ""  # scores: the id of their folder
+    more_tokens: _Count = 0  # scores: of further forward passes for the losses that rules read (scores/losses.py)
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -151,19 +152,19 @@ def _full_tuning(experiment: Experiment) -> tuple[float | None, str]:
     return per_token * tokens * target_passes, f"scaled from the small model's by tokens and size, {ratio:.1f} ×"
 
 
-def selection_costs(experiment: Experiment, method: str) -> list[Cost]:
+def selection_costs(experiment: Experiment, method: str, shared: bool = True) -> list[Cost]:
     """What a method's selection cost: one entry a stage, the last where it was done again. All rates share it.
 
-    STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them;
-    verification. A rule on the small model's scores: the same without verification, ifd and middle also without tuning.
-    A baseline that reads the tuned target's scores: tuning on everything, and these scores."""
+    STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them
+    where `shared`; verification. A rule on the small model's scores: the same without verification, ifd and middle also
+    without tuning. A baseline that reads the tuned target's scores: tuning on everything, and these scores."""
     ours, paid = read_ledger(experiment.folder), []
     if method == "staff" or method in SMALL_RULES:
         theirs, n = read_ledger(experiment.speculative_folder), sharing_runs(experiment)
         tuned = experiment.tuned_small and method not in ("ifd", "middle")  # these read the untuned model
         paid = _cutting(experiment) + (_last(theirs, SPECULATIVE_TUNING) if tuned else [])
         paid += _scoring(theirs, SPECULATIVE_SCORES)
-        if n > 1:
+        if n > 1 and shared:
             paid = [replace(c, samples=c.samples / n, tokens=c.tokens / n, seconds=c.seconds / n) for c in paid]
         paid += _scoring(ours, VERIFICATION) if method == "staff" else []
     elif method not in ANY_SCORES:

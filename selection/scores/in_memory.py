@@ -9,11 +9,11 @@ from datasets import Dataset
 from torch import nn
 
 from selection.method.effort import IGNORED_LABEL, EffortScorer, tokens_per_batch
-from selection.method.staff import choose_staff, coreset_size
+from selection.method.staff import coreset_size
 from selection.run.config import Selection, validated
 from selection.run.errors import UserError, refusals
 from selection.scores.folder import Scores
-from selection.scores.verification import Settings, cut_strata, draw, explain, verify
+from selection.scores.verification import Settings, cut_strata, draw, explain, staff_rule, verify
 from selection.scores.within_memory import score_within_memory
 
 
@@ -41,6 +41,8 @@ def select_coreset(
         settings: keys of `selection:` in a YAML, such as num_strata, verify_per_stratum, mode, phi, seed.
     Raises: UserError for a wrong setting, and for rows without a response or without a finite score."""
     chosen = validated(Selection(), settings | {"rates": [rate]}, "select_coreset")
+    if unknown := {"hidden_state", "loss_untuned"} & set(Settings.of(chosen).columns):
+        raise UserError(f"select_coreset has no {min(unknown)} of the rows: leave within_stratum and hardest_by out")
     tokens, rules, every = tokens_of(dataset, tokenizer, cutoff_len), Settings.of(chosen), np.arange(len(dataset))
     with refusals():
         speculative = _scores(small, tokens, every, chosen, "the small model")
@@ -48,8 +50,7 @@ def select_coreset(
         verified = every if rules.verify == "all" else np.sort(np.concatenate(draw(strata, rules)))
         records = verify(speculative.effort, _scores(target, tokens, verified, chosen, "the target"), rules, strata)
         ratios = [record.verification_ratio for record in records]
-        m = coreset_size(rate, len(dataset))
-        choice = choose_staff(speculative.effort, strata, ratios, m, rules.rules, rules.seed)
+        choice = staff_rule(speculative, strata, records, rules)(coreset_size(rate, len(dataset)), None)
     numbers = np.full(len(dataset), -1)
     for stratum, members in enumerate(strata.members):
         numbers[members] = stratum

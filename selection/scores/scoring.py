@@ -116,7 +116,8 @@ def _score_missing(job: _Job) -> None:
         tokens = [sum(int(lengths[row]) for batch in part for row in batch) for part in parts]
         _score_parts(job, scorer, [parts[i] for i in shards(tokens, together.count)[together.rank]], tokenised, cost)
         together.wait()
-        cost.samples, cost.tokens = map(sum, zip(*together.gather([cost.samples, cost.tokens]), strict=True))
+        counts = together.gather([cost.samples, cost.tokens, cost.more_tokens])
+        cost.samples, cost.tokens, cost.more_tokens = map(sum, zip(*counts, strict=True))
 
 
 def _load_scorer(job: _Job, cost: Cost) -> EffortScorer:
@@ -155,7 +156,11 @@ def _score_parts(job: _Job, scorer: EffortScorer, parts: list, tokenised: Datase
             job.store.check_left_out(job.rows, left_out)
             job.store.write_part(part, joined)
             cost.samples += len(joined["index"])
-            cost.tokens += int((joined["n_prompt_tokens"] + joined["n_response_tokens"]).sum())
+            responses, tokens = joined["n_response_tokens"].sum(), joined["n_prompt_tokens"].sum()
+            tokens += responses
+            cost.tokens += int(tokens)
+            if isinstance(scorer, LossScorer):  # untuned, after each pass, and without the prompt
+                cost.more_tokens += int((1 + len(scorer.passes)) * tokens + responses)
 
 
 def _score_batch(job: _Job, scorer: EffortScorer, tokenised: Dataset, batch: list[int]) -> dict[str, np.ndarray]:

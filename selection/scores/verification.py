@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict, NonNegativeFloat
 
-from selection.method import staff
+from selection.method import extended, staff
 from selection.method.interval import null_ratios
 from selection.method.length_control import length_residual
+from selection.method.quotas import Rule
 from selection.method.staff import Choice, Strata
 from selection.run.config import Selection, rules_of, validated
 from selection.run.errors import UserError, refusals
@@ -17,6 +18,8 @@ from selection.run.products import checked, digest, read_sealed, refuse_differen
 from selection.scores.folder import Scores
 
 RULES_VERSION = 2  # count it up when a change of draws, V_i, budgets or choice makes other coresets of the same scores
+# Keys that came later: records keep them where they are not as published.
+LATER = {"budgets": "ratio", "within_stratum": "random", "hardest_by": "effort"}
 _REQUIRED = ("mode", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed")  # of a record, in any mode
 
 
@@ -31,6 +34,9 @@ class Settings:
     seed: int
     verify: str = "sampled"  # or "all"
     length_control: str = "none"
+    budgets: str = "ratio"
+    within_stratum: str = "random"
+    hardest_by: str = "effort"
 
     @classmethod
     def of(cls, selection: Selection) -> "Settings":
@@ -47,18 +53,31 @@ class Settings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a verification and a coreset keep; `verify` and `length_control` under mode extended alone."""
+        """What a verification and a coreset keep; beside what mode paper has, under mode extended alone."""
         stratified_by = "effort" if self.length_control == "none" else "length residual of effort"
-        kept = asdict(self) | {"stratified_by": stratified_by}
+        later = {name: getattr(self, name) for name, published in LATER.items() if getattr(self, name) != published}
+        kept = {name: value for name, value in asdict(self).items() if name not in LATER}
+        kept |= {"stratified_by": stratified_by, **later}
         return kept if self.mode == "extended" else {name: kept[name] for name in _REQUIRED}
 
-    # What a verification depends on beside the scores.
-    made_from = property(lambda self: {**self.record, "verify": self.verify, "rules": RULES_VERSION})
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What a verification depends on beside the scores."""
+        kept = {name: value for name, value in self.record.items() if name not in ("budgets", "within_stratum")}
+        return kept | {"verify": self.verify, "rules": RULES_VERSION}
+
     rules = property(lambda self: rules_of(self.mode))  # "paper" or "released"
 
     @property
-    def columns(self) -> tuple[str, ...]:  # of the score files
+    def target_columns(self) -> tuple[str, ...]:  # of the target's score files
         return ("effort",) if self.length_control == "none" else ("effort", "n_response_tokens")
+
+    @property
+    def columns(self) -> tuple[str, ...]:  # of the small model's
+        more = {*self.target_columns, *(() if self.within_stratum == "random" else ("hidden_state",))}
+        if self.hardest_by != "effort":
+            more |= {"loss_untuned", "loss_without_prompt", "n_response_tokens"}
+        return tuple(sorted(more))
 
 
 @dataclass(frozen=True)
@@ -76,9 +95,37 @@ class StratumRecord:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def cut_strata(speculative: np.ndarray, settings: Settings) -> Strata:
+def cut_strata(speculative: np.ndarray, settings: Settings, columns: dict[str, np.ndarray] | None = None) -> Strata:
+    """The strata of `stratified_score`'s efforts (N,); `columns`: `settings.columns`, where hardest_by reads them."""
+    difficulty = None
+    if settings.hardest_by != "effort":
+        difficulty = columns["loss_untuned"] - columns["loss_without_prompt"]  # the logarithm of IFD
+        difficulty = difficulty * (1 if settings.hardest_by == "ifd" else columns["n_response_tokens"])
     with refusals():
-        return staff.stratify(speculative, settings.num_strata, settings.hardest_cutoff)
+        return staff.stratify(speculative, settings.num_strata, settings.hardest_cutoff, difficulty)
+
+
+def staff_rule(scores: Scores, strata: Strata, records: list[StratumRecord], settings: Settings) -> Rule:
+    """STAFF's choice by the V_i of `records`, with what mode extended adds."""
+    ratios, effort, seed = [record.verification_ratio for record in records], scores.effort, settings.seed
+    if settings.budgets == "calibrated":
+        ratios = [None if np.isnan(ratio) else float(ratio) for ratio in extended.calibrated_ratios(*_sums(records))]
+    ranks = staff.by_rank(staff.random_ranks(len(effort), seed, staff.WITHIN_STRATUM))
+    nearest = settings.within_stratum == "nearest"
+    take = extended.nearest_to_centres(scores.columns["hidden_state"], seed) if nearest else ranks
+
+    def rule(m: int, within: np.ndarray | None) -> Choice:
+        own = strata.within(within)
+        if not nearest and settings.budgets in ("ratio", "calibrated"):
+            return staff.choose_staff(effort, own, ratios, m, settings.rules, seed)
+        if settings.budgets in ("ratio", "calibrated"):
+            budgets = staff.allocate_budgets(own.sizes, ratios, m, settings.rules)
+        else:
+            weights = own.sizes if settings.budgets == "size" else extended.neyman_weights(effort, own)
+            budgets = extended.proportional_budgets(own.sizes, weights, m)
+        return staff.choose_by_budgets(own, budgets, take, m, len(effort), seed)
+
+    return rule
 
 
 def stratified_score(scores: Scores, settings: Settings) -> Scores:
@@ -102,8 +149,8 @@ def verify(
 ) -> list[StratumRecord]:
     """V_i (`staff.verification_ratio`) of every stratum; None where no row of it was verified.
 
-    Args: `speculative` (N,), from `stratified_score`; `target`, raw with `settings.columns`, at least of the drawn
-    rows; `index` (N,), row numbers, by default 0 to N − 1. A drawn row that the target left out counts for neither.
+    Args: `speculative` (N,), from `stratified_score`; `target`, raw with `settings.target_columns`, at least of the
+    drawn rows; `index` (N,), row numbers, by default 0 to N − 1. A drawn row that the target left out does not count.
     Scores are min–max normalised over D. Where the target has scored only the verified samples, its least and greatest
     score get the small model's least and greatest normalised scores of the same samples: normalised among themselves
     they would give too high a V, as the hardest samples are never drawn."""
@@ -140,8 +187,13 @@ def verified_pairs(
 
 def null_ratios_of(records: list[StratumRecord]) -> np.ndarray:
     """`null_ratios` (K,) of a verification's strata; NaN where nothing is verified."""
+    return null_ratios(*_sums(records))
+
+
+def _sums(records: list[StratumRecord]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Verified rows (K,), and the sums of their normalised scores by small model and target (K,)."""
     sums = np.array([(r.speculative_sum, r.target_sum) for r in records], dtype=float).reshape(-1, 2)
-    return null_ratios(np.array([len(record.verified) for record in records]), *sums.T)
+    return np.array([len(record.verified) for record in records]), *sums.T
 
 
 def explain(choice: Choice, strata: Strata, num_rows: int, settings: Settings) -> np.ndarray:
@@ -151,8 +203,11 @@ def explain(choice: Choice, strata: Strata, num_rows: int, settings: Settings) -
     drawn = ("not drawn in its stratum", "chosen: drawn at random in its stratum")
     if settings.rules == "released":
         drawn = ("below the chosen of its stratum", "chosen: among the highest of its stratum")
+    if settings.within_stratum == "nearest":
+        drawn = ("another row of its stratum stands for it", "chosen: nearest to a cluster's centre in its stratum")
     kept = "chosen: taken back from the hardest, as the strata do not hold enough"
-    hardest = (f"dropped: among the hardest {settings.hardest_cutoff:.0%}", kept)
+    by = "" if settings.hardest_by == "effort" else f" by {settings.hardest_by}"
+    hardest = (f"dropped: among the hardest {settings.hardest_cutoff:.0%}{by}", kept)
     for rows, texts in [*((members, drawn) for members in strata.members), (strata.hardest, hardest)]:
         reasons[rows] = np.array(texts, dtype=object)[chosen[rows].astype(np.intp)]
     reasons[np.setdiff1d(choice.fill, strata.hardest)] = "chosen: random fill of what the budgets left"
