@@ -109,7 +109,7 @@ def staff_rule(scores: Scores, strata: Strata, records: list[StratumRecord], set
     """STAFF's choice by the V_i of `records`, with what mode extended adds."""
     ratios, effort, seed = [record.verification_ratio for record in records], scores.effort, settings.seed
     if settings.budgets == "calibrated":
-        ratios = [None if np.isnan(ratio) else float(ratio) for ratio in extended.calibrated_ratios(*_sums(records))]
+        ratios = [None if np.isnan(ratio) else float(ratio) for ratio in calibrated_ratios_of(records)]
     ranks = staff.by_rank(staff.random_ranks(len(effort), seed, staff.WITHIN_STRATUM))
     nearest = settings.within_stratum == "nearest"
     take = extended.nearest_to_centres(scores.columns["hidden_state"], seed) if nearest else ranks
@@ -188,6 +188,11 @@ def verified_pairs(
 def null_ratios_of(records: list[StratumRecord]) -> np.ndarray:
     """`null_ratios` (K,) of a verification's strata; NaN where nothing is verified."""
     return null_ratios(*_sums(records))
+
+
+def calibrated_ratios_of(records: list[StratumRecord]) -> np.ndarray:
+    """`calibrated_ratios` (K,) of a verification's strata; NaN where nothing is verified."""
+    return extended.calibrated_ratios(*_sums(records))
 
 
 def _sums(records: list[StratumRecord]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
