@@ -60,6 +60,9 @@ class Selection(Section):
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"
     # residual (extended alone): stratify what response length leaves unexplained of the effort scores. (ours)
     length_control: Literal["none", "residual"] = "none"
+    # suspects: rows listed in the run folder's pool/suspects.jsonl (scripts/check_pool.py) count as rows without a
+    # score: strata, draws, V_i, rates and budgets are over the others. The small model still learns from all. (ours)
+    leave_out: Literal["none", "suspects"] = "none"
     # Coresets to cut; all but staff, random, rs2 and length read the tuned target's scores. rs2: a fresh random subset
     # for each pass of target_training. (paper; released: moderate, entropy; ours: length, rs2)
     methods: list[Method] = Field(default=["staff", "random"], min_length=1)
@@ -264,6 +267,7 @@ class Experiment(Section):
     tuned_target_scores = _path("scores", "target-full")  # of the target tuned on everything, for the baselines
     verification = _path("verification.json")
     coresets = _path("coresets")
+    pool = _path("pool")  # what check_pool.py found in the data
 
 
 class Task(Section):
@@ -312,7 +316,7 @@ def load_experiment(config_path: str | Path, overrides: list[str] = ()) -> Exper
     return experiment
 
 
-_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export", "tensorboard")
+_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "pool", "eval", "tokenised", "export", "tensorboard")
 
 
 def _refuse_links_out_of(folder: Path) -> None:

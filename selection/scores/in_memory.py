@@ -41,6 +41,8 @@ def select_coreset(
         settings: keys of `selection:` in a YAML, such as num_strata, verify_per_stratum, mode, phi, seed.
     Raises: UserError for a wrong setting, and for rows without a response or without a finite score."""
     chosen = validated(Selection(), settings | {"rates": [rate]}, "select_coreset")
+    if chosen.leave_out != "none":
+        raise UserError("leave_out reads the list in a run folder: take the rows out of the data set instead")
     tokens, rules, every = tokens_of(dataset, tokenizer, cutoff_len), Settings.of(chosen), np.arange(len(dataset))
     with refusals():
         speculative = _scores(small, tokens, every, chosen, "the small model")

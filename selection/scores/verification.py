@@ -31,6 +31,7 @@ class Settings:
     seed: int
     verify: str = "sampled"  # or "all"
     length_control: str = "none"
+    leave_out: str = "none"  # or "suspects": the scores come without them
 
     @classmethod
     def of(cls, selection: Selection) -> "Settings":
@@ -47,10 +48,12 @@ class Settings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a verification and a coreset keep; `verify` and `length_control` under mode extended alone."""
+        """What a verification and a coreset keep; `verify` and `length_control` under mode extended alone, `leave_out`
+        where it is not "none"."""
         stratified_by = "effort" if self.length_control == "none" else "length residual of effort"
         kept = asdict(self) | {"stratified_by": stratified_by}
-        return kept if self.mode == "extended" else {name: kept[name] for name in _REQUIRED}
+        names = kept if self.mode == "extended" else (*_REQUIRED, "leave_out")
+        return {name: kept[name] for name in names if (name, kept[name]) != ("leave_out", "none")}
 
     # What a verification depends on beside the scores.
     made_from = property(lambda self: {**self.record, "verify": self.verify, "rules": RULES_VERSION})
@@ -173,10 +176,14 @@ def write_verification(
 def read_verification(path: Path, settings: Settings, speculative: Scores) -> tuple[list[StratumRecord], dict | None]:
     """The strata and the target's `Scores.made_by`. Raises: UserError for other settings or scores, and damage."""
     value, todo = read_sealed(path), "run verify.py again under the settings of now"
-    refuse_difference(path, value, value | _made_from(settings, speculative), todo)
+    refuse_difference(path, value, value | {"leave_out": None} | _made_from(settings, speculative), todo)
     return checked(list[StratumRecord], value.get("strata"), path), checked(dict | None, value.get("target"), path)
 
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
     scores = digest(memoryview(np.ascontiguousarray(speculative.effort)).cast("B"))
-    return {**settings.made_from, "speculative_scores_sha256": scores}
+    made_from = {**settings.made_from, "speculative_scores_sha256": scores}
+    if settings.leave_out != "none":  # rows of equal score may change places
+        out = speculative.left_out
+        made_from |= {"left_out": len(out), "left_out_sha256": digest(memoryview(np.ascontiguousarray(out)).cast("B"))}
+    return made_from
