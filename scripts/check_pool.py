@@ -6,8 +6,8 @@
 Needs the small model (the target where there is none yet) and the data; nothing is tuned. One pass over all rows,
 held-out ones too. Writes <run folder>/pool/suspects.jsonl, a line for each suspect row, worst first (row: its number in
 the data, from 0), pool.json beside it, and <run folder>/coresets/clean.json, a coreset of all training rows that are
-not suspect; with --out all three go there. A second call takes the list as it is: delete the lines of rows that are right,
-call again, and clean.json has them. `selection.leave_out: suspects` keeps the listed rows out of every choice.
+not suspect; with --out all three go there. A second call takes the list as it is: delete the lines of rows that are
+right, call again, and clean.json has them. `selection.leave_out: suspects` keeps the listed rows out of every choice.
 """
 
 import json

@@ -170,7 +170,8 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
     """16 hex digits of what a task's figures depend on. Args: fingerprints of training split and of both models."""
     no_matter = {"output_dir": True, "speculative_run": True, "evaluation": {"batch_size"}}
     of_a_cell = {"training": {"seed", "report_to", "run_name"}}
-    of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"}}
+    default = {"leave_out"} if experiment.selection.leave_out == "none" else set()  # earlier grids do not say
+    of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch", *default}}
     settings = json.dumps(experiment.model_dump(exclude=no_matter | of_a_cell), sort_keys=True)
     formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
     texts = [settings, *formats, str(SCORER_VERSION), str(RULES_VERSION), fingerprint, *models]

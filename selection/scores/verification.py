@@ -181,9 +181,8 @@ def read_verification(path: Path, settings: Settings, speculative: Scores) -> tu
 
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
+    made_from, out = settings.made_from, speculative.left_out
+    if settings.leave_out != "none":  # of two rows with one score either may be left out
+        made_from |= {"left_out": len(out), "left_out_sha256": digest(out.tobytes())}
     scores = digest(memoryview(np.ascontiguousarray(speculative.effort)).cast("B"))
-    made_from = {**settings.made_from, "speculative_scores_sha256": scores}
-    if settings.leave_out != "none":  # rows of equal score may change places
-        out = speculative.left_out
-        made_from |= {"left_out": len(out), "left_out_sha256": digest(memoryview(np.ascontiguousarray(out)).cast("B"))}
-    return made_from
+    return made_from | {"speculative_scores_sha256": scores}
