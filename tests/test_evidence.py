@@ -208,6 +208,8 @@ def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tm
     suspects = {line["row"]: line["kind"] for line in lines[1:]}
     clean = [row for row in range(30) if row not in suspects]
     assert read_coreset(experiment.coresets / "clean.json").indices.tolist() == clean
+    tune = ("finetune/finetune-select.py", "--config_path", pool[0], "--dry_run", "--select_path")
+    assert f"on clean ({len(clean)} rows)" in run_script(*tune, experiment.coresets / "clean.json").stdout
     run_script("scripts/export.py", experiment.folder)
     exported = experiment.folder / "export" / "clean"
     assert [int(line) for line in (exported / "indices.txt").read_text().split()] == clean

@@ -78,7 +78,7 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
         _explain_staff(experiment, coreset, about, columns)
     if (left_out := about.get("left_out")) is not None:
         check_left_out(experiment, coreset, left_out)
-        if any(rows[-1] >= num_rows for rows in left_out.values()):
+        if any(max(rows, default=0) >= num_rows for rows in left_out.values()):
             raise UserError(f"{coreset} is damaged: it leaves out a row that is not there: make it again")
         for kind, rows in left_out.items():
             columns["reason"][rows] = f"left out: suspect ({kind})"

@@ -56,9 +56,8 @@ def read_suspects(path: Path) -> list[Suspect]:
         try:
             suspects += [_SUSPECT.validate_python(parse_json(line))] if line.strip() else []
         except (ValueError, RecursionError):  # pydantic's error is a ValueError
-            raise UserError(
-                f"{path}: line {number} is no suspect row: delete it, or remove the file and {_RUN}"
-            ) from None
+            todo = f"delete it, or remove the file and {_RUN}"
+            raise UserError(f"{path}: line {number} is no suspect row: {todo}") from None
     return suspects
 
 
@@ -71,7 +70,7 @@ def suspects_in_training(experiment: Experiment, folder: Path) -> LeftOut:
     suspects = {each["row"]: each.get("kind", "listed") for each in reversed(read_suspects(path))}
     stored, now = read_json(about, Pool), read_sealed(experiment.data_folder / "split.json")["fingerprint"]
     refuse_difference(path, stored, stored | {"data_fingerprint": now}, f"remove {folder} and {_RUN}")
-    numbers, rows = split_numbers(experiment), LeftOut()
+    numbers, rows = split_numbers(experiment), {}
     if suspects and max(suspects) >= (count := sum(map(len, numbers.values()))):
         raise UserError(f"{path} lists row {max(suspects)}, the data have {count} rows, from 0: delete that line")
     for row, number in enumerate(numbers["train"].tolist()):
@@ -89,9 +88,9 @@ def rows_left_out(experiment: Experiment | None) -> LeftOut | None:
 
 def without(scores: Scores, left_out: LeftOut | None) -> Scores:
     """The scores as if scoring had left these rows out. Raises: UserError where no row is left."""
-    gone = np.isin(scores.index, all_rows(left_out))
-    if not gone.any():
+    if not left_out:
         return scores
+    gone = np.isin(scores.index, all_rows(left_out))
     if gone.all():
         raise UserError("every row of the training split is listed as suspect: delete lines of suspects.jsonl")
     columns = {name: values[~gone] for name, values in scores.columns.items()}
@@ -113,5 +112,5 @@ def check_left_out(experiment: Experiment, path: Path, left_out: LeftOut | None)
     now = all_rows(suspects_in_training(experiment, experiment.pool))
     if left_out is None or not np.array_equal(all_rows(left_out), now):
         was = "without leaving out suspects" if left_out is None else "with another list of suspects"
-        again = "cut it again (coreset.py; clean.json: check_pool.py)"
-        raise UserError(f"{path} was made {was}: {experiment.pool / 'suspects.jsonl'} lists {len(now)}: {again}")
+        what = f"pool/suspects.jsonl lists {len(now)} training rows"
+        raise UserError(f"{path} was made {was} ({what}): cut it again (coreset.py; clean.json: check_pool.py)")
