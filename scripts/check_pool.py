@@ -85,9 +85,7 @@ def load() -> tuple[Experiment, Path | None]:
     """The experiment, and --out."""
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
-    parser.add_argument(
-        "--target", metavar="MODEL", help="instead of --config_path, as for selection.sh; default: none"
-    )
+    parser.add_argument("--target", metavar="MODEL", help="instead of --config_path; default: none")
     parser.add_argument("--data", nargs="+", type=Path, metavar="FILE", help="with --target: data files; default: none")
     parser.add_argument("--small", metavar="MODEL", help="with --target: speculative model; default: the family's")
     parser.add_argument("--template", metavar="NAME", help="with --target: chat template; default: the family's")
