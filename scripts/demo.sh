@@ -30,6 +30,7 @@ if [ "$name" = tiny ]; then
 else
     run bash "$scripts/demo_models.sh" "${at[@]:2}"
 fi
+run python "$scripts/check_pool.py" "${at[@]}" --quiet
 REPORT=later run bash "$repository/selection/selection.sh" "${at[@]:1}"
 stage finetune/finetune-select.py "${at[@]}" --select_path "$run"/coresets/*-0.2.json
 stage finetune/eval.py "${at[@]}"

@@ -44,6 +44,7 @@ from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
 from selection.scores.folder import Scores, check_features, read_ids, read_scores
 from selection.scores.identity import check_run
+from selection.scores.pool import LeftOut, all_rows, rows_left_out, without
 from selection.scores.verification import (
     Settings,
     cut_strata,
@@ -120,7 +121,9 @@ def main() -> None:
             print(f"{method}: would be cut at {len(arguments.rate)} rates, not yet: {error}")
     for each in coresets:
         path = arguments.out / f"{coreset_name(each['method'], each['rate'])}.json"
-        count, there = f"{len(each['rows'])} of {each['scores'].num_rows} rows -> {path}", ""
+        gone, there = len(all_rows(each["record"].get("left_out"))), ""
+        suspects = f", {gone} suspects left out" if gone else ""
+        count = f"{len(each['rows'])} of {each['scores'].num_rows} rows{suspects} -> {path}"
         if arguments.dry_run:
             count, there = f"would choose {count}", " (is there already)" * path.exists()
         else:
@@ -134,6 +137,8 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     columns = settings.columns if method == "staff" else columns_of(method, selection.baseline_variant)
     read = [name for name in columns if name != "hidden_state" or not arguments.features]
     scores = read_scores(source, read, ids=False).check_complete() if source else unscored(experiment)
+    left_out = rows_left_out(experiment)
+    scores = without(scores, left_out)
     if "hidden_state" in columns and arguments.features:
         features = read_features(arguments.features, scores.num_rows)
         scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
@@ -144,9 +149,10 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     quotas, strata, coresets = quotas_of(experiment, scores), None, []
     with refusals():
         if method == "staff":
-            rule, record, strata = staff_and_record(arguments, scores, settings)
+            rule, record, strata = staff_and_record(arguments, scores, settings, left_out)
         else:
             rule, record = baseline_rule(method, scores, selection)
+        record |= {} if left_out is None else {"left_out": left_out}
         for rate in arguments.rate:
             about, share = dict(record), rate
             if method == "rs2":
@@ -198,7 +204,9 @@ def scores_of(experiment: Experiment, method: str) -> Path | None:
     return tuned
 
 
-def staff_and_record(arguments: argparse.Namespace, scores: Scores, settings: Settings) -> tuple[Rule, dict, list]:
+def staff_and_record(
+    arguments: argparse.Namespace, scores: Scores, settings: Settings, left_out: LeftOut | None
+) -> tuple[Rule, dict, list]:
     """STAFF's rule, what a coreset's file keeps of its settings, and the strata's `StratumRecord`s."""
     target_scores, verified = arguments.target_scores, arguments.verification
     if (target_scores is None) == (verified is None):
@@ -215,6 +223,7 @@ def staff_and_record(arguments: argparse.Namespace, scores: Scores, settings: Se
         if not same or target.index[-1] >= scores.num_rows:
             why = f"it scores row {target.index[-1]} of {scores.num_rows}" if same else "fingerprints differ"
             raise UserError(f"{target.source} and {scores.source} are scores of different data ({why})")
+        target = without(target, left_out)
         records, of_target = verify(speculative, target, settings, strata, scores.index), target.made_by
     return staff_rule(by, strata, records, settings), {**settings.record, "target": of_target}, records
 

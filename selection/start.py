@@ -203,7 +203,7 @@ def write_once(experiment: Experiment) -> Path:
         if difference is None:
             say(f"start: reusing {path}")
             return path
-        if experiment.data_folder.exists():
+        if any((experiment.folder / name).exists() for name in ("small", "scores", "target")):
             other = "give another --run, or remove that folder"
             raise UserError(f"{experiment.folder} was started otherwise ({difference}): {other}")
     with atomic_path(path) as draft:

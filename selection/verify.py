@@ -22,6 +22,7 @@ from selection.run.ledger import VERIFICATION, share_costs
 from selection.run.processes import processes
 from selection.scores.folder import read_scores
 from selection.scores.identity import check_run
+from selection.scores.pool import all_rows, rows_left_out, without
 from selection.scores.scoring import score_rows
 from selection.scores.verification import Settings, cut_strata, draw, stratified_score, verify, write_verification
 
@@ -38,10 +39,11 @@ def main() -> None:
     check_run(experiment, split)
     if experiment.borrows and processes().leads and not arguments.dry_run:
         share_costs(experiment)
-    scores = read_scores(experiment.small_scores, settings.columns, ids=False)
-    speculative = stratified_score(scores.check_complete(), settings).effort
+    left_out = rows_left_out(experiment)
+    scores = without(read_scores(experiment.small_scores, settings.columns, ids=False).check_complete(), left_out)
+    speculative = stratified_score(scores, settings).effort
     strata = cut_strata(speculative, settings, scores.columns)
-    rows = np.arange(len(split.rows))
+    rows = np.setdiff1d(np.arange(len(split.rows)), all_rows(left_out))
     if settings.verify == "sampled":
         rows = np.sort(scores.index[np.concatenate(draw(strata, settings))])
     if not len(rows):

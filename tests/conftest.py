@@ -254,5 +254,16 @@ def scored_run(folder: Path, rows: list[dict], effort, target=None, lengths=None
     return experiment
 
 
+def write_pool(experiment, suspects: list[dict]) -> Path:
+    """The files of check_pool.py with these suspects, for rows of a made split; returns the list."""
+    from selection.rows.split import training_split
+    from selection.run.products import write_json
+
+    split = training_split(experiment)
+    about = {"model": "x", "rows": 100, "effort_by_length": -0.5, "data_fingerprint": split.fingerprint}
+    write_json(experiment.pool / "pool.json", about)
+    return Path(write_jsonl(experiment.pool / "suspects.jsonl", suspects))
+
+
 def everything_in(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}

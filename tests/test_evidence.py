@@ -3,12 +3,24 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPOSITORY, assert_one_line_error, run_main, run_script, write_jsonl
+from conftest import (
+    REPOSITORY,
+    assert_one_line_error,
+    biology,
+    copy_of,
+    run_main,
+    run_script,
+    write_jsonl,
+    write_pool,
+)
 from transformers import AutoModelForCausalLM
 
 from scripts.paper import pools, subsets
@@ -17,9 +29,12 @@ from selection.method.baselines import rs2
 from selection.method.effort import EffortScorer
 from selection.method.interval import null_ratios
 from selection.method.staff import verification_ratio
+from selection.report.annotated import annotated
+from selection.report.charts import bars
+from selection.report.run_data import read_run
 from selection.rows.split import rows_of, split_numbers, training_split
 from selection.rows.tokens import empty_turn, tokenised_rows, tokenised_split
-from selection.run.config import load_experiment
+from selection.run.config import Method, load_experiment
 from selection.run.metrics import read_metrics
 from selection.scores.coresets import read_coreset
 from selection.scores.row_figures import COLUMNS, row_figures, suspicions
@@ -175,15 +190,125 @@ def test_suspects_are_what_a_pool_was_made_with():
             assert (~faulty[found.row]).sum() <= 0.03 * len(faulty), found[~faulty[found.row]]
 
 
-def test_a_pool_is_looked_at_before_anything_is_paid(pool, tmp_path):
-    done = run_script("scripts/check_pool.py", "--config_path", pool[0], "--out", tmp_path / "look")
-    lines = [json.loads(line) for line in (tmp_path / "look" / "suspects.jsonl").read_text().splitlines()]
-    summary = json.loads((tmp_path / "look" / "pool.json").read_text())
-    assert summary["rows"] == 30 and len(lines) == summary["suspects"] == sum(summary["kinds"].values())
+def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tmp_path):
+    experiment, call = load_experiment(pool[0]), ("scripts/check_pool.py", "--config_path", pool[0])
+    done, path = run_script(*call), experiment.pool / "suspects.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    summary = json.loads((experiment.pool / "pool.json").read_text())
+    assert summary["rows"] == 30 and 1 < len(lines) == summary["suspects"] == sum(summary["kinds"].values()) < 30
     rows = pools.read_rows(pool[0].with_name("pool.jsonl"))
     assert all(line["answer"] == rows[line["row"]]["output"] and line["kind"] for line in lines)
     assert f"{len(lines)} of 30 rows are suspect" in done.stdout
     assert_one_line_error(run_script("scripts/check_pool.py", "--target", "x", check=False), "--config_path, or")
+
+    # A row that a user says is right comes back; the model is not asked again.
+    write_jsonl(path, lines[1:])
+    done = run_script(*call)
+    assert "reusing" in done.stderr and len(path.read_text().splitlines()) == len(lines) - 1
+    suspects = {line["row"]: line["kind"] for line in lines[1:]}
+    clean = [row for row in range(30) if row not in suspects]
+    assert read_coreset(experiment.coresets / "clean.json").indices.tolist() == clean
+    tune = ("finetune/finetune-select.py", "--config_path", pool[0], "--dry_run", "--select_path")
+    assert f"on clean ({len(clean)} rows)" in run_script(*tune, experiment.coresets / "clean.json").stdout
+    run_script("scripts/export.py", experiment.folder)
+    exported = experiment.folder / "export" / "clean"
+    assert [int(line) for line in (exported / "indices.txt").read_text().split()] == clean
+    for line in map(json.loads, (exported / "annotated.jsonl").read_text().splitlines()):
+        kind = suspects.get(row := line["staff_row"])
+        assert line["staff_reason"] == (f"left out: suspect ({kind})" if kind else "chosen by clean"), row
+    report = run_script("scripts/report.py", experiment.folder).stdout.strip()  # of a run without any score
+    assert f"<p>{len(suspects)} of 30 rows of the data" in Path(report).read_text()
+
+    write_jsonl(path, lines[2:])
+    done = run_script("scripts/export.py", experiment.folder, check=False)
+    assert_one_line_error(done, "clean.json was made with another list of suspects")
+    path.write_text("{}\n")
+    assert_one_line_error(run_script(*call, check=False), "line 1 is no suspect row", "run scripts/check_pool.py")
+    path.unlink()
+    assert "reusing" not in run_script(*call).stderr and len(path.read_text().splitlines()) == len(lines)
+
+
+def test_readme_has_the_figures_of_the_pools():
+    table = pd.read_csv(REPOSITORY / "data" / "results" / "pools" / "go_biology" / "suspects.csv").query("seed == 1")
+    found = table.groupby("pool")[["rows", "faulty"]].sum()
+    names = tuple(f"| {name} |" for name in found.index)
+    lines = (REPOSITORY / "scripts" / "README.md").read_text(encoding="utf-8").splitlines()
+    said = [line.strip("| ").split(" | ")[:4] for line in lines if line.startswith(names)]
+    assert {name: tuple(map(int, rest)) for name, *rest in said} == {
+        name: (round(1000 * pools.POOLS[name][1]), *found.loc[name]) for name in found.index
+    }
+
+
+LEAVE_OUT = ("--set", "selection.leave_out=suspects")
+
+
+def test_leaving_suspects_out_is_choosing_among_the_other_rows(make_experiment, tmp_path):
+    """By every method: the same choice as from scores that never had these rows."""
+    experiment = load_experiment(config := make_experiment(biology(60)))
+    training_split(experiment)
+    numbers, rng = split_numbers(experiment), np.random.default_rng(0)
+    out = np.array([3, 4, 5, 19, 30, 41, 47])  # of the training split
+    listed = [*numbers["train"][out].tolist(), *numbers["eval"][:2].tolist()]
+    path = write_pool(experiment, [{"row": row, "kind": "copy"} for row in listed])
+    columns = {name: rng.lognormal(size=48) for name in ("effort", "el2n", "entropy")}
+    columns |= {"n_response_tokens": rng.integers(5, 90, 48), "hidden_state": rng.normal(size=(48, 4))}
+
+    def cut(name: str, rows: np.ndarray, *arguments: str) -> dict[str, dict]:
+        table = {"index": np.arange(len(rows))} | {column: list(values[rows]) for column, values in columns.items()}
+        pq.write_table(pa.table(table), scores := tmp_path / f"{name}.parquet")
+        options = ["--scores", scores, "--target_scores", scores, "--out", tmp_path / name, *arguments]
+        run_main("selection.coreset", "--config_path", config, "--method", *get_args(Method), *options)
+        return {each.stem: json.loads(each.read_text()) for each in (tmp_path / name).glob("*.json")}
+
+    kept = np.delete(np.arange(48), out)
+    found, expected = cut("whole", np.arange(48), *LEAVE_OUT), cut("without", kept)
+    assert len(found) == len(get_args(Method))
+    for name, coreset in found.items():
+        assert coreset["indices"] == kept[expected[name]["indices"]].tolist(), name
+        assert coreset["left_out"] == {"copy": out.tolist()} and coreset["num_rows"] == 48
+    path.write_text(path.read_text().split("\n", 1)[1])
+    assert cut("edited", np.arange(48), *LEAVE_OUT)["staff-0.5"]["left_out"] == {"copy": out[1:].tolist()}
+
+
+def test_a_coreset_and_a_verification_of_another_list_are_refused(finished_run, stage, tmp_path):
+    experiment, config = copy_of(finished_run, tmp_path / "run"), finished_run.record
+    here = ("--set", f"output_dir={tmp_path / 'run'}")
+    asked, numbers = (*here, *LEAVE_OUT), split_numbers(experiment)["train"]
+    chosen = experiment.coresets / "random-0.5.json"
+
+    def refused(name: str, *arguments: object) -> str:
+        code, _, err = stage(name, config, *arguments)
+        assert code == 2 and err.count("error:") == 1, err
+        return err
+
+    assert "suspects.jsonl: run scripts/check_pool.py" in refused("selection.verify", *asked)
+    path = write_pool(experiment, [{"row": int(numbers[row]), "kind": "cut off"} for row in (7, 8, 60)])
+    tune = ("finetune.finetune-select", "--select_path", chosen, "--dry_run")
+    assert "(leave_out: stored null" in refused(*tune, *asked)  # verification.json
+    for name in ("selection.verify", "selection.coreset"):
+        assert stage(name, config, *asked)[0] == 0
+    verification = json.loads(experiment.verification.read_text())
+    assert verification["left_out"] == 3
+    assert not {7, 8, 60} & {row for stratum in verification["strata"] for row in stratum["verified"]}
+    assert sum(stratum["size"] for stratum in verification["strata"]) == 117 - 11
+    assert "made otherwise (leave_out" in refused("selection.coreset", *here)
+    assert stage(*tune[:1], config, *tune[1:], *asked)[0] == 0
+    for name in ("staff-0.5", "random-0.5"):
+        table = annotated(experiment, experiment.coresets / f"{name}.json").to_pylist()
+        found = {line["index"] for line in table if line["reason"] == "left out: suspect (cut off)"}
+        assert found == {7, 8, 60}
+    _, shown, unread = read_run(experiment)
+    assert not unread and sum(bars(shown[0])[0]["rows"]) == 117
+
+    path.write_text(path.read_text().replace(f'"row": {numbers[60]},', f'"row": {numbers[61]},'))
+    assert "(left_out_sha256: stored" in refused("selection.coreset", *asked)
+    assert "was made with another list of suspects" in refused(*tune, *asked)
+    path.write_text('{"row": 150}')
+    assert "lists row 150, the data have 150 rows" in refused("selection.verify", *asked)
+    path.write_text("")  # the user says that all are right
+    for name, *arguments in (("selection.verify",), ("selection.coreset",), tune):
+        assert stage(name, config, *arguments, *asked)[0] == 0
+    assert json.loads(chosen.read_text())["left_out"] == {}
 
 
 def test_the_oracle_takes_randoms_rows_but_the_faulty(pool):

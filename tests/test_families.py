@@ -261,8 +261,9 @@ def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(beg
     before = path.stat().st_mtime_ns
     assert begin() == (path, cut) and path.stat().st_mtime_ns == before
     assert "reusing" in capsys.readouterr().err
-    begin(rates=[0.5])  # nothing was done yet
-    (tmp_path / "run" / "data").mkdir()
+    (tmp_path / "run" / "pool").mkdir()
+    begin(rates=[0.5])  # a look at the pool binds to nothing
+    (tmp_path / "run" / "scores").mkdir()
     with pytest.raises(UserError, match=r"selection\.rates: stored .*--run"):
         begin(rates=[0.25])
     assert load_experiment(path).selection.rates == [0.5]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from browser import CHROMIUM, chromium
-from conftest import HOSTILE, copy_of, run_main, scored_run
+from conftest import HOSTILE, copy_of, run_main, scored_run, write_pool
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
@@ -204,6 +204,24 @@ def test_page_asks_for_nothing_and_lets_its_own_script_alone_run(page):
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
     assert policy.startswith(f"default-src 'none'; script-src 'sha256-{hashed}'; style-src 'unsafe-inline'; ")
+
+
+def test_suspects_come_first_as_text_and_a_damaged_list_is_a_line(copy, page):
+    assert '<section id="pool">' not in page.text
+    hostile = {"row": 5, "prompt": HOSTILE["instruction"], "answer": HOSTILE["output"], "unexplained": None}
+    cut = [{"row": row, "kind": "cut off", "prompt": "x", "answer": "long " * 99, "group": -1} for row in range(10, 17)]
+    path = write_pool(copy, [hostile, *cut])
+    text = report_page.render(copy)
+    main, section = text.split("<main>")[1], re.search('<section id="pool">.*?</section>', text, re.S)[0]
+    assert main.strip().startswith(section)
+    assert "8 of 100 rows of the data (8 %) are suspect" in section and "response length over all rows" in section
+    assert "cut off: 7 rows (the answer breaks off)" in section and "−0.5" in section
+    assert re.findall(r"<tr><td>(\d+)", section) == ["10", "11", "12", "13", "14", "5"]  # five of a kind
+    assert max(map(len, re.findall(r"long[^<]*", section))) == 300
+    assert "&lt;svg" in section and "<svg" not in section and "<img" not in section
+    path.write_text("[]")
+    section = re.search('<section id="pool">.*?</section>', report_page.render(copy), re.S)[0]
+    assert "line 1 is no suspect row" in section and "<table" not in section
 
 
 def test_with_random_coresets_alone_there_are_no_strata(copy):

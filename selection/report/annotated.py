@@ -16,6 +16,7 @@ from selection.run.errors import UserError, refusals
 from selection.run.products import checked, read_record
 from selection.scores.coresets import check_fits, quotas_of, read_coreset
 from selection.scores.folder import has_column, read_scores
+from selection.scores.pool import LeftOut, check_left_out, without
 from selection.scores.verification import Settings, StratumRecord, cut_strata, explain, staff_rule, stratified_score
 
 _LENGTHS = ("n_prompt_tokens", "n_response_tokens")
@@ -46,6 +47,7 @@ class CoresetRecord(TypedDict, total=False):
     data_sets: list[_DataSet]
     stratified_by: str
     data_fingerprint: str | None
+    left_out: LeftOut
 
 
 def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None = None) -> pa.Table:
@@ -73,6 +75,12 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
     }
     if method == "staff" and experiment.small_scores.exists():
         _explain_staff(experiment, coreset, about, columns)
+    if (left_out := about.get("left_out")) is not None:
+        check_left_out(experiment, coreset, left_out)
+        if any(max(rows, default=0) >= num_rows for rows in left_out.values()):
+            raise UserError(f"{coreset} is damaged: it leaves out a row that is not there: make it again")
+        for kind, rows in left_out.items():
+            columns["reason"][rows] = f"left out: suspect ({kind})"
     return _in_order_of_the_data(experiment, columns)
 
 
@@ -97,7 +105,7 @@ def _explain_staff(experiment: Experiment, path: Path, about: dict, columns: dic
     if absent := {"rate", "strata"} - about.keys():
         raise UserError(f"{path} is damaged: it has no {min(absent)}: cut it again")
     scores = read_scores(experiment.small_scores, settings.columns, ids=False).check_complete()
-    scores = stratified_score(scores, settings)
+    scores = stratified_score(without(scores, about.get("left_out")), settings)
     strata, recorded = cut_strata(scores.effort, settings, scores.columns), about["strata"]
     other = UserError(f"{path} was cut from other scores than {experiment.small_scores} has now: cut it again")
     if len(recorded) != len(strata.members):

@@ -13,7 +13,17 @@ from markupsafe import Markup
 from selection.method.interval import FEWEST
 from selection.method.staff import lowest
 from selection.report.charts import bin_edges, data_map, scatter, score_figure
-from selection.report.run_data import Shown, correlations, evaluations, interval, number, percent, project, read_run
+from selection.report.run_data import (
+    Shown,
+    correlations,
+    evaluations,
+    interval,
+    number,
+    percent,
+    project,
+    read_pool,
+    read_run,
+)
 from selection.rows.conversation import as_messages
 from selection.rows.split import rows_of
 from selection.run.config import REPOSITORY, Experiment
@@ -77,6 +87,7 @@ def render(experiment: Experiment) -> str:
         run=folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder,
         configuration=record.read_text(encoding="utf-8") if record.exists() else to_yaml(experiment),
         version=code_version(),
+        pool=read_pool(experiment),
         num_rows=len(figures),
         held_out=len(rows_of(experiment, "eval")),
         unscored=int(figures["effort"].isna().sum()),

@@ -17,12 +17,14 @@ from selection.rows.split import finished_split
 from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.metrics import Metrics, read_metrics
-from selection.run.products import checked, read_record
+from selection.run.products import checked, read_json, read_record
 from selection.scores.folder import Scores, has_column, read_scores
+from selection.scores.pool import Pool, read_suspects, without
 from selection.scores.verification import Settings, cut_strata, null_ratios_of, stratified_score, verified_pairs
 
 CHOSEN, NOT_CHOSEN, HARDEST = "chosen", "not chosen", "hardest, dropped"
 STATUSES = [CHOSEN, NOT_CHOSEN, HARDEST]
+WORST = 5  # suspects of each kind that are shown
 
 
 @dataclass
@@ -44,12 +46,12 @@ class Shown:
 
     def status(self, rows: np.ndarray) -> np.ndarray:
         """One of STATUSES for each of `rows`, which have scores."""
-        dropped = (self.stratum[rows] < 0) & bool(self.strata)
+        dropped = (self.stratum[rows] < 0) & np.isfinite(self.score[rows]) & bool(self.strata)  # not: left out
         return np.select([self.chosen[rows], dropped], [CHOSEN, HARDEST], NOT_CHOSEN)
 
 
 def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[str]]:
-    """The scores, the coresets (STAFF's first), and a line for each coreset that cannot be shown.
+    """The scores, the coresets (STAFF's first, clean last), and a line for each coreset that cannot be shown.
 
     Scores are (N, 4), by row of the training split, nan where not known: row (in the user's data, from 0), effort,
     target (the target's effort score), length (response tokens).
@@ -57,7 +59,7 @@ def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[st
     if not (paths := sorted(experiment.coresets.glob("*.json"))):
         raise UserError(f"{experiment.folder} has no coreset yet: run coreset.py, then this again")
     shown, refused, split = [], [], finished_split(experiment)
-    for path in sorted(paths, key=lambda path: not path.name.startswith("staff-")):
+    for path in sorted(paths, key=lambda path: (not path.name.startswith("staff-"), path.stem == "clean")):
         try:
             about = checked(CoresetRecord, read_record(path), path)
             table = annotated(experiment, path, split)
@@ -75,7 +77,8 @@ def _shown(experiment: Experiment, path: Path, about: dict, train: pa.Table, fir
     name, chosen, reason, score = path.stem, *(train[column].to_numpy() for column in ("chosen", "reason", "effort"))
     if "strata" in about:
         settings = Settings.from_record(about, path)
-        scores = stratified_score(read_scores(experiment.small_scores, settings.columns, ids=False), settings)
+        scores = read_scores(experiment.small_scores, settings.columns, ids=False)
+        scores = stratified_score(without(scores, about.get("left_out")), settings)
         score = np.full(len(chosen), np.nan)
         score[scores.index] = scores.effort
         stratum, strata = train["stratum"].fill_null(-1).to_numpy(), []
@@ -98,7 +101,7 @@ def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Se
     unknown = [(float("nan"), float("nan"))] * len(about["strata"])
     try:
         target = read_scores(experiment.target_scores, settings.target_columns, ids=False)
-        strata = cut_strata(scores.effort, settings, scores.columns)
+        target, strata = without(target, about.get("left_out")), cut_strata(scores.effort, settings, scores.columns)
         pairs = verified_pairs(scores.effort, target, settings, strata, scores.index)
     except UserError:  # no target scores, or not of the rows that this coreset verified
         return unknown
@@ -107,6 +110,28 @@ def _intervals(experiment: Experiment, about: dict, scores: Scores, settings: Se
             return unknown
     strata = about["strata"]
     return [ratio_interval(theirs, ours, entry.size) for (_, ours, theirs), entry in zip(pairs, strata, strict=True)]
+
+
+def read_pool(experiment: Experiment) -> dict[str, Any] | None:
+    """What check_pool.py found: its pool.json, and of each kind of suspect that its list has now: name, what it means,
+    how many rows, and the worst of them with shortened texts; `unread`: why there is no list. None: it was not run."""
+    if not (path := experiment.pool / "pool.json").exists():
+        return None
+    from selection.scores.suspects import KINDS  # imports scikit-learn, for runs with a pool alone
+
+    try:
+        about, suspects = read_json(path, Pool), read_suspects(path.with_name("suspects.jsonl"))
+    except UserError as error:
+        return {"unread": str(error)}
+    by_kind: dict[str, list] = {kind: [] for kind in KINDS}
+    for suspect in suspects:
+        by_kind.setdefault(suspect.get("kind", "listed"), []).append(suspect)
+    kinds = [
+        {"kind": kind, "meaning": KINDS.get(kind, "not of check_pool.py"), "count": len(own), "worst": own[:WORST]}
+        for kind, own in by_kind.items()
+        if own
+    ]
+    return about | {"suspects": len(suspects), "kinds": kinds, "unread": ""}
 
 
 def correlations(figures: pd.DataFrame) -> dict[str, float | None]:

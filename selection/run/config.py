@@ -73,6 +73,9 @@ class Selection(Section):
     # What the hardest rows are dropped by. ifd: how little the prompt explains of the response, a token;
     # loss_difference: the same summed over the response. (paper: effort)
     hardest_by: Literal["effort", "ifd", "loss_difference"] = "effort"
+    # suspects: rows listed in the run folder's pool/suspects.jsonl (scripts/check_pool.py) count as rows without a
+    # score: strata, draws, V_i, rates and budgets are over the others. The small model still learns from all. (ours)
+    leave_out: Literal["none", "suspects"] = "none"
     # Coresets to cut. staff, length and the rules from ifd on read the small model's scores, random and rs2 none, all
     # others the tuned target's. rs2: a fresh random subset for each pass of target_training. (paper; released:
     # moderate, entropy; ours: length, rs2 and the rules from ifd on, selection/method/rules.py)
@@ -293,6 +296,7 @@ class Experiment(Section):
     tuned_target_scores = _path("scores", "target-full")  # of the target tuned on everything, for the baselines
     verification = _path("verification.json")
     coresets = _path("coresets")
+    pool = _path("pool")  # what check_pool.py found in the data
 
 
 class Task(Section):
@@ -341,7 +345,7 @@ def load_experiment(config_path: str | Path, overrides: list[str] = ()) -> Exper
     return experiment
 
 
-_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "eval", "tokenised", "export", "tensorboard")
+_STAGE_FOLDERS = ("data", "small", "target", "scores", "coresets", "pool", "eval", "tokenised", "export", "tensorboard")
 
 
 def _refuse_links_out_of(folder: Path) -> None:

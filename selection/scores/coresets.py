@@ -18,6 +18,7 @@ from selection.run.errors import UserError, refusals
 from selection.run.log import say
 from selection.run.products import checked, code_version, digest, read_json, write_json
 from selection.scores.folder import Scores
+from selection.scores.pool import LeftOut
 
 # The paper's data sets by the rows of their training splits, and its rates.
 PUBLISHED_ROWS = {"BioInstruct": 22_504, "DialogSum": 13_014, "WMT-19 kk-en": 115_784}
@@ -39,6 +40,7 @@ class Coreset:
     scores: dict | None = None  # what made the scores that it was cut from (`made_by` in folder.py)
     target: dict | None = None  # the same for the target's scores in V_i
     num_train_epochs: float | None = None  # passes to tune for; None: as configured
+    left_out: LeftOut | None = None  # rows that it was not chosen from
 
 
 class _Record(TypedDict):
@@ -51,6 +53,7 @@ class _Record(TypedDict):
     scores: NotRequired[dict | None]
     target: NotRequired[dict | None]
     num_train_epochs: NotRequired[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None]
+    left_out: NotRequired[LeftOut]
 
 
 def coreset_name(method: str, rate: float) -> str:
@@ -59,10 +62,11 @@ def coreset_name(method: str, rate: float) -> str:
 
 
 def write_coreset(
-    folder: Path, method: str, rate: float, rows: np.ndarray, ids: list[str] | None, scores: Scores, record: dict
+    folder: Path, method: str, rate: float | None, rows: np.ndarray, ids: list[str] | None, scores: Scores, record: dict
 ) -> Path:
-    """Write METHOD-RATE.json with the keys of `record`; returns the file. `ids` are those of `rows`."""
-    path, about = folder / f"{coreset_name(method, rate)}.json", {"method": method, "rate": rate, **record}
+    """Write METHOD-RATE.json, or METHOD.json, with the keys of `record`; returns the file. `ids`: those of `rows`."""
+    name, about = (method, {}) if rate is None else (coreset_name(method, rate), {"rate": rate})
+    path, about = folder / f"{name}.json", {"method": method, **about, **record}
     about |= {"scores": scores.made_by, "num_rows": scores.num_rows, "size": len(rows)}
     about |= {"data_fingerprint": scores.fingerprint, "code_version": code_version()}
     write_json(path, about | {"indices_sha256": _checksum(rows), "indices": rows.tolist(), "ids": ids})
@@ -89,8 +93,8 @@ def read_coreset(path: Path) -> Coreset:
         raise UserError(f"{path}: a coreset's file name names its data set and tuned model: rename it to {allowed}")
     ids = ids and [ids[i] for i in order]
     fingerprint, num_rows, scores, target = map(record.get, ("data_fingerprint", "num_rows", "scores", "target"))
-    passes = record.get("num_train_epochs")
-    return Coreset(path.stem, indices, ids, fingerprint, num_rows, published, scores, target, passes)
+    passes, left_out = record.get("num_train_epochs"), record.get("left_out")
+    return Coreset(path.stem, indices, ids, fingerprint, num_rows, published, scores, target, passes, left_out)
 
 
 def _checksum(indices: np.ndarray) -> str:

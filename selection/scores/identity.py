@@ -21,6 +21,7 @@ from selection.run.products import checked, read_record, read_sealed, refuse_dif
 from selection.run.yaml_file import to_yaml
 from selection.scores.coresets import Coreset
 from selection.scores.folder import SCORER_VERSION, ScoreFolder, made_by, read_manifest
+from selection.scores.pool import check_left_out
 from selection.scores.verification import Settings
 
 # LLaMA-Factory's keys that change no tuned model.
@@ -144,7 +145,8 @@ def check_run(experiment: Experiment, split: TrainingSplit | None = None, verifi
         refuse_difference(path, stored, stored | wanted, _REMOVE if ours else _LEAVE)
     if verified and experiment.verification.exists():
         record, todo = read_sealed(path := experiment.verification), "run verify.py again under the settings of now"
-        refuse_difference(path, record, record | Settings.of(experiment.selection).made_from, todo)
+        wanted = {"leave_out": None} | Settings.of(experiment.selection).made_from
+        refuse_difference(path, record, record | wanted, todo)
         if target := checked(dict | None, record.get("target"), path):
             refuse_difference(path, target, target | _wanted_scores(experiment, data, experiment.target_scores), todo)
     if together.leads:
@@ -192,7 +194,10 @@ def _known(precision: str) -> dict[str, str]:
 
 
 def check_coreset(experiment: Experiment, path: Path, coreset: Coreset, data: str) -> None:
-    """Raises: UserError where a coreset out of the run folder was cut from other scores than the configuration's."""
+    """Raises: UserError where a coreset out of the run folder was cut from other scores than the configuration's, or
+    with other rows left out."""
+    if not coreset.published:
+        check_left_out(experiment, path, coreset.left_out)
     if path.resolve().parent != experiment.coresets or not coreset.scores:
         return  # made elsewhere: `check_fits` says whether the data are the same
     of_target = coreset.scores.get("tuned") == experiment.tuned_target("full").name

@@ -19,7 +19,7 @@ from selection.scores.folder import Scores
 
 RULES_VERSION = 2  # count it up when a change of draws, V_i, budgets or choice makes other coresets of the same scores
 # Keys that came later: records keep them where they are not as published.
-LATER = {"budgets": "ratio", "within_stratum": "random", "hardest_by": "effort"}
+LATER = {"budgets": "ratio", "within_stratum": "random", "hardest_by": "effort", "leave_out": "none"}
 _REQUIRED = ("mode", "num_strata", "verify_per_stratum", "hardest_cutoff", "seed")  # of a record, in any mode
 
 
@@ -37,6 +37,7 @@ class Settings:
     budgets: str = "ratio"
     within_stratum: str = "random"
     hardest_by: str = "effort"
+    leave_out: str = "none"  # or "suspects": the scores come without them
 
     @classmethod
     def of(cls, selection: Selection) -> "Settings":
@@ -53,12 +54,12 @@ class Settings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a verification and a coreset keep; beside what mode paper has, under mode extended alone."""
+        """What a verification and a coreset keep: under mode extended more, and `leave_out` where it is not "none"."""
         stratified_by = "effort" if self.length_control == "none" else "length residual of effort"
         later = {name: getattr(self, name) for name, published in LATER.items() if getattr(self, name) != published}
         kept = {name: value for name, value in asdict(self).items() if name not in LATER}
         kept |= {"stratified_by": stratified_by, **later}
-        return kept if self.mode == "extended" else {name: kept[name] for name in _REQUIRED}
+        return kept if self.mode == "extended" else {name: kept[name] for name in (*_REQUIRED, *later)}
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -233,10 +234,13 @@ def write_verification(
 def read_verification(path: Path, settings: Settings, speculative: Scores) -> tuple[list[StratumRecord], dict | None]:
     """The strata and the target's `Scores.made_by`. Raises: UserError for other settings or scores, and damage."""
     value, todo = read_sealed(path), "run verify.py again under the settings of now"
-    refuse_difference(path, value, value | _made_from(settings, speculative), todo)
+    refuse_difference(path, value, value | {"leave_out": None} | _made_from(settings, speculative), todo)
     return checked(list[StratumRecord], value.get("strata"), path), checked(dict | None, value.get("target"), path)
 
 
 def _made_from(settings: Settings, speculative: Scores) -> dict[str, Any]:
+    made_from, out = settings.made_from, speculative.left_out
+    if settings.leave_out != "none":  # of two rows with one score either may be left out
+        made_from |= {"left_out": len(out), "left_out_sha256": digest(out.tobytes())}
     scores = digest(memoryview(np.ascontiguousarray(speculative.effort)).cast("B"))
-    return {**settings.made_from, "speculative_scores_sha256": scores}
+    return made_from | {"speculative_scores_sha256": scores}
