@@ -136,7 +136,9 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     source, settings = arguments.scores or scores_of(experiment, method), Settings.of(selection)
     columns = settings.columns if method == "staff" else columns_of(method, selection.baseline_variant)
     read = [name for name in columns if name != "hidden_state" or not arguments.features]
-    scores = read_scores(source, read, ids=False).check_complete() if source else unscored(experiment)
+    scores = (
+        read_scores(source, read, ids=False).check_complete() if source else unscored(experiment, arguments.dry_run)
+    )
     left_out = rows_left_out(experiment)
     scores = without(scores, left_out)
     if "hidden_state" in columns and arguments.features:
@@ -174,9 +176,10 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     return coresets
 
 
-def unscored(experiment: Experiment) -> Scores:
-    """The rows of the training split, without a score."""
-    split = training_split(experiment)
+def unscored(experiment: Experiment, dry_run: bool) -> Scores:
+    """The rows of the training split, without a score. Raises: UserError where a dry run finds no split."""
+    if (split := training_split(experiment, dry_run)) is None:
+        raise UserError(f"there is no split in {experiment.data_folder} yet")
     count = len(split.rows)
     return Scores(np.arange(count), {}, split.ids, split.fingerprint, count, str(experiment.data_folder))
 

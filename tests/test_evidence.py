@@ -251,18 +251,20 @@ def test_leaving_suspects_out_is_choosing_among_the_other_rows(make_experiment, 
     listed = [*numbers["train"][out].tolist(), *numbers["eval"][:2].tolist()]
     path = write_pool(experiment, [{"row": row, "kind": "copy"} for row in listed])
     columns = {name: rng.lognormal(size=48) for name in ("effort", "el2n", "entropy")}
+    columns |= {name: rng.lognormal(size=48) for name in ("loss", "loss_untuned", "loss_without_prompt")}
     columns |= {"n_response_tokens": rng.integers(5, 90, 48), "hidden_state": rng.normal(size=(48, 4))}
+    columns["loss_by_pass"], methods = rng.lognormal(size=(48, 2)), [m for m in get_args(Method) if m != "rds"]
 
     def cut(name: str, rows: np.ndarray, *arguments: str) -> dict[str, dict]:
         table = {"index": np.arange(len(rows))} | {column: list(values[rows]) for column, values in columns.items()}
         pq.write_table(pa.table(table), scores := tmp_path / f"{name}.parquet")
         options = ["--scores", scores, "--target_scores", scores, "--out", tmp_path / name, *arguments]
-        run_main("selection.coreset", "--config_path", config, "--method", *get_args(Method), *options)
+        run_main("selection.coreset", "--config_path", config, "--method", *methods, *options)
         return {each.stem: json.loads(each.read_text()) for each in (tmp_path / name).glob("*.json")}
 
     kept = np.delete(np.arange(48), out)
     found, expected = cut("whole", np.arange(48), *LEAVE_OUT), cut("without", kept)
-    assert len(found) == len(get_args(Method))
+    assert len(found) == len(methods)
     for name, coreset in found.items():
         assert coreset["indices"] == kept[expected[name]["indices"]].tolist(), name
         assert coreset["left_out"] == {"copy": out.tolist()} and coreset["num_rows"] == 48

@@ -179,8 +179,19 @@ class EffortScorer:
 
 
 def token_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch.Tensor:
-    """Cross-entropy (B, T) in nats of each response token, at the place that predicts it, else 0: a forward pass and
-    nothing else."""
+    """Cross-entropy (B, T) in nats of each response token, at the place that predicts it, else 0."""
+    batch, losses = _losses(model, input_ids, labels)
+    return batch.by_place(losses)
+
+
+def response_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch.Tensor:
+    """Mean cross-entropy per response token of each sample (B,), by one forward pass."""
+    batch, losses = _losses(model, input_ids, labels)
+    return batch.per_sample(losses) / batch.counts
+
+
+def _losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> tuple["_Batch", torch.Tensor]:
+    """The batch, and the cross-entropy (n,) of each head row in nats: a forward pass and nothing else."""
     model = unwrap(model)
     batch = _Batch.of(input_ids, labels, device_of(model.get_input_embeddings()))
     hidden = _last_hidden_state(model, batch.tokens).flatten(0, 1)
@@ -189,14 +200,7 @@ def token_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch
         functional.cross_entropy(_logits(model, rows).float(), targets, reduction="none")
         for rows, targets in _chunks(model, hidden[batch.head_rows], batch.targets)
     ]
-    return batch.by_place(torch.cat(losses)[: len(batch.targets)])
-
-
-def response_losses(model: nn.Module, input_ids: _Tokens, labels: _Tokens) -> torch.Tensor:
-    """Mean cross-entropy per response token of each sample (B,), by one forward pass."""
-    losses = token_losses(model, input_ids, labels)
-    counts = [sum(label != IGNORED_LABEL for label in own[1:]) for own in labels]
-    return losses.sum(1) / torch.tensor(counts, device=losses.device)
+    return batch, torch.cat(losses)[: len(batch.targets)]
 
 
 @dataclass(frozen=True)
