@@ -27,6 +27,7 @@ import numpy as np
 
 from selection.method.baselines import baseline, columns_of, rs2
 from selection.method.quotas import Rule, choose_by_rule
+from selection.method.staff import coreset_size
 from selection.rows.split import training_split
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
 from selection.run.config import (
@@ -139,7 +140,7 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     scores = (
         read_scores(source, read, ids=False).check_complete() if source else unscored(experiment, arguments.dry_run)
     )
-    left_out = rows_left_out(experiment)
+    left_out, count = rows_left_out(experiment), len(scores.index)
     scores = without(scores, left_out)
     if "hidden_state" in columns and arguments.features:
         features = read_features(arguments.features, scores.num_rows)
@@ -159,7 +160,8 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
             about, share = dict(record), rate
             if method == "rs2":
                 share, about["num_train_epochs"] = rs2(rate, passes_of(experiment))
-            choice = choose_by_rule(rule, share, len(scores.index), quotas)
+            m = min(coreset_size(share, count), len(scores.index))  # suspects count for the rate, and are not chosen
+            choice = choose_by_rule(rule, m, quotas)
             if strata is not None:
                 parts = zip(strata, choice.budgets, choice.filled, strict=True)
                 about["strata"] = [asdict(s) | {"budget": m, "of_which_random_fill": fill} for s, m, fill in parts]
@@ -176,7 +178,7 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     return coresets
 
 
-def unscored(experiment: Experiment, dry_run: bool) -> Scores:
+def unscored(experiment: Experiment, dry_run: bool = False) -> Scores:
     """The rows of the training split, without a score. Raises: UserError where a dry run finds no split."""
     if (split := training_split(experiment, dry_run)) is None:
         raise UserError(f"there is no split in {experiment.data_folder} yet")

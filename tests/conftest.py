@@ -68,10 +68,11 @@ def baseline_by_rate(method: str, columns: dict, num_rows: int, selection, quota
     """A baseline's coreset, under the settings of `selection`, as a function of the rate."""
     from selection.method.baselines import baseline
     from selection.method.quotas import choose_by_rule
+    from selection.method.staff import coreset_size
 
     settings = selection.num_strata, selection.hardest_cutoff, selection.seed
     rule = baseline(method, columns, num_rows, selection.rules, selection.baseline_variant, *settings)
-    return lambda rate: choose_by_rule(rule, rate, num_rows, quotas)
+    return lambda rate: choose_by_rule(rule, coreset_size(rate, num_rows), quotas)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

@@ -263,7 +263,8 @@ def test_leaving_suspects_out_is_choosing_among_the_other_rows(make_experiment, 
         return {each.stem: json.loads(each.read_text()) for each in (tmp_path / name).glob("*.json")}
 
     kept = np.delete(np.arange(48), out)
-    found, expected = cut("whole", np.arange(48), *LEAVE_OUT), cut("without", kept)
+    found, expected = cut("whole", np.arange(48), *LEAVE_OUT), cut("without", kept, "--rate", 24 / 41)
+    expected = {name.replace(str(24 / 41), "0.5"): coreset for name, coreset in expected.items()}
     assert len(found) == len(methods)
     for name, coreset in found.items():
         assert coreset["indices"] == kept[expected[name]["indices"]].tolist(), name

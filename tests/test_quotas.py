@@ -83,7 +83,7 @@ def rule_of(method: str, num_rows: int, seed: int, quotas: Quotas | None):
         def rule(m: int, within):
             return choose_staff(scores, strata.within(within), ratios, m, method, seed)
 
-        return lambda rate: choose_by_rule(rule, rate, num_rows, quotas)
+        return lambda rate: choose_by_rule(rule, coreset_size(rate, num_rows), quotas)
     columns = {name: scores for name in columns_of(method, "published")}
     if method == "moderate":
         columns = {"hidden_state": np.random.default_rng(seed).normal(size=(num_rows, 3))}

@@ -208,7 +208,7 @@ def jobs_of(cells: list[Cell], arguments: list[str], lender: list[str], after: s
     """The jobs that make `cells` of one run folder: selection by the small model's scores, a variant's by those of the
     run that `lender`'s arguments name, once the job `after` is done; the target tuned on everything, and the baselines'
     selection by its scores; each coreset's tuning and evaluation."""
-    methods, run, coresets = {cell.rule for cell in cells}, cells[0].run, load(arguments).coresets
+    methods, run, experiment = {cell.rule for cell in cells}, cells[0].run, load(arguments)
     unscored, small = methods & {*NO_SCORES, "oracle"}, methods & {"staff", *SMALL_RULES}
     target = methods - {"full", "length"} - unscored - small
     (target if target and not small else small).update(methods & {"length"})
@@ -217,14 +217,15 @@ def jobs_of(cells: list[Cell], arguments: list[str], lender: list[str], after: s
     def stage(script: str, *more: str) -> list[str]:
         return [script, *arguments, *more]
 
+    look = [stage("scripts/check_pool.py")] if experiment.selection.leave_out == "suspects" else []
     jobs = []
     if unscored:
         rules = sorted(unscored - {"oracle"})
-        commands = [stage("selection/coreset.py", "--method", *rules)] if rules else []
+        commands = look + [stage("selection/coreset.py", "--method", *rules)] * bool(rules)
         commands += [stage("scripts/paper/oracle.py")] if "oracle" in unscored else []
         jobs.append(Job(f"{run} unscored", commands))
     if small:
-        commands = [[script, *lender] for script in ("finetune/finetune.py", "selection/effort_score.py")]
+        commands = look + [[script, *lender] for script in ("finetune/finetune.py", "selection/effort_score.py")]
         commands += [stage("selection/verify.py")] if "staff" in small else []
         commands.append(stage("selection/coreset.py", "--method", *sorted(small)))
         jobs.append(Job(f"{run} small", commands, after))
@@ -237,7 +238,8 @@ def jobs_of(cells: list[Cell], arguments: list[str], lender: list[str], after: s
         jobs.append(Job(f"{run} target", commands, cell=full))
     for cell in cells:
         if cell.method != "full":
-            select = stage("finetune/finetune-select.py", "--select_path", str(coresets / f"{cell.tuned}.json"))
+            path = experiment.coresets / f"{cell.tuned}.json"
+            select = stage("finetune/finetune-select.py", "--select_path", str(path))
             needs = "unscored" if cell.rule in unscored else "small" if cell.rule in small else "target"
             commands = [select, stage("finetune/eval.py", "--tuned", cell.tuned)]
             jobs.append(Job(str(cell), commands, f"{run} {needs}", cell))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from selection.method.staff import Choice, coreset_size
+from selection.method.staff import Choice
 
 # A function of m and a mask (N,): chooses m rows of those in the mask, or of all where it is None.
 Rule = Callable[[int, np.ndarray | None], Choice]
@@ -60,9 +60,8 @@ def shares(quotas: Quotas, m: int) -> list[tuple[list[int], int]]:
         given[j], left = given[j] + more, left - more
 
 
-def choose_by_rule(rule: Rule, rate: float, num_rows: int, quotas: Quotas | None = None) -> Choice:
-    """A rule's coreset of ⌊rate · N⌋ rows: of all rows or, with quotas, data set by data set. Raises: ValueError."""
-    m = coreset_size(rate, num_rows)
+def choose_by_rule(rule: Rule, m: int, quotas: Quotas | None = None) -> Choice:
+    """A rule's coreset of m rows: of all rows or, with quotas, data set by data set. Raises: ValueError."""
     if quotas is None or not any(quotas.quotas):
         return rule(m, None)
     parts = [rule(count, np.isin(quotas.data_set, together)) for together, count in shares(quotas, m)]

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from selection.method.quotas import choose_by_rule
+from selection.method.staff import coreset_size
 from selection.rows.split import TrainingSplit, data_sets, finished_split, split_numbers
 from selection.run.config import Experiment
 from selection.run.errors import UserError, refusals
@@ -105,6 +106,7 @@ def _explain_staff(experiment: Experiment, path: Path, about: dict, columns: dic
     if absent := {"rate", "strata"} - about.keys():
         raise UserError(f"{path} is damaged: it has no {min(absent)}: cut it again")
     scores = read_scores(experiment.small_scores, settings.columns, ids=False).check_complete()
+    count = len(scores.index)
     scores = stratified_score(without(scores, about.get("left_out")), settings)
     strata, recorded = cut_strata(scores.effort, settings, scores.columns), about["strata"]
     other = UserError(f"{path} was cut from other scores than {experiment.small_scores} has now: cut it again")
@@ -115,7 +117,8 @@ def _explain_staff(experiment: Experiment, path: Path, about: dict, columns: dic
         quotas = replace(quotas, quotas=[each["quota"] for each in own])  # as they were when it was cut
     with refusals():
         rule = staff_rule(scores, strata, recorded, settings)
-        choice = choose_by_rule(rule, about["rate"], len(scores.effort), quotas)
+        m = min(coreset_size(about["rate"], count), len(scores.index))
+        choice = choose_by_rule(rule, m, quotas)
     if about["indices"] != scores.index[choice.rows].tolist():
         raise other
     columns["reason"][:] = "left out: its loss or score is not finite"

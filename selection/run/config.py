@@ -74,7 +74,8 @@ class Selection(Section):
     # loss_difference: the same summed over the response. (paper: effort)
     hardest_by: Literal["effort", "ifd", "loss_difference"] = "effort"
     # suspects: rows listed in the run folder's pool/suspects.jsonl (scripts/check_pool.py) count as rows without a
-    # score: strata, draws, V_i, rates and budgets are over the others. The small model still learns from all. (ours)
+    # score: strata, draws and V_i are over the others, which fill a coreset of ⌊rate · all rows⌋ as far as they go. The
+    # small model still learns from all. (ours)
     leave_out: Literal["none", "suspects"] = "none"
     # Coresets to cut. staff, length and the rules from ifd on read the small model's scores, random and rs2 none, all
     # others the tuned target's. rs2: a fresh random subset for each pass of target_training. (paper; released:
