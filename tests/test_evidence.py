@@ -23,6 +23,7 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM
 
+from finetune.likelihood import held_out_losses
 from scripts.paper import pools, subsets
 from scripts.paper.worth import equivalent_size, worth
 from selection.method.baselines import rs2
@@ -67,6 +68,7 @@ def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
         own.append(model(**batch).loss.item())
     assert metrics["by_sample"]["nll"] == pytest.approx(own, abs=1e-4)
     assert metrics["nll"] == pytest.approx(np.mean(own), abs=1e-4)
+    assert held_out_losses(experiment, None, "fp16") == pytest.approx(own, abs=0.02)
     assert "rouge-l" not in metrics and not (experiment.folder / "eval" / "untuned" / "predictions.jsonl").exists()
     assert read_metrics(experiment.folder / "eval" / "rs2-0.5")["nll"] < metrics["nll"]
     Path(held_out).write_text(Path(held_out).read_text() + json.dumps(rows[0]) + "\n")
@@ -78,6 +80,7 @@ def test_rs2_takes_as_many_steps_as_passes_over_one_subset():
     for rate, passes in ((0.1, 4), (0.25, 4), (0.3, 4), (0.8, 2.5)):
         share, epochs = rs2(rate, passes)
         assert share <= 1 and share * epochs == pytest.approx(rate * passes)
+    assert rs2(0.3, 3) == (0.9, 1.0)  # not a row less
 
 
 def test_null_ratios_are_the_mean_over_shuffles():
@@ -269,6 +272,7 @@ def test_leaving_suspects_out_is_choosing_among_the_other_rows(make_experiment, 
     for name, coreset in found.items():
         assert coreset["indices"] == kept[expected[name]["indices"]].tolist(), name
         assert coreset["left_out"] == {"copy": out.tolist()} and coreset["num_rows"] == 48
+    assert found["rs2-0.5"]["num_train_epochs"] == pytest.approx(expected["rs2-0.5"]["num_train_epochs"])
     path.write_text(path.read_text().split("\n", 1)[1])
     assert cut("edited", np.arange(48), *LEAVE_OUT)["staff-0.5"]["left_out"] == {"copy": out[1:].tolist()}
 
