@@ -22,7 +22,7 @@ from selection.run.yaml_file import to_yaml
 from selection.scores.coresets import Coreset
 from selection.scores.folder import SCORER_VERSION, ScoreFolder, made_by, read_manifest
 from selection.scores.pool import check_left_out
-from selection.scores.verification import Settings
+from selection.scores.verification import LATER, Settings
 
 # LLaMA-Factory's keys that change no tuned model.
 _ONLY_LOGGING = {
@@ -145,7 +145,7 @@ def check_run(experiment: Experiment, split: TrainingSplit | None = None, verifi
         refuse_difference(path, stored, stored | wanted, _REMOVE if ours else _LEAVE)
     if verified and experiment.verification.exists():
         record, todo = read_sealed(path := experiment.verification), "run verify.py again under the settings of now"
-        wanted = {"leave_out": None} | Settings.of(experiment.selection).made_from
+        wanted = dict.fromkeys(LATER) | Settings.of(experiment.selection).made_from
         refuse_difference(path, record, record | wanted, todo)
         if target := checked(dict | None, record.get("target"), path):
             refuse_difference(path, target, target | _wanted_scores(experiment, data, experiment.target_scores), todo)
