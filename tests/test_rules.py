@@ -188,3 +188,7 @@ def test_a_dry_run_of_rds_writes_nothing(make_experiment, rows, stage, tmp_path)
     assert code == 0 and "would score the rows of" in out and everything_in(tmp_path) == before
     code, _, error = stage("selection.coreset", config, "--method", "ifd")
     assert code == 2 and "has no column loss_untuned" in error and "add the method to selection.methods" in error
+    for part in load_experiment(config).small_scores.glob("part-*"):
+        part.unlink()  # as before the first is written: random needs no score
+    assert stage("selection.coreset", config, "--method", "random")[0] == 0
+    assert stage("selection.coreset", config, "--method", "length")[0] == 2

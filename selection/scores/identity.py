@@ -165,8 +165,8 @@ def _products(experiment: Experiment, split: TrainingSplit | None, data: str | N
             yield folder, made_by(read_manifest(folder)), _wanted_scores(experiment, data, folder)
     for tuned in sorted(experiment.tuned_target("").glob("[!.]*")):
         record = read_record(tuned / "made_from.json")
-        keys = experiment.target_training | record.get("keys_of_coreset", {})
-        yield tuned, record, _wanted_tuning(experiment, experiment.target_model, keys)
+        keys = checked(dict, record.get("keys_of_coreset", {}), tuned / "made_from.json")
+        yield tuned, record, _wanted_tuning(experiment, experiment.target_model, experiment.target_training | keys)
     for record in sorted((experiment.folder / "eval").glob("[!.]*/made_from.json")):
         yield record.parent, read_record(record), {"max_new_tokens": experiment.evaluation.max_new_tokens}
 
