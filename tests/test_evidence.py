@@ -193,6 +193,15 @@ def test_suspects_are_what_a_pool_was_made_with():
             assert (~faulty[found.row]).sum() <= 0.03 * len(faulty), found[~faulty[found.row]]
 
 
+def test_labels_are_no_stock_answers_and_a_row_without_figures_is_far_from_all():
+    rng = np.random.default_rng(0)
+    says = {name: np.ones(60) for name in ("loss", "n_response_tokens", "loss_without_prompt", "end_loss")}
+    says["hidden_state"] = rng.normal(size=(60, 8))
+    says["hidden_state"][7] = np.nan
+    found = find_suspects([f"Is {row} a {row % 7}?" for row in range(60)], ["yes", "no"] * 30, says)
+    assert "stock answer" not in set(found.kind) and "far from all" in set(found.kind[found.row == 7])
+
+
 def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tmp_path):
     experiment, call = load_experiment(pool[0]), ("scripts/check_pool.py", "--config_path", pool[0])
     done, path = run_script(*call), experiment.pool / "suspects.jsonl"
