@@ -44,7 +44,7 @@ from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
 from selection.scores.folder import Scores, check_features, is_finished, read_ids, read_scores
-from selection.scores.identity import check_run
+from selection.scores.identity import check_run, write_experiment
 from selection.scores.pool import LeftOut, all_rows, rows_left_out, without
 from selection.scores.verification import (
     Settings,
@@ -123,6 +123,8 @@ def main() -> None:
             if not arguments.dry_run:
                 raise
             print(f"{method}: would be cut at {len(arguments.rate)} rates, not yet: {error}")
+    if experiment is not None and arguments.scores is None and not (arguments.dry_run or experiment.record.exists()):
+        write_experiment(experiment)  # no stage has run before a coreset that needs no scores
     for each in coresets:
         path = arguments.out / f"{coreset_name(each['method'], each['rate'])}.json"
         gone, there = len(all_rows(each["record"].get("left_out"))), ""

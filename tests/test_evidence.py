@@ -76,6 +76,15 @@ def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
     assert_one_line_error(done, "belongs to other data")
 
 
+def test_a_random_coreset_of_a_fresh_run_is_exported_beside_eval_data_of_other_columns(make_experiment, rows, tmp_path):
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [row | {"id": number} for number, row in enumerate(rows[20:])])
+    config = make_experiment(rows[:20], eval_data=held_out)
+    run_main("selection.coreset", "--config_path", config, "--method", "random")
+    folder = load_experiment(config).folder
+    run_main("scripts.export", folder)
+    assert len((folder / "export" / "random-0.5" / "annotated.jsonl").read_text().splitlines()) == 20
+
+
 def test_rs2_takes_as_many_steps_as_passes_over_one_subset():
     for rate, passes in ((0.1, 4), (0.25, 4), (0.3, 4), (0.8, 2.5)):
         share, epochs = rs2(rate, passes)
