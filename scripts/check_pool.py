@@ -35,7 +35,7 @@ from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.log import say
 from selection.run.model_folder import model_path
-from selection.run.products import atomic_path, code_version, read_json, refuse_difference, write_json
+from selection.run.products import atomic_path, code_version, locked, read_json, refuse_difference, write_json
 from selection.scores.coresets import write_coreset
 from selection.scores.identity import check_run, fingerprint_of, write_experiment
 from selection.scores.models import load_for_scoring
@@ -55,12 +55,13 @@ def main() -> None:
     about = {"data_fingerprint": split.fingerprint, "template": experiment.template}
     about |= {"cutoff_len": experiment.cutoff_len, "model_fingerprint": fingerprint_of(experiment, model)}
     paths = [folder / name for name in ("pool.json", "suspects.jsonl")]
-    if all(path.exists() for path in paths):
-        stored = read_json(paths[0], Pool)
-        refuse_difference(folder, stored, stored | about, "remove it, or give another --out")
-        say(f"reusing {paths[1]}: remove it to look again")
-    else:
-        look(experiment, split, folder, model, about)
+    with locked(folder):  # two jobs of a grid may ask at the same time
+        if all(path.exists() for path in paths):
+            stored = read_json(paths[0], Pool)
+            refuse_difference(folder, stored, stored | about, "remove it, or give another --out")
+            say(f"reusing {paths[1]}: remove it to look again")
+        else:
+            look(experiment, split, folder, model, about)
     write_experiment(experiment)
     pool, suspects = read_json(paths[0], Pool), read_suspects(paths[1])
     counts = Counter(suspect.get("kind", "listed") for suspect in suspects)

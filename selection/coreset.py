@@ -43,8 +43,8 @@ from selection.run.config import (
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
-from selection.scores.folder import Scores, check_features, read_ids, read_scores
-from selection.scores.identity import check_run
+from selection.scores.folder import Scores, check_features, is_finished, read_ids, read_scores
+from selection.scores.identity import check_run, write_experiment
 from selection.scores.pool import LeftOut, all_rows, rows_left_out, without
 from selection.scores.verification import (
     Settings,
@@ -110,6 +110,9 @@ def main() -> None:
         check_run(experiment, verified=in_run)
     coresets = []  # written once everything is known to be right
     for method in arguments.method:
+        if method == "rds" and arguments.dry_run:
+            print(f"rds: would score the rows of {arguments.dev} on the small model, and choose by them")
+            continue
         cost = Cost(CORESETS, method, device="CPU")
         counted = experiment is not None and not arguments.dry_run
         try:
@@ -120,6 +123,8 @@ def main() -> None:
             if not arguments.dry_run:
                 raise
             print(f"{method}: would be cut at {len(arguments.rate)} rates, not yet: {error}")
+    if experiment is not None and arguments.scores is None and not (arguments.dry_run or experiment.record.exists()):
+        write_experiment(experiment)  # no stage has run before a coreset that needs no scores
     for each in coresets:
         path = arguments.out / f"{coreset_name(each['method'], each['rate'])}.json"
         gone, there = len(all_rows(each["record"].get("left_out"))), ""
@@ -136,14 +141,15 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
     """One method's coresets at every rate, as the arguments of `write_coreset`."""
     source, settings = arguments.scores or scores_of(experiment, method), Settings.of(selection)
     columns = settings.columns if method == "staff" else columns_of(method, selection.baseline_variant)
-    read = [name for name in columns if name != "hidden_state" or not arguments.features]
+    given = arguments.features if method in ("d2", "moderate") else None
+    read = [name for name in columns if name != "hidden_state" or not given]
     scores = (
         read_scores(source, read, ids=False).check_complete() if source else unscored(experiment, arguments.dry_run)
     )
     left_out, count = rows_left_out(experiment), len(scores.index)
     scores = without(scores, left_out)
-    if "hidden_state" in columns and arguments.features:
-        features = read_features(arguments.features, scores.num_rows)
+    if given:
+        features = read_features(given, scores.num_rows)
         scores.columns["hidden_state"] = features[scores.index] if len(scores.left_out) else features
     if method == "rds":
         from selection.scores.dev_set import features_of_rows  # the only rule that loads a model
@@ -160,7 +166,10 @@ def cut_coresets(arguments: argparse.Namespace, experiment: Experiment | None, m
             about, share = dict(record), rate
             if method == "rs2":
                 share, about["num_train_epochs"] = rs2(rate, passes_of(experiment))
-            m = min(coreset_size(share, count), len(scores.index))  # suspects count for the rate, and are not chosen
+            wanted = coreset_size(share, count)
+            m = min(wanted, len(scores.index))  # suspects count for the rate, and are not chosen
+            if method == "rs2":
+                about["num_train_epochs"] *= wanted / m  # as many steps on fewer rows
             choice = choose_by_rule(rule, m, quotas)
             if strata is not None:
                 parts = zip(strata, choice.budgets, choice.filled, strict=True)
@@ -195,12 +204,12 @@ def passes_of(experiment: Experiment | None) -> float:
 
 def scores_of(experiment: Experiment, method: str) -> Path | None:
     """The scores of a run folder that a method reads. Random and Length only count rows and tokens: any will do, and
-    for Random none (None)."""
+    for Random none (None), as where they are still being made."""
     small, tuned = experiment.small_scores, experiment.tuned_target_scores
     if method in ("staff", *SMALL_RULES):
         return small
-    if method in NO_SCORES and not small.exists() and not tuned.exists():
-        return None
+    if method in NO_SCORES:
+        return next((folder for folder in (small, tuned) if is_finished(folder)), None)
     if method in ANY_SCORES and (small.exists() or not tuned.exists()):
         return small
     if not tuned.exists():

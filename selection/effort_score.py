@@ -23,7 +23,7 @@ from selection.run.ledger import SPECULATIVE_SCORES, TARGET_SCORES
 from selection.run.log import say
 from selection.scores.checks import check_machine, check_models, check_rows
 from selection.scores.coresets import check_quotas
-from selection.scores.folder import MORE_COLUMNS
+from selection.scores.folder import MORE_COLUMNS, has_column
 from selection.scores.identity import check_run
 from selection.scores.losses import LOSSES, passes_of
 from selection.scores.scoring import score_rows
@@ -50,7 +50,7 @@ def main() -> None:
         how = f"finetune.py --model {arguments.model} with this configuration"
         raise UserError(f"the {arguments.model} model is not tuned yet (no {tuned}): run {how}")
     if "loss_by_pass" in columns and ready and not borrows:
-        passes_of(tuned)
+        passes_of(tuned, experiment.passes(experiment.small_training))
     if not dry_run and not folder.exists():
         check_machine(experiment)
         check_models(experiment)
@@ -62,6 +62,10 @@ def main() -> None:
     check_rows(experiment, len(split.rows))
     check_quotas(experiment)
     if borrows:
+        read = [name for name in columns if name not in experiment.selection.columns]
+        if absent := [name for name in read if not has_column(folder, name)]:
+            todo = "give that run the same methods and settings, and score again"
+            raise UserError(f"{folder}, of speculative_run, has no column {', '.join(absent)}: {todo}")
         (print if dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
         return
     score_rows(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage, dry_run, columns)

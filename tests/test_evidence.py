@@ -23,6 +23,7 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM
 
+from finetune.likelihood import held_out_losses
 from scripts.paper import pools, subsets
 from scripts.paper.worth import equivalent_size, worth
 from selection.method.baselines import rs2
@@ -67,6 +68,7 @@ def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
         own.append(model(**batch).loss.item())
     assert metrics["by_sample"]["nll"] == pytest.approx(own, abs=1e-4)
     assert metrics["nll"] == pytest.approx(np.mean(own), abs=1e-4)
+    assert held_out_losses(experiment, None, "fp16") == pytest.approx(own, abs=0.02)
     assert "rouge-l" not in metrics and not (experiment.folder / "eval" / "untuned" / "predictions.jsonl").exists()
     assert read_metrics(experiment.folder / "eval" / "rs2-0.5")["nll"] < metrics["nll"]
     Path(held_out).write_text(Path(held_out).read_text() + json.dumps(rows[0]) + "\n")
@@ -74,10 +76,20 @@ def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
     assert_one_line_error(done, "belongs to other data")
 
 
+def test_a_random_coreset_of_a_fresh_run_is_exported_beside_eval_data_of_other_columns(make_experiment, rows, tmp_path):
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [row | {"id": number} for number, row in enumerate(rows[20:])])
+    config = make_experiment(rows[:20], eval_data=held_out)
+    run_main("selection.coreset", "--config_path", config, "--method", "random")
+    folder = load_experiment(config).folder
+    run_main("scripts.export", folder)
+    assert len((folder / "export" / "random-0.5" / "annotated.jsonl").read_text().splitlines()) == 20
+
+
 def test_rs2_takes_as_many_steps_as_passes_over_one_subset():
     for rate, passes in ((0.1, 4), (0.25, 4), (0.3, 4), (0.8, 2.5)):
         share, epochs = rs2(rate, passes)
         assert share <= 1 and share * epochs == pytest.approx(rate * passes)
+    assert rs2(0.3, 3) == (0.9, 1.0)  # not a row less
 
 
 def test_null_ratios_are_the_mean_over_shuffles():
@@ -190,6 +202,15 @@ def test_suspects_are_what_a_pool_was_made_with():
             assert (~faulty[found.row]).sum() <= 0.03 * len(faulty), found[~faulty[found.row]]
 
 
+def test_labels_are_no_stock_answers_and_a_row_without_figures_is_far_from_all():
+    rng = np.random.default_rng(0)
+    says = {name: np.ones(60) for name in ("loss", "n_response_tokens", "loss_without_prompt", "end_loss")}
+    says["hidden_state"] = rng.normal(size=(60, 8))
+    says["hidden_state"][7] = np.nan
+    found = find_suspects([f"Is {row} a {row % 7}?" for row in range(60)], ["yes", "no"] * 30, says)
+    assert "stock answer" not in set(found.kind) and "far from all" in set(found.kind[found.row == 7])
+
+
 def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tmp_path):
     experiment, call = load_experiment(pool[0]), ("scripts/check_pool.py", "--config_path", pool[0])
     done, path = run_script(*call), experiment.pool / "suspects.jsonl"
@@ -269,6 +290,7 @@ def test_leaving_suspects_out_is_choosing_among_the_other_rows(make_experiment, 
     for name, coreset in found.items():
         assert coreset["indices"] == kept[expected[name]["indices"]].tolist(), name
         assert coreset["left_out"] == {"copy": out.tolist()} and coreset["num_rows"] == 48
+    assert found["rs2-0.5"]["num_train_epochs"] == pytest.approx(expected["rs2-0.5"]["num_train_epochs"])
     path.write_text(path.read_text().split("\n", 1)[1])
     assert cut("edited", np.arange(48), *LEAVE_OUT)["staff-0.5"]["left_out"] == {"copy": out[1:].tolist()}
 

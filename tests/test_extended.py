@@ -23,8 +23,17 @@ from selection.run.errors import UserError
 from selection.run.ledger import SPECULATIVE_SCORES
 from selection.scores.folder import Scores, read_scores
 from selection.scores.identity import score_identity
+from selection.scores.pool import without
 from selection.scores.scoring import score_rows
-from selection.scores.verification import Settings, cut_strata, draw, stratified_score, verify
+from selection.scores.verification import (
+    Settings,
+    cut_strata,
+    draw,
+    read_verification,
+    stratified_score,
+    verify,
+    write_verification,
+)
 
 CONTROL = Settings("extended", 10, 8, 0.1, seed=3, length_control="residual")
 
@@ -106,6 +115,32 @@ def test_each_model_is_controlled_by_its_own_fit_over_the_rows_it_has_scored():
     ends = min_max_normalise(speculative[rows], speculative)
     by_hand = ends.min() + (ends.max() - ends.min()) * min_max_normalise(left, left)
     assert own_fit == pytest.approx(by_hand[:first].sum() / ends[:first].sum())
+
+
+def test_a_verification_by_another_cut_of_the_hardest_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = scores_of(rng.random(60), rng.integers(5, 50, 60))
+    scores.columns.update({name: rng.random(60) for name in ("loss_untuned", "loss_without_prompt")})
+    by_effort = Settings("extended", 4, 3, 0.1, seed=3)
+    for stored, now in itertools.permutations((by_effort, replace(by_effort, hardest_by="ifd"))):
+        records = verify(scores.effort, scores, stored, cut_strata(scores.effort, stored, scores.columns))
+        write_verification(tmp_path / "verification.json", stored, scores, records)
+        assert read_verification(tmp_path / "verification.json", replace(stored, budgets="size"), scores)[0] == records
+        with pytest.raises(UserError, match="hardest_by: stored"):
+            read_verification(tmp_path / "verification.json", now, scores)
+
+
+def test_suspects_do_not_count_as_rows_that_the_target_has_scored():
+    """80 of 100 rows scored and 30 left out: 50 or so of the 70 others, no complete scores of a target."""
+    rng = np.random.default_rng(0)
+    scores, kept = scores_of(rng.random(100), np.full(100, 5)), np.arange(30, 100)
+    rules, suspects = Settings("paper", 4, 3, 0.1, seed=3), {"copy": list(range(30))}
+    small, target = without(scores, suspects), scores_of(rng.lognormal(size=100), np.full(100, 5))
+    drawn = small.index[np.concatenate(draw(cut_strata(small.effort, rules), rules))]
+    others = rng.permutation(np.setdiff1d(np.arange(100), drawn))[: 80 - len(drawn)]
+    target = target.only(np.union1d(drawn, others))
+    alone = verify(small.effort, target.only(np.intersect1d(target.index, kept)), rules, index=small.index)
+    assert verify(small.effort, without(target, suspects), rules, index=small.index) == alone
 
 
 @settings(max_examples=60, deadline=None)

@@ -61,7 +61,9 @@ def test_jobs_run_the_needed_stages_in_order_and_cells_wait_for_their_coresets(t
         assert [scripts(job) for job in made if job.needs is None] == [stages]
     assert jobs(grid(), tmp_path, lambda cell: False) == []
     cleaned = {"biology": {"config": "configs/tiny.yaml", "set": ["selection.leave_out=suspects"]}}
-    assert scripts(jobs(grid(tasks=cleaned, methods=["random"]), tmp_path)[0]) == ["check_pool.py", "coreset.py"]
+    for method, stages in (("random", ["coreset.py"]), ("grand", selection)):
+        made = jobs(grid(tasks=cleaned, methods=[method]), tmp_path)
+        assert scripts(made[0]) == ["check_pool.py", *stages]
     only = jobs(grid(), tmp_path, lambda cell: cell.method == "ccs" and cell.rate == 0.5)
     assert [scripts(job) for job in only] == [selection, ["finetune-select.py", "eval.py"]]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, write_jsonl
+from conftest import everything_in, run_script, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -130,7 +130,7 @@ def test_every_rule_from_a_tuned_small_model(make_experiment, rows, tmp_path):
     with torch.no_grad():
         assert scores.columns["loss_untuned"] == losses(base)
         assert scores.columns["loss_without_prompt"] == losses(base, alone=True)
-        for number, folder in enumerate(passes_of(experiment.tuned_small)):
+        for number, folder in enumerate(passes_of(experiment.tuned_small, 3)):
             tuned = PeftModel.from_pretrained(base, folder)
             assert scores.columns["loss_by_pass"][:, number] == losses(tuned)
             base = tuned.unload()
@@ -164,10 +164,31 @@ def test_what_a_rule_cannot_read_is_said_before_anything_is_paid(make_experiment
     assert code == 2 and said in error
 
 
-def test_a_speculator_without_its_passes_is_refused_by_rules_that_read_them(make_experiment, rows, stage):
+def test_a_speculator_without_its_passes_is_refused_by_rules_that_read_them(make_experiment, rows, stage, tmp_path):
     config = make_experiment(rows)
     assert stage("finetune.finetune", config)[0] == 0
     code, _, error = stage("selection.effort_score", config, "--set", 'selection.methods=["s2l"]')
     assert code == 2 and "has not kept the model after each pass" in error
     code, _, error = stage("selection.coreset", config, "--method", "rds")
     assert code == 2 and "--dev FILE" in error
+    # Checkpoints of a save_strategy of the user's own are no passes.
+    steps = {"save_strategy": "steps", "save_steps": 1}
+    config = make_experiment(rows, "steps", output_dir=str(tmp_path / "steps"), small_training=steps)
+    assert stage("finetune.finetune", config)[0] == 0
+    code, _, error = stage("selection.effort_score", config, "--set", 'selection.methods=["s2l"]')
+    assert code == 2 and "has not kept the model after each pass" in error
+
+
+def test_a_dry_run_of_rds_writes_nothing(make_experiment, rows, stage, tmp_path):
+    selection = {"columns": ["hidden_state"], "rates": [0.5]}
+    config = make_experiment(rows, selection=selection, small_training={"num_train_epochs": 0})
+    assert stage("selection.effort_score", config)[0] == 0
+    dev, before = write_jsonl(tmp_path / "dev.jsonl", rows[:2]), everything_in(tmp_path)
+    code, out, _ = stage("selection.coreset", config, "--method", "rds", "--dev", dev, "--dry_run")
+    assert code == 0 and "would score the rows of" in out and everything_in(tmp_path) == before
+    code, _, error = stage("selection.coreset", config, "--method", "ifd")
+    assert code == 2 and "has no column loss_untuned" in error and "add the method to selection.methods" in error
+    for part in load_experiment(config).small_scores.glob("part-*"):
+        part.unlink()  # as before the first is written: random needs no score
+    assert stage("selection.coreset", config, "--method", "random")[0] == 0
+    assert stage("selection.coreset", config, "--method", "length")[0] == 2

@@ -185,9 +185,10 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
     of_a_cell = {"training": {"seed", "report_to", "run_name"}}
     of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"}}
     settings = experiment.model_dump(exclude=no_matter | of_a_cell)
-    for key, published in LATER.items():  # the settings of before these keys
-        if settings["selection"][key] == published:
-            del settings["selection"][key]
+    evaluation = settings["evaluation"], {"generate": True}
+    for values, later in ((settings, {"eval_data": None}), (settings["selection"], LATER), evaluation):
+        for key in [key for key, published in later.items() if values[key] == published]:
+            del values[key]  # the settings of before these keys
     settings = json.dumps(settings, sort_keys=True)
     formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
     texts = [settings, *formats, str(SCORER_VERSION), str(RULES_VERSION), fingerprint, *models]
@@ -230,7 +231,7 @@ def jobs_of(cells: list[Cell], arguments: list[str], lender: list[str], after: s
         commands.append(stage("selection/coreset.py", "--method", *sorted(small)))
         jobs.append(Job(f"{run} small", commands, after))
     if target or full:
-        commands = [stage("finetune/finetune.py", "--model", "target")]
+        commands = [*(look if target else []), stage("finetune/finetune.py", "--model", "target")]
         if target:
             commands.append(stage("selection/effort_score.py", "--model", "target"))
             commands.append(stage("selection/coreset.py", "--method", *sorted(target)))

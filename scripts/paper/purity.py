@@ -49,6 +49,7 @@ def main() -> None:
     known, scorer, paths = {}, None, [arguments.out / f"{name}.csv" for name in ("purity", "suspects")]
     purity, suspects = (pd.read_csv(path).to_dict("records") if path.exists() else [] for path in paths)
     done = {(row["seed"], row["pool"]) for row in suspects}
+    purity = [row for row in purity if (row["seed"], row["pool"]) in done]  # stopped between the two files
     for seed, pool in itertools.product(seeds, sorted(POOLS, key="clean".__eq__)):  # the clean one has no AUC: last
         if (seed, pool) in done:
             continue

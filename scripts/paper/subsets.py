@@ -53,6 +53,8 @@ def main() -> None:
     figures, tokens = figures_of_rows(experiment, split)
     values = (figures - figures.mean()) / figures.std(ddof=0).replace(0, 1)
     done = pd.read_csv(table).to_dict("records") if table.exists() else []
+    if others := [row["rows"] for row in done if row["rows"] != arguments.rows]:
+        raise UserError(f"{table} has subsets of {others[0]} rows: give --rows {others[0]}, or another --out")
     jobs, subsets = [], {}
     options = ["--config_path", str(Path(arguments.config_path).resolve())]
     options += [part for change in arguments.set for part in ("--set", change)]

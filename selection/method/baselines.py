@@ -5,6 +5,8 @@ All but Random, Length and the rules of rules.py read the scores of the target T
 rows by EL2N.
 """
 
+from fractions import Fraction
+
 import numpy as np
 
 from selection.method import rules
@@ -70,7 +72,8 @@ def rs2(rate: float, passes: float) -> tuple[float, float]:
     rate · passes of the rows, drawn at random, or, where that is more than all, as many passes over all of them.
 
     Returns the fraction of rows to draw, and the passes to tune for."""
-    return min(1.0, rate * passes), max(1.0, rate * passes)
+    drawn = float(Fraction(str(rate)) * Fraction(str(passes)))  # 0.3 · 3 is 0.9, where floats give less
+    return min(1.0, drawn), max(1.0, drawn)
 
 
 def moderate_order(features: np.ndarray) -> np.ndarray:

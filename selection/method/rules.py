@@ -56,7 +56,7 @@ def in_equal_parts(cluster: np.ndarray, keys: np.ndarray) -> Rule:
         rows = np.arange(len(cluster)) if within is None else np.flatnonzero(within)
         parts = [rows[cluster[rows] == number] for number in np.unique(cluster[rows])]
         parts.sort(key=lambda part: (len(part), part[0]))
-        chosen, rest = [], m
+        chosen, rest = [rows[:0]], m
         for position, part in enumerate(parts):
             taken = part[np.argsort(keys[part], kind="stable")][: rest // (len(parts) - position)]
             chosen.append(taken)
@@ -75,7 +75,7 @@ def in_proportion(cluster: np.ndarray, keys: np.ndarray) -> Rule:
         sizes = list(map(len, parts))
         counts = proportional_budgets(sizes, sizes, m)
         taken = [part[np.argsort(keys[part], kind="stable")][:n] for part, n in zip(parts, counts, strict=True)]
-        return Choice(np.sort(np.concatenate(taken)))
+        return Choice(np.sort(np.concatenate([rows[:0], *taken])))
 
     return rule
 
@@ -116,6 +116,6 @@ def rds(features: np.ndarray, wanted: np.ndarray) -> Rule:
                 chosen.append(row)
                 if len(chosen) == m:
                     break
-        return Choice(np.sort(np.array(chosen)))
+        return Choice(np.sort(np.array(chosen, dtype=int)))
 
     return rule

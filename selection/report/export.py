@@ -66,8 +66,9 @@ def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, d
     figures = figures.rename_columns([f"staff_{name}" for name in figures.column_names])
     if taken := sorted(set(figures.column_names) & set(split.rows.column_names)):
         raise UserError(f"the data have a column {taken[0]} already, which the export writes: rename it in the data")
-    pooled = concatenate_datasets([split.rows, rows_of(experiment, "eval")])
-    rows = pooled.select(np.argsort(np.concatenate(list(split_numbers(experiment).values())))).with_format("arrow")
+    numbers = split_numbers(experiment)  # rows of eval_data have none, and may have other columns
+    pooled = concatenate_datasets([split.rows, *([rows_of(experiment, "eval")] if len(numbers["eval"]) else [])])
+    rows = pooled.select(np.argsort(np.concatenate(list(numbers.values())))).with_format("arrow")
     schema = pa.unify_schemas([rows.features.arrow_schema, figures.schema])
     with (
         pa.parquet.ParquetWriter(draft / "annotated.parquet", schema) as writer,

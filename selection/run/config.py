@@ -57,8 +57,8 @@ class Section(BaseModel):
 
 
 class Selection(Section):
-    # The published method, or the authors' code where they differ (README.md); extended: published, with the next four
-    # keys allowed. (ours)
+    # The published method, or the authors' code where they differ (README.md); extended: published, and
+    # length_control, budgets, within_stratum and hardest_by may be given. (ours)
     mode: Mode = "paper"
     # Rows that the target scores, the drawn ones or all; by_mode: all under released. (paper: sampled; released: all)
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"

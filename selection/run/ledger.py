@@ -165,7 +165,8 @@ def selection_costs(experiment: Experiment, method: str, shared: bool = True) ->
         paid = _cutting(experiment) + (_last(theirs, SPECULATIVE_TUNING) if tuned else [])
         paid += _scoring(theirs, SPECULATIVE_SCORES)
         if n > 1 and shared:
-            paid = [replace(c, samples=c.samples / n, tokens=c.tokens / n, seconds=c.seconds / n) for c in paid]
+            divided = ("samples", "tokens", "more_tokens", "seconds")
+            paid = [replace(c, **{name: getattr(c, name) / n for name in divided}) for c in paid]
         paid += _scoring(ours, VERIFICATION) if method == "staff" else []
     elif method not in ANY_SCORES:
         paid = _last(ours, TARGET_TUNING, "full") + _scoring(ours, TARGET_SCORES)

@@ -10,6 +10,7 @@ from selection.rows.tokens import lengths, tokenised_rows
 from selection.run.config import DataSet, Experiment
 from selection.run.device import choose_precision
 from selection.run.model_folder import model_path
+from selection.scores.folder import check_features
 from selection.scores.models import load_for_scoring
 from selection.scores.within_memory import score_within_memory
 
@@ -23,8 +24,9 @@ def features_of_rows(experiment: Experiment, path: Path) -> np.ndarray:
         write_dataset(experiment, "dev", rows)
         tokenised = tokenised_rows(experiment, experiment.small_model, "dev", rows)
     settings = experiment.selection
-    precision = choose_precision(settings.precision)
-    model = load_for_scoring(model_path(experiment.small_model), experiment.tuned_small, precision)
+    tuned, precision = experiment.tuned_small, choose_precision(settings.precision)
+    reset_query_value = settings.rules == "released" and tuned is not None  # as the run's rows are scored
+    model = load_for_scoring(model_path(experiment.small_model), tuned, precision, reset_query_value)
     scorer = EffortScorer(model, columns=("hidden_state",))
     budget = scorer.largest_batch = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
     features = {}
@@ -32,4 +34,4 @@ def features_of_rows(experiment: Experiment, path: Path) -> np.ndarray:
         samples, names = tokenised[batch], [f"row {row} of {path}" for row in batch]
         scores = score_within_memory(scorer, samples["input_ids"], samples["labels"], names)
         features |= dict(zip(batch, scores["hidden_state"].numpy(), strict=True))
-    return np.stack([features[row] for row in range(len(tokenised))])
+    return check_features(np.stack([features[row] for row in sorted(features)]), np.array(sorted(features)), str(path))

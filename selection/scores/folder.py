@@ -157,6 +157,11 @@ def read_ids(path: Path, *choices: np.ndarray) -> list[list[str] | None]:
     return [table["id"].take(pa.array(place)).to_pylist() for place in places]
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a score folder has parts, and no plan for more."""
+    return any(folder.glob("part-*.parquet")) and not (folder / "plan.json").exists()
+
+
 def has_column(path: Path, name: str) -> bool:
     """Whether a score folder or file has a column. Raises: UserError where it cannot be read."""
     return name in _open(_parts(path)[0], [name]).column_names
@@ -230,7 +235,10 @@ def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
     """The column under its type. Raises: UserError where it is missing, there twice or of another type."""
     if table.column_names.count(name) != 1:
         how_many = "more than one column" if name in table.column_names else "no column"
-        raise UserError(f"{path} has {how_many} {name} (it has {', '.join(table.column_names) or 'none asked for'})")
+        todo = ": add the method to selection.methods and score again" if name in MORE_COLUMNS and path.is_dir() else ""
+        raise UserError(
+            f"{path} has {how_many} {name} (it has {', '.join(table.column_names) or 'none asked for'}){todo}"
+        )
     kind, what = _COLUMNS.get(name, (pa.float64(), "numbers"))
     try:
         stored = table[name].type

@@ -22,7 +22,7 @@ from selection.run.yaml_file import to_yaml
 from selection.scores.coresets import Coreset
 from selection.scores.folder import SCORER_VERSION, ScoreFolder, made_by, read_manifest
 from selection.scores.pool import check_left_out
-from selection.scores.verification import Settings
+from selection.scores.verification import LATER, Settings
 
 # LLaMA-Factory's keys that change no tuned model.
 _ONLY_LOGGING = {
@@ -145,7 +145,7 @@ def check_run(experiment: Experiment, split: TrainingSplit | None = None, verifi
         refuse_difference(path, stored, stored | wanted, _REMOVE if ours else _LEAVE)
     if verified and experiment.verification.exists():
         record, todo = read_sealed(path := experiment.verification), "run verify.py again under the settings of now"
-        wanted = {"leave_out": None} | Settings.of(experiment.selection).made_from
+        wanted = dict.fromkeys(LATER) | Settings.of(experiment.selection).made_from
         refuse_difference(path, record, record | wanted, todo)
         if target := checked(dict | None, record.get("target"), path):
             refuse_difference(path, target, target | _wanted_scores(experiment, data, experiment.target_scores), todo)
@@ -165,8 +165,8 @@ def _products(experiment: Experiment, split: TrainingSplit | None, data: str | N
             yield folder, made_by(read_manifest(folder)), _wanted_scores(experiment, data, folder)
     for tuned in sorted(experiment.tuned_target("").glob("[!.]*")):
         record = read_record(tuned / "made_from.json")
-        keys = experiment.target_training | record.get("keys_of_coreset", {})
-        yield tuned, record, _wanted_tuning(experiment, experiment.target_model, keys)
+        keys = checked(dict, record.get("keys_of_coreset", {}), tuned / "made_from.json")
+        yield tuned, record, _wanted_tuning(experiment, experiment.target_model, experiment.target_training | keys)
     for record in sorted((experiment.folder / "eval").glob("[!.]*/made_from.json")):
         yield record.parent, read_record(record), {"max_new_tokens": experiment.evaluation.max_new_tokens}
 

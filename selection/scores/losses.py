@@ -1,6 +1,7 @@
 """Losses that other rules of the small model's price read (method/rules.py): untuned, and after each tuning pass."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from selection.run.errors import UserError
 LOSSES = ("loss_untuned", "loss_without_prompt", "loss_by_pass")
 
 
-def passes_of(tuned: Path) -> list[Path]:
-    """The LoRA after each pass of a tuning that kept them. Raises: UserError where it did not."""
-    if found := sorted(tuned.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2])):
+def passes_of(tuned: Path, count: float) -> list[Path]:
+    """The LoRA after each of `count` passes of a tuning that kept them. Raises: UserError where it did not."""
+    found = sorted(tuned.glob("checkpoint-[0-9]*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    if len(found) == math.ceil(count):  # others are those of a save_strategy of the user's own
         return found
     todo = "remove it and tune again with s2l or learning_percentage in selection.methods"
     raise UserError(f"{tuned} has not kept the model after each pass: {todo}")
@@ -52,9 +54,11 @@ class LossScorer(EffortScorer):
 
     @contextlib.contextmanager
     def _untuned(self) -> Iterator[None]:
-        with self.whole.disable_adapter() if isinstance(self.whole, PeftModel) else contextlib.nullcontext():
-            yield
-        self.whole.requires_grad_(False)  # PEFT makes an adapter that it switches on trainable
+        try:
+            with self.whole.disable_adapter() if isinstance(self.whole, PeftModel) else contextlib.nullcontext():
+                yield
+        finally:  # also out of memory
+            self.whole.requires_grad_(False)  # PEFT makes an adapter that it switches on trainable
 
     def _after(self, name: str, input_ids, labels) -> torch.Tensor:
         before = self.whole.active_adapter

@@ -21,7 +21,7 @@ from selection.run.model_folder import incomplete_adapters_refused
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal whether to run a model's code
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "top_k_experts")  # names in configs for experts per token
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # fp16: evaluation alone
 
 
 @contextlib.contextmanager

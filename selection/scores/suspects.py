@@ -20,6 +20,7 @@ KINDS = {
     "near copy": "almost the same row stands earlier",
 }
 _STOCK = 3  # rows with other prompts that share an answer
+_LABELS = 0.5  # share of rows with such answers, from which on these are labels and none is suspect
 _ALIKE = 0.9  # cosine of two rows' words
 _END, _CLOSING = ".!?…。！？।؟", "\"'”’»)]*`"  # signs that end a text, and what may stand after them
 _MOST_END = 0.9  # share of answers that do, from which on one that does not is suspect
@@ -72,13 +73,15 @@ def _first_of(keys: list) -> np.ndarray:
 
 
 def _stock_answers(prompts: list[str], answers: list[str]) -> np.ndarray:
-    """The first row with the answer (N,), for answers behind at least _STOCK different prompts; else −1."""
+    """The first row with the answer (N,), for answers behind at least _STOCK different prompts; else −1. Where most
+    answers are such ones, as yes and no, −1 throughout."""
     plain = [_plain(answer) for answer in answers]
     behind: dict[str, set[str]] = {}
     for prompt, answer in zip(prompts, plain, strict=True):
         behind.setdefault(answer, set()).add(_plain(prompt))
     first = {answer: plain.index(answer) for answer, own in behind.items() if len(own) >= _STOCK}
-    return np.array([first.get(answer, -1) for answer in plain])
+    found = np.array([first.get(answer, -1) for answer in plain])
+    return found if np.mean(found >= 0) < _LABELS else np.full(len(found), -1)
 
 
 def _copies(prompts: list[str], answers: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -116,11 +119,13 @@ def _other_script(answers: list[str]) -> np.ndarray:
 
 
 def _far(hidden: np.ndarray) -> np.ndarray:
-    """Rows whose mean distance to their five nearest is far above the usual one."""
-    count = min(5, len(hidden) - 1)
+    """Rows whose mean distance to their five nearest is far above the usual one, or not finite."""
+    known = np.isfinite(hidden).all(1)
+    far, count = ~known, min(5, known.sum() - 1)
     if count < 1:
-        return np.zeros(len(hidden), bool)
-    distances, _ = NearestNeighbors(n_neighbors=count, metric="cosine").fit(hidden).kneighbors()
+        return far
+    distances, _ = NearestNeighbors(n_neighbors=count, metric="cosine").fit(hidden[known]).kneighbors()
     distance = distances.mean(1)
     middle = np.median(distance)
-    return distance > middle + _FAR * np.median(np.abs(distance - middle)) * 1.4826
+    far[known] = distance > middle + _FAR * np.median(np.abs(distance - middle)) * 1.4826
+    return far

@@ -177,7 +177,7 @@ def verified_pairs(
     if len(drawn):
         speculatives = staff.min_max_normalise(speculative[drawn], reference=speculative)
         targets = target.at(index[drawn])
-        if len(target.index) + len(target.left_out) >= len(speculative):
+        if len(target.index) + np.isin(target.left_out, index).sum() >= len(speculative):
             targets = staff.min_max_normalise(targets, reference=target.effort)
         else:
             low, high = speculatives.min(), speculatives.max()
@@ -234,7 +234,7 @@ def write_verification(
 def read_verification(path: Path, settings: Settings, speculative: Scores) -> tuple[list[StratumRecord], dict | None]:
     """The strata and the target's `Scores.made_by`. Raises: UserError for other settings or scores, and damage."""
     value, todo = read_sealed(path), "run verify.py again under the settings of now"
-    refuse_difference(path, value, value | {"leave_out": None} | _made_from(settings, speculative), todo)
+    refuse_difference(path, value, value | dict.fromkeys(LATER) | _made_from(settings, speculative), todo)
     return checked(list[StratumRecord], value.get("strata"), path), checked(dict | None, value.get("target"), path)
 
 
