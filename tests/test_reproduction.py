@@ -64,6 +64,11 @@ def test_jobs_run_the_needed_stages_in_order_and_cells_wait_for_their_coresets(t
     for method, stages in (("random", ["coreset.py"]), ("grand", selection)):
         made = jobs(grid(tasks=cleaned, methods=[method]), tmp_path)
         assert scripts(made[0]) == ["check_pool.py", *stages]
+    cell = Cell("biology", "cleaned", 0.1, 3)
+    arguments = stage_arguments(grid(methods=["cleaned"]), tmp_path, cell)
+    look, tuned = jobs_of([cell], arguments, arguments)
+    assert scripts(look) == ["check_pool.py", "coreset.py"] and tuned.needs == look.name
+    assert load(arguments).small_model == load(arguments).target_model
     only = jobs(grid(), tmp_path, lambda cell: cell.method == "ccs" and cell.rate == 0.5)
     assert [scripts(job) for job in only] == [selection, ["finetune-select.py", "eval.py"]]
 

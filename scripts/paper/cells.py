@@ -32,9 +32,11 @@ from selection.scores.coresets import coreset_name
 from selection.scores.folder import SCORER_VERSION
 from selection.scores.verification import LATER, RULES_VERSION
 
-# STAFF with one addition to the published rules, and what that changes in a task's experiment. Each has its own
-# coresets, so its own run folders, with the speculative scores of STAFF's.
+# Random and STAFF with one addition, and what that changes in a task's experiment. Each has its own coresets, so its
+# own run folders; STAFF's take the speculative scores of STAFF. cleaned: Random among the rows that the target itself,
+# by check_pool.py, does not suspect.
 VARIANTS = {
+    "cleaned": "selection.leave_out=suspects",
     "staff_length": "selection.length_control=residual",
     "staff_size": "selection.budgets=size",
     "staff_neyman": "selection.budgets=neyman",
@@ -54,7 +56,7 @@ class Cell:
     @property
     def rule(self) -> str:
         """The method as the stages know it."""
-        return "staff" if self.method in VARIANTS else self.method
+        return {"cleaned": "random"}.get(self.method, "staff") if self.method in VARIANTS else self.method
 
     @property
     def tuned(self) -> str:
@@ -161,7 +163,10 @@ def cells_of(grid: Grid) -> list[Cell]:
 def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
     """The stages' command line for the run folder of a cell."""
     task, values = grid.tasks[cell.task], {"output_dir": str(runs / cell.run)}
-    if cell.method in VARIANTS:
+    if cell.method == "cleaned":
+        task_of = load(stage_arguments(grid, runs, replace(cell, method="random")))
+        values |= {"selection.methods": ["random"], "small_model": task_of.target_model}
+    elif cell.method in VARIANTS:
         values |= {"selection.methods": ["staff"], "selection.mode": "extended"}
         values["speculative_run"] = str(runs / replace(cell, method="staff").run)
     else:  # the small model's scores are also those of the variants

@@ -39,6 +39,7 @@ METHODS = {
     "full": ("Full data", "#000000", ""),
     "random": ("Random", "#777777", "o"),
     "oracle": ("Oracle", "#000000", "*"),
+    "cleaned": ("Random, suspects left out", "#000000", "X"),
     "rs2": ("RS2", "#bbbbbb", "h"),
     "length": ("Length", "#ddaa33", "s"),
     "grand": ("GraNd", "#117733", "^"),

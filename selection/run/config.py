@@ -36,8 +36,10 @@ _NOT_FOR_TUNING = {
 SMALL_RULES = ("ifd", "middle", "davir", "s2l", "learning_percentage", "clusters", "rds")
 Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy", *SMALL_RULES]
 NO_SCORES = ("random", "rs2")  # they count rows alone
-# STAFF with additions of mode extended (scripts/paper/cells.py), in grids.
-Variant = Literal["staff_length", "staff_size", "staff_neyman", "staff_calibrated", "staff_nearest", "staff_ifd"]
+# Random and STAFF with additions (scripts/paper/cells.py), in grids.
+Variant = Literal[
+    "cleaned", "staff_length", "staff_size", "staff_neyman", "staff_calibrated", "staff_nearest", "staff_ifd"
+]
 ANY_SCORES = (*NO_SCORES, "length")  # rows and tokens alone; other baselines read the tuned target
 Mode = Literal["paper", "released", "extended"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and transformers take
@@ -312,7 +314,8 @@ class Grid(Section):
 
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Task], Field(min_length=1)]  # by name
     # full: the target tuned on everything; staff_…: STAFF with an addition of mode extended; oracle: rows drawn among
-    # those that a pool's kinds call clean. (paper: full; ours: the others)
+    # those that a pool's kinds call clean; cleaned: among those that check_pool.py does not suspect.
+    # (paper: full; ours: the others)
     methods: list[Literal["full", "oracle", Variant, Method]] = Field(min_length=1)
     rates: list[_Part] = Field(min_length=1)  # fractions of the training split to keep (paper, Table 1)
     seeds: list[Seed] = Field(min_length=1)  # of tuning, scoring and every choice; the split stays the same (ours)
