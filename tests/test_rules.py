@@ -156,6 +156,7 @@ def test_every_rule_from_a_tuned_small_model(make_experiment, rows, tmp_path):
         ({"small_training.num_train_epochs": 0, "selection.methods": '["davir"]'}, "what tuning changes"),
         ({"training.finetuning_type": "full", "selection.methods": '["ifd"]'}, "finetuning_type must be lora"),
         ({"selection.methods": '["rds"]'}, "--method rds --dev FILE"),
+        ({"selection.methods": '["clusters"]', "selection.mode": "released"}, "which mode released resets"),
     ],
 )
 def test_what_a_rule_cannot_read_is_said_before_anything_is_paid(make_experiment, rows, stage, changes, said):

@@ -21,7 +21,7 @@ from selection.method.staff import coreset_size
 from selection.report.agreement import overlap
 from selection.run.cli import argument_parser
 from selection.run.config import load_run
-from selection.run.errors import refusals
+from selection.run.errors import UserError, refusals
 from selection.run.products import atomic_path
 from selection.scores.folder import read_scores
 from selection.scores.verification import (
@@ -52,6 +52,8 @@ def of_run(folder: Path, rate: float) -> pd.DataFrame:
     settings = Settings.of(experiment.selection)
     scores = read_scores(experiment.small_scores, settings.columns).check_complete()
     records, _ = read_verification(experiment.verification, settings, scores)
+    if any(record.verification_ratio is None for record in records):
+        raise UserError(f"{folder} has strata without a verified row, as mode released leaves them: give mode paper")
     nulls, calibrated = null_ratios_of(records), calibrated_ratios_of(records)
     strata, chosen = cut_strata(scores.effort, settings), {}
     with refusals():

@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--held_out", type=int, default=300, help="rows to evaluate on; default: 300")
     arguments = parser.parse_args()
     clean, other = read_rows(arguments.data), read_rows(arguments.other)
+    if (most := max(round(share * arguments.rows) for _, share in POOLS.values())) > len(other):
+        raise UserError(f"{arguments.other} has {len(other)} rows: give at least {most}")
     if arguments.rows + arguments.held_out > len(clean):
         wanted = f"{arguments.rows} rows and {arguments.held_out} held out"
         raise UserError(f"{arguments.data} has {len(clean)} rows: too few for {wanted}")

@@ -240,6 +240,8 @@ class Experiment(Section):
                 raise ValueError("rds chooses by a file of its own: call coreset.py with --method rds --dev FILE")
             if method in {"ifd", "middle", *later} and keys.get("finetuning_type", "lora") != "lora":
                 raise ValueError(f"{method} reads losses with and without the tuned LoRA: finetuning_type must be lora")
+            if method in SMALL_RULES and self.selection.rules == "released" and self.passes(self.small_training):
+                raise ValueError(f"{method} reads the tuned small model, which mode released resets: give mode paper")
             if method in later and not self.passes(self.small_training):
                 raise ValueError(f"{method} reads what tuning changes: small_training.num_train_epochs must be above 0")
         return self

@@ -163,7 +163,8 @@ def selection_costs(experiment: Experiment, method: str, shared: bool = True) ->
         theirs, n = read_ledger(experiment.speculative_folder), sharing_runs(experiment)
         tuned = experiment.tuned_small and method not in ("ifd", "middle")  # these read the untuned model
         paid = _cutting(experiment) + (_last(theirs, SPECULATIVE_TUNING) if tuned else [])
-        paid += _scoring(theirs, SPECULATIVE_SCORES)
+        scoring = _scoring(theirs, SPECULATIVE_SCORES)
+        paid += [replace(c, more_tokens=0) for c in scoring] if method == "staff" else scoring  # others read those
         if n > 1 and shared:
             divided = ("samples", "tokens", "more_tokens", "seconds")
             paid = [replace(c, **{name: getattr(c, name) / n for name in divided}) for c in paid]
