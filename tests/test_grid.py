@@ -45,7 +45,7 @@ def test_the_grid_has_every_method_with_its_figures_and_costs(results):
     assert ((table.selection_flops == 0) == free).all() and ((table.selection_tokens == 0) == free).all()
     flops = table.set_index("method").selection_flops
     assert flops[["grand", "ccs", "d2"]].nunique() == 1
-    assert flops.staff not in (0, flops.grand) and flops.s2l < flops.staff_ifd
+    assert flops.staff not in (0, flops.grand) and flops.s2l not in (0, flops.staff)
     assert flops.staff_ifd == pytest.approx(flops.staff, rel=0.02)  # other rows are verified
 
 
