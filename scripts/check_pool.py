@@ -24,23 +24,20 @@ import pandas as pd
 from datasets import concatenate_datasets
 
 from selection.coreset import unscored
-from selection.method.effort import EffortScorer
 from selection.report.agreement import spearman
 from selection.rows.conversation import as_messages
 from selection.rows.split import TrainingSplit, rows_of, split_numbers, training_split
 from selection.rows.tokens import empty_turn, tokenised_rows
 from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, load_experiment
-from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.log import say
 from selection.run.model_folder import model_path
 from selection.run.products import atomic_path, code_version, locked, read_json, refuse_difference, write_json
 from selection.scores.coresets import write_coreset
 from selection.scores.identity import check_run, fingerprint_of, write_experiment
-from selection.scores.models import load_for_scoring
 from selection.scores.pool import Pool, read_suspects, suspects_in_training, without
-from selection.scores.row_figures import COLUMNS, row_figures
+from selection.scores.row_figures import load_row_scorer, row_figures
 from selection.scores.suspects import KINDS, find_suspects
 from selection.start import start
 
@@ -119,9 +116,7 @@ def look(experiment: Experiment, split: TrainingSplit, folder: Path, model: str,
     parts = {"train": split.rows} | ({} if experiment.eval_data else {"eval": rows_of(experiment, "eval")})
     numbers = np.concatenate([split_numbers(experiment)[name] for name in parts])
     tokenised = concatenate_datasets([tokenised_rows(experiment, model, *part) for part in parts.items()])
-    scorer = EffortScorer(
-        load_for_scoring(model_path(model), None, choose_precision(experiment.selection.precision)), columns=COLUMNS
-    )
+    scorer = load_row_scorer(model, experiment.selection.precision)
     columns = row_figures(tokenised, scorer, empty_turn(experiment, model))
     entry = experiment.row_format.entry
     turns = [as_messages(row, entry) for rows in parts.values() for row in rows]

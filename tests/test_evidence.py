@@ -24,10 +24,9 @@ from conftest import (
 from transformers import AutoModelForCausalLM
 
 from finetune.likelihood import held_out_losses
-from scripts.paper import pools, subsets
+from scripts.paper import pools, purity, subsets
 from scripts.paper.worth import equivalent_size, worth
 from selection.method.baselines import rs2
-from selection.method.effort import EffortScorer
 from selection.method.interval import null_ratios
 from selection.method.staff import verification_ratio
 from selection.report.annotated import annotated
@@ -38,7 +37,7 @@ from selection.rows.tokens import empty_turn, tokenised_rows, tokenised_split
 from selection.run.config import Method, load_experiment
 from selection.run.metrics import read_metrics
 from selection.scores.coresets import read_coreset
-from selection.scores.row_figures import COLUMNS, row_figures, suspicions
+from selection.scores.row_figures import load_row_scorer, row_figures
 from selection.scores.suspects import find_suspects
 
 
@@ -158,7 +157,7 @@ def test_figures_of_rows_are_those_of_single_passes(pool):
     rows = tokenised_split(experiment, experiment.target_model, training_split(experiment))
     model = AutoModelForCausalLM.from_pretrained(experiment.target_model, dtype=torch.float32)
     around, known = empty_turn(experiment, experiment.target_model), {}
-    columns = row_figures(rows, EffortScorer(model, columns=COLUMNS), around, known)
+    columns = row_figures(rows, load_row_scorer(experiment.target_model, "fp32"), around, known)
     assert len(known) == len(rows)
 
     def loss(ids: list[int], first: int) -> np.ndarray:
@@ -174,7 +173,7 @@ def test_figures_of_rows_are_those_of_single_passes(pool):
         # chatml ends a response with <|im_end|> and a line break.
         assert columns["end_loss"][number] == pytest.approx(loss(alone, len(around[0]))[-2:].sum(), rel=1e-4)
         assert columns["n_response_tokens"][number] == len(ids) - start
-    assert all(np.isfinite(values).all() and len(values) == 30 for values in suspicions(columns).values())
+    assert all(np.isfinite(values).all() and len(values) == 30 for values in purity.suspicions(columns).values())
 
 
 def test_suspects_are_what_a_pool_was_made_with():

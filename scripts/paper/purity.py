@@ -22,18 +22,15 @@ from sklearn.metrics import roc_auc_score
 
 from scripts.paper.cells import markdown_table
 from scripts.paper.pools import POOLS, is_faulty, read_rows
-from selection.method.effort import EffortScorer
+from selection.method.length_control import length_residual
 from selection.rows.split import training_split
 from selection.rows.tokens import empty_turn, tokenised_split
 from selection.run.cli import add_experiment_arguments, argument_parser
-from selection.run.config import Experiment, load_experiment
-from selection.run.device import choose_precision
-from selection.run.errors import UserError
+from selection.run.config import load_experiment
+from selection.run.errors import UserError, refusals
 from selection.run.log import say
-from selection.run.model_folder import model_path
 from selection.run.products import atomic_path, code_version
-from selection.scores.models import load_for_scoring
-from selection.scores.row_figures import COLUMNS, row_figures, suspicions
+from selection.scores.row_figures import load_row_scorer, row_figures
 from selection.scores.suspects import KINDS, find_suspects
 
 
@@ -58,7 +55,10 @@ def main() -> None:
         changes = [*arguments.set, f"dataset={json.dumps(str(source))}", f"output_dir={json.dumps(str(folder))}"]
         experiment = load_experiment(arguments.config_path, changes)
         rows = tokenised_split(experiment, experiment.target_model, training_split(experiment))
-        scorer, faulty = scorer or load_scorer(experiment), is_faulty(source)
+        scorer, faulty = (
+            scorer or load_row_scorer(experiment.target_model, experiment.selection.precision),
+            is_faulty(source),
+        )
         columns = row_figures(rows, scorer, empty_turn(experiment, experiment.target_model), known)
         about = {"pool": pool, "seed": seed}
         for name, values in suspicions(columns).items() if faulty.any() else ():
@@ -92,10 +92,27 @@ def suspects_table(table: pd.DataFrame) -> str:
     return markdown_table(["faulty of suspect rows", *KINDS], cells.reset_index().to_numpy().tolist())
 
 
-def load_scorer(experiment: Experiment) -> EffortScorer:
-    """The untuned target, with the columns that `row_figures` reads."""
-    precision = choose_precision(experiment.selection.precision)
-    return EffortScorer(load_for_scoring(model_path(experiment.target_model), None, precision), columns=COLUMNS)
+def suspicions(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scores (N,) of `row_figures` by name, each so that a higher one is more suspect."""
+    tokens, unexplained = columns["n_response_tokens"], columns["loss"] - columns["loss_without_prompt"]
+    hidden = columns["hidden_state"] / np.linalg.norm(columns["hidden_state"], axis=1, keepdims=True)
+    nearest = hidden @ hidden.T
+    np.fill_diagonal(nearest, -1)
+    with refusals():
+        without_length = length_residual(columns["effort"], tokens)
+    return {
+        "effort": columns["effort"],
+        "effort, length held fixed": without_length,
+        "EL2N": columns["el2n"],
+        "entropy": columns["entropy"],
+        "loss": columns["loss"],
+        "IFD": np.exp(unexplained),  # Li et al. 2024 (2402.00530): perplexity with the prompt / without it
+        "loss difference, summed over tokens": tokens * unexplained,
+        "loss of the end": columns["end_loss"],
+        "response tokens": tokens,
+        "similarity to the nearest row": nearest.max(1),
+        "distance from the mean row": -(hidden @ hidden.mean(0)),
+    }
 
 
 def means_with_deviation(table: pd.DataFrame, figure: str) -> str:

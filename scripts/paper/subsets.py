@@ -22,7 +22,7 @@ from sklearn.cluster import KMeans
 
 from scripts.paper.cells import Job, markdown_table, run_jobs
 from scripts.paper.pools import is_faulty
-from scripts.paper.purity import load_scorer
+from scripts.paper.purity import suspicions
 from selection.rows.split import TrainingSplit, training_split
 from selection.rows.tokens import empty_turn, tokenised_split
 from selection.run.cli import add_experiment_arguments, argument_parser
@@ -32,7 +32,7 @@ from selection.run.ledger import TARGET_TUNING, read_ledger
 from selection.run.log import say
 from selection.run.metrics import NLL, read_metrics
 from selection.run.products import atomic_path, code_version, held, write_json
-from selection.scores.row_figures import row_figures, suspicions
+from selection.scores.row_figures import load_row_scorer, row_figures
 
 _REPLICATES = 10_000
 
@@ -93,7 +93,8 @@ def main() -> None:
 def figures_of_rows(experiment: Experiment, split: TrainingSplit) -> tuple[pd.DataFrame, np.ndarray]:
     """Scores of every row by the untuned target, its cluster and, where known, whether it is faulty; its tokens."""
     rows = tokenised_split(experiment, experiment.target_model, split)
-    columns = row_figures(rows, load_scorer(experiment), empty_turn(experiment, experiment.target_model))
+    scorer = load_row_scorer(experiment.target_model, experiment.selection.precision)
+    columns = row_figures(rows, scorer, empty_turn(experiment, experiment.target_model))
     found = pd.DataFrame(suspicions(columns))
     found["IFD"] = np.log(found["IFD"])  # as the mean over rows is read
     found["response tokens"] = np.log(found["response tokens"])

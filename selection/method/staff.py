@@ -146,37 +146,28 @@ class Choice:
 
 
 def choose_staff(
-    scores: np.ndarray, strata: Strata, ratios: list[float | None], m: int, mode: str, seed: int
+    scores: np.ndarray,
+    strata: Strata,
+    ratios: list[float | None],
+    m: int,
+    mode: str,
+    seed: int,
+    budgets: list[int] | None = None,
+    take: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> Choice:
     """Algorithm 1 from the speculative scores (N,), strata and their V_i (None: not verified) to m rows.
 
     Take the budget of each stratum (published: at random; released: the highest scores), then fill up to m from the
-    unchosen rows of all strata. Where these are too few (the paper is silent), the easiest of the hardest come back."""
+    unchosen rows of all strata. Where these are too few (the paper is silent), the easiest of the hardest come back.
+    `budgets` replaces those by V_i; `take`, which gives so many of a stratum's rows, the choice in it (extended.py)."""
+    budgets = allocate_budgets(strata.sizes, ratios, m, mode) if budgets is None else budgets
     ranks = -scores if mode == "released" else random_ranks(len(scores), seed, WITHIN_STRATUM)
-    budgets = allocate_budgets(strata.sizes, ratios, m, mode)
-    return choose_by_budgets(strata, budgets, by_rank(ranks), m, len(scores), seed)
-
-
-def by_rank(ranks: np.ndarray) -> Callable[[np.ndarray, int], np.ndarray]:
-    """A function that takes `count` of `rows`: those with the lowest `ranks` (N,)."""
-    return lambda rows, count: rows[lowest(ranks[rows], count)]
-
-
-def choose_by_budgets(
-    strata: Strata,
-    budgets: list[int],
-    take: Callable[[np.ndarray, int], np.ndarray],
-    m: int,
-    num_rows: int,
-    seed: int,
-) -> Choice:
-    """The end of `choose_staff`, from budgets on: `take` gives so many of a stratum's rows, the fill what is left."""
-    chosen = np.zeros(num_rows, dtype=bool)
+    chosen = np.zeros(len(scores), dtype=bool)
     for rows, budget in zip(strata.members, budgets, strict=True):
-        chosen[take(rows, budget)] = True
+        chosen[take(rows, budget) if take else rows[lowest(ranks[rows], budget)]] = True
     taken = np.array([chosen[rows].sum() for rows in strata.members])
     unchosen = np.concatenate([rows[~chosen[rows]] for rows in strata.members])
-    fill = np.sort(unchosen[lowest(random_ranks(num_rows, seed, FILL)[unchosen], m - taken.sum())])
+    fill = np.sort(unchosen[lowest(random_ranks(len(scores), seed, FILL)[unchosen], m - taken.sum())])
     chosen[fill] = True
     budgets = np.array([chosen[rows].sum() for rows in strata.members])
     from_hardest = m - int(budgets.sum())

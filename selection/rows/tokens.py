@@ -53,17 +53,11 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
     The completion is the last response with its end mark, the prompt all before it but for a mark that the model's own
     tokenizer adds; `same`: whether that tokenizer makes of both, joined, the tokens that tuning takes. Nothing is cut
     off. Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write."""
-    import_llama_factory()
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.hparams import DataArguments, ModelArguments
-    from llamafactory.model import load_tokenizer
     from transformers import AutoTokenizer
 
-    with user_errors(f"model {model}, template {experiment.template}"):
-        path = model_path(model)
-        tokenizer = load_tokenizer(ModelArguments(model_name_or_path=path))["tokenizer"]
-        template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template=experiment.template))
-        users = AutoTokenizer.from_pretrained(path)
+    tokenizer, template = _tokenizer_and_template(experiment, model)
+    with user_errors(f"model {model}"):
+        users = AutoTokenizer.from_pretrained(model_path(model))
     front, end = users("")["input_ids"][:1], tokenizer.eos_token_id
     front = front if front == [users.bos_token_id] else []
 
@@ -87,6 +81,14 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
 
 def empty_turn(experiment: Experiment, model: str) -> tuple[list[int], list[int]]:
     """The tokens before and after a response that the template itself writes, around an empty prompt."""
+    tokenizer, template = _tokenizer_and_template(experiment, model)
+    with user_errors(f"template {experiment.template}"):
+        before, after = template.encode_oneturn(tokenizer, [{"role": r, "content": ""} for r in ("user", "assistant")])
+    return before, after + [tokenizer.eos_token_id] * template.efficient_eos
+
+
+def _tokenizer_and_template(experiment: Experiment, model: str):
+    """As LLaMA-Factory loads them. Raises: UserError for an unknown template, and a broken tokenizer."""
     import_llama_factory()
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments, ModelArguments
@@ -94,10 +96,7 @@ def empty_turn(experiment: Experiment, model: str) -> tuple[list[int], list[int]
 
     with user_errors(f"model {model}, template {experiment.template}"):
         tokenizer = load_tokenizer(ModelArguments(model_name_or_path=model_path(model)))["tokenizer"]
-        template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template=experiment.template))
-        turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
-        before, after = template.encode_oneturn(tokenizer, turns)
-    return before, after + [tokenizer.eos_token_id] * template.efficient_eos
+        return tokenizer, get_template_and_fix_tokenizer(tokenizer, DataArguments(template=experiment.template))
 
 
 def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from selection.method.effort import EffortScorer, plan_batches, tokens_per_batch
+from selection.method.effort import EffortScorer, tokens_per_batch
 from selection.rows.split import pooled_rows, write_dataset
-from selection.rows.tokens import lengths, tokenised_rows
+from selection.rows.tokens import tokenised_rows
 from selection.run.config import DataSet, Experiment
 from selection.run.device import choose_precision
 from selection.run.model_folder import model_path
@@ -28,10 +28,7 @@ def features_of_rows(experiment: Experiment, path: Path) -> np.ndarray:
     reset_query_value = settings.rules == "released" and tuned is not None  # as the run's rows are scored
     model = load_for_scoring(model_path(experiment.small_model), tuned, precision, reset_query_value)
     scorer = EffortScorer(model, columns=("hidden_state",))
-    budget = scorer.largest_batch = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
-    features = {}
-    for batch in plan_batches(range(len(tokenised)), lengths(tokenised), budget):
-        samples, names = tokenised[batch], [f"row {row} of {path}" for row in batch]
-        scores = score_within_memory(scorer, samples["input_ids"], samples["labels"], names)
-        features |= dict(zip(batch, scores["hidden_state"].numpy(), strict=True))
-    return check_features(np.stack([features[row] for row in sorted(features)]), np.array(sorted(features)), str(path))
+    scorer.largest_batch = settings.tokens_per_batch or tokens_per_batch(settings.phi, scorer.device)
+    names = [f"row {row} of {path}" for row in range(len(tokenised))]
+    scores = score_within_memory(scorer, tokenised["input_ids"], tokenised["labels"], names)
+    return check_features(scores["hidden_state"].numpy(), np.arange(len(tokenised)), str(path))

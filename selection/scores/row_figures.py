@@ -3,13 +3,20 @@
 import numpy as np
 
 from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
-from selection.method.length_control import length_residual
+from selection.run.device import choose_precision
 from selection.run.errors import refusals
 from selection.run.log import progress_bar
+from selection.run.model_folder import model_path
 from selection.scores.losses import losses_without_prompt
+from selection.scores.models import load_for_scoring
 
-COLUMNS = ("el2n", "entropy", "hidden_state")  # that the scorer has to be made with
+_COLUMNS = ("el2n", "entropy", "hidden_state")
 _Sample = tuple[tuple[int, ...], tuple[int, ...]]  # token ids and labels
+
+
+def load_row_scorer(model: str, precision: str) -> EffortScorer:
+    """The untuned `model`, a folder or hub name, for `row_figures`; `precision` as in Selection. Raises: UserError."""
+    return EffortScorer(load_for_scoring(model_path(model), None, choose_precision(precision)), columns=_COLUMNS)
 
 
 def row_figures(
@@ -17,7 +24,7 @@ def row_figures(
 ) -> dict[str, np.ndarray]:
     """Figures (N,) of each row by name; hidden_state (N, d). Equal rows are scored once.
 
-    Args: `tokenised` as `tokenised_rows` makes it; `scorer` made with COLUMNS; `around`: `empty_turn`'s tokens;
+    Args: `tokenised` as `tokenised_rows` makes it; `scorer` of `load_row_scorer`; `around`: `empty_turn`'s tokens;
     `known`: rows that were scored before, which grows. Beside the scorer's columns:
         loss_without_prompt: mean loss of the response behind an empty prompt, in nats a token;
         end_loss: loss of the template's tokens after the response, in nats, all together, in the same pass: high where
@@ -42,26 +49,3 @@ def row_figures(
     columns = {name: np.array([known[sample][name] for sample in samples]) for name in known[samples[0]]}
     columns["end_loss"] *= [list(ids[-end:]) == after for ids, _ in samples]
     return columns | {"n_response_tokens": np.array([len(responses[sample]) for sample in samples])}
-
-
-def suspicions(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scores (N,) of `row_figures` by name, each so that a higher one is more suspect."""
-    tokens, unexplained = columns["n_response_tokens"], columns["loss"] - columns["loss_without_prompt"]
-    hidden = columns["hidden_state"] / np.linalg.norm(columns["hidden_state"], axis=1, keepdims=True)
-    nearest = hidden @ hidden.T
-    np.fill_diagonal(nearest, -1)
-    with refusals():
-        without_length = length_residual(columns["effort"], tokens)
-    return {
-        "effort": columns["effort"],
-        "effort, length held fixed": without_length,
-        "EL2N": columns["el2n"],
-        "entropy": columns["entropy"],
-        "loss": columns["loss"],
-        "IFD": np.exp(unexplained),  # Li et al. 2024 (2402.00530): perplexity with the prompt / without it
-        "loss difference, summed over tokens": tokens * unexplained,
-        "loss of the end": columns["end_loss"],
-        "response tokens": tokens,
-        "similarity to the nearest row": nearest.max(1),
-        "distance from the mean row": -(hidden @ hidden.mean(0)),
-    }

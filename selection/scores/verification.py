@@ -111,20 +111,15 @@ def staff_rule(scores: Scores, strata: Strata, records: list[StratumRecord], set
     ratios, effort, seed = [record.verification_ratio for record in records], scores.effort, settings.seed
     if settings.budgets == "calibrated":
         ratios = [None if np.isnan(ratio) else float(ratio) for ratio in calibrated_ratios_of(records)]
-    ranks = staff.by_rank(staff.random_ranks(len(effort), seed, staff.WITHIN_STRATUM))
     nearest = settings.within_stratum == "nearest"
-    take = extended.nearest_to_centres(scores.columns["hidden_state"], seed) if nearest else ranks
+    take = extended.nearest_to_centres(scores.columns["hidden_state"], seed) if nearest else None
 
     def rule(m: int, within: np.ndarray | None) -> Choice:
-        own = strata.within(within)
-        if not nearest and settings.budgets in ("ratio", "calibrated"):
-            return staff.choose_staff(effort, own, ratios, m, settings.rules, seed)
-        if settings.budgets in ("ratio", "calibrated"):
-            budgets = staff.allocate_budgets(own.sizes, ratios, m, settings.rules)
-        else:
+        own, budgets = strata.within(within), None
+        if settings.budgets in ("size", "neyman"):
             weights = own.sizes if settings.budgets == "size" else extended.neyman_weights(effort, own)
             budgets = extended.proportional_budgets(own.sizes, weights, m)
-        return staff.choose_by_budgets(own, budgets, take, m, len(effort), seed)
+        return staff.choose_staff(effort, own, ratios, m, settings.rules, seed, budgets, take)
 
     return rule
 
