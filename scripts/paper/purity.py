@@ -55,10 +55,8 @@ def main() -> None:
         changes = [*arguments.set, f"dataset={json.dumps(str(source))}", f"output_dir={json.dumps(str(folder))}"]
         experiment = load_experiment(arguments.config_path, changes)
         rows = tokenised_split(experiment, experiment.target_model, training_split(experiment))
-        scorer, faulty = (
-            scorer or load_row_scorer(experiment.target_model, experiment.selection.precision),
-            is_faulty(source),
-        )
+        scorer = scorer or load_row_scorer(experiment.target_model, experiment.selection.precision)
+        faulty = is_faulty(source)
         columns = row_figures(rows, scorer, empty_turn(experiment, experiment.target_model), known)
         about = {"pool": pool, "seed": seed}
         for name, values in suspicions(columns).items() if faulty.any() else ():
