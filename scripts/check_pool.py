@@ -38,7 +38,7 @@ from selection.scores.coresets import write_coreset
 from selection.scores.identity import check_run, fingerprint_of, write_experiment
 from selection.scores.pool import Pool, read_suspects, suspects_in_training, without
 from selection.scores.row_figures import load_row_scorer, row_figures
-from selection.scores.suspects import KINDS, find_suspects
+from selection.scores.suspects import KINDS, find_suspects, possible_gain
 from selection.start import start
 
 _SHOWN, _LETTERS = 3, 100  # rows of each kind that are said, and letters of each
@@ -77,6 +77,7 @@ def main() -> None:
             say(f"  row {suspect['row']}: {prompt} -> {answer}")
     if (by_length := pool["effort_by_length"]) is not None:
         say(f"\neffort score against response length: rank correlation {by_length:+.2f} (±1: the score is the length)")
+    print(f"what selection can gain here: {possible_gain(counts, pool['rows'])}")
 
 
 def load() -> tuple[Experiment, Path | None]:

@@ -1,6 +1,7 @@
 """The instrument: held-out log likelihood, worth, RS2, pools with known faults, random subsets."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import get_args
@@ -36,6 +37,7 @@ from selection.rows.split import rows_of, split_numbers, training_split
 from selection.rows.tokens import empty_turn, tokenised_rows, tokenised_split
 from selection.run.config import Method, load_experiment
 from selection.run.metrics import read_metrics
+from selection.scores import suspects as pool_suspects
 from selection.scores.coresets import read_coreset
 from selection.scores.row_figures import load_row_scorer, row_figures
 from selection.scores.suspects import find_suspects
@@ -218,7 +220,7 @@ def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tm
     assert summary["rows"] == 30 and 1 < len(lines) == summary["suspects"] == sum(summary["kinds"].values()) < 30
     rows = pools.read_rows(pool[0].with_name("pool.jsonl"))
     assert all(line["answer"] == rows[line["row"]]["output"] and line["kind"] for line in lines)
-    assert f"{len(lines)} of 30 rows are suspect" in done.stdout
+    assert f"{len(lines)} of 30 rows are suspect" in done.stdout and "\nwhat selection can gain here: " in done.stdout
     assert_one_line_error(run_script("scripts/check_pool.py", "--target", "x", check=False), "--config_path, or")
 
     # A row that a user says is right comes back; the model is not asked again.
@@ -237,7 +239,8 @@ def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tm
         kind = suspects.get(row := line["staff_row"])
         assert line["staff_reason"] == (f"left out: suspect ({kind})" if kind else "chosen by clean"), row
     report = run_script("scripts/report.py", experiment.folder).stdout.strip()  # of a run without any score
-    assert f"<p>{len(suspects)} of 30 rows of the data" in Path(report).read_text()
+    page = Path(report).read_text()
+    assert f"<p>{len(suspects)} of 30 rows of the data" in page and "What selection can gain here" in page
 
     write_jsonl(path, lines[2:])
     done = run_script("scripts/export.py", experiment.folder, check=False)
@@ -246,6 +249,18 @@ def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tm
     assert_one_line_error(run_script(*call, check=False), "line 1 is no suspect row", "run scripts/check_pool.py")
     path.unlink()
     assert "reusing" not in run_script(*call).stderr and len(path.read_text().splitlines()) == len(lines)
+
+
+def test_what_selection_can_gain_is_what_was_measured():
+    results = REPOSITORY / "data" / "results"
+    measured = "".join(
+        (results / name / "tables.md").read_text() for name in ("headroom_go_biology", "worth_go_biology")
+    )
+    for text in (*pool_suspects._GAINS.values(), pool_suspects._NO_GAIN):
+        figure = re.search(r"[\d.]+ \([\d.]+ to [\d.]+\)", text)
+        assert figure and figure.group() in measured, text
+    assert "few rows" in pool_suspects.possible_gain({"stock answer": 4, "listed": 90}, 100)
+    assert "30% of the rows: stock answer" in pool_suspects.possible_gain({"stock answer": 30, "cut off": 29}, 100)
 
 
 def test_readme_has_the_figures_of_the_pools():

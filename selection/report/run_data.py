@@ -117,7 +117,7 @@ def read_pool(experiment: Experiment) -> dict[str, Any] | None:
     how many rows, and the worst of them with shortened texts; `unread`: why there is no list. None: it was not run."""
     if not (path := experiment.pool / "pool.json").exists():
         return None
-    from selection.scores.suspects import KINDS  # imports scikit-learn, for runs with a pool alone
+    from selection.scores.suspects import KINDS, possible_gain  # imports scikit-learn, for runs with a pool alone
 
     try:
         about, suspects = read_json(path, Pool), read_suspects(path.with_name("suspects.jsonl"))
@@ -131,7 +131,8 @@ def read_pool(experiment: Experiment) -> dict[str, Any] | None:
         for kind, own in by_kind.items()
         if own
     ]
-    return about | {"suspects": len(suspects), "kinds": kinds, "unread": ""}
+    gain = possible_gain({kind: len(own) for kind, own in by_kind.items()}, about["rows"])
+    return about | {"suspects": len(suspects), "kinds": kinds, "gain": gain, "unread": ""}
 
 
 def correlations(figures: pd.DataFrame) -> dict[str, float | None]:

@@ -19,6 +19,19 @@ KINDS = {
     "copy": "the same row stands earlier",
     "near copy": "almost the same row stands earlier",
 }
+# Held-out log likelihood of 60 rows of pools of 1,000, in nats a response token (data/results/headroom_go_biology and
+# worth_go_biology), with 95 % intervals.
+_GAINS = {
+    "stock answer": "leaving such rows out gained 0.072 (0.050 to 0.096) where 30 % were: selection.leave_out=suspects",
+    "other language": "choosing none of another task gained 0.048 (0.035 to 0.061) where 30 % were",
+    "cut off": "choosing none of them gained 0.035 (0.025 to 0.045) where 30 % were",
+    "unexplained": "leaving such rows out gained nothing that can be shown where 30 % were wrong, and a choice that "
+    "knows every wrong row 0.028 (0.018 to 0.039): read them and mend them",
+    "copy": "choosing none twice gained 0.022 (0.008 to 0.035) where 50 % were",
+}
+_GAINS["near copy"] = _GAINS["copy"]
+_NO_GAIN = "on a clean pool a row of --method rs2 was worth 1.20 (1.03 to 1.36) random ones, and more rows gain most"
+_FEW = 0.05  # share of rows below which a fault is too rare to gain by
 _STOCK = 3  # rows with other prompts that share an answer
 _LABELS = 0.5  # share of rows with such answers, from which on these are labels and none is suspect
 _ALIKE = 0.9  # cosine of two rows' words
@@ -26,6 +39,15 @@ _END, _CLOSING = ".!?…。！？।؟", "\"'”’»)]*`"  # signs that end a t
 _MOST_END = 0.9  # share of answers that do, from which on one that does not is suspect
 _UNLIKELY_END = 4.6  # nats: the model gives the end of an answer less than one chance in a hundred
 _FAR = 5.0  # deviations of the distance to the nearest rows, in medians
+
+
+def possible_gain(counts: dict[str, int], rows: int) -> str:
+    """What selection can gain on a pool with `counts` of suspects by kind among its `rows`, from what was measured."""
+    shares = {kind: counts.get(kind, 0) / rows for kind in _GAINS}
+    kind = max(shares, key=shares.get)
+    if shares[kind] < _FEW:
+        return f"few rows are suspect: {_NO_GAIN}"
+    return f"{shares[kind]:.0%} of the rows: {kind}; {_GAINS[kind]}"
 
 
 def find_suspects(prompts: list[str], answers: list[str], columns: dict[str, np.ndarray]) -> pd.DataFrame:
