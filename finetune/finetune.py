@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from selection.run.ending import run_stage
 
 from finetune.tuning import parse_arguments, tune_once
-from selection.rows.split import training_split
+from selection.rows.split import speculative_rows, training_split
 from selection.run.cli import argument_parser
 from selection.run.ledger import SPECULATIVE_TUNING, TARGET_TUNING
 from selection.run.log import say
@@ -34,7 +34,7 @@ def main() -> None:
         stage, model, folder = TARGET_TUNING, experiment.target_model, experiment.tuned_target("full")
     keys = experiment.small_training if small else experiment.target_training
     if folder is None:
-        tell("speculative tuning: none, num_train_epochs is 0")
+        tell("speculative tuning: none, scores come from an untuned model")
         return
     from selection.scores.checks import check_machine, check_models, check_rows  # takes seconds, which --help need not
 
@@ -53,7 +53,10 @@ def main() -> None:
         return
     if small and {"s2l", "learning_percentage"} & set(experiment.selection.methods):  # they read each pass
         report |= {"save_strategy": "epoch", "save_only_model": True}
-    tune_once(experiment, model, "train", split.rows, folder, keys, stage, report, arguments.dry_run)
+    rows, dataset = split.rows, "train"
+    if small and experiment.speculative_share < 1:
+        rows, dataset = rows.select(speculative_rows(experiment, len(rows))), "speculation"
+    tune_once(experiment, model, dataset, rows, folder, keys, stage, report, arguments.dry_run)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from datasets import Dataset
 from selection.method.effort import EffortScorer, plan_batches, tokens_per_batch
 from selection.method.staff import coreset_size, floor_share
 from selection.rows.llama_factory import common_arguments, import_llama_factory, quiet, user_errors
-from selection.rows.split import training_split
+from selection.rows.split import speculative_rows, training_split
 from selection.rows.tokens import check_embeddings, tokenised_rows
 from selection.run import ledger
 from selection.run.cli import add_experiment_arguments, argument_parser
@@ -40,6 +40,7 @@ from selection.scores.models import load_for_scoring, parameters_of, with_fresh_
 
 SELECTION, GRAND = "selection in all", "GraNd's selection: that and all scores"
 FULL = f"{ledger.TARGET_TUNING} on everything"
+SPECULATIONS = "published", "{share: 0.2, passes: 1}", "untuned", "direct"
 _PAD_TO_MULTIPLE_OF = 8  # tuning's batches, as LLaMA-Factory pads them
 
 
@@ -89,9 +90,12 @@ def make_plan(
         kept = num_rows - floor_share(settings.hardest_cutoff, num_rows)
         drawn = min(kept, settings.num_strata * settings.verify_per_stratum)
     if not experiment.borrows:  # else speculative_run has paid
-        stages[ledger.SPECULATIVE_TUNING] = stage("small", num_rows, tunes=True)
-        stages[ledger.SPECULATIVE_SCORES] = stage("small", num_rows)
-    stages[ledger.VERIFICATION] = stage("target", drawn)
+        if experiment.tuned_small:
+            tuned_on = len(speculative_rows(experiment, num_rows))
+            stages[ledger.SPECULATIVE_TUNING] = stage("small", tuned_on, tunes=True)
+        stages[ledger.SPECULATIVE_SCORES] = stage("target" if experiment.direct else "small", num_rows)
+    if not experiment.direct:
+        stages[ledger.VERIFICATION] = stage("target", drawn)
     stages[SELECTION] = total(*stages.values())
     with refusals():
         coresets = {rate: stage("target", coreset_size(rate, num_rows), tunes=True) for rate in settings.rates}
@@ -136,6 +140,16 @@ def verdict(rate: float, selection: float, coreset: float, full: float, reuses: 
     if coreset < full:  # the least n with selection / n + coreset < full
         when = f"it would from {int(selection // (full - coreset)) + 1} re-uses on"
     return f"at rate {rate:g} selection does not pay: {said}; {when}"
+
+
+def format_speculations(plans: dict[str, dict[str, Stage]]) -> str:
+    """What selection costs by each way to come by scores, from `make_plan`'s stages by its name."""
+    full = plans["direct"][FULL].seconds
+    lines = [f"{'selection in all, by selection.speculation':<67}{'FLOPs':>11}{'time':>12}   of tuning on everything"]
+    for name, stages in plans.items():
+        *_, flops, seconds = stages[SELECTION]
+        lines.append(f"{name:<67}{flops:>11.2e}{seconds:>10,.1f} s{seconds / full:>10.1%}")
+    return "\n".join(lines)
 
 
 Step, Batches = Callable[[dict[str, list]], object], list[list[int]]  # computes input_ids and labels; row numbers
@@ -245,6 +259,10 @@ def main() -> None:
         raise UserError("--reuses and --seconds: give at least 1 run and more than 0 seconds")
     experiment = load_experiment(arguments.config_path, arguments.set)
     models = {"small": experiment.small_model, "target": experiment.target_model}
+    kinds = {} if experiment.direct else dict.fromkeys(SPECULATIONS)  # direct knows no small model to compare with
+    for kind in kinds:
+        changes = [*arguments.set, "selection.mode=extended", f"selection.speculation={kind}"]
+        kinds[kind] = load_experiment(arguments.config_path, changes)
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         elsewhere = experiment.model_copy(update={"output_dir": folder})
         split = training_split(elsewhere)
@@ -254,6 +272,8 @@ def main() -> None:
         speeds = calibrate(elsewhere, tokenised, arguments.seconds)
         lengths = {name: [len(ids) for ids in rows["input_ids"]] for name, rows in tokenised.items()}
     print(format_plan(*make_plan(experiment, lengths, speeds), arguments.reuses))
+    if kinds:
+        print(f"\n{format_speculations({kind: make_plan(each, lengths, speeds)[0] for kind, each in kinds.items()})}")
     print("\ntimes are of one process on one device, without device_map and quantization_bit")
 
 

@@ -72,7 +72,10 @@ def start(
     data = [path.expanduser().resolve() for path in data]
     if missing := [path for path in data if not path.is_file()]:
         raise UserError(f"--data {missing[0]}: no such file")
-    pair = choose_models(target, small, template)
+    direct = given.get("selection", {}).get("speculation") == "direct"
+    if direct and small:
+        raise UserError("--small: speculation direct has no small model: leave one of the two out")
+    pair = choose_models(target, small, template, direct)
     name = Path(pair.target).name
     run = (run or REPOSITORY / "runs" / f"{data[0].stem}-{name}").expanduser().resolve()
     small, cut = pair.small, []
@@ -105,8 +108,9 @@ def start(
     return write_once(experiment), cut
 
 
-def choose_models(target: str, small: str | None = None, template: str | None = None) -> Pair:
-    """Target, small model (None: cut one out of the target) and template; says how it came by each.
+def choose_models(target: str, small: str | None = None, template: str | None = None, direct: bool = False) -> Pair:
+    """Target, small model (None: cut one out of the target) and template; says how it came by each. Under `direct`
+    the target stands for the small model.
 
     Raises: UserError for a folder that is no model, and a target of unknown family without `template`."""
     model_path(str(local_folder(target) or target))
@@ -117,7 +121,9 @@ def choose_models(target: str, small: str | None = None, template: str | None = 
         how = "LLaMA-Factory's name of its chat template, and --small, else a smaller model is cut out of it"
         raise UserError(f"--target: {known.why}: give --template, {how}")
     say(f"target: {known.target}" + (f", of the family {known.family} {known.why}" if known.family else ""))
-    if small is not None:
+    if direct:
+        small, found = known.target, "as speculation is direct"
+    elif small is not None:
         small, found = str(local_folder(small) or small), "as given"
         model_path(small)
     else:

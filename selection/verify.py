@@ -48,7 +48,8 @@ def main() -> None:
         rows = np.sort(scores.index[np.concatenate(draw(strata, settings))])
     if not len(rows):
         raise UserError("no stratum has more than verify_per_stratum samples, nothing to verify: lower num_strata")
-    score_rows(experiment, split, experiment.target_model, None, rows, folder, VERIFICATION, arguments.dry_run)
+    if not experiment.direct:  # else the target has scored every row
+        score_rows(experiment, split, experiment.target_model, None, rows, folder, VERIFICATION, arguments.dry_run)
     if arguments.dry_run or not processes().leads:
         return
     target = read_scores(folder, settings.target_columns, ids=False).only(rows)  # not what earlier settings left there

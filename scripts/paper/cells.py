@@ -190,10 +190,11 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
     of_a_cell = {"training": {"seed", "report_to", "run_name"}}
     of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"}}
     settings = experiment.model_dump(exclude=no_matter | of_a_cell)
+    later = {"speculation": "published"} | LATER  # keys that came later count where they are given
     evaluation = settings["evaluation"], {"generate": True}
-    for values, later in ((settings, {"eval_data": None}), (settings["selection"], LATER), evaluation):
-        for key in [key for key, published in later.items() if values[key] == published]:
-            del values[key]  # the settings of before these keys
+    for values, published in ((settings, {"eval_data": None}), (settings["selection"], later), evaluation):
+        for key in [key for key, value in published.items() if values[key] == value]:
+            del values[key]
     settings = json.dumps(settings, sort_keys=True)
     formats = [choose_precision(asked) for asked in (experiment.precision, experiment.selection.precision)]
     texts = [settings, *formats, str(SCORER_VERSION), str(RULES_VERSION), fingerprint, *models]

@@ -9,6 +9,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -45,6 +46,13 @@ class _SplitRecord(TypedDict):
 def row_id(row: dict) -> str:
     """Content hash of a raw row, 16 hex digits, whatever the order of its columns."""
     return products.digest(as_json(row, sort_keys=True).encode())[:16]
+
+
+def speculative_rows(experiment: Experiment, num_rows: int) -> np.ndarray:
+    """Rows of a training split of `num_rows` that the small model is tuned on, ascending: all, or a random share."""
+    share, seed = Fraction(str(experiment.speculative_share)), experiment.selection.seed
+    size = max(1, int(share * num_rows))
+    return np.sort(np.random.default_rng(seed).choice(num_rows, size, replace=False))
 
 
 def training_split(experiment: Experiment, dry_run: bool = False) -> TrainingSplit | None:

@@ -58,14 +58,32 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+_ADDITIONS = "length_control", "speculation", "budgets", "within_stratum", "hardest_by"  # of mode extended
+
+
+class Share(Section):
+    """The small model is tuned on a random share of the training split, drawn by `selection.seed`. (ours)"""
+
+    share: _Fraction
+    passes: PositiveInt = 1  # over these rows
+
+
 class Selection(Section):
     # The published method, or the authors' code where they differ (README.md); extended: published, and
-    # length_control, budgets, within_stratum and hardest_by may be given. (ours)
+    # length_control, speculation, budgets, within_stratum and hardest_by may be given. (ours)
     mode: Mode = "paper"
     # Rows that the target scores, the drawn ones or all; by_mode: all under released. (paper: sampled; released: all)
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"
     # residual (extended alone): stratify what response length leaves unexplained of the effort scores. (ours)
     length_control: Literal["none", "residual"] = "none"
+    # How every row comes by its score. published: the small model is tuned on the whole training split and scores it;
+    # share and passes: tuned on a part of it; untuned: not at all; direct: no small model, the untuned target scores
+    # every row, so that V_i is 1 and nothing is left to verify. They set small_training.num_train_epochs, direct also
+    # small_model. (paper: published)
+    speculation: Annotated[
+        Annotated[Literal["published", "untuned", "direct"], Tag("(name)")] | Annotated[Share, Tag("(share)")],
+        Discriminator(lambda value: "(share)" if isinstance(value, dict | Share) else "(name)"),
+    ] = "published"
     # Budgets of the strata. ratio: by V_i; calibrated: by V_i against what the small model's scores lead to expect of
     # the target; size: in proportion to the strata's sizes; neyman: to size · spread of the scores. (paper: ratio)
     budgets: Literal["ratio", "calibrated", "size", "neyman"] = "ratio"
@@ -113,7 +131,7 @@ class Selection(Section):
     self_test: int = Field(default=4, ge=0)  # rows that plain autograd scores first; a difference stops the run (ours)
     seed: Seed = 42  # of the fresh LoRA's A, the verification draws and every choice of rows (ours; released: none)
 
-    @field_validator("verify", "length_control", "budgets", "within_stratum", "hardest_by", mode="before")
+    @field_validator(*_ADDITIONS, "verify", mode="before")
     @classmethod
     def _check_additions(cls, value: Any, info) -> Any:
         if value == "adaptive":
@@ -232,6 +250,15 @@ class Experiment(Section):
         return keys
 
     @model_validator(mode="after")
+    def _speculate(self) -> "Experiment":
+        by = self.selection.speculation
+        if by != "published":
+            self.small_training = self.small_training | {"num_train_epochs": getattr(by, "passes", 0)}
+        if by == "direct":
+            self.small_model = self.target_model
+        return self
+
+    @model_validator(mode="after")
     def _check_rules(self) -> "Experiment":
         keys, later = self.training | self.small_training, {"davir", "s2l", "learning_percentage"}
         by = self.selection.hardest_by
@@ -285,6 +312,11 @@ class Experiment(Section):
     def tuned_small(self) -> Path | None:  # None: it scores untuned
         return self.speculative_folder / "small" if self.passes(self.small_training) else None
 
+    @property
+    def speculative_share(self) -> float:
+        """Fraction of the training split that the small model is tuned on."""
+        return getattr(self.selection.speculation, "share", 1.0)
+
     def tuned_target(self, dataset: str) -> Path:
         """The target tuned on "full" or on a coreset, by name."""
         return self.folder / "target" / dataset
@@ -297,7 +329,8 @@ class Experiment(Section):
     record = _path("experiment.yaml")  # the exact configuration of the last stage that read the data
     data_folder = _path("data")  # LLaMA-Factory's dataset_dir
     small_scores = _path("scores", "small", of="speculative_folder")
-    target_scores = _path("scores", "target")
+    direct = property(lambda self: self.selection.speculation == "direct")
+    target_scores = property(lambda self: self.small_scores if self.direct else self.folder / "scores" / "target")
     tuned_target_scores = _path("scores", "target-full")  # of the target tuned on everything, for the baselines
     verification = _path("verification.json")
     coresets = _path("coresets")

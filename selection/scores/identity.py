@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from selection.rows.split import TrainingSplit, held_out_ids, recorded_fingerprint, row_id
+from selection.rows.split import TrainingSplit, held_out_ids, recorded_fingerprint, row_id, speculative_rows
 from selection.run import products
 from selection.run.config import Experiment, from_repository
 from selection.run.errors import UserError
@@ -158,7 +158,8 @@ def _products(experiment: Experiment, split: TrainingSplit | None, data: str | N
     small = experiment.tuned_small
     if small and small.exists():
         wanted = _wanted_tuning(experiment, experiment.small_model, experiment.small_training)
-        wanted |= {"rows": digest_of_ids(split.ids)} if split else {}
+        if split:
+            wanted["rows"] = digest_of_ids(split.ids[row] for row in speculative_rows(experiment, len(split.ids)))
         yield small, read_record(small / "made_from.json"), wanted
     for folder in (experiment.small_scores, experiment.target_scores, experiment.tuned_target_scores):
         if any(folder.glob("part-*.parquet")):
