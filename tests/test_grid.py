@@ -3,11 +3,16 @@
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPOSITORY, run_script
 
+from scripts.paper import frontier
+from selection.report.agreement import partial_spearman, spearman
+from selection.run.config import load_experiment
 from selection.run.yaml_file import read_yaml
+from selection.scores.folder import Scores
 
 METHODS = ["full", "random", "length", "grand", "ccs", "d2", "staff", "staff_ifd", "s2l"]
 
@@ -71,14 +76,41 @@ def test_the_grid_becomes_a_table(results):
         assert f"\n| {name} |" in shown
 
 
-def test_ablations_end_in_two_tables(results):
-    command = ["--config_path", REPOSITORY / "configs" / "tiny.yaml", "--layers", 2, "--passes", 1, 0]
-    command += ["--seeds", 1, 2, "--num_strata", 3, "--verify_per_stratum", 2, "--runs", results / "ablations"]
-    shown = run_script("scripts/paper/ablations.py", *command, "--out", results / "tables").stdout
-    assert (results / "tables" / "ablations.md").read_text() in shown
-    names = ("speculator", "verification")
-    speculator, verification = (pd.read_csv(results / "tables" / f"{name}.csv") for name in names)
-    assert speculator[["layers", "passes"]].to_numpy().tolist() == [[2, 1], [2, 0]]
-    # A pass of LoRA tuning takes twice what scoring takes; the tuned model is scored with its adapter.
-    assert 3 < speculator.flops[0] / speculator.flops[1] < 3.3
-    assert verification.target_gradients.tolist() == [6]
+def test_the_frontier_has_every_way_with_its_price_and_verification_its_table(demo_models, tmp_path):
+    common = ["--config_path", REPOSITORY / "configs" / "tiny.yaml", "--layers", 2, "--seeds", 1, "--runs", tmp_path]
+    shown = run_script("scripts/paper/frontier.py", *common, "--out", tmp_path / "frontier").stdout
+    assert (tmp_path / "frontier" / "frontier.md").read_text() in shown
+    table = pd.read_csv(tmp_path / "frontier" / "frontier.csv").set_index(["seed", "way", "scored"])
+    assert len(table) == (1 + len(frontier.SPECULATIONS)) * len(frontier.SCORED)
+    price = table.flops_share.loc[1]
+    published, share = price["published, 2 layers", 1.0], price["share: 0.5, passes: 1, 2 layers", 1.0]
+    # A pass of LoRA tuning takes twice what scoring takes; the target is tuned for some passes.
+    passes = load_experiment(REPOSITORY / "configs" / "tiny.yaml").target_training["num_train_epochs"]
+    assert price["direct", 1.0] == pytest.approx(1 / (2 * passes), rel=0.05)
+    assert price["direct", 0.5] == pytest.approx(price["direct", 1.0] / 2)
+    assert published > share > price["untuned, 2 layers", 1.0]
+    assert (table.spearman_untuned_target.xs(("direct", 1.0), level=(1, 2)) == 1).all()
+
+    run = tmp_path / "seed-1" / "untuned,-2-layers"
+    run_script("selection/verify.py", "--config_path", run / "experiment.yaml", "--set", "selection.verify=all")
+    command = [run, "--seeds", 1, 2, "--num_strata", 3, "--verify_per_stratum", 2, "--out", tmp_path / "tables"]
+    run_script("scripts/paper/ablations.py", *command)
+    assert pd.read_csv(tmp_path / "tables" / "verification.csv").target_gradients.tolist() == [6]
+
+
+def test_fewer_scored_rows_are_filled_in_from_what_is_free_and_differences_have_intervals():
+    rng = np.random.default_rng(0)
+    free = rng.normal(size=(200, 3))
+    effort = np.exp(free @ [1, -1, 0] + 0.1 * rng.normal(size=200))
+    filled = frontier.filled_in(effort, free, 0.2, seed=1)
+    assert (filled == effort).sum() == 40 and spearman(filled, effort) > 0.95
+    tokens = rng.integers(5, 90, 200)
+    stack = np.array([effort, rng.permutation(effort)])
+    literal = [[spearman(e, free[:, 0]) for e in stack], [partial_spearman(e, free[:, 0], tokens) for e in stack]]
+    assert np.allclose(frontier.rank_correlations(stack, free[:, 0], tokens), literal)
+    target = {1: Scores(np.arange(200), {"effort": effort, "n_response_tokens": tokens}, None, None, None, "")}
+    table = pd.DataFrame({"seed": 1, "way": ["a", "b"], "scored": 1.0, "rows": 200, "flops_share": [2, 1]})
+    table["spearman"], table["spearman_length_fixed"] = frontier.rank_correlations(stack, effort, tokens)
+    found = frontier.summarise(table, {(1, "a", 1.0): stack[0], (1, "b", 1.0): stack[1]}, target, "a").set_index("way")
+    assert found["as good"].to_dict() == {"a": "yes", "b": "no"} and list(found.index) == ["b", "a"]
+    assert found["spearman − published"]["a"] == "+0.000 (+0.000 to +0.000)"
