@@ -211,6 +211,15 @@ def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_mod
         assert getattr(experiment, key) == getattr(published, key)
 
 
+def test_direct_speculation_cuts_no_small_model(begin, tiny_model, capsys):
+    direct = ["selection.mode=extended", "selection.speculation=direct"]
+    path, cut = begin(overrides=direct)
+    assert cut == [] and load_experiment(path).small_model == str(tiny_model)
+    assert f"small model: {tiny_model}, as speculation is direct" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--small: speculation direct has no small model"):
+        begin(small=str(tiny_model), overrides=direct)
+
+
 def test_options_and_set_go_before_the_defaults(begin, tiny_model, tmp_path):
     changes = ["selection.num_strata=3", "max_samples=20", "eval_size=0.5"]
     path, cut = begin(small=str(tiny_model), rates=[0.3], overrides=changes)
