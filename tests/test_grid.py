@@ -81,6 +81,7 @@ def test_the_frontier_has_every_way_with_its_price_and_verification_its_table(de
     shown = run_script("scripts/paper/frontier.py", *common, "--out", tmp_path / "frontier").stdout
     assert (tmp_path / "frontier" / "frontier.md").read_text() in shown
     table = pd.read_csv(tmp_path / "frontier" / "frontier.csv").set_index(["seed", "way", "scored"])
+    assert (tmp_path / "frontier" / "frontier.png").stat().st_size > 10_000
     assert len(table) == (1 + len(frontier.SPECULATIONS)) * len(frontier.SCORED)
     price = table.flops_share.loc[1]
     published, share = price["published, 2 layers", 1.0], price["share: 0.5, passes: 1, 2 layers", 1.0]

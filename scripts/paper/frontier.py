@@ -7,7 +7,7 @@ Needs the target. For each seed the target is tuned on everything and scores eve
 scores every row untuned (direct), and speculators of some layers, cut out of it, are tuned by each kind and score every
 row. Where only a share of the rows is scored, a ridge regression on what is free fills in the others. Nothing is tuned
 on a coreset, and verification is left out of all prices: the same for all but direct, which has none. Writes
-OUT/frontier.csv, a line for each seed and way, and OUT/frontier.md. Finished models and scores are reused.
+OUT/frontier.csv, a line for each seed and way, OUT/frontier.md and frontier.png. Finished models and scores are reused.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from selection.run.ending import run_stage
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -77,7 +78,24 @@ def main() -> None:
     text += markdown_table(list(summary), summary.astype(str).to_numpy().tolist()) + "\n"
     with atomic_path(arguments.out / "frontier.md") as draft:
         draft.write_text(text, encoding="utf-8")
+    with atomic_path(arguments.out / "frontier.png") as draft:
+        draw(summary).savefig(draft, dpi=110, format="png")
     print(text)
+
+
+def draw(summary: pd.DataFrame) -> Figure:
+    """Both rank correlations against the price; a line joins the shares of scored rows of one way."""
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    panels, names = figure.subplots(1, 2), {"spearman": "Spearman", "spearman_length_fixed": "Spearman, length fixed"}
+    for axes, (name, said) in zip(panels, names.items(), strict=True):
+        for way, own in summary.groupby("way", sort=True):
+            axes.plot(100 * own.flops_share, own[name], marker="o", markersize=4, linewidth=1, label=way)
+        axes.set(
+            xscale="log", xlabel="FLOPs of selection, % of tuning on everything", ylabel=name.replace("_", ", ", 1)
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    return figure
 
 
 def plan_runs(arguments: argparse.Namespace, runs: Path) -> tuple[dict[tuple[int, str], Experiment], list[Job]]:
