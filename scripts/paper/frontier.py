@@ -90,9 +90,7 @@ def draw(summary: pd.DataFrame) -> Figure:
     for axes, (name, said) in zip(panels, names.items(), strict=True):
         for way, own in summary.groupby("way", sort=True):
             axes.plot(100 * own.flops_share, own[name], marker="o", markersize=4, linewidth=1, label=way)
-        axes.set(
-            xscale="log", xlabel="FLOPs of selection, % of tuning on everything", ylabel=name.replace("_", ", ", 1)
-        )
+        axes.set(xscale="log", xlabel="FLOPs of selection, % of tuning on everything", ylabel=said)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
