@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -81,6 +81,7 @@ class Grid:
     rates: list[float]  # of coresets, by ascending pruning rate
     seeds: list[int]
     metrics: list[str]  # that some cell has
+    curve: str | None = None  # task whose Random curve all worths are read from; None: each its own
 
     def rates_of(self, method: str) -> list[float]:
         return [1.0] if method == "full" else self.rates
@@ -89,8 +90,12 @@ class Grid:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("folder", type=Path, help="with the cells.csv of scripts/paper/reproduce.py, required")
-    folder = parser.parse_args().folder
-    grid = read_grid(folder / "cells.csv")
+    about = "task whose Random curve every worth is read from: all must have the same held-out rows; default: its own"
+    parser.add_argument("--curve", metavar="TASK", help=about)
+    arguments = parser.parse_args()
+    folder, grid = arguments.folder, replace(read_grid(arguments.folder / "cells.csv"), curve=arguments.curve)
+    if grid.curve and (grid.curve not in grid.tasks or grid.cells.eval_rows.nunique() > 1):
+        raise UserError(f"--curve {grid.curve}: give one of {', '.join(grid.tasks)}, all with the same held-out rows")
     estimates = estimate_grid(grid)
     text = format_tables(grid, estimates)
     curves = draw_curves(grid, estimates)
@@ -182,7 +187,8 @@ Estimates = dict[tuple[str, str, str], dict[tuple[str, float], Estimate]]
 
 def estimate_grid(grid: Grid) -> Estimates:
     """Mean scores, and mean differences over the seeds that both methods have: STAFF's from each of AGAINST, every
-    method's from Random. All figures of a task are resampled together; tasks apart, as their rows differ."""
+    method's from Random. All figures of a task are resampled together; tasks apart, as their rows differ, unless they
+    have a curve in common."""
     estimates: Estimates = defaultdict(dict)
     for stream, task in enumerate(grid.tasks):
         cells, values = grid.cells[grid.cells.task == task], {}
@@ -196,7 +202,7 @@ def estimate_grid(grid: Grid) -> Estimates:
                 difference = values[metric, method, "", rate] - values.get((metric, other, "", rate), np.nan)
                 if other != method and not np.isnan(difference).all():
                     values[metric, method, other, rate] = difference
-        replicates = bootstrap_means(np.stack(list(values.values())), stream).T
+        replicates = bootstrap_means(np.stack(list(values.values())), 0 if grid.curve else stream).T
         for ((*key, rate), scores), drawn in zip(values.items(), replicates, strict=True):
             num_seeds = int((~np.isnan(scores[:, 0])).sum())
             estimates[tuple(key)][task, rate] = Estimate(float(np.nanmean(scores)), drawn, num_seeds)
@@ -266,29 +272,30 @@ def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str
 def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
     """Worth of every coreset in rows (see worth.py), with its interval over seeds and answers together; below it at
     equal tokens."""
-    random, cells = estimates["nll", "random", ""], grid.cells[grid.cells.task == task]
-    rates = [rate for rate in sorted(grid.rates) if (task, rate) in random]
-    seeds = min((random[task, rate].num_seeds for rate in rates), default=0)
+    random, of = estimates["nll", "random", ""], grid.curve or task
+    rates = [rate for rate in sorted(grid.rates) if (of, rate) in random]
+    seeds = min((random[of, rate].num_seeds for rate in rates), default=0)
     if len(rates) < FEWEST_SIZES or seeds < FEWEST_SEEDS:
         has = f"it has {len(rates)} and {seeds} with a log likelihood"
-        return f"{task}: no worth, which needs Random at {FEWEST_SIZES} sizes and {FEWEST_SEEDS} seeds; {has}."
-    losses = np.array([-np.array([random[task, r].mean, *random[task, r].replicates]) for r in rates]).T
-    means, blocks = cells.groupby(["method", "rate"])[["size", "tuning_tokens"]].mean(), []
+        return f"{of}: no worth, which needs Random at {FEWEST_SIZES} sizes and {FEWEST_SEEDS} seeds; {has}."
+    losses = np.array([-np.array([random[of, r].mean, *random[of, r].replicates]) for r in rates]).T
+    means, blocks = grid.cells.groupby(["task", "method", "rate"])[["size", "tuning_tokens"]].mean(), []
     for column, unit in (("size", "rows"), ("tuning_tokens", "tokens")):
-        sizes, rows = np.array([means[column]["random", rate] for rate in rates]), []
+        sizes, rows = np.array([means[column][of, "random", rate] for rate in rates]), []
         for method in grid.methods:
             row = [METHODS[method][0]]
-            for rate in grid.rates if method not in ("full", "random") else []:
+            for rate in grid.rates if method != "full" and (method, task) != ("random", of) else []:
                 one = estimates["nll", method, ""].get((task, rate))
                 if one is None or (method == "rs2" and rate not in rates):
                     row.append(MISSING)
                     continue
-                size = sizes[rates.index(rate)] if method == "rs2" else means[column][method, rate]
+                size = sizes[rates.index(rate)] if method == "rs2" else means[column][task, method, rate]
                 found = worth(sizes, losses, -np.array([one.mean, *one.replicates]), size)
                 low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
                 row.append(f"{found[0]:.2f} ({low:.2f} to {high:.2f})")
             rows += [row] if len(row) > 1 else []
-        blocks.append(markdown_table(["pruned, %", *map(percent, grid.rates)], rows, f"Worth in {unit}, {task}"))
+        title = f"Worth in {unit}, {task}" + f" (of {of})" * (of != task)
+        blocks.append(markdown_table(["pruned, %", *map(percent, grid.rates)], rows, title))
     return "\n\n".join(blocks)
 
 
