@@ -14,7 +14,7 @@ from selection.run.config import load_experiment
 from selection.run.yaml_file import read_yaml
 from selection.scores.folder import Scores
 
-METHODS = ["full", "random", "length", "grand", "ccs", "d2", "staff", "staff_ifd", "s2l"]
+METHODS = ["full", "random", "length", "grand", "ccs", "d2", "staff", "staff_ifd", "s2l", "staff_direct"]
 
 
 def reproduce(folder) -> str:
@@ -28,7 +28,7 @@ def results(tmp_path_factory, demo_models):
     folder = tmp_path_factory.mktemp("grid")
     grid = read_yaml(REPOSITORY / "configs" / "reproduce" / "tiny.yaml") | {"methods": METHODS, "seeds": [1]}
     (folder / "tiny.yaml").write_text(json.dumps(grid))
-    assert "9 cells, 0 of them there" in reproduce(folder)
+    assert f"{len(METHODS)} cells, 0 of them there" in reproduce(folder)
     return folder
 
 
@@ -41,7 +41,7 @@ def test_the_grid_has_every_method_with_its_figures_and_costs(results):
     assert table.method.tolist() == METHODS and (table.seed == 1).all()
     for metric in ("rouge_l", "rouge_score_l", "sacrebleu_sentence"):
         by_sample = table[f"{metric}_by_sample"].str.split(expand=True).astype(float)
-        assert by_sample.shape == (9, 10) and by_sample.notna().all(axis=None)
+        assert by_sample.shape == (len(METHODS), 10) and by_sample.notna().all(axis=None)
         if metric in table:  # the library's own mean
             assert by_sample.mean(axis=1).tolist() == pytest.approx(table[metric].tolist(), abs=1e-3)
     assert table.sacrebleu.between(0, 100).all() and (table.tuning_flops > 0).all() and (table.num_rows == 50).all()
@@ -51,6 +51,7 @@ def test_the_grid_has_every_method_with_its_figures_and_costs(results):
     flops = table.set_index("method").selection_flops
     assert flops[["grand", "ccs", "d2"]].nunique() == 1
     assert flops.staff not in (0, flops.grand) and flops.s2l not in (0, flops.staff)
+    assert flops.staff_direct < flops.staff  # one pass of the target, and nothing is tuned
     assert flops.staff_ifd == pytest.approx(flops.staff, rel=0.02)  # other rows are verified
 
 
@@ -64,7 +65,7 @@ def test_a_grid_that_was_stopped_makes_what_is_missing_and_nothing_else(results)
     table.write_text("".join(line for line in lines if ",ccs,paper,0.3,1," not in line))
     shutil.rmtree(lost)
     others = {path: path.stat().st_mtime_ns for path in results.rglob("metrics.json")}
-    assert "9 cells, 8 of them there" in reproduce(results)
+    assert f"{len(METHODS)} cells, {len(METHODS) - 1} of them there" in reproduce(results)
     assert figures() == all_figures
     assert (lost / "predictions.jsonl").read_bytes() == answers
     assert {path: path.stat().st_mtime_ns for path in others} == others

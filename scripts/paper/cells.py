@@ -43,6 +43,7 @@ VARIANTS = {
     "staff_calibrated": "selection.budgets=calibrated",
     "staff_nearest": "selection.within_stratum=nearest",
     "staff_ifd": "selection.hardest_by=ifd",
+    "staff_direct": "selection.speculation=direct",
 }
 
 
@@ -67,6 +68,11 @@ class Cell:
     def run(self) -> str:
         """Name of the run folder: one for a task and seed, another for each variant."""
         return f"{self.task}-seed-{self.seed}" + f"-{self.method}" * (self.method in VARIANTS)
+
+    @property
+    def lender(self) -> "Cell":
+        """The cell whose run folder holds the small model's scores."""
+        return self if self.method == "staff_direct" else replace(self, method="staff")
 
     def __str__(self) -> str:
         return f"{self.run} {self.tuned}"
@@ -168,7 +174,8 @@ def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
         values |= {"selection.methods": ["random"], "small_model": task_of.target_model}
     elif cell.method in VARIANTS:
         values |= {"selection.methods": ["staff"], "selection.mode": "extended"}
-        values["speculative_run"] = str(runs / replace(cell, method="staff").run)
+        if cell.lender != cell:
+            values["speculative_run"] = str(runs / cell.lender.run)
     else:  # the small model's scores are also those of the variants
         read = {"staff_nearest": "clusters", "staff_ifd": "ifd"}
         methods = [read.get(method, method) for method in grid.methods]

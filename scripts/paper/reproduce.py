@@ -50,7 +50,7 @@ def main() -> None:
                 raise UserError(f"{results} was made otherwise ({cell}: other settings, data or models): move it away")
         known[run] = grids.load(command_line), about, tuple(map(parameters_of, paths))
         if missing := [cell for cell in own if cell not in done]:
-            base = replace(own[0], method="staff")  # a variant takes its scores
+            base = own[0].lender
             new = grids.jobs_of(missing, command_line, grids.stage_arguments(grid, runs, base), last.get(base.run))
             jobs += new
             for job in new:

@@ -55,6 +55,7 @@ METHODS = {
     "staff_calibrated": ("STAFF, calibrated V", "#cc6677", "D"),
     "staff_nearest": ("STAFF, nearest to centres", "#cc6677", "s"),
     "staff_ifd": ("STAFF, hardest by IFD", "#cc6677", "^"),
+    "staff_direct": ("STAFF, scored by the target", "#cc6677", "D"),
     "ifd": ("IFD", "#0077bb", "o"),
     "middle": ("Middle of the losses", "#0077bb", "s"),
     "davir": ("DavIR", "#0077bb", "^"),

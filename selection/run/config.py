@@ -38,7 +38,14 @@ Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2
 NO_SCORES = ("random", "rs2")  # they count rows alone
 # Random and STAFF with additions (scripts/paper/cells.py), in grids.
 Variant = Literal[
-    "cleaned", "staff_length", "staff_size", "staff_neyman", "staff_calibrated", "staff_nearest", "staff_ifd"
+    "cleaned",
+    "staff_length",
+    "staff_size",
+    "staff_neyman",
+    "staff_calibrated",
+    "staff_nearest",
+    "staff_ifd",
+    "staff_direct",
 ]
 ANY_SCORES = (*NO_SCORES, "length")  # rows and tokens alone; other baselines read the tuned target
 Mode = Literal["paper", "released", "extended"]
