@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from selection.method.effort import response_losses
+from selection.method.effort import plan_batches, response_losses
 from selection.method.phi import decoder_of, last_decoder_layer
 from selection.rows.split import held_out_ids, training_split
 from selection.rows.tokens import tokenised_rows
@@ -39,6 +39,7 @@ from selection.run.products import building, reuse, write_json
 from selection.scores.checks import check_machine
 from selection.scores.models import NO_CODE, count_parameters, load_for_scoring
 
+_TOKENS_PER_BATCH = 512  # rows of about one length
 _PASSES = 2  # through the target, and through what is left of it
 _LAYER_NUMBERS = ("moe_layers", "mlp_only_layers")  # keys of a config that list layers by number
 _COPIED = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "pre", "processor")
@@ -72,23 +73,26 @@ def cut_layers(model: PreTrainedModel, num_kept: int, samples: Dataset) -> dict:
     Args: `samples`, calibration rows with input_ids and labels. They pass the model once, and what is left of it once.
     Returns layers by number (`kept`, and `dropped`, the least influence first), the `influence` of each, and mean
     losses in nats per response token: `full_loss`, `cut_loss`."""
-    layers = getattr(*decoder_layers(model))
+    layers, lengths = getattr(*decoder_layers(model)), list(map(len, samples["input_ids"]))
+    order = plan_batches(range(len(samples)), lengths, _TOKENS_PER_BATCH)
+    batches = [samples[batch] for batch in order]
     cosines: list[list[torch.Tensor]] = [[] for _ in layers]
 
     def note(layer: int, module: nn.Module, arguments: tuple, named: dict, output: torch.Tensor | tuple) -> None:
         before = arguments[0] if arguments else named["hidden_states"]
         after = output if isinstance(output, torch.Tensor) else output[0]
-        cosines[layer].append(cosine_similarity(before.float(), after.float(), dim=-1).flatten().cpu())
+        cosines[layer].extend(cosine_similarity(before.float(), after.float(), dim=-1).cpu())  # (T,) a row
 
-    def mean_loss() -> float:  # one row at a time: padding would count as tokens
-        losses = [response_losses(model, [row["input_ids"]], [row["labels"]]) for row in samples]
-        return float(torch.cat(losses).mean())
+    def mean_loss() -> float:
+        return float(torch.cat([response_losses(model, each["input_ids"], each["labels"]) for each in batches]).mean())
 
     hooks = [layer.register_forward_hook(partial(note, i), with_kwargs=True) for i, layer in enumerate(layers)]
     full_loss = mean_loss()
     for hook in hooks:
         hook.remove()
-    influence = [1 - float(torch.cat(each).double().mean()) for each in cosines]
+    ends = [lengths[row] for batch in order for row in batch]  # padding behind them is no token
+    tokens = [torch.cat([row[:end] for row, end in zip(each, ends, strict=True)]) for each in cosines]
+    influence = [1 - float(each.double().mean()) for each in tokens]
     dropped = sorted(range(len(layers)), key=lambda i: (influence[i], i))[: len(layers) - num_kept]
     kept = sorted(set(range(len(layers))) - set(dropped))
     keep_layers(model, kept)
@@ -113,7 +117,7 @@ def main() -> None:
     parser.add_argument("--target", help="model folder or hub name; default: the configuration's target_model")
     parser.add_argument("--layers", type=int, required=True, help="decoder layers to keep; required")
     parser.add_argument("--out", type=Path, help="folder of the checkpoint; default: the configuration's small_model")
-    parser.add_argument("--rows", type=int, default=16, help="calibration rows of the training split; default: 16")
+    parser.add_argument("--rows", type=int, default=64, help="calibration rows of the training split; default: 64")
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
     name = arguments.target or experiment.target_model
