@@ -2,15 +2,17 @@
 
     python scripts/make_draft.py --config_path configs/demo.yaml --layers 16
 
-Needs the target. Skips each decoder layer alone on calibration rows of the training split, drops the least missed ones,
-and writes a Hugging Face checkpoint with draft.json. It serves runs that hold none of these rows out.
+Needs the target. Looks at calibration rows of the training split in one forward pass, drops the decoder layers that
+change the hidden states least, and writes a Hugging Face checkpoint with draft.json. It serves runs that hold none of
+these rows out.
 """
 
 import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,6 +21,7 @@ from selection.run.ending import run_stage
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from selection.method.effort import plan_batches, response_losses
@@ -30,13 +33,14 @@ from selection.run.config import REPOSITORY, from_repository, load_experiment
 from selection.run.device import choose_precision, device_name
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CUTTING, Cost, measured
-from selection.run.log import progress_bar, say
+from selection.run.log import say
 from selection.run.model_folder import model_fingerprint, model_path
 from selection.run.products import building, reuse, write_json
 from selection.scores.checks import check_machine
 from selection.scores.models import NO_CODE, count_parameters, load_for_scoring
 
-_TOKENS_PER_BATCH = 2048
+_TOKENS_PER_BATCH = 512  # rows of about one length
+_PASSES = 2  # through the target, and through what is left of it
 _LAYER_NUMBERS = ("moe_layers", "mlp_only_layers")  # keys of a config that list layers by number
 _COPIED = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "pre", "processor")
 
@@ -48,51 +52,52 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
     return decoder_of(model).get_submodule(parent), name
 
 
-def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> Callable[[], None]:
-    """Leave only `kept` layers in the model and in the lists of its config; returns a function that undoes it."""
+def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Leave only `kept` layers in the model and in the lists of its config."""
     parent, name = decoder_layers(model)
     layers, config = getattr(parent, name), model.config.get_text_config()
-    before = dict(vars(config))
     setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
-    for key, value in before.items():
-        if key == "num_hidden_layers":
-            setattr(config, key, len(kept))
-        elif key in _LAYER_NUMBERS:
+    config.num_hidden_layers = len(kept)  # whatever the family calls it
+    for key, value in dict(vars(config)).items():
+        if key in _LAYER_NUMBERS:
             setattr(config, key, value and [new for new, old in enumerate(kept) if old in value])
         elif isinstance(value, list) and len(value) == len(layers):  # one entry a layer, such as kinds of attention
             setattr(config, key, [value[i] for i in kept])
 
-    def undo() -> None:
-        setattr(parent, name, layers)
-        vars(config).update(before)
-
-    return undo
-
 
 @torch.no_grad()
-def choose_layers(model: PreTrainedModel, num_kept: int, samples: Dataset, progress: Callable) -> dict:
-    """Skip each layer alone, then drop the least missed one by one and measure the loss after each drop.
+def cut_layers(model: PreTrainedModel, num_kept: int, samples: Dataset) -> dict:
+    """Leave only the `num_kept` layers of most influence in the model. Influence: 1 − cosine of a token's hidden state
+    before and after the layer, mean over all tokens (ShortGPT, arXiv 2403.03853).
 
-    Args: `samples`, calibration rows with input_ids and labels; `progress` is called after each of the 1 + layers +
-    dropped passes over them.
-    Returns layers by number (`kept`, and `dropped` in that order) and mean losses in nats per response token:
-    `full_loss`, its increase without each layer (`sensitivity`), `loss_after_drop`."""
-    batches = plan_batches(range(len(samples)), list(map(len, samples["input_ids"])), _TOKENS_PER_BATCH)
-    batches, every = [samples[batch] for batch in batches], range(len(getattr(*decoder_layers(model))))
+    Args: `samples`, calibration rows with input_ids and labels. They pass the model once, and what is left of it once.
+    Returns layers by number (`kept`, and `dropped`, the least influence first), the `influence` of each, and mean
+    losses in nats per response token: `full_loss`, `cut_loss`."""
+    layers, lengths = getattr(*decoder_layers(model)), list(map(len, samples["input_ids"]))
+    order = plan_batches(range(len(samples)), lengths, _TOKENS_PER_BATCH)
+    batches = [samples[batch] for batch in order]
+    cosines: list[list[torch.Tensor]] = [[] for _ in layers]
 
-    def loss_without(skipped: Sequence[int]) -> float:
-        undo = keep_layers(model, [i for i in every if i not in skipped])
-        losses = [response_losses(model, batch["input_ids"], batch["labels"]) for batch in batches]
-        undo()
-        progress()
-        return float(torch.cat(losses).mean())
+    def note(layer: int, module: nn.Module, arguments: tuple, named: dict, output: torch.Tensor | tuple) -> None:
+        before = arguments[0] if arguments else named["hidden_states"]
+        after = output if isinstance(output, torch.Tensor) else output[0]
+        cosines[layer].extend(cosine_similarity(before.float(), after.float(), dim=-1).cpu())  # (T,) a row
 
-    full_loss = loss_without([])
-    sensitivity = [loss_without([i]) - full_loss for i in every]
-    dropped = sorted(every, key=lambda i: (sensitivity[i], i))[: len(every) - num_kept]
-    after = [loss_without(dropped[: n + 1]) for n in range(len(dropped))]
-    cut = {"kept": [i for i in every if i not in dropped], "dropped": dropped}
-    return cut | {"full_loss": full_loss, "sensitivity": sensitivity, "loss_after_drop": after}
+    def mean_loss() -> float:
+        return float(torch.cat([response_losses(model, each["input_ids"], each["labels"]) for each in batches]).mean())
+
+    hooks = [layer.register_forward_hook(partial(note, i), with_kwargs=True) for i, layer in enumerate(layers)]
+    full_loss = mean_loss()
+    for hook in hooks:
+        hook.remove()
+    ends = [lengths[row] for batch in order for row in batch]  # padding behind them is no token
+    tokens = [torch.cat([row[:end] for row, end in zip(each, ends, strict=True)]) for each in cosines]
+    influence = [1 - float(each.double().mean()) for each in tokens]
+    dropped = sorted(range(len(layers)), key=lambda i: (influence[i], i))[: len(layers) - num_kept]
+    kept = sorted(set(range(len(layers))) - set(dropped))
+    keep_layers(model, kept)
+    figures = {"influence": influence, "full_loss": full_loss, "cut_loss": mean_loss()}
+    return {"kept": kept, "dropped": dropped} | figures
 
 
 def check_loads(model: PreTrainedModel) -> None:
@@ -112,7 +117,7 @@ def main() -> None:
     parser.add_argument("--target", help="model folder or hub name; default: the configuration's target_model")
     parser.add_argument("--layers", type=int, required=True, help="decoder layers to keep; required")
     parser.add_argument("--out", type=Path, help="folder of the checkpoint; default: the configuration's small_model")
-    parser.add_argument("--rows", type=int, default=16, help="calibration rows of the training split; default: 16")
+    parser.add_argument("--rows", type=int, default=64, help="calibration rows of the training split; default: 64")
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.config_path, arguments.set)
     name = arguments.target or experiment.target_model
@@ -132,7 +137,7 @@ def main() -> None:
     identity = {"target_fingerprint": model_fingerprint(target, experiment.folder), "layers": arguments.layers}
     identity |= {"data_fingerprint": split.fingerprint, "template": experiment.template}
     identity |= {"cutoff_len": experiment.cutoff_len, "calibration_rows": rows}
-    identity["precision"] = choose_precision(experiment.selection.precision)
+    identity |= {"precision": choose_precision(experiment.selection.precision), "chosen_by": "influence"}
     if reuse(out, identity):
         say(f"draft: reusing {out}")
         return
@@ -146,10 +151,8 @@ def main() -> None:
             count, cost.parameters = len(getattr(*decoder_layers(model))), count_parameters(model)
         if not 1 <= arguments.layers < count:
             raise UserError(f"--layers {arguments.layers}: the target has {count} layers: keep 1 to {count - 1}")
-        passes = 1 + count + count - arguments.layers
-        cost.tokens = passes * sum(map(len, samples["input_ids"]))
-        with progress_bar(total=passes, unit="passes", desc="layer sensitivity") as progress:
-            cut = choose_layers(model, arguments.layers, samples, progress.update)
+        cost.tokens = _PASSES * sum(map(len, samples["input_ids"]))  # the second too as of the whole target
+        cut = cut_layers(model, arguments.layers, samples)
         del model
         whole = AutoModelForCausalLM.from_pretrained(target, dtype="auto", **NO_CODE)
         keep_layers(whole, cut["kept"])
@@ -167,8 +170,7 @@ def main() -> None:
         ids = [split.ids[row] for row in rows]
         record = {"target": Path(target).name, **identity, "calibration_ids": ids, **cut, "cost": paid}
         write_json(draft / "draft.json", record)
-    losses = cut["full_loss"], cut["loss_after_drop"][-1]
-    print(f"loss {losses[0]:.3f} with {count} layers, {losses[1]:.3f} with {cut['kept']} -> {out}")
+    print(f"loss {cut['full_loss']:.3f} with {count} layers, {cut['cut_loss']:.3f} with {cut['kept']} -> {out}")
 
 
 if __name__ == "__main__":

@@ -95,11 +95,9 @@ def test_what_the_settings_ask_for_is_said_at_once(make_experiment, rows, capsys
 def test_layers_listed_by_number_are_counted_anew_and_a_cut_that_its_configuration_does_not_describe_is_refused():
     sizes = SMALL | {"intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": [1, 3]}
     model = transformers.AutoModelForCausalLM.from_config(transformers.Llama4TextConfig(**sizes))
-    undo = keep_layers(model, [0, 2, 3])
+    keep_layers(model, [0, 2, 3])
     assert (model.config.moe_layers, model.config.num_hidden_layers) == ([2], 3)
     check_loads(model)
-    undo()
-    assert model.config.moe_layers == [1, 3]
     sizes = {key: value for key, value in SMALL.items() if key != "head_dim"} | {"num_key_value_heads": 4}
     sizes |= dict(first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
     sizes |= dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
