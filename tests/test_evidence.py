@@ -22,11 +22,12 @@ from conftest import (
     write_jsonl,
     write_pool,
 )
+from sklearn.isotonic import IsotonicRegression
 from transformers import AutoModelForCausalLM
 
 from finetune.likelihood import held_out_losses
 from scripts.paper import pools, purity, subsets
-from scripts.paper.worth import equivalent_size, worth
+from scripts.paper.worth import falling, worth
 from selection.method.baselines import rs2
 from selection.method.interval import null_ratios
 from selection.method.staff import verification_ratio
@@ -112,9 +113,12 @@ def test_worth_counts_random_rows():
     """On a curve that falls by 0.1 with each doubling, and is 1 for a random subset's own loss, noise or not."""
     sizes = 20.0 * 2 ** np.arange(5)
     losses = 3 - 0.1 * np.arange(5)
-    assert equivalent_size(sizes, losses, 2.85) == pytest.approx(20 * 2**1.5)
-    assert [equivalent_size(sizes, losses, loss) for loss in (9.0, 0.0)] == pytest.approx([20, 320])  # the curve's ends
-    noisy = losses + np.random.default_rng(0).normal(scale=0.01, size=(500, 5))
+    found = worth(sizes, np.array([losses] * 3), np.array([2.85, 9.0, 0.0]), 1)
+    assert found == pytest.approx([20 * 2**1.5, 20, 320])  # the last two are the curve's ends
+    noisy = losses + np.random.default_rng(0).normal(scale=0.1, size=(50, 5))
+    expected = [IsotonicRegression(increasing=False).fit_transform(range(5), curve) for curve in noisy]
+    assert falling(noisy) == pytest.approx(np.array(expected))
+    noisy = falling(losses + np.random.default_rng(0).normal(scale=0.01, size=(500, 5)))
     found = worth(sizes, noisy, noisy[:, 2], 80)
     assert abs(np.median(found) - 1) < 0.05
     assert np.median(worth(sizes, noisy, noisy[:, 2] - 0.1, 80)) == pytest.approx(2, rel=0.1)

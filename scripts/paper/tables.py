@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from scripts.paper.cells import METRICS, markdown_table, read_cells
-from scripts.paper.worth import worth
+from scripts.paper.worth import falling, worth
 from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY
 from selection.run.errors import UserError
@@ -267,6 +267,7 @@ def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str
             text = f"{mark.format(mean)} ± {half}{dagger}"
             paper = PAPER.get((first.paper_target, first.paper_task, METHODS[method][0], pruning_rate(rate)))
             rows[-1].append(text if paper is None or metric != "rouge_l" else f"{text} [{paper:.1f}]")
+    rows = [row for row in rows if set(row[1:]) - {MISSING, ""}]
     return markdown_table(["pruned, %", *map(percent, columns)], rows, f"{NAMES[metric]}, {task}")
 
 
@@ -279,7 +280,7 @@ def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
     if len(rates) < FEWEST_SIZES or seeds < FEWEST_SEEDS:
         has = f"it has {len(rates)} and {seeds} with a log likelihood"
         return f"{of}: no worth, which needs Random at {FEWEST_SIZES} sizes and {FEWEST_SEEDS} seeds; {has}."
-    losses = np.array([-np.array([random[of, r].mean, *random[of, r].replicates]) for r in rates]).T
+    losses = falling(np.array([-np.array([random[of, r].mean, *random[of, r].replicates]) for r in rates]).T)
     means, blocks = grid.cells.groupby(["task", "method", "rate"])[["size", "tuning_tokens"]].mean(), []
     for column, unit in (("size", "rows"), ("tuning_tokens", "tokens")):
         sizes, rows = np.array([means[column][of, "random", rate] for rate in rates]), []
@@ -294,7 +295,7 @@ def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
                 found = worth(sizes, losses, -np.array([one.mean, *one.replicates]), size)
                 low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
                 row.append(f"{found[0]:.2f} ({low:.2f} to {high:.2f})")
-            rows += [row] if len(row) > 1 else []
+            rows += [row] if set(row[1:]) - {MISSING} else []
         title = f"Worth in {unit}, {task}" + f" (of {of})" * (of != task)
         blocks.append(markdown_table(["pruned, %", *map(percent, grid.rates)], rows, title))
     return "\n\n".join(blocks)
