@@ -133,7 +133,7 @@ def test_missing_cells_are_counted_and_shown(tmp_path, few_replicates):
     gone = [("biology", "staff", 0.1, 0), ("biology", "staff", 0.1, 1), ("biology", "random", 0.5, 1)]
     text = text_of(tmp_path, fake_grid(without=[*gone, ("kazakh", "full", 1.0, 0), ("kazakh", "full", 1.0, 1)]))
     biology, kazakh = (table_after(text, f"### ROUGE-L, {task}\n") for task in TASKS)
-    assert biology["STAFF"]["90"] == kazakh["Full data"]["0"] == "–" and biology["Random"]["50"].endswith("†")
+    assert biology["STAFF"]["90"] == "–" and "Full data" not in kazakh and biology["Random"]["50"].endswith("†")
     assert "†" not in biology["Random"]["90"] + biology["Full data"]["0"]
     for said in ("5 of the 44 cells", "† fewer seeds", "\n| biology | 90 | – | – | – |\n", "mean over 3 of 4 pairs"):
         assert said in text

@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -82,7 +82,13 @@ class Grid:
     rates: list[float]  # of coresets, by ascending pruning rate
     seeds: list[int]
     metrics: list[str]  # that some cell has
-    curve: str | None = None  # task whose Random curve all worths are read from; None: each its own
+
+    # Pools of one slice are evaluated on the same rows: every worth is then read from Random's curve on the clean one.
+    curve = property(lambda self: "clean" if "clean" in self.tasks else None)
+
+    def methods_of(self, task: str) -> list[str]:
+        """Those that it has a cell of."""
+        return [method for method in self.methods if ((self.cells.task == task) & (self.cells.method == method)).any()]
 
     def rates_of(self, method: str) -> list[float]:
         return [1.0] if method == "full" else self.rates
@@ -91,12 +97,8 @@ class Grid:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("folder", type=Path, help="with the cells.csv of scripts/paper/reproduce.py, required")
-    about = "task whose Random curve every worth is read from: all must have the same held-out rows; default: its own"
-    parser.add_argument("--curve", metavar="TASK", help=about)
-    arguments = parser.parse_args()
-    folder, grid = arguments.folder, replace(read_grid(arguments.folder / "cells.csv"), curve=arguments.curve)
-    if grid.curve and (grid.curve not in grid.tasks or grid.cells.eval_rows.nunique() > 1):
-        raise UserError(f"--curve {grid.curve}: give one of {', '.join(grid.tasks)}, all with the same held-out rows")
+    folder = parser.parse_args().folder
+    grid = read_grid(folder / "cells.csv")
     estimates = estimate_grid(grid)
     text = format_tables(grid, estimates)
     curves = draw_curves(grid, estimates)
@@ -251,9 +253,9 @@ def format_tables(grid: Grid, estimates: Estimates) -> str:
 def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str:
     """Means ± half an interval; the best two coresets of a column are marked, by the mean as printed."""
     columns, rows, places = [1.0] * ("full" in grid.methods) + grid.rates, [], PLACES[metric]
-    found = {(m, r): estimates[metric, m, ""].get((task, r)) for m in grid.methods for r in grid.rates_of(m)}
-    first = grid.cells[grid.cells.task == task].iloc[0]
-    for method in grid.methods:
+    methods, first = grid.methods_of(task), grid.cells[grid.cells.task == task].iloc[0]
+    found = {(m, r): estimates[metric, m, ""].get((task, r)) for m in methods for r in grid.rates_of(m)}
+    for method in methods:
         rows.append([METHODS[method][0]])
         for rate in columns:
             if (one := found.get((method, rate))) is None:
@@ -267,7 +269,6 @@ def score_table(grid: Grid, estimates: Estimates, metric: str, task: str) -> str
             text = f"{mark.format(mean)} ± {half}{dagger}"
             paper = PAPER.get((first.paper_target, first.paper_task, METHODS[method][0], pruning_rate(rate)))
             rows[-1].append(text if paper is None or metric != "rouge_l" else f"{text} [{paper:.1f}]")
-    rows = [row for row in rows if set(row[1:]) - {MISSING, ""}]
     return markdown_table(["pruned, %", *map(percent, columns)], rows, f"{NAMES[metric]}, {task}")
 
 
@@ -284,7 +285,7 @@ def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
     means, blocks = grid.cells.groupby(["task", "method", "rate"])[["size", "tuning_tokens"]].mean(), []
     for column, unit in (("size", "rows"), ("tuning_tokens", "tokens")):
         sizes, rows = np.array([means[column][of, "random", rate] for rate in rates]), []
-        for method in grid.methods:
+        for method in grid.methods_of(task):
             row = [METHODS[method][0]]
             for rate in grid.rates if method != "full" and (method, task) != ("random", of) else []:
                 one = estimates["nll", method, ""].get((task, rate))
@@ -295,7 +296,7 @@ def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
                 found = worth(sizes, losses, -np.array([one.mean, *one.replicates]), size)
                 low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
                 row.append(f"{found[0]:.2f} ({low:.2f} to {high:.2f})")
-            rows += [row] if set(row[1:]) - {MISSING} else []
+            rows += [row] if len(row) > 1 else []
         title = f"Worth in {unit}, {task}" + f" (of {of})" * (of != task)
         blocks.append(markdown_table(["pruned, %", *map(percent, grid.rates)], rows, title))
     return "\n\n".join(blocks)
@@ -317,7 +318,8 @@ def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
 
 def difference_table(grid: Grid, estimates: Estimates, metric: str) -> str:
     columns, rows, places = [estimates[metric, "staff", other] for other in AGAINST], [], PLACES[metric]
-    for task, rate in itertools.product(grid.tasks, grid.rates):
+    pairs = grid.cells.groupby(["task", "rate"]).size().index
+    for task, rate in (pair for pair in itertools.product(grid.tasks, grid.rates) if pair in pairs):
         rows.append([task, percent(rate), *(with_interval(found.get((task, rate)), places) for found in columns)])
     rows.append(["**all**", "**all**", *(with_interval(pool(list(found.values())), places) for found in columns)])
     heading = ["task", "pruned, %", *(f"STAFF − {METHODS[other][0]}" for other in AGAINST)]
@@ -328,7 +330,7 @@ def random_table(grid: Grid, estimates: Estimates) -> str:
     """Every method against Random, which costs nothing."""
     rows, metric = [], grid.metrics[0]
     for method in grid.methods:
-        for task in grid.tasks if method not in ("full", "random") else []:
+        for task in [task for task in grid.tasks if method in set(grid.methods_of(task)) - {"full", "random"}]:
             found = [estimates[metric, method, "random"].get((task, rate)) for rate in grid.rates]
             found.append(pool([one for one in found if one]))
             rows.append([METHODS[method][0], task, *(with_interval(one, PLACES[metric]) for one in found)])
@@ -347,7 +349,7 @@ def cost_tables(grid: Grid, task: str) -> str:
         savings.append(f"{saved.replace('-', '−')} in {name}")
         whole[unit] = means[f"tuning_{unit}"].get(("full", 1.0), math.nan)
         ratios[unit] = (means[f"selection_{unit}"] + means[f"tuning_{unit}"]) / (whole[unit] or math.nan)
-    for method in (method for method in grid.methods if method != "full"):
+    for method in (method for method in grid.methods_of(task) if method != "full"):
         label = METHODS[method][0]
         rows.append([label, *(_shown(costs[f"selection_{unit}"].get(method), form) for unit, form in UNITS.items())])
         shown = [[_shown(by.get((method, rate)), "{:.2f}".format) for by in ratios.values()] for rate in grid.rates]
