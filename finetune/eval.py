@@ -32,10 +32,19 @@ from selection.run.log import say
 from selection.run.metrics import ABOUT, NLL, read_metrics, shown_figure
 from selection.run.model_folder import check_base, model_fingerprint
 from selection.run.processes import processes
-from selection.run.products import building_together, check_same_everywhere, code_version, reuse, write_json
-from selection.scores.identity import check_run, digest_of_ids, fingerprint_of, write_experiment
+from selection.run.products import (
+    building_together,
+    check_same_everywhere,
+    checked,
+    code_version,
+    read_record,
+    reuse,
+    write_json,
+)
+from selection.scores.identity import KEYS_OF_ITS_OWN, check_run, digest_of_ids, fingerprint_of, write_experiment
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+_EVERY = "every tuned target"
 COMPARABLE = ("rouge_score-1", "rouge_score-2", "rouge_score-l", "sacrebleu")
 
 
@@ -47,35 +56,49 @@ def main() -> None:
     experiment, arguments = load_experiment_from_arguments(parser)
     tuned = processes().from_leader(lambda: sorted(p.name for p in experiment.tuned_target("").glob("[!.]*")))
     names = arguments.tuned or tuned
-    if not names:
+    waiting = [name for name in names if name not in (*tuned, "untuned")]
+    if waiting and not arguments.dry_run:
+        missing = experiment.tuned_target(waiting[0])
+        raise UserError(f"--tuned {waiting[0]}: no {missing}: run finetune-select.py first")
+    if not names and not arguments.dry_run:
         raise UserError(f"no tuned target in {experiment.tuned_target('')}: run finetune-select.py first")
-    for name in names:
-        if name != "untuned" and not experiment.tuned_target(name).exists():
-            raise UserError(f"--tuned {name}: no {experiment.tuned_target(name)}: run finetune-select.py first")
     split = training_split(experiment, arguments.dry_run)
     if split is None:
-        print(f"evaluation: would split {experiment.dataset_paths} and evaluate {', '.join(names)}")
+        print(f"evaluation: would split {experiment.dataset_paths} and evaluate {', '.join(names) or _EVERY}")
         return
     check_run(experiment, split, verified=True)
+    if arguments.dry_run:
+        would = f"would answer {len(rows_of(experiment, 'eval'))} held-out rows"
+        for name in waiting or [_EVERY] * (not names):
+            print(f"evaluation of {name}: {would}, once it is tuned")
+        names = [name for name in names if name not in waiting]
+    experiments = {name: as_tuned(experiment, name) for name in names}
     with processes().leader_first():
-        identities = {name: identity_of(experiment, name) for name in names}
+        identities = {name: identity_of(experiments[name], name) for name in names}
     check_same_everywhere(identities)
     folders = {name: experiment.folder / "eval" / name for name in names}
     # Refuses other evaluations of these names.
     there = processes().from_leader(lambda: {name: reuse(folders[name], identities[name]) for name in names})
     if arguments.dry_run:
-        would = f"would answer {len(rows_of(experiment, 'eval'))} held-out rows"
         for name in names:
             what = "evaluation: reusing" if there[name] else f"evaluation of {name}: {would} ->"
             print(what, folders[name])
         return
     write_experiment(experiment)
-    results = {name: evaluate(experiment, name, folders[name], identities[name], there[name]) for name in names}
+    results = {name: evaluate(experiments[name], name, folders[name], identities[name], there[name]) for name in names}
     widths = {metric: max(8, len(metric) + 3) for metric in (NLL, *METRICS, *COMPARABLE)}
     print(f"\n{'':<16}" + "".join(f"{metric:>{width}}" for metric, width in widths.items()))
     for name, metrics in results.items():
         print(f"{name:<16}" + "".join(f"{shown_figure(metrics, key):>{width}}" for key, width in widths.items()))
     print(f"({ABOUT})")
+
+
+def as_tuned(experiment: Experiment, name: str) -> Experiment:
+    """The experiment with the training keys of a target with keys of its own: it has to answer as it was tuned."""
+    record = {} if name == "untuned" else read_record(path := experiment.tuned_target(name) / "made_from.json")
+    if KEYS_OF_ITS_OWN not in record:
+        return experiment
+    return experiment.model_copy(update={"training": {}, "target_training": checked(dict, record.get("keys"), path)})
 
 
 def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from selection.rows.split import speculative_rows, training_split
 from selection.run.cli import argument_parser
 from selection.run.ledger import SPECULATIVE_TUNING, TARGET_TUNING
 from selection.run.log import say
-from selection.run.model_folder import model_path
 from selection.scores.coresets import check_quotas
 from selection.scores.identity import check_run
 
@@ -43,7 +42,7 @@ def main() -> None:
         check_models(experiment)
     split = training_split(experiment, arguments.dry_run)
     if split is None:
-        print(f"{stage}: would split {experiment.dataset_paths} and tune {model_path(model)} on it -> {folder}")
+        print(f"{stage}: would split {experiment.dataset_paths} and tune {model} on it -> {folder}")
         return
     check_rows(experiment, len(split.rows))
     check_quotas(experiment)

@@ -18,7 +18,7 @@ from selection.run.ledger import TARGET_TUNING, Cost, measured
 from selection.run.log import say
 from selection.run.processes import processes
 from selection.run.products import building_together, check_same_everywhere, reuse
-from selection.scores.identity import tuning_identity, write_experiment
+from selection.scores.identity import KEYS_OF_ITS_OWN, tuning_identity, write_experiment
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Experiment, dict[str, Any]]:
@@ -44,22 +44,26 @@ def tune_once(
     report: dict[str, Any],
     dry_run: bool = False,
     keys_of_coreset: dict[str, Any] | None = None,
+    of_run: Experiment | None = None,
 ) -> None:
     """Tune `model` on `rows`, the data set `dataset` of the run folder, into `folder`, which appears when all is done.
 
     `keys` are LLaMA-Factory's, `report` those that do not change the tuned model, as logging, `keys_of_coreset` go
-    before `keys`. Under torchrun the processes share each optimiser step's samples. Raises: UserError where `folder`
+    before `keys`; `of_run` is the run's configuration where `experiment` has keys for this one tuning. Under torchrun
+    the processes share each optimiser step's samples. Raises: UserError where `folder`
     was made otherwise, or tuning cannot be done."""
     together, precision = processes(), choose_precision(experiment.precision)
     with together.leader_first():
         keys = keys | (keys_of_coreset or {})
         identity = tuning_identity(experiment, model, rows, keys)
         identity |= {"keys_of_coreset": keys_of_coreset} if keys_of_coreset else {}
+        identity |= {KEYS_OF_ITS_OWN: True} if of_run else {}
     check_same_everywhere(identity)
-    if together.from_leader(lambda: reuse(folder, identity)):
+    todo = {} if dataset == "train" else {"todo": "remove it, or give another name: finetune-select.py --as NAME"}
+    if together.from_leader(lambda: reuse(folder, identity, **todo)):
         (print if dry_run else say)(f"{stage}: reusing {folder}")
         if not dry_run:
-            write_experiment(experiment)
+            write_experiment(of_run or experiment)
         return
     report = report | {"report_to": _logs_to(experiment.training | keys, report)}
     shares = share_of_batch(experiment.training | keys, together.count)
@@ -79,7 +83,7 @@ def tune_once(
             # Find what is wrong with the rows, the held-out ones too, before anything costs.
             tokenised_rows(experiment, model, dataset, rows)
             tokenised_rows(experiment, model, "eval", rows_of(experiment, "eval"))
-            write_experiment(experiment)
+            write_experiment(of_run or experiment)
         together.wait()
         with measured(experiment.folder, cost):
             metrics = trainer.tune(experiment, model, dataset, draft, precision, keys | shares | report)

@@ -12,6 +12,7 @@ right, call again, and clean.json has them. `selection.leave_out: suspects` keep
 
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,7 +29,7 @@ from selection.report.agreement import spearman
 from selection.rows.conversation import as_messages
 from selection.rows.split import TrainingSplit, rows_of, split_numbers, training_split
 from selection.rows.tokens import empty_turn, tokenised_rows
-from selection.run.cli import add_experiment_arguments, argument_parser
+from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, load_experiment
 from selection.run.errors import UserError
 from selection.run.log import say
@@ -45,10 +46,14 @@ _SHOWN, _LETTERS = 3, 100  # rows of each kind that are said, and letters of eac
 
 
 def main() -> None:
-    experiment, out = load()
-    split, folder = training_split(experiment), out or experiment.pool
+    experiment, out, dry_run = load()
+    split, folder = training_split(experiment, dry_run), out or experiment.pool
     check_run(experiment, split)
     model = small_or_target(experiment, folder)
+    if dry_run:
+        would = "take the list of" if (folder / "suspects.jsonl").exists() else f"look at every row with {model} ->"
+        print(f"would {would} {folder / 'suspects.jsonl'}")
+        return
     about = {"data_fingerprint": split.fingerprint, "template": experiment.template}
     about |= {"cutoff_len": experiment.cutoff_len, "model_fingerprint": fingerprint_of(experiment, model)}
     paths = [folder / name for name in ("pool.json", "suspects.jsonl")]
@@ -80,8 +85,8 @@ def main() -> None:
     print(f"what selection can gain here: {possible_gain(counts, pool['rows'])}")
 
 
-def load() -> tuple[Experiment, Path | None]:
-    """The experiment, and --out."""
+def load() -> tuple[Experiment, Path | None, bool]:
+    """The experiment, --out and --dry_run."""
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
     parser.add_argument("--target", metavar="MODEL", help="instead of --config_path; default: none")
@@ -89,13 +94,16 @@ def load() -> tuple[Experiment, Path | None]:
     parser.add_argument("--small", metavar="MODEL", help="with --target: speculative model; default: the family's")
     parser.add_argument("--template", metavar="NAME", help="with --target: chat template; default: the family's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of the run folder; default: none")
+    add_dry_run_argument(parser)
     given = parser.parse_args()
     if bool(given.config_path) == bool(given.target) or bool(given.target) != bool(given.data):
         raise UserError("give --config_path, or --target and --data")
     if given.config_path:
-        return load_experiment(given.config_path, given.set), given.out
-    path, _ = start(given.target, given.data, given.small, given.template, overrides=given.set)
-    return load_experiment(path), given.out
+        return load_experiment(given.config_path, given.set), given.out, given.dry_run
+    with tempfile.TemporaryDirectory() as nowhere:
+        dry = Path(nowhere) if given.dry_run else None
+        path, _ = start(given.target, given.data, given.small, given.template, overrides=given.set, dry=dry)
+        return load_experiment(path), given.out, given.dry_run
 
 
 def small_or_target(experiment: Experiment, folder: Path) -> str:

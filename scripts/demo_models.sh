@@ -12,7 +12,7 @@ quiet=() out=(--out "$target-16-layers") # the demo's, whatever small_model is s
 for argument in "$@"; do
     case $argument in
         --quiet) quiet=(--quiet) ;;
-        --config_path | --config_path=*) out=() ;;
+        --config[_-]path | --config[_-]path=*) out=() ;;
     esac
 done
 run python "$repository/scripts/prepare_model.py" --out "$target" "${quiet[@]}"

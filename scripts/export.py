@@ -14,18 +14,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from selection.run.ending import run_stage
 
 from selection.report.export import coreset_paths, export
-from selection.run.cli import argument_parser
-from selection.run.config import load_run
+from selection.run.cli import argument_parser, load_run_from_arguments
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run folder; required")
     names_help = "names, or files (.json, published .pt); default: all of the run"
     parser.add_argument("--coreset", nargs="+", default=[], help=names_help)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the exports go; default: RUN_DIR/export")
-    arguments = parser.parse_args()
-    experiment = load_run(arguments.run)
+    experiment, arguments = load_run_from_arguments(parser)
     for path in coreset_paths(experiment, arguments.coreset):
         folder = (arguments.out or experiment.folder / "export").resolve() / path.stem
         print("\n  ".join([f"{path.stem} -> {folder}", *export(experiment, path, folder)]))

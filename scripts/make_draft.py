@@ -7,6 +7,7 @@ change the hidden states least, and writes a Hugging Face checkpoint with draft.
 these rows out.
 """
 
+import os
 import random
 import shutil
 import sys
@@ -112,8 +113,7 @@ def check_loads(model: PreTrainedModel) -> None:
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    add_experiment_arguments(parser, required=False)
-    parser.set_defaults(config_path=REPOSITORY / "configs" / "demo.yaml")
+    add_experiment_arguments(parser, required=False, default=REPOSITORY / "configs" / "demo.yaml")
     parser.add_argument("--target", help="model folder or hub name; default: the configuration's target_model")
     parser.add_argument("--layers", type=int, required=True, help="decoder layers to keep; required")
     parser.add_argument("--out", type=Path, help="folder of the checkpoint; default: the configuration's small_model")
@@ -122,7 +122,7 @@ def main() -> None:
     experiment = load_experiment(arguments.config_path, arguments.set)
     name = arguments.target or experiment.target_model
     if arguments.target and Path(name).is_dir():  # paths on a command line begin at the working directory
-        name = str(Path(name).resolve())
+        name = os.path.abspath(name)
     target = model_path(name)
     out = arguments.out.resolve() if arguments.out else from_repository(experiment.small_model)
     check_machine(experiment)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, costs, report.
 #     bash selection.sh ../configs/demo.yaml          in selection/
-#     bash selection.sh CONFIG [--dry_run] [--quiet] [--set key=value …]
+#     bash selection.sh [--config_path] CONFIG [--dry_run] [--quiet] [--set key=value …]
 #     bash selection.sh --target MODEL --data FILE … [--dry_run] [--quiet] [--set key=value …] [more: start.py --help]
 # With --target, small model, template and settings are found and said. Without both: the demo, whose two models are made
 # first. Uses all visible GPUs; NPROC=N asks for N processes.
@@ -11,24 +11,51 @@
 #     --set key=value    another value for a key of CONFIG; may be given again; default: none
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-dry='' others=()
-for argument in "$@"; do
-    case $argument in
+refuse() {
+    echo "error: $1 (--help says how to call this)" >&2
+    exit 2
+}
+[[ " $* " =~ \ --(target|data)[\ =] ]] && start=yes || start=''
+dry='' quiet=() configs=() others=()
+while [ $# -gt 0 ]; do
+    case $1 in
         -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
-        --dry_run) dry=$argument ;;
-        *) others+=("$argument") ;;
+        --dry[_-]run) dry=--dry_run ;;
+        --quiet) quiet=(--quiet) ;;
+        --config[_-]path=*) configs+=("${1#*=}") ;;
+        --config[_-]path | --set)
+            [ "${2:-}" ] || refuse "$1 stands alone"
+            [ "$1" = --set ] && others+=("$1" "$2") || configs+=("$2")
+            shift ;;
+        --set=*) others+=("$1") ;;
+        *) # before anything is downloaded
+            if [ "$start" ]; then
+                others+=("$1")
+            elif [[ $1 == -* ]]; then
+                refuse "unknown argument $1"
+            else
+                configs+=("$1")
+            fi ;;
     esac
+    shift
 done
-set -- "${others[@]}"
+[ ${#configs[@]} -lt 2 ] || refuse "more than one configuration: ${configs[*]}"
+set -- "${quiet[@]}" "${others[@]}"
 source "$here/../scripts/environment.sh"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+next() { # a command to copy, for where the user stands
+    printf 'next: python %q' "$(realpath --relative-to=. "$repository/$1")" >&2
+    printf ' %q' "${@:2}" >&2
+    echo >&2
+}
 
-if [[ " $* " == *" --target"* || " $* " == *" --data"* ]]; then
-    answer=$(mktemp)
-    trap 'rm -f "$answer"' EXIT
-    run python "$here/start.py" --answer "$answer" "$@"
-    mapfile -t answers < "$answer" # the experiment, then how to cut a small model where there is none
+if [ "$start" ]; then
+    [ ${#configs[@]} -eq 0 ] || refuse "give --target and --data, or the configuration ${configs[0]}"
+    run python "$here/start.py" --answer "$scratch/answer" "$@" ${dry:+"$dry"}
+    mapfile -t answers < "$scratch/answer" # the experiment, then how to cut a small model where there is none
     config=${answers[0]}
-    [[ " $* " == *" --quiet "* ]] && set -- --quiet || set --
+    set -- "${quiet[@]}"
     if [ "$dry" ] && [ ${#answers[@]} -gt 1 ] && [ -d "${answers[-1]}" ]; then
         echo "the small model is there: ${answers[-1]}"
     elif [ "$dry" ] && [ ${#answers[@]} -gt 1 ]; then
@@ -37,11 +64,7 @@ if [[ " $* " == *" --target"* || " $* " == *" --data"* ]]; then
     elif [ ${#answers[@]} -gt 1 ]; then
         run python "$repository/scripts/make_draft.py" --config_path "$config" "${answers[@]:1}" "$@"
     fi
-elif [ $# -eq 0 ] || [[ $1 == --* ]]; then
-    if [ $# -gt 0 ] && [[ ! $1 =~ ^--(quiet|set|set=.*)$ ]]; then # before anything is downloaded
-        echo "error: unknown argument $1 (--help says how to call this)" >&2
-        exit 2
-    fi
+elif [ ${#configs[@]} -eq 0 ]; then
     config=$repository/configs/demo.yaml
     if [ "$dry" ] && [ ! -d "$repository/models/smollm2-135m-instruct-16-layers" ]; then
         echo "would make the demo's two models first (scripts/demo_models.sh): what follows is known then"
@@ -49,8 +72,7 @@ elif [ $# -eq 0 ] || [[ $1 == --* ]]; then
     fi
     [ "$dry" ] || run bash "$repository/scripts/demo_models.sh" "$@"
 else
-    config=$1
-    shift
+    config=${configs[0]}
 fi
 if [ "$dry" ]; then
     for script in finetune/finetune.py selection/effort_score.py selection/verify.py selection/coreset.py; do
@@ -63,12 +85,14 @@ fi
 stage finetune/finetune.py --config_path "$config" "$@"
 stage selection/effort_score.py --config_path "$config" "$@"
 stage selection/verify.py --config_path "$config" "$@"
-run python "$here/coreset.py" --config_path "$config" "$@"
+run python "$here/coreset.py" --config_path "$config" "$@" > "$scratch/coresets"
+cat "$scratch/coresets"
 if [ "${REPORT:-now}" = now ]; then # REPORT=later: what runs after this makes it, and says the costs
     run python "$repository/scripts/costs.py" --config_path "$config" "$@"
-    if [[ " $* " != *" --quiet "* ]]; then
-        echo "next: python finetune/finetune-select.py --config_path $config --select_path CORESET, to tune on one of these" >&2
-        echo "next: python scripts/export.py RUN_DIR, to take them elsewhere" >&2
-    fi
     run python "$repository/scripts/report.py" --config_path "$config" "$@"
+    coreset=$(sed -n '1s/.* -> //p' "$scratch/coresets")
+    if [ ${#quiet[@]} -eq 0 ] && [ "$coreset" ]; then
+        next finetune/finetune-select.py --config_path "$config" "$@" --select_path "$coreset"
+        next scripts/export.py "$(dirname "$(dirname "$coreset")")" --coreset "$(basename "$coreset" .json)"
+    fi
 fi

@@ -9,7 +9,9 @@ the stages. Paths count from the working directory.
 
 import argparse
 import math
+import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from selection.method.staff import floor_share
 from selection.rows.form import detect_form
 from selection.rows.llama_factory import check_template
 from selection.rows.read import raw_rows
-from selection.run.cli import add_set_argument, argument_parser
+from selection.run.cli import add_dry_run_argument, add_set_argument, argument_parser
 from selection.run.config import REPOSITORY, Experiment, Selection, load_experiment
 from selection.run.errors import UserError
 from selection.run.families import Pair, find_pair, local_folder
@@ -32,6 +34,7 @@ from selection.run.yaml_file import check_keys, override, read_yaml, to_yaml
 _OWN_OPTION = {"output_dir": "--run", "small_model": "--small", "target_model": "--target", "template": "--template"}
 _OWN_OPTION |= {"dataset": "--data", "selection.rates": "--rate"}
 _FIRST_ROWS = 100  # that tell the form of a data file
+_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")  # of data files
 
 
 def main() -> None:
@@ -43,10 +46,15 @@ def main() -> None:
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="run folder; default: runs/<data>-<target>")
     parser.add_argument("--rate", type=float, nargs="+", help="fractions to keep; default: the published five")
     add_set_argument(parser, "a value for any other key of selection/run/config.py")
-    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)  # where selection.sh reads how to go on
+    add_dry_run_argument(parser)
+    # Where selection.sh reads how to go on; a dry run's experiment is written beside it.
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    path, cut = start(given.target, given.data, given.small, given.template, given.run, given.rate, given.set)
-    print(f"experiment: {path}")
+    with tempfile.TemporaryDirectory() as nowhere:
+        dry = Path(given.answer.parent if given.answer else nowhere) if given.dry_run else None
+        path, cut = start(given.target, given.data, given.small, given.template, given.run, given.rate, given.set, dry)
+        folder = load_experiment(path).folder
+    print(f"experiment: {'would be ' * (path.parent != folder)}{folder / path.name}")
     if given.answer:
         given.answer.write_text("\n".join([str(path), *cut]) + "\n", encoding="utf-8")
 
@@ -59,8 +67,9 @@ def start(
     run: Path | None = None,
     rates: list[float] | None = None,
     overrides: list[str] = (),
+    dry: Path | None = None,
 ) -> tuple[Path, list[str]]:
-    """Choose what is None and write the experiment to <run>/start.yaml, once for a run folder.
+    """Choose what is None and write the experiment to <run>/start.yaml, once for a run folder, or to `dry`/start.yaml.
 
     Returns the file, and the arguments of scripts/make_draft.py where the small model has to be cut out of the target.
     Raises: UserError where nothing can be chosen, and for a run folder that was started otherwise."""
@@ -69,9 +78,7 @@ def start(
         if option := _OWN_OPTION.get(text.partition("=")[0]):
             raise UserError(f"--set {text}: give {option} instead")
         override(given, text)
-    data = [path.expanduser().resolve() for path in data]
-    if missing := [path for path in data if not path.is_file()]:
-        raise UserError(f"--data {missing[0]}: no such file")
+    data = [data_file(path) for path in data]
     direct = given.get("selection", {}).get("speculation") == "direct"
     if direct and small:
         raise UserError("--small: speculation direct has no small model: leave one of the two out")
@@ -105,7 +112,7 @@ def start(
 
     check_rows(experiment, train)
     check_models(experiment, to_be_cut=bool(cut))
-    return write_once(experiment), cut
+    return write_once(experiment, dry), cut
 
 
 def choose_models(target: str, small: str | None = None, template: str | None = None, direct: bool = False) -> Pair:
@@ -162,6 +169,23 @@ def half_the_layers(target: str) -> int:
     return layers // 2
 
 
+def data_file(given: Path) -> Path:
+    """The absolute path of a data file. Raises: UserError, which says how to make one of a folder or of the hub's."""
+    path = given.expanduser().resolve()
+    if path.is_file():
+        return path
+    as_file = ".to_json('my.jsonl') makes the file"
+    if not path.is_dir():
+        on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(given)) and path.suffix not in _SUFFIXES
+        how = f"a data set of the hub has to be a file first: load_dataset('{given}', split='train'){as_file}"
+        raise UserError(f"--data {given}: no such file" + (f"; {how}" if on_hub else ""))
+    if (path / "state.json").exists():  # as save_to_disk of `datasets` leaves it
+        raise UserError(f"--data {given} is a folder of `datasets`, not a file: load_from_disk('{given}'){as_file}")
+    there = [each.name for each in sorted(path.iterdir()) if each.suffix.lower() in _SUFFIXES]
+    inside = ", ".join(there[:5] + ["…"] * (len(there) > 5)) or "none of JSON, JSONL, CSV or Parquet"
+    raise UserError(f"--data {given} is a folder: give one or more of its files ({inside})")
+
+
 def look_at(path: Path, form_is_given: bool) -> tuple[dict[str, Any], int]:
     """The key `dataset_format` for a data file, and its number of rows; says both. Raises: UserError: no form fits."""
     with raw_rows(path) as rows:
@@ -201,17 +225,21 @@ def choose_strata(settings: dict[str, Any], train: int) -> None:
     say(f"strata: K = {k}, b_v = {b} rows of each verified, {why}; --set selection.num_strata=K for others")
 
 
-def write_once(experiment: Experiment) -> Path:
-    """Write <run folder>/start.yaml, or find it as it is. Raises: UserError where work was done with another one."""
+def write_once(experiment: Experiment, dry: Path | None = None) -> Path:
+    """Write <run folder>/start.yaml, or find it as it is; for a dry run write `dry`/start.yaml. Rates and methods may
+    change later: coresets are named after them, and none is lost. Raises: UserError where work was done otherwise."""
     path = experiment.folder / "start.yaml"
     if path.exists():
-        difference = first_difference(load_experiment(path).model_dump(), experiment.model_dump())
-        if difference is None:
+        stored, wanted = load_experiment(path).model_dump(), experiment.model_dump()
+        if stored == wanted:
             say(f"start: reusing {path}")
             return path
-        if any((experiment.folder / name).exists() for name in ("small", "scores", "target")):
-            other = "give another --run, or remove that folder"
+        stored["selection"] |= {key: wanted["selection"][key] for key in ("rates", "methods")}
+        difference = first_difference(stored, wanted)
+        if difference and any((experiment.folder / name).exists() for name in ("small", "scores", "target")):
+            other = f"give the settings of {path.name}, or another --run"
             raise UserError(f"{experiment.folder} was started otherwise ({difference}): {other}")
+    path = path if dry is None else dry / path.name
     with atomic_path(path) as draft:
         head = "# Written by selection/start.py; selection/run/config.py explains the keys.\n"
         draft.write_text(head + to_yaml(experiment), "utf-8")

@@ -55,7 +55,15 @@ def test_help_is_enough_to_call_a_script_and_a_wrong_command_line_is_one_line(sc
         for named in (called, *re.findall(r"\S+\.yaml", " ".join(arguments))):
             assert (here / named).exists(), named
         if (here / called).samefile(REPOSITORY / script):
-            parser.parse_args(arguments)  # or UserError
+            parsed = parser.parse_args(arguments)  # or UserError
+            takes_it_alone = {action.dest for action in parser._actions if not action.option_strings} == {"config_path"}
+            if "--config_path" in arguments and takes_it_alone:
+                place = arguments.index("--config_path")
+                config, rest = arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+                alone = [config, *(re.sub("(?<=[a-z])_", "-", each) if each[:2] == "--" else each for each in rest)]
+                assert parser.parse_args(alone) == parsed
+                with pytest.raises(UserError, match="not allowed with"):
+                    parser.parse_args([config, *arguments])
 
     wrong = [] if script == "scripts/launch.py" else ["--quie"]  # no abbreviations; a stage's arguments are its own
     monkeypatch.setattr(sys, "argv", [script, *wrong])
@@ -161,14 +169,19 @@ def test_a_dry_run_says_what_the_run_then_does_and_writes_nothing(make_experimen
         "selection.verify": ("would score at most 4 x 2 rows", r"would score \d of \d rows", "verification: reusing"),
         "selection.coreset": ("staff: would be cut at 1 rates, not yet", "choose 12 of 24 rows", "is there already"),
     }
+    coreset = run / "coresets" / "staff-0.5.json"
     for name, (at_first, _, _) in stages.items():
         assert re.search(at_first, dry(name))
+    said = dry("finetune.finetune-select", "--select_path", coreset)
+    assert said == f"target tuning: would tune the target on staff-0.5, once there is {coreset}\n"
+    assert re.fullmatch("evaluation: would split .* and evaluate every tuned target\n", dry("finetune.eval"))
     assert not run.exists()
     for name, (_, before, after) in stages.items():
         assert re.search(before, dry(name))
         assert stage(name, config)[0] == 0
         assert re.search(after, dry(name))
-    said = dry("finetune.finetune-select", "--select_path", run / "coresets" / "staff-0.5.json")
+    said = dry("finetune.finetune-select", "--select_path", coreset)
     assert re.fullmatch(rf"target tuning: would tune .* on staff-0.5 \(12 rows\) -> {run}/target/staff-0.5\n", said)
-    said = dry("finetune.eval", "--tuned", "untuned")
-    assert said == f"evaluation of untuned: would answer 6 held-out rows -> {run}/eval/untuned\n"
+    said = dry("finetune.eval", "--tuned", "untuned", "staff-0.5").splitlines()
+    assert said[0] == "evaluation of staff-0.5: would answer 6 held-out rows, once it is tuned"
+    assert said[1] == f"evaluation of untuned: would answer 6 held-out rows -> {run}/eval/untuned"

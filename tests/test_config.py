@@ -1,5 +1,7 @@
 """An experiment's YAML: every key is checked, what is wrong is named in one message, no file runs code."""
 
+import re
+
 import pytest
 import yaml
 
@@ -95,6 +97,20 @@ def test_an_override_that_makes_no_sense_is_refused_by_key(load):
             load(overrides=[override])
     with pytest.raises(UserError, match="unknown key :"):
         load({"": 4})
+
+
+def test_an_unknown_key_is_asked_for_by_its_likely_name(load):
+    for override, meant in {
+        "tempalte=a": "template",
+        "selection.num_stratas=3": "selection.num_strata",
+        "num_strata=3": "selection.num_strata",  # in no section
+        "dataset=[{path: a, quotta: 1}]": "dataset.quota",
+        "dataset_format.column={}": "dataset_format.columns",
+    }.items():
+        with pytest.raises(UserError, match=rf"unknown key \S+: did you mean {re.escape(meant)}\? "):
+            load(overrides=[override])
+    with pytest.raises(UserError, match=r"unknown key selection\.odd: selection/run"):
+        load(overrides=["selection.odd=1"])
 
 
 WRONG = {

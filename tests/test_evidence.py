@@ -218,7 +218,11 @@ def test_labels_are_no_stock_answers_and_a_row_without_figures_is_far_from_all()
 
 def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tmp_path):
     experiment, call = load_experiment(pool[0]), ("scripts/check_pool.py", "--config_path", pool[0])
-    done, path = run_script(*call), experiment.pool / "suspects.jsonl"
+    path = experiment.pool / "suspects.jsonl"
+    said = run_script(*call, "--dry-run").stdout
+    assert said == f"would look at every row with {experiment.small_model} -> {path}\n" and not experiment.pool.exists()
+    done = run_script(*call)
+    assert run_script(*call, "--dry_run").stdout == f"would take the list of {path}\n"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     summary = json.loads((experiment.pool / "pool.json").read_text())
     assert summary["rows"] == 30 and 1 < len(lines) == summary["suspects"] == sum(summary["kinds"].values()) < 30

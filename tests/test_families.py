@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPOSITORY, write_jsonl
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,6 +99,14 @@ def test_a_folder_is_known_by_its_name_its_config_or_its_type(model_folder):
     assert find_pair(str(folder)).small == str(beside.parent)
     beside.unlink()  # a download that has just begun
     assert find_pair(str(folder)).small == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def test_a_model_behind_a_link_keeps_the_name_that_was_given(model_folder, tmp_path):
+    kept, sibling = model_folder("Qwen2.5-7B"), model_folder("Qwen2.5-0.5B")
+    for name in ("mine", "Qwen2.5-14B"):  # known by what it leads to, or by its own name
+        (link := tmp_path / name).symlink_to(kept)
+        pair = find_pair(f"{tmp_path}/models/../{name}")
+        assert (pair.target, pair.small, pair.template) == (str(link), str(sibling), "qwen")
 
 
 def test_a_target_of_unknown_family_needs_a_template_and_what_is_given_goes_first(model_folder):
@@ -251,9 +261,13 @@ def test_several_files_are_entries_with_a_form_each(begin, tmp_path):
 
 def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_path):
     released = ["selection.mode=released", "selection.verify=sampled"]
+    Dataset.from_dict({"prompt": ["a"]}).save_to_disk(saved := tmp_path / "saved")
     for changes, said in (
         ({"overrides": ["template=qwen"]}, "--template"),
-        ({"data": [REPOSITORY / "data" / "none.jsonl"]}, "no such file"),
+        ({"data": [REPOSITORY / "data" / "none.jsonl"]}, "none.jsonl: no such file"),
+        ({"data": [Path("me/rows.v2")]}, "load_dataset('me/rows.v2', split='train').to_json('my.jsonl')"),
+        ({"data": [tmp_path]}, f"{tmp_path} is a folder: give one or more of its files (my.jsonl)"),
+        ({"data": [saved]}, f"load_from_disk('{saved}').to_json('my.jsonl')"),
         ({"data": [REPOSITORY / "data" / "paper_table1.csv"]}, "its columns"),
         ({"small": "./none-such"}, "no folder"),
         ({"rates": [0.5, 0.03]}, "rate 0.03 of 27 rows keeps none: give a rate of 0.037 or more"),
@@ -273,21 +287,70 @@ def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(beg
     (tmp_path / "run" / "pool").mkdir()
     begin(rates=[0.5])  # a look at the pool binds to nothing
     (tmp_path / "run" / "scores").mkdir()
-    with pytest.raises(UserError, match=r"selection\.rates: stored .*--run"):
-        begin(rates=[0.25])
-    assert load_experiment(path).selection.rates == [0.5]
+    begin(rates=[0.25], overrides=["selection.methods=[staff]"])  # these cut more coresets, and undo none
+    chosen = load_experiment(path).selection
+    assert (chosen.rates, chosen.methods) == ([0.25], ["staff"])
+    before, dry = path.read_bytes(), tmp_path / "dry"
+    planned, _ = begin(rates=[0.5], dry=dry)
+    assert planned.parent == dry and load_experiment(planned).selection.rates == [0.5]
+    with pytest.raises(UserError, match=r"selection\.seed: stored 42, now 1\): give the settings of .*--run"):
+        begin(rates=[0.5], overrides=["selection.seed=1"])
+    assert path.read_bytes() == before
 
 
-def test_selection_sh_starts_cuts_and_goes_on_and_a_dry_one_ends_with_the_plan(tmp_path):
-    """With a python that notes its calls and answers as start.py does."""
-    python = '() { echo "$@" >> calls; [[ $1 != *start.py ]] || printf "%s\\n" my.yaml --target T --out D > "$3"; }'
-    for arguments in (["--target", "T", "--data", "my.jsonl"], ["my.yaml", "--quiet", "--dry_run"]):
+@pytest.fixture
+def selection_sh(tmp_path):
+    """Calls selection.sh with a python that notes its calls, and answers as start.py and coreset.py do; gives these
+    calls without folders, and what came to stderr."""
+    python = """() { echo "$@" >> calls
+        case $1 in
+            *start.py) printf '%s\\n' my.yaml --target T --out D > "$3" ;;
+            *coreset.py) echo "staff at rate 0.5: 12 of 24 rows -> $PWD/my run/coresets/staff-0.5.json" ;;
+        esac; }"""
+
+    def call(*arguments: str, code: int = 0) -> tuple[list[str], str]:
         command = ["bash", REPOSITORY / "selection" / "selection.sh", *arguments]
-        subprocess.run(command, env=os.environ | {"BASH_FUNC_python%%": python}, cwd=tmp_path, check=True)
-    start, draft, *calls = re.sub(r"\S*/(?=[\w-]+\.py)", "", (tmp_path / "calls").read_text()).splitlines()
-    assert start.startswith("start.py --answer ") and start.endswith(" --target T --data my.jsonl")
+        env = os.environ | {"BASH_FUNC_python%%": python}
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        (calls := tmp_path / "calls").touch()
+        noted = re.sub(r"\S*/(?=[\w-]+\.py)", "", calls.read_text()).splitlines()
+        calls.unlink()
+        return noted, done.stderr
+
+    return call
+
+
+STAGES = [f"launch.py {stage}.py" for stage in ("finetune", "effort_score", "verify")] + ["coreset.py"]
+
+
+def test_selection_sh_starts_cuts_and_goes_on_and_says_the_next_commands(selection_sh, tmp_path):
+    (start, draft, *calls), said = selection_sh("--target", "T", "--data", "my.jsonl", "--set", "seed=1")
+    assert start.startswith("start.py --answer ") and start.endswith(" --target T --data my.jsonl --set seed=1")
     assert draft == "make_draft.py --config_path my.yaml --target T --out D"
-    stages = [f"launch.py {stage}.py" for stage in ("finetune", "effort_score", "verify")] + ["coreset.py"]
-    assert calls[:6] == [f"{call} --config_path my.yaml" for call in (*stages, "costs.py", "report.py")]
-    dry = [f"{call.removeprefix('launch.py ')} --config_path my.yaml --quiet --dry_run" for call in stages]
-    assert calls[6:] == [*dry, "plan.py --config_path my.yaml --quiet"]
+    assert calls == [f"{call} --config_path my.yaml" for call in (*STAGES, "costs.py", "report.py")]
+    tune, export = (shlex.split(line) for line in said.splitlines())
+    coreset = tmp_path / "my run" / "coresets" / "staff-0.5.json"
+    assert tune[3:] == ["--config_path", "my.yaml", "--select_path", str(coreset)]
+    assert export[3:] == [str(tmp_path / "my run"), "--coreset", "staff-0.5"]
+    for _, python, script, *_ in (tune, export):
+        assert python == "python" and (tmp_path / script).is_file()
+
+
+@pytest.mark.parametrize("config", [["my.yaml"], ["--config_path", "my.yaml"], ["--config-path=my.yaml"]])
+def test_selection_sh_takes_its_configuration_in_every_form_and_a_dry_one_ends_with_the_plan(selection_sh, config):
+    for arguments in ([*config, "--quiet", "--dry_run"], ["--quiet", "--dry-run", *config]):
+        dry = [f"{call.removeprefix('launch.py ')} --config_path my.yaml --quiet --dry_run" for call in STAGES]
+        assert selection_sh(*arguments) == ([*dry, "plan.py --config_path my.yaml --quiet"], "")
+
+
+def test_a_wrong_call_of_selection_sh_starts_nothing(selection_sh):
+    for arguments, said in (
+        (["--sett", "a=1"], "unknown argument --sett"),
+        (["my.yaml", "--rate", "0.1"], "unknown argument --rate"),
+        (["my.yaml", "--config_path", "other.yaml"], "more than one configuration: my.yaml other.yaml"),
+        (["--config_path"], "--config_path stands alone"),
+        (["--target", "T", "--data", "my.jsonl", "--config_path", "my.yaml"], "or the configuration my.yaml"),
+    ):
+        assert (called := selection_sh(*arguments, code=2)) == ([], f"error: {called[1][7:]}") and said in called[1]
+        assert called[1].count("\n") == 1

@@ -268,7 +268,7 @@ def test_script_takes_a_run_folder_wherever_it_is_and_draws_the_same_page(copy, 
     (copy.folder / "experiment.yaml").unlink()
     with pytest.raises(UserError, match=r"no experiment\.yaml"):
         run_main("scripts.report", copy.folder)
-    with pytest.raises(UserError, match="either a run folder or --config_path"):
+    with pytest.raises(UserError, match="RUN_DIR --config_path is required"):
         run_main("scripts.report")
 
 

@@ -104,7 +104,7 @@ def test_a_plan_holds_the_rows_without_a_score_and_an_interrupted_one_goes_on_wi
 
 def test_a_folder_without_parts_or_manifest_is_refused(tmp_path):
     folder = tmp_path / "scores"
-    with pytest.raises(UserError, match="run the scoring stage first"):
+    with pytest.raises(UserError, match=r"run (verify|effort_score)\.py first"):
         read_scores(folder)
     open_folder(folder).plan(EVERY, one_row_batches)
     with pytest.raises(UserError, match="no finished part"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import everything_in
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -20,8 +21,16 @@ from selection.rows.split import held_out_ids, rows_of, training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
-from selection.run.ledger import SPECULATIVE_SCORES, SPECULATIVE_TUNING, TARGET_SCORES, VERIFICATION
+from selection.run.ledger import (
+    SPECULATIVE_SCORES,
+    SPECULATIVE_TUNING,
+    TARGET_SCORES,
+    TARGET_TUNING,
+    VERIFICATION,
+    read_ledger,
+)
 from selection.run.model_folder import check_base
+from selection.run.products import read_json
 from selection.scores import scoring
 from selection.scores.folder import read_scores
 from selection.scores.identity import check_run
@@ -206,11 +215,42 @@ def test_tuning_on_published_index_lists_and_refusing_what_does_not_fit(make_exp
         select(name, error=f"{name}: a coreset's file name names its data set")
 
 
+def test_a_second_tuning_of_a_coreset_takes_a_name_and_leaves_the_run_as_it_is(make_experiment, rows, tmp_path, call):
+    experiment = load_experiment(config := make_experiment(rows, evaluation={"generate": False}))
+    torch.save([4, 2, 11, 7], tmp_path / "c.pt")
+
+    def select(*arguments, error=""):
+        return call("finetune.finetune-select", config, "--select_path", tmp_path / "c.pt", *arguments, error=error)
+
+    hot = ("--set", "training.learning_rate=0.5", "--set", "target_training.flash_attn=sdpa")
+    call("finetune.finetune", config)
+    select()
+    select(*hot, error=r"/small was made otherwise \(keys\.learning_rate: stored 0\.001, now 0\.5\): .*--as NAME")
+    select(*hot[2:], error=r'/c was made otherwise \(keys\.flash_attn: stored null, now "sdpa"\): .*--as NAME')
+    select("--as", "a/b", *hot, error="--as a/b: give letters")
+    before = everything_in(experiment.tuned_target("c"))
+    select("--as", "hot", *hot)
+    assert everything_in(experiment.tuned_target("c")) == before and "reusing" in select("--as", "hot", *hot)
+    warm = ("--set", "training.learning_rate=0.25")
+    select("--as", "hot", *warm, error=r"/c-hot was made otherwise \(keys\.learning_rate: stored 0\.5, .*--as NAME")
+    assert load_experiment(experiment.record).training == experiment.training  # the run's own
+
+    call("selection.effort_score", config)
+    call("finetune.eval", config)
+    made = {name: read_json(experiment.folder / "eval" / name / "made_from.json") for name in ("c", "c-hot")}
+    assert [each["model_keys"] for each in made.values()] == [{}, {"flash_attn": "sdpa"}]  # answers as it was tuned
+    losses = [read_json(experiment.folder / "eval" / name / "metrics.json")["nll"] for name in made]
+    assert losses[0] != losses[1] and "reusing" in call("finetune.eval", config, "--tuned", "c-hot")
+    tuned = [cost.what for cost in read_ledger(experiment.folder) if cost.stage == TARGET_TUNING]
+    assert tuned == ["c", "c-hot"]
+
+
 def test_stages_say_which_stage_is_missing_and_no_pass_is_none(make_experiment, rows, tmp_path, call):
     config = make_experiment(rows)
     call("selection.effort_score", config, error="the small model is not tuned yet .*: run finetune.py --model small")
     call("selection.effort_score", config, "--model", "target", error="the target model is not tuned .*--model target")
     call("selection.coreset", config, "--method", "grand", error="scores of the tuned target.*--model target")
+    call("selection.verify", config, error="scores/small: no such file or folder: run effort_score.py first")
     call("finetune.eval", config, error="run finetune-select.py first")
     call("scripts.costs", config, error="no cost ledger yet")
 

@@ -16,7 +16,7 @@ from selection.run.ending import run_stage
 
 from scripts.paper import cells as grids
 from selection.rows.split import training_split
-from selection.run.cli import argument_parser
+from selection.run.cli import add_config_argument, argument_parser
 from selection.run.config import REPOSITORY, load_grid
 from selection.run.errors import UserError
 from selection.run.log import say
@@ -27,12 +27,12 @@ from selection.scores.models import parameters_of
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the grid (configs/reproduce/); required")
+    add_config_argument(parser, "the grid, of configs/reproduce/", True, None, "--config")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time; default: 1")
     parser.add_argument("--results", type=Path, help="folder of cells.csv; default: data/results/<name of the YAML>")
     parser.add_argument("--runs", type=Path, help="folder of run folders; default: runs/reproduce/<name of the YAML>")
     arguments = parser.parse_args()
-    grid, name = load_grid(arguments.config), arguments.config.stem
+    grid, name = load_grid(arguments.config_path), Path(arguments.config_path).stem
     results = (arguments.results or REPOSITORY / "data" / "results" / name) / "cells.csv"
     runs = (arguments.runs or REPOSITORY / "runs" / "reproduce" / name).resolve()
 

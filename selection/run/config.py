@@ -405,12 +405,12 @@ def _refuse_links_out_of(folder: Path) -> None:
             raise UserError(f"{path} is a link that leads out of the run folder: put the file itself there")
 
 
-def load_run(folder: Path) -> Experiment:
+def load_run(folder: Path, overrides: list[str] = ()) -> Experiment:
     """The experiment of a run folder, wherever that lies now. Raises: as `load_experiment`."""
     record = folder / "experiment.yaml"
     if not record.is_file():
         raise UserError(f"{folder} has no experiment.yaml: give a run folder in which a stage has run")
-    return load_experiment(record, [f"output_dir={json.dumps(str(folder.resolve()))}"])
+    return load_experiment(record, [f"output_dir={json.dumps(str(folder.resolve()))}", *overrides])
 
 
 def load_grid(config_path: str | Path) -> Grid:

@@ -1,13 +1,14 @@
 """Which small model and which template belong to a target: what configs/families.yaml says, and what a folder tells."""
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, RootModel
 
-from selection.run.config import REPOSITORY, Section, from_repository
+from selection.run.config import REPOSITORY, Section
 from selection.run.products import read_record
 from selection.run.yaml_file import check_keys, read_yaml
 
@@ -41,8 +42,10 @@ def read_families(path: Path = FAMILIES) -> dict[str, Family]:
 
 
 def local_folder(model: str) -> Path | None:
-    """The folder that `model` names, from the working directory or else from the repository; None: none."""
-    return next((path for path in (Path(model).expanduser().resolve(), from_repository(model)) if path.is_dir()), None)
+    """The folder that `model` names, from the working directory or else from the repository, by that name where it is a
+    link; None: none."""
+    paths = (os.path.abspath(base / Path(model).expanduser()) for base in (Path.cwd(), REPOSITORY))
+    return next((Path(path) for path in paths if os.path.isdir(path)), None)
 
 
 def find_pair(target: str) -> Pair:
@@ -54,9 +57,10 @@ def find_pair(target: str) -> Pair:
     if folder is None:
         unknown = Pair(target, None, None, None, f"{target} is not in configs/families.yaml")
         return _listed(lambda model: model.lower() == target.lower(), None, "by its name") or unknown
+    names = folder.name.lower(), folder.resolve().name.lower()  # of a link, or of what it leads to
     config = read_record(folder / "config.json")
     origin, model_type = str(config.get("_name_or_path", "")).lower(), config.get("model_type")
-    pair = _listed(lambda model: _last(model) == folder.name.lower(), folder, "by the folder's name")
+    pair = _listed(lambda model: _last(model) in names, folder, "by the folder's name")
     if pair := pair or _listed(lambda m: m.lower() == origin, folder, f"by _name_or_path in {folder / 'config.json'}"):
         return pair
     families = read_families().values()
@@ -75,7 +79,8 @@ def _listed(is_it: Callable[[str], bool], folder: Path | None, why: str) -> Pair
             small = {"first": family.models[0], "none": None}.get(family.small, family.small)
             small = None if small == model else small
             if folder and small:
-                beside = (p for p in sorted(folder.parent.iterdir()) if p.name.lower() == _last(small))
+                every = (p for place in (folder.parent, folder.resolve().parent) for p in sorted(place.iterdir()))
+                beside = (p for p in every if p.name.lower() == _last(small))
                 small = next((str(path) for path in beside if (path / "config.json").is_file()), small)
             return Pair(str(folder or model), small, family.template, name, why)
     return None

@@ -197,11 +197,11 @@ def check_same_everywhere(identity: dict) -> None:
         raise UserError(f"{here}: give all hosts the same models, devices and arguments")
 
 
-def reuse(folder: Path, identity: dict) -> bool:
+def reuse(folder: Path, identity: dict, todo: str = "remove it or give another output_dir") -> bool:
     """Whether `folder` is there, a finished product of this `identity`. Raises: UserError where it was made from
     something else, or changed since: it is neither used nor overwritten."""
     if there := folder.exists():
-        refuse_difference(folder, made_from(folder), identity, "remove it or give another output_dir")
+        refuse_difference(folder, made_from(folder), identity, todo)
     return there
 
 

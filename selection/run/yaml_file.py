@@ -1,9 +1,11 @@
 """YAML files of checked keys: reading, `--set`, writing, and errors that name the key."""
 
+import difflib
 import re
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -76,8 +78,29 @@ def check_keys(kind: type[_Section], values: dict[str, Any], source: str) -> _Se
         first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("("))
     say = {
-        "extra_forbidden": f"unknown key {key}: selection/run/config.py lists the keys",
+        "extra_forbidden": f"unknown key {key}: {_meant(kind, key)}selection/run/config.py lists the keys",
         "missing": f"key {key} is missing: add it" + ("" if "." in key else f", or give --set {key}=…"),
     }.get(first["type"], f"key {key}: {first['msg']}, not {reprlib.repr(first['input'])}")
     # No place: keys that do not go together.
     raise UserError(f"{source}: {say if first['loc'] else first['ctx']['error']}")
+
+
+def _meant(kind: type[BaseModel], key: str) -> str:
+    """The known key that is spelled nearly like `key`, of its section or else of another, as a question."""
+    known = [known.rpartition(".") for known in _keys_of(kind, "")]
+    section, _, name = re.sub(r"\.\d+(?=\.)", "", key).rpartition(".")  # without the number of a data set
+    close = difflib.get_close_matches(name, [last for its, _, last in known if its == section], n=1)
+    found = [f"{section}.{each}" if section else each for each in close]
+    found += ["".join(parts) for parts in known if parts[2] == name]
+    return f"did you mean {found[0]}? " if found else ""
+
+
+def _keys_of(kind: Any, prefix: str) -> Iterator[str]:
+    """Keys of a section, or of those that an annotation holds, with those of sections in them: selection.num_strata."""
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        for inner in get_args(kind):
+            yield from _keys_of(inner, prefix)
+        return
+    for name, field in kind.model_fields.items():
+        yield prefix + name
+        yield from _keys_of(field.annotation, f"{prefix}{name}.")

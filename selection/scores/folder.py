@@ -186,7 +186,8 @@ def _order(index: np.ndarray) -> np.ndarray:
 
 def _parts(path: Path) -> list[Path]:
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder: run the scoring stage first (effort_score.py, verify.py)")
+        stage = "verify.py" if path.name == "target" else "effort_score.py"
+        raise UserError(f"{path}: no such file or folder: run {stage} first")
     if parts := sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]:
         return parts
     raise UserError(f"{path} holds no finished part yet: run the scoring stage to its end")

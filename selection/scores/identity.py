@@ -31,7 +31,11 @@ _ONLY_LOGGING = {
 }  # fmt: skip
 
 _REMOVE = "give the settings it was made with, remove it, or give another output_dir"
+_OTHER_KEYS = "give the settings it was made with, or tune the target once more: finetune-select.py --as NAME"
 _LEAVE = "give this run the same data and settings, or leave speculative_run out"
+
+# In the record of a target that finetune-select.py --as tuned: its training keys are not the run's.
+KEYS_OF_ITS_OWN = "keys_of_its_own"
 
 
 def write_experiment(experiment: Experiment) -> None:
@@ -141,8 +145,8 @@ def check_run(experiment: Experiment, split: TrainingSplit | None = None, verifi
     if experiment.borrows:
         _check_lender(experiment, data)
     for path, stored, wanted in _products(experiment, split, data):
-        ours = path.is_relative_to(experiment.folder)
-        refuse_difference(path, stored, stored | wanted, _REMOVE if ours else _LEAVE)
+        ours = _OTHER_KEYS if [*wanted] == ["keys"] else _REMOVE
+        refuse_difference(path, stored, stored | wanted, ours if path.is_relative_to(experiment.folder) else _LEAVE)
     if verified and experiment.verification.exists():
         record, todo = read_sealed(path := experiment.verification), "run verify.py again under the settings of now"
         wanted = dict.fromkeys(LATER) | Settings.of(experiment.selection).made_from
@@ -160,14 +164,20 @@ def _products(experiment: Experiment, split: TrainingSplit | None, data: str | N
         wanted = _wanted_tuning(experiment, experiment.small_model, experiment.small_training)
         if split:
             wanted["rows"] = digest_of_ids(split.ids[row] for row in speculative_rows(experiment, len(split.ids)))
-        yield small, read_record(small / "made_from.json"), wanted
+        record, keys = read_record(small / "made_from.json"), wanted.pop("keys")
+        yield small, record, wanted
+        yield small, record, {"keys": keys}
     for folder in (experiment.small_scores, experiment.target_scores, experiment.tuned_target_scores):
         if any(folder.glob("part-*.parquet")):
             yield folder, made_by(read_manifest(folder)), _wanted_scores(experiment, data, folder)
     for tuned in sorted(experiment.tuned_target("").glob("[!.]*")):
         record = read_record(tuned / "made_from.json")
         keys = checked(dict, record.get("keys_of_coreset", {}), tuned / "made_from.json")
-        yield tuned, record, _wanted_tuning(experiment, experiment.target_model, experiment.target_training | keys)
+        wanted = _wanted_tuning(experiment, experiment.target_model, experiment.target_training | keys)
+        keys = wanted.pop("keys")
+        yield tuned, record, wanted
+        if KEYS_OF_ITS_OWN not in record:
+            yield tuned, record, {"keys": keys}
     for record in sorted((experiment.folder / "eval").glob("[!.]*/made_from.json")):
         yield record.parent, read_record(record), {"max_new_tokens": experiment.evaluation.max_new_tokens}
 
