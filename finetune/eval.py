@@ -21,7 +21,7 @@ import numpy as np
 from finetune import trainer
 from finetune.comparable import comparable_scores
 from finetune.likelihood import held_out_losses
-from selection.rows.split import held_out_ids, rows_of, training_split
+from selection.rows.split import held_out_copies, held_out_ids, rows_of, training_split
 from selection.rows.tokens import lengths, tokenised_rows
 from selection.run.cli import add_dry_run_argument, argument_parser, load_experiment_from_arguments
 from selection.run.config import Experiment
@@ -85,12 +85,17 @@ def main() -> None:
             print(what, folders[name])
         return
     write_experiment(experiment)
-    results = {name: evaluate(experiments[name], name, folders[name], identities[name], there[name]) for name in names}
+    copies = processes().from_leader(lambda: held_out_copies(experiment))
+    results = {
+        name: evaluate(experiments[name], name, folders[name], identities[name], there[name], copies) for name in names
+    }
     widths = {metric: max(8, len(metric) + 3) for metric in (NLL, *METRICS, *COMPARABLE)}
     print(f"\n{'':<16}" + "".join(f"{metric:>{width}}" for metric, width in widths.items()))
     for name, metrics in results.items():
         print(f"{name:<16}" + "".join(f"{shown_figure(metrics, key):>{width}}" for key, width in widths.items()))
     print(f"({ABOUT})")
+    if copies:
+        print(f"{copies} of {len(rows_of(experiment, 'eval'))} held-out rows have an exact copy in the training split")
 
 
 def as_tuned(experiment: Experiment, name: str) -> Experiment:
@@ -115,8 +120,10 @@ def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:
     return identity | {"precision": choose_precision(experiment.precision)}
 
 
-def evaluate(experiment: Experiment, name: str, folder: Path, identity: dict[str, Any], there: bool) -> dict:
-    """Metrics of one tuned target, from its folder if they are `there`."""
+def evaluate(
+    experiment: Experiment, name: str, folder: Path, identity: dict[str, Any], there: bool, copies: int
+) -> dict:
+    """Metrics of one tuned target, from its folder if they are `there`; `copies`: held-out rows that training has."""
     if there:
         say(f"evaluation: reusing {folder}")
         return read_metrics(folder)
@@ -130,7 +137,7 @@ def evaluate(experiment: Experiment, name: str, folder: Path, identity: dict[str
         computed = trainer.predict(experiment, tuned, draft, precision) if experiment.evaluation.generate else {}
         if together.leads:
             metrics = {NLL: round(float(np.mean(losses)), 6), "samples": len(losses), "target": experiment.target_model}
-            metrics |= {"tuned": name, "code_version": code_version()}
+            metrics |= {"tuned": name, "code_version": code_version(), "copies_in_training": copies}
             metrics["by_sample"] = {NLL: [round(loss, 6) for loss in losses]}
             if computed:
                 add_answers(metrics, experiment, draft, computed)

@@ -135,7 +135,7 @@ def look(experiment: Experiment, split: TrainingSplit, folder: Path, model: str,
     columns = {name: values[order] for name, values in columns.items()}
     prompts, answers = ([texts[row] for row in order] for texts in (prompts, answers))
     found = find_suspects(prompts, answers, columns)
-    write_suspects(folder / "suspects.jsonl", found, prompts, answers)
+    write_suspects(folder / "suspects.jsonl", found, prompts, answers, numbers[order].tolist())
     by_length = spearman(columns["effort"], columns["n_response_tokens"])
     about |= {"model": model, "rows": len(order), "suspects": len(found)}
     about |= {"kinds": {kind: int((found.kind == kind).sum()) for kind in KINDS}}
@@ -144,11 +144,14 @@ def look(experiment: Experiment, split: TrainingSplit, folder: Path, model: str,
     write_json(folder / "pool.json", about)
 
 
-def write_suspects(path: Path, found: pd.DataFrame, prompts: list[str], answers: list[str]) -> None:
+def write_suspects(path: Path, found: pd.DataFrame, prompts: list[str], answers: list[str], rows: list[int]) -> None:
+    """`rows`: the rows' numbers in the data, where some may be left out."""
     found = found.round(4).replace([np.inf, -np.inf], np.nan).astype(object)
     with atomic_path(path) as draft, draft.open("w", encoding="utf-8") as file:
         for suspect in found.where(found.notna(), None).to_dict("records"):
-            suspect |= {"prompt": prompts[suspect["row"]], "answer": answers[suspect["row"]]}
+            own, first = suspect["row"], suspect["group"]
+            suspect |= {"row": rows[own], "group": rows[first] if first >= 0 else first}
+            suspect |= {"prompt": prompts[own], "answer": answers[own]}
             file.write(json.dumps(suspect, ensure_ascii=False) + "\n")
 
 

@@ -21,9 +21,9 @@ from selection.run.ending import run_stage
 from selection.method.staff import floor_share
 from selection.rows.form import detect_form
 from selection.rows.llama_factory import check_template
-from selection.rows.read import raw_rows
+from selection.rows.read import in_format, raw_rows, refuse_unusable
 from selection.run.cli import add_dry_run_argument, add_set_argument, argument_parser
-from selection.run.config import REPOSITORY, Experiment, Selection, load_experiment
+from selection.run.config import REPOSITORY, DatasetFormat, Experiment, Selection, from_repository, load_experiment
 from selection.run.errors import UserError
 from selection.run.families import Pair, find_pair, local_folder
 from selection.run.log import say
@@ -43,16 +43,20 @@ def main() -> None:
     parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help="data files; required")
     parser.add_argument("--small", metavar="MODEL", help="speculative model; default: the family's smallest, or cut")
     parser.add_argument("--template", metavar="NAME", help="LLaMA-Factory's chat template; default: the family's")
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="run folder; default: runs/<data>-<target>")
+    about = "run folder; default: runs/<data>-<target>, with the data file's ending where that is of another file"
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help=about)
     parser.add_argument("--rate", type=float, nargs="+", help="fractions to keep; default: the published five")
+    about = "leave out rows without a prompt and text response, and list them in the run folder; default: an error"
+    parser.add_argument("--skip_bad_rows", action="store_true", help=about)
     add_set_argument(parser, "a value for any other key of selection/run/config.py")
     add_dry_run_argument(parser)
     # Where selection.sh reads how to go on; a dry run's experiment is written beside it.
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    changes = given.set + ["skip_bad_rows=true"] * given.skip_bad_rows
     with tempfile.TemporaryDirectory() as nowhere:
         dry = Path(given.answer.parent if given.answer else nowhere) if given.dry_run else None
-        path, cut = start(given.target, given.data, given.small, given.template, given.run, given.rate, given.set, dry)
+        path, cut = start(given.target, given.data, given.small, given.template, given.run, given.rate, changes, dry)
         folder = load_experiment(path).folder
     print(f"experiment: {'would be ' * (path.parent != folder)}{folder / path.name}")
     if given.answer:
@@ -84,7 +88,7 @@ def start(
         raise UserError("--small: speculation direct has no small model: leave one of the two out")
     pair = choose_models(target, small, template, direct)
     name = Path(pair.target).name
-    run = (run or REPOSITORY / "runs" / f"{data[0].stem}-{name}").expanduser().resolve()
+    run = (run or default_run_folder(data[0], name)).expanduser().resolve()
     small, cut = pair.small, []
     if small is None:
         layers = half_the_layers(pair.target)
@@ -94,13 +98,18 @@ def start(
     values = read_yaml(REPOSITORY / "configs" / "own_data.yaml") | {"template": pair.template}
     paths, inside = {"output_dir": run, "small_model": small, "target_model": pair.target}, f"{REPOSITORY}/"
     values |= {key: str(path).removeprefix(inside) for key, path in paths.items()}
-    read = [look_at(path, "dataset_format" in given) for path in data]
-    sets = [{"path": str(path).removeprefix(inside)} | form for path, (form, _) in zip(data, read, strict=True)]
-    values |= {"dataset": sets} if len(sets) > 1 else {"dataset": sets[0].pop("path")} | sets[0]
+    sets = [{"path": str(path).removeprefix(inside)} for path in data]
+    values["dataset"] = sets if len(sets) > 1 else sets[0]["path"]
     for text in overrides:
         override(values, text)
     experiment = check_keys(Experiment, values, "the experiment")
-    num_rows = sum(min(rows, experiment.max_samples or rows) for _, rows in read)
+    described = experiment.dataset_format if "dataset_format" in given else None
+    read = [look_at(path, described, experiment.max_samples) for path in data]
+    if not experiment.skip_bad_rows:
+        refuse_unusable((path, rows, unusable) for path, (_, rows, unusable) in zip(data, read, strict=True))
+    for each, (form, *_) in zip(sets if len(sets) > 1 else [values], read, strict=True):
+        each |= {"dataset_format": form.model_dump(exclude_unset=True)} if described is None else {}
+    num_rows = sum(rows - len(unusable) for _, rows, unusable in read)
     train, settings = num_rows - math.ceil(num_rows * experiment.eval_size), values["selection"]
     choose_strata(settings, train)
     every = rates or experiment.selection.rates
@@ -113,6 +122,18 @@ def start(
     check_rows(experiment, train)
     check_models(experiment, to_be_cut=bool(cut))
     return write_once(experiment, dry), cut
+
+
+def default_run_folder(data: Path, name: str) -> Path:
+    """runs/<data>-<name>; where another data file's run lies there, with the ending too: runs/<data.jsonl>-<name>."""
+    short, long = (REPOSITORY / "runs" / f"{stem}-{name}" for stem in (data.stem, data.name))
+    if not (started := short / "start.yaml").exists():
+        return short
+    other = from_repository(load_experiment(started).data_sets[0].path)
+    if other == data:
+        return short
+    say(f"run folder: {long}, as {short} is of {other}; --run FOLDER for another")
+    return long
 
 
 def choose_models(target: str, small: str | None = None, template: str | None = None, direct: bool = False) -> Pair:
@@ -186,20 +207,23 @@ def data_file(given: Path) -> Path:
     raise UserError(f"--data {given} is a folder: give one or more of its files ({inside})")
 
 
-def look_at(path: Path, form_is_given: bool) -> tuple[dict[str, Any], int]:
-    """The key `dataset_format` for a data file, and its number of rows; says both. Raises: UserError: no form fits."""
+def look_at(path: Path, form: DatasetFormat | None, most: int | None) -> tuple[DatasetFormat, int, dict[int, str]]:
+    """The form of a data file, found where it is None, its number of rows, of the first `most` alone, and what is wrong
+    with those that cannot be used; says form and number. Raises: UserError where no form fits."""
     with raw_rows(path) as rows:
         count, columns = len(rows), rows.column_names
-        first = list(rows.take(min(_FIRST_ROWS, count)))
-    if form_is_given:
-        say(f"data: {path}, {count:,} rows, read as --set dataset_format says")
-        return {}, count
-    form, used = detect_form(columns, first, str(path))
-    tags = f" with {', '.join(form['tags'].values())}" if "tags" in form else ""
-    unused = ", ".join(column for column in columns if column not in used)
-    found = f"{form['formatting']}{tags}, columns {', '.join(used)}" + (f" (not used: {unused})" if unused else "")
-    say(f"data: {path}, {count:,} rows, {found}; --set dataset_format.… for another reading")
-    return {"dataset_format": form}, count
+        found = "read as --set dataset_format says"
+        if form is None:
+            keys, used = detect_form(columns, list(rows.take(min(_FIRST_ROWS, count))), str(path))
+            form = check_keys(DatasetFormat, keys, str(path))
+            tags = f" with {', '.join(form.tags.values())}" if form.tags else ""
+            unused = ", ".join(column for column in columns if column not in used)
+            found = f"{form.formatting}{tags}, columns {', '.join(used)}" + (f" (not used: {unused})" if unused else "")
+            found += "; --set dataset_format.… for another reading"
+        say(f"data: {path}, {count:,} rows, {found}")
+        _, unusable = in_format(rows, path, form)
+    most = min(most or count, count)
+    return form, most, {row: why for row, why in unusable.items() if row < most}
 
 
 def strata_for(num_rows: int, published: Selection) -> tuple[int, int]:

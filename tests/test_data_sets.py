@@ -13,10 +13,11 @@ import torch
 from conftest import rows_of_llama_factory, write_jsonl
 
 from selection.rows.conversation import unusable_rows
-from selection.rows.split import data_sets, row_id, rows_of, split_numbers, training_split
+from selection.rows.split import data_sets, held_out_copies, row_id, rows_of, split_numbers, training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import COMMON_FORM, load_experiment
 from selection.run.errors import UserError
+from selection.run.products import read_json
 from selection.scores.coresets import PUBLISHED_RATES, PUBLISHED_ROWS, check_fits, check_published, read_coreset
 
 
@@ -139,9 +140,71 @@ def test_what_is_wrong_with_a_row_is_said_with_its_number(make_experiment):
         row = good | (wrong if isinstance(wrong, dict) else {column: wrong})
         ((number, text),) = unusable_rows([good, row, good], form).items()
         assert number == 1 and re.search(why, text), text
-    experiment = load_experiment(make_experiment([good, good | {"output": ""}, good]))
-    with pytest.raises(UserError, match=r"1 of 3 rows have .*first row 1 \(row 1: its response is blank"):
-        training_split(experiment)
+
+
+def test_all_bad_rows_are_counted_and_the_first_named_or_left_out_and_listed(make_experiment, rows, tmp_path, capsys):
+    wrong = {row: {"output": [None, " "][row % 2]} for row in range(1, 13)}
+    first = [row | wrong.get(number, {}) for number, row in enumerate(rows[:20])]
+    second = [row | {"output": ""} if number in (0, 8) else row for number, row in enumerate(rows[20:])]
+    sets = [{"path": write_jsonl(tmp_path / "a.jsonl", first)}, {"path": write_jsonl(tmp_path / "b.jsonl", second)}]
+    sets[1]["max_samples"] = 8  # the last bad row is not among them
+    both = load_experiment(make_experiment([], dataset=sets))
+    said = r"a\.jsonl: 12 of 20 rows have no prompt and text response: rows 1, 3, 5, 7, 9 \(its response is blank\); "
+    said += r"rows 2, 4, 6, 8, 10 \(it has .*; and 2 more; .*b\.jsonl: 1 of 8 rows .* row 0 \(.*--skip_bad_rows"
+    with pytest.raises(UserError, match=said):
+        training_split(both)
+    skipping = both.model_copy(update={"skip_bad_rows": True})
+    training_split(skipping)
+    assert "left out: 13 of 28 rows, listed with the reason in" in capsys.readouterr().err
+    listed = list(map(json.loads, (both.data_folder / "bad_rows.jsonl").read_text().splitlines()))
+    assert [line["row"] for line in listed] == [*wrong, 0]
+    assert [line["file"] for line in listed] == [sets[0]["path"]] * 12 + [sets[1]["path"]]
+    assert {line["reason"] for line in listed} == {"its response is blank", "it has not one response"}
+    assert data_sets(skipping) == [("a", 0, 20), ("b", 20, 8)]
+    for name, numbers in split_numbers(skipping).items():  # as in the files
+        assert list(rows_of(skipping, name)) == [[*first, *second][number] for number in numbers]
+    with pytest.raises(UserError, match=r"was split without the rows in .*bad_rows\.jsonl: give skip_bad_rows"):
+        training_split(both)
+    good = load_experiment(make_experiment(rows, output_dir=str(tmp_path / "good")))
+    training_split(good)
+    record = (good.data_folder / "split.json").read_bytes()
+    training_split(good.model_copy(update={"skip_bad_rows": True}))  # there are none
+    assert (good.data_folder / "split.json").read_bytes() == record and b"skipped" not in record
+
+
+def test_copies_are_counted_and_stay_on_one_side_where_that_is_asked(make_experiment, rows, tmp_path, capsys):
+    def split(given: list[dict], name: str, **changes) -> tuple:
+        config = make_experiment(given, output_dir=str(tmp_path / name), **changes)
+        experiment = load_experiment(config)
+        train, err = training_split(experiment), capsys.readouterr().err
+        texts = [{row["instruction"] for row in part} for part in (train.rows, rows_of(experiment, "eval"))]
+        return experiment, texts[0] & texts[1], err
+
+    twice = [*rows[:15], *(row | {"id": "again"} for row in rows[:15]), *rows[15:]]
+    drawn, on_both, err = split(twice, "drawn")
+    held_out = sum(row["instruction"] in on_both for row in rows_of(drawn, "eval"))
+    assert held_out == held_out_copies(drawn) > 0
+    assert "copies: 15 of 45 rows say the same as an earlier one; " in err
+    assert f"; {held_out} of 9 held-out rows have a copy in training (split: keep_copies_together" in err
+    kept, on_both, err = split(twice, "kept", split="keep_copies_together")
+    assert not on_both and "; 0 of " in err and held_out_copies(kept) == 0
+    first = {row["instruction"]: number for number, row in reversed(list(enumerate(twice)))}
+    numbers, published = split_numbers(kept), split_numbers(drawn)
+    for name in ("train", "eval"):  # where the published split has the first of them
+        assert list(rows_of(kept, name)) == [twice[number] for number in numbers[name]]
+        assert {first[twice[number]["instruction"]] for number in numbers[name]} <= set(published[name].tolist())
+    for experiment, other in ((drawn, "keep_copies_together"), (kept, "llama_factory")):
+        with pytest.raises(UserError, match=f'belongs to other data .split: stored .*, now "{other}"'):
+            training_split(experiment.model_copy(update={"split": other}))
+    # Without copies nothing changes, and the record of a published split is that of earlier versions.
+    plain, *_ = split(rows, "plain")
+    same, _, err = split(rows, "same", split="keep_copies_together")
+    assert "copies:" not in err
+    assert all((split_numbers(plain)[name] == split_numbers(same)[name]).all() for name in ("train", "eval"))
+    record = read_json(plain.data_folder / "split.json")
+    assert set(record) == {"made_from", "fingerprint", "files", "sha256"} and "split" not in record["made_from"]
+    with pytest.raises(UserError, match="puts all rows on one side"):
+        split([rows[0]] * 9, "all", split="keep_copies_together")
 
 
 def test_one_file_gives_the_same_run_folder_in_a_list_as_by_itself(make_experiment, rows, tmp_path):

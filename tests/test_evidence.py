@@ -26,6 +26,7 @@ from sklearn.isotonic import IsotonicRegression
 from transformers import AutoModelForCausalLM
 
 from finetune.likelihood import held_out_losses
+from scripts.check_pool import write_suspects
 from scripts.paper import pools, purity, subsets
 from scripts.paper.worth import falling, worth
 from selection.method.baselines import rs2
@@ -40,28 +41,30 @@ from selection.run.config import Method, load_experiment
 from selection.run.metrics import read_metrics
 from selection.scores import suspects as pool_suspects
 from selection.scores.coresets import read_coreset
+from selection.scores.pool import read_suspects
 from selection.scores.row_figures import load_row_scorer, row_figures
 from selection.scores.suspects import find_suspects
 
 
 def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
     """nll is transformers' own loss, answer by answer; RS2's coreset is tuned on for its own number of passes."""
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[20:])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [*rows[20:], rows[3] | {"id": "again"}])
     small, evaluation = {"num_train_epochs": 0}, {"generate": False}
     changes = {"small_training": small, "evaluation": evaluation, "eval_data": held_out}
     config = make_experiment(rows[:20], target_training={"num_train_epochs": 3}, **changes)
     run_script("selection/effort_score.py", "--config_path", config)
     run_script("selection/coreset.py", "--config_path", config, "--method", "rs2", "--rate", 0.25, 0.5)
     experiment = load_experiment(config)
-    assert split_numbers(experiment)["train"].tolist() == list(range(20)) and len(rows_of(experiment, "eval")) == 10
+    assert split_numbers(experiment)["train"].tolist() == list(range(20)) and len(rows_of(experiment, "eval")) == 11
     paths = [experiment.coresets / f"rs2-{rate}.json" for rate in (0.25, 0.5)]
     assert [(len(c.indices), c.num_train_epochs) for c in map(read_coreset, paths)] == [(15, 1.0), (20, 1.5)]
     run_script("finetune/finetune-select.py", "--config_path", config, "--select_path", paths[1])
     state = json.loads((experiment.tuned_target("rs2-0.5") / "trainer_state.json").read_text())
     assert state["max_steps"] == 8  # 20 rows in steps of 4, one and a half times, as transformers rounds
     done = run_script("finetune/eval.py", "--config_path", config, "--tuned", "untuned", "rs2-0.5")
-    assert "nll" in done.stdout
+    assert "nll" in done.stdout and "\n1 of 11 held-out rows have an exact copy in the training split\n" in done.stdout
     metrics = read_metrics(experiment.folder / "eval" / "untuned")
+    assert metrics["copies_in_training"] == 1
     model = AutoModelForCausalLM.from_pretrained(experiment.target_model, dtype=torch.float32)
     tokenised = tokenised_rows(experiment, experiment.target_model, "eval", rows_of(experiment, "eval"))
     own = []
@@ -283,6 +286,13 @@ def test_readme_has_the_figures_of_the_pools():
 
 
 LEAVE_OUT = ("--set", "selection.leave_out=suspects")
+
+
+def test_suspects_have_their_rows_numbers_in_the_data_where_bad_rows_are_left_out(tmp_path):
+    found = pd.DataFrame({"row": [1, 0], "kind": "copy", "group": [0, -1]})
+    write_suspects(tmp_path / "s.jsonl", found, ["p", "q"], ["a", "b"], [3, 7])
+    named = [(each["row"], each["group"], each["prompt"]) for each in read_suspects(tmp_path / "s.jsonl")]
+    assert named == [(7, 3, "q"), (3, -1, "p")]
 
 
 def test_leaving_suspects_out_is_choosing_among_the_other_rows(make_experiment, tmp_path):

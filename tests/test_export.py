@@ -241,17 +241,44 @@ def test_figures_that_are_no_numbers_go_out_as_null_and_a_column_of_ours_is_refu
         exported([row | {"staff_effort": 1.0} for row in rows], [0], output_dir=str(tmp_path / "other" / "run"))
 
 
+def test_rows_that_were_cut_are_marked_and_what_cuts_them_alike_is_said(make_experiment, tiny_model, tmp_path, train):
+    words = {name: " ".join(f"{name}{number}" for number in range(20)) for name in "ab"}
+    asked = [("q", "x"), ("q", words["a"]), (words["b"], words["a"]), ("q", "y")] * 4
+    rows = [{"instruction": f"{i} {prompt}", "input": "", "output": answer} for i, (prompt, answer) in enumerate(asked)]
+    experiment = load_experiment(make_experiment(rows, cutoff_len=40))
+    split = training_split(experiment)
+    tokenised_rows(experiment, experiment.small_model, "train", split.rows)
+    chosen, path = [row for row in range(len(split.rows)) if row % 4 < 3], tmp_path / "mine.pt"
+    torch.save(chosen, path)
+    out = made(experiment, path, tmp_path / "out", export(experiment, path, tmp_path / "out"))
+    longer = [len(row["output"]) > 9 for row in out.rows]
+    text = (out.folder / "README.md").read_text()
+    assert f"cutoff_len 40: {sum(longer)} of {len(longer)} rows are longer" in text and "max_length=40" in text
+    assert 0 < sum(longer) < len(longer) and all(f"- {line}\n" in text for line in out.said)
+    lines = [line for line in read_lines(out.folder / "annotated.jsonl") if line["staff_split"] == "train"]
+    assert all(line["staff_cut"] == (len(line["output"]) > 9) for line in lines)
+    trained = train(load("json", out.folder / "prompt_completion.jsonl"), max_length=40)
+    for row, tokens, ours, cut in zip(out.rows, trained, out.tokens, longer, strict=True):
+        if len(row["instruction"]) < 9:
+            assert tokens == (inputs_and_labels([ours])[0] if cut else to_end_mark(ours))
+        else:  # LLaMA-Factory shortens the prompt too
+            assert tokens["input_ids"] != ours["input_ids"]
+            assert sum(label >= 0 for label in tokens["labels"]) < sum(label >= 0 for label in ours["labels"])
+
+
 def test_rows_of_several_files_are_numbered_in_their_own(exported, rows, tmp_path):
-    parts = {"first": rows[:9], "second": conversations()}
+    """Also where a bad row is left out."""
+    parts = {"first": [*rows[:4], rows[4] | {"output": ""}, *rows[5:9]], "second": conversations()}
     sets = [{"path": write_jsonl(tmp_path / f"{name}.jsonl", part)} for name, part in parts.items()]
     sets[1] |= {"max_samples": 8, "dataset_format": SHAREGPT}
-    chosen = list(range(0, 13, 2))
-    out = exported([], chosen, dataset=sets)
+    chosen = list(range(0, 12, 2))
+    out = exported([], chosen, dataset=sets, skip_bad_rows=True)
     numbers = split_numbers(out.experiment)["train"][chosen]
     for name, own in (("first", [n for n in numbers if n < 9]), ("second", [n - 9 for n in numbers if n >= 9])):
         assert own and [int(line) for line in (out.folder / f"indices-{name}.txt").read_text().split()] == own
     lines = read_lines(out.folder / "annotated.jsonl")
-    assert [line["staff_dataset"] for line in lines] == ["first"] * 9 + ["second"] * 8
+    assert [line["staff_dataset"] for line in lines] == ["first"] * 8 + ["second"] * 8
+    assert [line["staff_row"] for line in lines] == [0, 1, 2, 3, 5, 6, 7, 8, *range(8)]
     theirs = rows_of_llama_factory(out.experiment, out.folder / "llamafactory", "mine")
     assert theirs["input_ids"] == [row["input_ids"] for row in out.tokens]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, write_jsonl
+from conftest import REPOSITORY, run_main, write_experiment, write_jsonl
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ from selection.rows.llama_factory import import_llama_factory
 from selection.run.config import DatasetFormat, Selection, load_experiment
 from selection.run.errors import UserError
 from selection.run.families import find_pair, read_families
-from selection.start import choose_models, half_the_layers, start, strata_for
+from selection.start import choose_models, default_run_folder, half_the_layers, start, strata_for
 
 FAMILIES = read_families()
 MODELS = [(name, model) for name, family in FAMILIES.items() for model in family.models]
@@ -147,6 +147,9 @@ FORMS = {  # with a system prompt S where the name says so
     "alpaca without input": {"instruction": "Say\none", "output": "1", "id": 7},
     "prompt and completion, system": {"prompt": "Say\none", "completion": "1", "system": "S"},
     "question and answer": {"question": "Say\none", "answer": "1", "prompt": "x"},
+    "Dolly": {"instruction": "Say", "context": "one", "response": "1", "category": "x"},
+    "question, context and answer": {"question": "Say", "context": "one", "answer": "1"},
+    "context and response": {"context": "Say\none", "response": "1"},
     "sharegpt": {"conversations": talk("from", "value", *ASKED)},
     "sharegpt, own tags": {"conversations": talk("from", "value", *ASKED_OPENLY)},
     "sharegpt, system column": {"conversations": talk("from", "value", *ASKED), "system": "S"},
@@ -179,6 +182,7 @@ def test_rows_of_another_form_are_one_message():
         ({"text": "a", "label": "b"}, r"text, label.*dataset_format\.columns\.prompt"),
         ({"prompt": talk("role", "content", ("user", "a")), "completion": "b"}, "prompt, completion"),
         ({"messages": "a"}, "messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "it is preference data .*: write the prompt and the chosen"),
         ({"messages": talk("role", "content", ("user", "a"), ("human", "b"), ("gpt", "c"))}, "roles human"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]}, "tool_calls"),
     ):
@@ -277,6 +281,32 @@ def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_pat
         with pytest.raises(UserError, match=re.escape(said)):
             begin(**changes)
         assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_found_at_the_start_and_left_out_where_that_is_asked(begin, rows, tmp_path, tiny_model):
+    bad = [row | {"output": ""} if number in (4, 29) else row for number, row in enumerate(rows)]
+    data = Path(write_jsonl(tmp_path / "bad.jsonl", bad))
+    with pytest.raises(
+        UserError, match=r"bad\.jsonl: 2 of 30 rows .*: rows 4, 29 \(its response is blank\): .*--skip_bad"
+    ):
+        begin(data=[data])
+    assert not (tmp_path / "run").exists()
+    assert not load_experiment(begin(data=[data], overrides=["max_samples=4"])[0]).skip_bad_rows  # none among these
+    given = ["--target", tiny_model, "--data", data, "--template", "chatml", "--run", tmp_path / "other"]
+    run_main("selection.start", *given, "--skip_bad_rows")
+    assert load_experiment(tmp_path / "other" / "start.yaml").skip_bad_rows
+
+
+def test_two_files_of_one_stem_get_a_run_folder_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("selection.start.REPOSITORY", tmp_path)
+    first, second = tmp_path / "qa.jsonl", tmp_path / "qa.csv"
+    run = default_run_folder(first, "T")
+    assert run == tmp_path / "runs" / "qa-T" == default_run_folder(second, "T")  # while nothing is there
+    run.mkdir(parents=True)
+    write_experiment(run, [], "start", small_model="s", target_model="t", dataset=str(first))
+    assert default_run_folder(first, "T") == run and not capsys.readouterr().err
+    assert default_run_folder(second, "T") == tmp_path / "runs" / "qa.csv-T"
+    assert f"as {run} is of {first}; --run" in capsys.readouterr().err
 
 
 def test_a_second_start_reuses_and_another_one_is_refused_once_work_was_done(begin, tmp_path, capsys):

@@ -159,7 +159,7 @@ def test_a_script_beside_the_data_is_not_run(tmp_path, canary):
     (tmp_path / "data.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n' * 2)
     for name in ("data.py", "tmp.py", "__init__.py", f"{tmp_path.name}.py"):
         (tmp_path / name).write_text(f"open({str(canary)!r}, 'w')")
-    with reading_rows(tmp_path / "data.jsonl", DatasetFormat()) as found:
+    with reading_rows(tmp_path / "data.jsonl", DatasetFormat()) as (found, _):
         assert len(found) == 2
 
 

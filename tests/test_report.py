@@ -195,6 +195,13 @@ def test_of_more_rows_than_the_table_holds_it_has_all_chosen_ones(experiment, pa
     assert "20 of 120 rows of the training split: 20 of the 24 chosen by staff-0.2" in report_page.render(experiment)
 
 
+def test_rows_that_were_cut_are_counted(copy, page):
+    assert "longer than cutoff_len" not in page.text
+    about = {"template": copy.template, "cutoff_len": copy.cutoff_len, "longest": 2000, "rows": [3, 5]}
+    write_json(copy.data_folder / "cut.json", {copy.small_model: about})
+    assert "; 2 rows longer than cutoff_len 1024: scored" in report_page.render(copy)
+
+
 def test_page_asks_for_nothing_and_lets_its_own_script_alone_run(page):
     text = page.text
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)

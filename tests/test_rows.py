@@ -5,13 +5,16 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from conftest import rows_of_llama_factory
+from conftest import rows_of_llama_factory, write_jsonl
 from datasets import Dataset
 
-from selection.rows.read import reading_rows
+from selection.rows.cut import cut_rows
+from selection.rows.form import detect_form
+from selection.rows.read import in_format, raw_rows, reading_rows
 from selection.rows.split import rows_of, training_split, write_dataset
-from selection.rows.tokens import check_tokenizer, tokenised_rows
+from selection.rows.tokens import check_tokenizer, lengths, tokenised_rows
 from selection.run.config import DatasetFormat, load_experiment
 from selection.run.errors import UserError
 from selection.run.products import read_json
@@ -75,7 +78,7 @@ FILES = {  # name, content and the responses as text
 def test_a_number_counts_as_the_text_that_stands_in_the_file(name, tmp_path, capsys):
     content, responses = FILES[name]
     (tmp_path / name).write_text(content, encoding="utf-8")
-    with reading_rows(tmp_path / name, TWO_COLUMNS) as found:
+    with reading_rows(tmp_path / name, TWO_COLUMNS) as (found, _):
         found = found.to_list()
     assert [row["output"] for row in found] == responses
     assert all(isinstance(row["instruction"], str) for row in found)
@@ -86,10 +89,10 @@ def test_a_number_counts_as_the_text_that_stands_in_the_file(name, tmp_path, cap
 def test_csv_words_are_words_behind_numbers_too_and_where_they_mean_nothing_elsewhere(tmp_path):
     answers = [str(i % 2) if i < 15_000 else "unknown" for i in range(25_000)]  # it is read 10,000 rows at a time
     (tmp_path / "d.csv").write_text(csv_of(answers))
-    with reading_rows(tmp_path / "d.csv", TWO_COLUMNS) as found:
+    with reading_rows(tmp_path / "d.csv", TWO_COLUMNS) as (found, _):
         assert found["output"][:] == answers
     (tmp_path / "d.csv").write_text("instruction,input,output\nnull,NA,None\na,,nan\n")
-    with reading_rows(tmp_path / "d.csv", DatasetFormat()) as found:
+    with reading_rows(tmp_path / "d.csv", DatasetFormat()) as (found, _):
         assert [list(row.values()) for row in found] == [["null", "NA", "None"], ["a", "", "nan"]]
 
 
@@ -97,7 +100,7 @@ def test_numbers_of_a_parquet_file_are_written_as_in_json(tmp_path):
     answers = {"output": [0, 1], "instruction": ["a", "b"], "input": [1.5, None], "system": [True, False]}
     Dataset.from_dict(answers).to_parquet(tmp_path / "d.PARQUET")
     columns = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
-    with reading_rows(tmp_path / "d.PARQUET", DatasetFormat(columns=columns)) as found:
+    with reading_rows(tmp_path / "d.PARQUET", DatasetFormat(columns=columns)) as (found, _):
         assert found.column_names == list(answers)
         assert [list(row.values()) for row in found] == [["0", "a", "1.5", "true"], ["1", "b", None, "false"]]
 
@@ -132,6 +135,40 @@ def test_a_response_that_is_all_cut_off_is_named(make_experiment, rows):
     experiment = load_experiment(make_experiment(turns, dataset_format={"formatting": "sharegpt"}, cutoff_len=2))
     with pytest.raises(UserError, match=r"row 0 of train\.arrow: cutoff_len 2 leaves no response token"):
         tokenised_rows(experiment, experiment.target_model, "train", training_split(experiment).rows)
+
+
+@pytest.mark.parametrize("template", ["chatml", "bailing"])  # the latter adds an end mark of its own
+def test_rows_that_cutoff_len_cuts_are_counted_and_said_once(template, make_experiment, rows, tiny_model, capsys):
+    def tokens(cutoff_len: int, model=tiny_model) -> tuple:
+        folder = str(tiny_model.parent / template / str(cutoff_len))
+        experiment = load_experiment(make_experiment(rows, template=template, cutoff_len=cutoff_len, output_dir=folder))
+        return experiment, tokenised_rows(experiment, str(model), "train", training_split(experiment).rows)
+
+    whole = lengths(tokens(10_000)[1])
+    assert "longer than" not in capsys.readouterr().err
+    at = int(np.sort(whole)[12])  # which this row has to the token
+    experiment, tokenised = tokens(at)
+    cut = np.flatnonzero(whole > at)
+    assert cut_rows(experiment).tolist() == cut.tolist() and (lengths(tokenised)[cut] == at).all() and len(cut) == 11
+    said = (
+        f"11 of 24 training rows are longer than cutoff_len {at} and are cut to it (the longest has {whole.max()} tok"
+    )
+    assert said in capsys.readouterr().err
+    tokens(at, f"{tiny_model}/")  # another model's tokenizer, which says the same
+    assert "longer than" not in capsys.readouterr().err
+    assert len(read_json(experiment.data_folder / "cut.json")) == 2
+    assert cut_rows(experiment.model_copy(update={"cutoff_len": at + 1})) is None
+
+
+def test_trls_conversational_prompts_and_completions_are_read_as_conversations(tmp_path):
+    rows = [([("user", "a"), ("assistant", "b"), ("user", "c")], [("assistant", "d")]), ([("user", "a")], None)]
+    rows = [[messages and [{"role": r, "content": c} for r, c in messages] for messages in pair] for pair in rows]
+    write_jsonl(tmp_path / "d.jsonl", [{"prompt": p, "completion": c, "id": 1} for p, c in rows])
+    with raw_rows(tmp_path / "d.jsonl") as found:
+        assert found.to_list() == [{"messages": p + (c or []), "id": 1} for p, c in rows]
+        form, _ = detect_form(found.column_names, found.to_list(), "d.jsonl")
+        _, unusable = in_format(found, tmp_path / "d.jsonl", DatasetFormat(**form))
+    assert list(unusable) == [1] and "ends without a turn of 'assistant'" in unusable[1]
 
 
 def test_a_tokenizer_that_loses_spaces_is_refused(rows, tiny_model):

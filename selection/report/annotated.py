@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from selection.method.quotas import choose_by_rule
 from selection.method.staff import coreset_size
+from selection.rows.cut import cut_rows
 from selection.rows.split import TrainingSplit, data_sets, finished_split, split_numbers
 from selection.run.config import Experiment
 from selection.run.errors import UserError, refusals
@@ -56,11 +57,12 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
 
     Columns, null where not known: row (in the user's data), dataset (where there are several; rows then count in each),
     split ("train", "eval"), index (row of the training split), id, effort and loss of the speculative model,
-    n_prompt_tokens, n_response_tokens, target_effort, stratum, verification_ratio (V_i), verified, chosen, reason.
+    n_prompt_tokens, n_response_tokens, target_effort, cut (longer than cutoff_len: scored and tuned on its beginning),
+    stratum, verification_ratio (V_i), verified, chosen, reason.
     Raises: UserError where the coreset is of other data, or was cut from other scores than the run has now."""
     split, chosen = split or finished_split(experiment), read_coreset(coreset)
     check_fits(chosen, split.ids, split.fingerprint, str(coreset))
-    num_rows = len(split.rows)
+    num_rows, cut = len(split.rows), cut_rows(experiment)
     is_chosen = np.isin(np.arange(num_rows), chosen.indices)
     about = {} if coreset.suffix == ".pt" else checked(CoresetRecord, read_record(coreset), coreset)
     method = about.get("method", "the given list")
@@ -68,6 +70,7 @@ def annotated(experiment: Experiment, coreset: Path, split: TrainingSplit | None
         "index": np.arange(num_rows),
         "id": np.array(split.ids),
         **_scores_of_all_rows(experiment, num_rows),
+        "cut": np.full(num_rows, None) if cut is None else np.isin(np.arange(num_rows), cut),
         "stratum": np.full(num_rows, np.nan),
         "verification_ratio": np.full(num_rows, np.nan),
         "verified": np.zeros(num_rows, dtype=bool),
@@ -136,12 +139,15 @@ def _in_order_of_the_data(experiment: Experiment, columns: dict[str, np.ndarray]
     held_out = {"split": "eval", "verified": False, "chosen": False, "reason": "held out for evaluation"}
     arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
     arrays |= {name: arrays[name].cast(pa.int64()) for name in ("stratum", *_LENGTHS)}
+    arrays["cut"] = arrays["cut"].cast(pa.bool_())
     train = pa.table({"row": numbers["train"], "split": ["train"] * len(numbers["train"]), **arrays})
     count = len(numbers["eval"])
     rest = pa.table({"row": numbers["eval"], **{name: [value] * count for name, value in held_out.items()}})
     table = pa.concat_tables([train, rest], promote_options="default").sort_by("row")
     if len(sets := data_sets(experiment)) == 1:
         return table
-    names, first_rows, counts = zip(*sets, strict=True)
-    own = pa.array(table["row"].to_numpy() - np.repeat(first_rows, counts))
-    return table.set_column(0, "row", own).add_column(1, "dataset", pa.array(np.repeat(names, counts)))
+    names, first_rows, _ = zip(*sets, strict=True)
+    rows = table["row"].to_numpy()
+    of = np.searchsorted(first_rows, rows, side="right") - 1
+    own = pa.array(rows - np.array(first_rows)[of])
+    return table.set_column(0, "row", own).add_column(1, "dataset", pa.array(np.array(names)[of]))

@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from selection.report.annotated import annotated
 from selection.rows.conversation import as_messages, convert_row
+from selection.rows.cut import cut_rows
 from selection.rows.split import TrainingSplit, data_sets, finished_split, rows_of, split_numbers
 from selection.rows.tokens import as_text
 from selection.run.config import Experiment
@@ -48,6 +49,9 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
         shutil.rmtree(new, ignore_errors=True)
         with building(new, identity) as draft:
             said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
+            said += _about_the_cut(experiment, coreset)
+            about = f"# {coreset.name} of {experiment.folder.name}\n\n" + "".join(f"- {line}\n" for line in said)
+            (draft / "README.md").write_text(about, encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)  # only now that the new one is whole; half removed, the next call would refuse it
@@ -123,6 +127,19 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
         f"chat.jsonl: {size} as messages",
         f"dataset/: {size} for datasets.load_from_disk",
         f"{'indices.txt' if len(sets) == 1 else 'indices-*.txt'}: {size}, their numbers in their file, from 0",
+    ]
+
+
+def _about_the_cut(experiment: Experiment, coreset: Coreset) -> list[str]:
+    """What is true of chosen rows that are longer than cutoff_len: they stand whole in an export."""
+    most, cut = experiment.cutoff_len, cut_rows(experiment)
+    if cut is None or not (count := int(np.isin(coreset.indices, cut).sum())):
+        return []
+    return [
+        f"cutoff_len {most}: {count} of {len(coreset.indices)} rows are longer: they were scored on the first tokens "
+        f"of prompt and response, and are whole here. LLaMA-Factory cuts them alike with cutoff_len: {most}, TRL with "
+        f"max_length={most} where the prompt is shorter than half of that; a longer prompt, which LLaMA-Factory "
+        "shortens too, TRL keeps, and less of the response is left than was scored"
     ]
 
 

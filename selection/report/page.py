@@ -25,6 +25,7 @@ from selection.report.run_data import (
     read_run,
 )
 from selection.rows.conversation import as_messages
+from selection.rows.cut import cut_rows
 from selection.rows.split import rows_of
 from selection.run.config import REPOSITORY, Experiment
 from selection.run.errors import UserError
@@ -90,6 +91,7 @@ def render(experiment: Experiment) -> str:
         pool=read_pool(experiment),
         num_rows=len(figures),
         held_out=len(rows_of(experiment, "eval")),
+        cut=0 if (cut := cut_rows(experiment)) is None else len(cut),
         unscored=int(figures["effort"].isna().sum()),
         shown=shown,
         refused=refused,

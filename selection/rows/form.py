@@ -14,21 +14,27 @@ _ROLES = {  # in LLaMA-Factory's sharegpt, then other names in use
 _DEFAULT_TAGS = {"role_tag": "from", "content_tag": "value"} | {tag: names[0] for tag, names in _ROLES.items()}
 _DEFAULT_COLUMNS = ({"prompt": "instruction", "query": "input", "response": "output"}, {"messages": "conversations"})
 _TEXT_COLUMNS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+_TEXT_COLUMNS += (("instruction", "response"), ("question", "response"), ("context", "response"))
+_BESIDE_PROMPT = ("input", "context")  # what the prompt speaks of
 
 
 def detect_form(columns: list[str], rows: list[dict], source: str) -> tuple[dict[str, Any], list[str]]:
     """How LLaMA-Factory has to read these rows: keys of `dataset_format`, and the columns in use.
 
     Knows conversations of from/value or role/content messages (columns conversations, messages) and text columns.
-    Raises: UserError naming the columns where none of these fits."""
+    Raises: UserError naming the columns where none of these fits, and for preference data."""
     names, tags = {}, None
     for column in ("messages", "conversations"):
         if not names and column in columns and (tags := _tags(column, rows, source)):
             names = {"messages": column}
+    texts = [name for name in columns if not any(isinstance(row[name], list | dict) for row in rows)]
     for prompt, response in _TEXT_COLUMNS:
-        texts = {prompt, response} <= set(columns) and not any(isinstance(row[prompt], list | dict) for row in rows)
-        if not names and texts:
-            names = {"prompt": prompt} | ({"query": "input"} if "input" in columns else {}) | {"response": response}
+        if not names and {prompt, response} <= set(texts):
+            beside = next((name for name in _BESIDE_PROMPT if name in texts and name != prompt), None)
+            names = {"prompt": prompt} | ({"query": beside} if beside else {}) | {"response": response}
+    if not names and {"chosen", "rejected"} <= set(columns):
+        how = "write the prompt and the chosen answer alone, as prompt and completion"
+        raise UserError(f"--data {source}: it is preference data (chosen, rejected), rows here have one answer: {how}")
     if not names:
         known = "".join(f"{prompt} and {response}, " for prompt, response in _TEXT_COLUMNS) + "messages, conversations"
         how = "name them, e.g. --set dataset_format.columns.prompt=… --set dataset_format.columns.response=…"

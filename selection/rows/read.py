@@ -6,10 +6,11 @@ import glob
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from selection.rows.conversation import text_columns, unusable_rows
 from selection.run.config import DatasetFormat
@@ -18,6 +19,7 @@ from selection.run.log import say, set_library_bars
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _TEXT_TYPES = ("string", "large_string", "string_view", "null")
+_NAMED = 10  # unusable rows of a file that are named in a message
 _DEEPEST = 200  # values inside of values
 _JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _BLANK = re.compile(r"\s*")
@@ -29,23 +31,48 @@ def as_json(value: object, **options) -> str:
 
 
 @contextlib.contextmanager
-def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator["datasets.Dataset"]:  # noqa: F821
-    """`raw_rows`; numbers and dates in a prompt's or response's column are the text that stands in the file.
-
-    Raises: UserError also where LLaMA-Factory would drop or misread a row, which would shift later row numbers."""
+def reading_rows(path: Path, dataset_format: DatasetFormat) -> Iterator[tuple["datasets.Dataset", dict[int, str]]]:  # noqa: F821
+    """`raw_rows` as `in_format` gives them."""
     with raw_rows(path) as rows:
-        rows = _with_text(rows, path, text_columns(dataset_format.entry))
-        if unusable := unusable_rows(rows, dataset_format.entry):
-            numbers = list(unusable)[:5]
-            first = f"first row {', '.join(map(str, numbers))} (row {numbers[0]}: {unusable[numbers[0]]})"
-            wrong = f"{len(unusable)} of {len(rows)} rows have no prompt and text response, {first}"
-            raise UserError(f"{path}: {wrong}: mend or remove them, or describe the columns with dataset_format")
-        yield rows
+        yield in_format(rows, path, dataset_format)
+
+
+def in_format(
+    rows: "datasets.Dataset",  # noqa: F821
+    path: Path,
+    dataset_format: DatasetFormat,
+) -> tuple["datasets.Dataset", dict[int, str]]:  # noqa: F821
+    """The rows of the file `path`; numbers and dates in a prompt's or response's column are the text that stands there.
+
+    And what is wrong with each row that LLaMA-Factory would drop or misread, which would shift later row numbers.
+    Raises: UserError where the rows lack a column."""
+    rows = _with_text(rows, path, text_columns(dataset_format.entry))
+    return rows, unusable_rows(rows, dataset_format.entry)
+
+
+def refuse_unusable(found: Iterable[tuple[Path, int, dict[int, str]]]) -> None:
+    """Raises: UserError where a file, of so many rows, has rows of which something is wrong."""
+    wrong = []
+    for path, num_rows, unusable in found:
+        reasons = {}
+        for number in list(unusable)[:_NAMED]:
+            reasons.setdefault(unusable[number], []).append(str(number))
+        named = "; ".join(f"row{'s' * (len(rows) > 1)} {', '.join(rows)} ({why})" for why, rows in reasons.items())
+        more = f"; and {len(unusable) - _NAMED:,} more" if len(unusable) > _NAMED else ""
+        if unusable:
+            wrong.append(
+                f"{path}: {len(unusable):,} of {num_rows:,} rows have no prompt and text response: {named}{more}"
+            )
+    if wrong:
+        how = "mend them, describe the columns with dataset_format, or leave them out with --skip_bad_rows"
+        raise UserError(f"{'; '.join(wrong)}: {how} (in a YAML: skip_bad_rows: true)")
 
 
 @contextlib.contextmanager
 def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
-    """The rows as `datasets`, and so LLaMA-Factory, reads them; they stay on disk. Raises: UserError."""
+    """The rows as `datasets`, and so LLaMA-Factory, reads them; they stay on disk. Raises: UserError.
+
+    TRL's conversational prompt and completion, which LLaMA-Factory cannot read, are one column `messages`."""
     import pandas
     from datasets import Features, Value, load_dataset
 
@@ -79,7 +106,28 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
         except Exception as error:  # each reader raises its own kinds
             said = (_mixed_column(path) if kind == "json" else None) or error.__cause__ or error
             raise UserError(f"cannot read rows from {path}: {said}") from None
-        yield rows
+        yield _with_messages(rows, Path(cache))
+
+
+def _with_messages(rows: "datasets.Dataset", cache: Path) -> "datasets.Dataset":  # noqa: F821
+    """Join prompt and completion where both are lists of messages; a row that lacks one keeps what it has."""
+    pair = ["prompt", "completion"]
+    kinds = [rows.features.arrow_schema.field(name).type for name in pair if name in rows.column_names]
+    if "messages" in rows.column_names or sum(map(_holds_messages, kinds)) < len(pair):
+        return rows
+    set_library_bars(long_work=len(rows) >= 10_000)
+    return rows.map(
+        lambda row: {"messages": [message for name in pair for message in row[name] or []]},
+        remove_columns=pair,
+        cache_file_name=str(cache / "messages.arrow"),
+        load_from_cache_file=False,
+    )
+
+
+def _holds_messages(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    fields = kind.value_type if is_list and pa.types.is_struct(kind.value_type) else []
+    return {"role", "content"} <= {field.name for field in fields}
 
 
 def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "datasets.Dataset":  # noqa: F821

@@ -19,7 +19,8 @@ from pydantic import NonNegativeInt
 from typing_extensions import TypedDict
 
 from selection.rows.conversation import in_common_form
-from selection.rows.read import as_json, reading_rows
+from selection.rows.copies import text_hashes
+from selection.rows.read import as_json, reading_rows, refuse_unusable
 from selection.run import products
 from selection.run.config import DataSet, Experiment, from_repository
 from selection.run.errors import UserError
@@ -27,6 +28,7 @@ from selection.run.log import say
 from selection.run.processes import processes
 
 _PARTS = ("train", "eval")
+_PUBLISHED = Experiment.model_fields["split"].default
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class _SplitRecord(TypedDict):
     made_from: dict
     fingerprint: str
     files: list[str]
-    num_rows: NotRequired[list[NonNegativeInt]]  # pooled rows of each data set, where there are several
+    # Rows of each data set, with those left out; where there are several, or some are left out.
+    num_rows: NotRequired[list[NonNegativeInt]]
+    skipped: NotRequired[list[NonNegativeInt]]  # pooled rows that are left out, where any were
+    moved: NotRequired[list[NonNegativeInt]]  # of the rows left, those that lie where the first of their copies does
 
 
 def row_id(row: dict) -> str:
@@ -84,8 +89,16 @@ def held_out_ids(experiment: Experiment) -> list[str]:
     return [row_id(row) for row in rows_of(experiment, "eval")]
 
 
+def held_out_copies(experiment: Experiment) -> int:
+    """Held-out rows of which the training split has an exact copy; the split must be made."""
+    train, held_out = (text_hashes(rows_of(experiment, name), experiment.row_format.entry) for name in _PARTS)
+    return int(np.isin(held_out, train).sum())
+
+
 def data_sets(experiment: Experiment) -> list[tuple[str, int, int]]:
-    """Name, first pooled row and number of rows of each data set, in order. Raises: UserError without a split."""
+    """Name, first pooled row and number of rows, left out ones too, of each data set in order.
+
+    Raises: UserError without a split."""
     record = _read_record(experiment, _made_from(experiment))
     counts = record.get("num_rows") or [_num_rows(experiment)]
     names = [each.name for each in experiment.data_sets]
@@ -102,20 +115,32 @@ def recorded_fingerprint(experiment: Experiment) -> str | None:
     return _read_record(experiment, _made_from(experiment, data=here))["fingerprint"]
 
 
-def split_numbers(experiment: Experiment, num_rows: int | None = None) -> dict[str, np.ndarray]:
-    """Pooled row numbers of "train" and "eval", in their order; without `num_rows` the split must be made. Rows of
-    `eval_data` are not pooled and have none."""
+def split_numbers(experiment: Experiment) -> dict[str, np.ndarray]:
+    """Pooled row numbers of "train" and "eval", in their order; rows left out have theirs too. The split must be made.
+    Rows of `eval_data` are not pooled and have none."""
+    path = _record_path(experiment)
+    record = products.checked(_SplitRecord, products.read_sealed(path), path)
+    skipped, num_rows = record.get("skipped", []), _num_rows(experiment)
+    kept = np.delete(np.arange(num_rows + len(skipped)), np.array(skipped, dtype=np.int64))
+    return {name: kept[rows] for name, rows in _drawn(experiment, num_rows, record.get("moved", [])).items()}
+
+
+def _drawn(experiment: Experiment, num_rows: int, moved: Iterable[int] = ()) -> dict[str, np.ndarray]:
+    """Rows of "train" and "eval" as LLaMA-Factory draws them, but for those `moved` to the other part."""
     from datasets import Dataset
 
-    num_rows = num_rows or _num_rows(experiment)
     if experiment.eval_set:
         return {"train": np.arange(num_rows), "eval": np.arange(0)}
     numbers = Dataset.from_dict({"row": range(num_rows)})
     try:  # the permutation depends on the number of rows and the seed alone
         parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
     except ValueError:
-        raise UserError(f"eval_size {experiment.eval_size:g} of {len(numbers)} rows leaves none to train on") from None
-    return {name: rows.with_format("numpy")["row"][:] for name, rows in zip(_PARTS, parts.values(), strict=True)}
+        raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
+    rows = np.concatenate([part.with_format("numpy")["row"][:] for part in parts.values()])
+    held_out = (np.arange(num_rows) >= len(parts["train"])) ^ np.isin(rows, moved)
+    if held_out.all() or not held_out.any():
+        raise UserError("split keep_copies_together puts all rows on one side, as they are copies: remove the copies")
+    return {"train": rows[~held_out], "eval": rows[held_out]}
 
 
 def split_path(experiment: Experiment, name: str) -> Path:
@@ -174,6 +199,7 @@ def _made_from(experiment: Experiment, data: bool = True) -> dict[str, Any]:
     if sets := experiment.eval_set:
         own = {"eval_dataset_sha256": _content(sets[0].path)} if data else {}
         return made_from | own | {"eval_dataset_format": sets[0].dataset_format.entry}
+    made_from |= {} if experiment.split == _PUBLISHED else {"split": experiment.split}  # earlier splits do not say
     return made_from | {"eval_size": experiment.eval_size, "split_seed": experiment.split_seed}
 
 
@@ -192,9 +218,13 @@ def _read_record(experiment: Experiment, made_from: dict) -> _SplitRecord:
     """Raises: UserError where the split's record is missing, damaged or of other data than `made_from`."""
     path = _record_path(experiment)
     record = products.checked(_SplitRecord, products.read_sealed(path), path)
-    if difference := products.first_difference(record["made_from"], record["made_from"] | made_from):
+    stored = {"split": _PUBLISHED} | record["made_from"]
+    if difference := products.first_difference(stored, stored | {"split": _PUBLISHED} | made_from):
         other = "give another output_dir or remove that folder"
         raise UserError(f"{experiment.folder} belongs to other data ({difference}): {other}")
+    if "skipped" in record and not experiment.skip_bad_rows:
+        without = f"was split without the rows in {_bad_rows(experiment)}"
+        raise UserError(f"{experiment.folder} {without}: give skip_bad_rows: true, or another output_dir")
     return record
 
 
@@ -215,45 +245,91 @@ def _identify(experiment: Experiment) -> TrainingSplit:
 
 
 def _make_split(experiment: Experiment, made_from: dict) -> None:
-    with pooled_rows(experiment, experiment.data_sets) as (rows, counts):
+    with pooled_rows(experiment, experiment.data_sets) as (rows, read):
         if len(rows) < 2:
             raise UserError(f"dataset {experiment.dataset_paths} has {len(rows)} usable rows: a split needs at least 2")
-        numbers = split_numbers(experiment, len(rows))
+        hashes, moved = text_hashes(rows, experiment.row_format.entry), []
+        numbers = _drawn(experiment, len(rows))
+        if experiment.split == "keep_copies_together":
+            _, first, of = np.unique(hashes, return_index=True, return_inverse=True)
+            held_out = np.isin(np.arange(len(rows)), numbers["eval"])
+            moved = np.flatnonzero(held_out != held_out[first[of]]).tolist()
+            numbers = _drawn(experiment, len(rows), moved)
+        of_held_out = hashes[numbers["eval"]]
         for name in _PARTS:
             write_dataset(experiment, name, rows.select(numbers[name]))
     if experiment.eval_set:
-        with pooled_rows(experiment, experiment.eval_set) as (held_out, _):
+        with pooled_rows(experiment, experiment.eval_set) as (held_out, more):
             write_dataset(experiment, "eval", held_out)
+            of_held_out, read = text_hashes(held_out, experiment.row_format.entry), read + more
     files = [products.file_digest(split_path(experiment, name)) for name in _PARTS]
     record = {"made_from": made_from, "fingerprint": _identify(experiment).fingerprint, "files": files}
-    products.write_sealed(_record_path(experiment), record | ({"num_rows": counts} if len(counts) > 1 else {}))
+    record |= {"moved": moved} if moved else {}
+    counts = [count for _, count, _ in read[: len(experiment.data_sets)]]
+    if bad := any(unusable for *_, unusable in read):
+        firsts = np.cumsum([0, *counts[:-1]]).tolist()
+        record["skipped"] = [first + row for first, (*_, wrong) in zip(firsts, read, strict=False) for row in wrong]
+        _list_bad_rows(experiment, read)
+    record |= {"num_rows": counts} if len(counts) > 1 or bad else {}
+    products.write_sealed(_record_path(experiment), record)
     named = ", ".join(Path(each.path).name for each in experiment.data_sets)
     train, held_out = (len(rows_of(experiment, name)) for name in _PARTS)
     say(f"split {named}: {train} training and {held_out} evaluation rows -> {experiment.data_folder}")
+    copies = len(hashes) - len(np.unique(hashes))
+    alike = int(np.isin(of_held_out, hashes[numbers["train"]]).sum())
+    if copies or alike:
+        todo = " (split: keep_copies_together puts them on one side)" if alike and not experiment.eval_set else ""
+        said = f"copies: {copies:,} of {len(hashes):,} rows say the same as an earlier one"
+        say(f"{said}; {alike:,} of {len(of_held_out):,} held-out rows have a copy in training{todo}")
 
 
 @contextlib.contextmanager
-def pooled_rows(experiment: Experiment, sets: list[DataSet]) -> Iterator[tuple["datasets.Dataset", list[int]]]:  # noqa: F821
-    """The rows of `sets` in `row_format`, in the order given, and how many each has. They stay on disk."""
+def pooled_rows(
+    experiment: Experiment, sets: list[DataSet]
+) -> Iterator[tuple["datasets.Dataset", list[tuple[Path, int, dict[int, str]]]]]:  # noqa: F821
+    """The rows of `sets` in `row_format`, in the order given; and each file, its rows (at most `max_samples`), and what
+    is wrong with those of them that are left out under `skip_bad_rows`. The rows stay on disk."""
     from datasets import Value, concatenate_datasets
 
-    parts, kinds = [], {}
+    parts, kinds, read = [], {}, []
     mixed = any(each.dataset_format != experiment.row_format for each in sets)
     with contextlib.ExitStack() as stack:
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for each in sets:
             source = from_repository(each.path)
-            rows = stack.enter_context(reading_rows(source, each.dataset_format))
+            rows, unusable = stack.enter_context(reading_rows(source, each.dataset_format))
             if each.max_samples is not None and each.max_samples < len(rows):
                 say(f"dataset {source.name}: first {each.max_samples:,} of {len(rows):,} rows")
                 rows = rows.take(each.max_samples)
+            unusable = {row: why for row, why in unusable.items() if row < len(rows)}
+            read.append((source, len(rows), unusable))
+            if unusable:
+                rows = rows.select(np.delete(np.arange(len(rows)), list(unusable)))
+            parts.append(rows)
+        if not experiment.skip_bad_rows:
+            refuse_unusable(read)
+        for number, (rows, each) in enumerate(zip(parts, sets, strict=True)):
             if mixed:
-                rows = in_common_form(rows, each.dataset_format, cache / f"{len(parts)}.arrow")
-            for name, kind in rows.features.items():
+                parts[number] = in_common_form(rows, each.dataset_format, cache / f"{number}.arrow")
+            for name, kind in parts[number].features.items():
                 before, path = kinds.setdefault(name, (kind, each.path)) if kind != Value("null") else (kind, "")
                 if kind != before:
                     wrong = f"column {name} is {kind} in {each.path} and {before} in {path}"
                     raise UserError(f"{wrong}: make them the same, or remove the column from one")
-            parts.append(rows)
         # A column that only some data sets have is empty in the others.
-        yield concatenate_datasets(parts), list(map(len, parts))
+        yield concatenate_datasets(parts), read
+
+
+def _bad_rows(experiment: Experiment) -> Path:
+    return experiment.data_folder / "bad_rows.jsonl"
+
+
+def _list_bad_rows(experiment: Experiment, read: list[tuple[Path, int, dict[int, str]]]) -> None:
+    lines = [
+        as_json({"file": str(path), "row": row, "reason": reason}) + "\n"
+        for path, _, unusable in read
+        for row, reason in unusable.items()
+    ]
+    with products.atomic_path(path := _bad_rows(experiment)) as draft:
+        draft.write_text("".join(lines), encoding="utf-8")
+    say(f"left out: {len(lines):,} of {sum(count for _, count, _ in read):,} rows, listed with the reason in {path}")

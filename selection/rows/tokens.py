@@ -1,5 +1,6 @@
 """The tokenised training split on disk (Arrow, memory-mapped), and rows as a chat template writes them."""
 
+import copy
 import json
 import unicodedata
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from selection.rows.conversation import convert_row
+from selection.rows.cut import note_cut
 from selection.rows.llama_factory import alone, common_arguments, import_llama_factory, quiet, user_errors
 from selection.rows.read import as_json
 from selection.rows.split import TrainingSplit
@@ -102,8 +104,9 @@ def _tokenizer_and_template(experiment: Experiment, model: str):
 def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "datasets.Dataset"):  # noqa: F821
     """A data set of the run folder as LLaMA-Factory tokenises it to tune `model`: a `datasets.Dataset`, row by row.
 
-    Columns input_ids, attention_mask, labels (-100 but on every turn of the assistant). Raises: UserError for an
-    unknown template, a broken tokenizer, and rows of whose response `cutoff_len` leaves nothing."""
+    Columns input_ids, attention_mask, labels (-100 but on every turn of the assistant). Rows of "train" that are cut
+    to `cutoff_len` are noted. Raises: UserError for an unknown template, a broken tokenizer, and rows of whose
+    response `cutoff_len` leaves nothing."""
     import_llama_factory()
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
@@ -112,12 +115,13 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
     arguments = common_arguments(experiment, model, experiment.folder, "fp32") | {"dataset": dataset, "do_train": True}
     arguments["use_cpu"] = True  # or LLaMA-Factory refuses where it sees several GPUs
     set_library_bars(long_work=len(raw_rows) >= 10_000)
+    whole = []  # tokens of each row before it is cut
     with user_errors(f"model {model}, template {experiment.template}"), alone(), quiet():
         model_args, data_args, training_args, _, _ = get_train_args(arguments)
         training_args.log_level, training_args.log_level_replica = "error", "error"
         module = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-        data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)
+        data = get_dataset(_counting(template, whole), model_args, data_args, training_args, stage="sft", **module)
     rows = data["train_dataset"]
     if len(rows) != len(raw_rows):
         counts = f"{len(rows)} of {len(raw_rows)} rows of {dataset}.arrow"
@@ -126,7 +130,22 @@ def tokenised_rows(experiment: Experiment, model: str, dataset: str, raw_rows: "
     if len(cut := np.flatnonzero(_response_lengths(rows) == 0)):
         wrong = f"row {cut[0]} of {dataset}.arrow: cutoff_len {experiment.cutoff_len} leaves no response token"
         raise UserError(f"{wrong}: raise cutoff_len or remove the row")
+    if dataset == "train":
+        note_cut(experiment, model, whole)
     return rows
+
+
+def _counting(template, counts: list[int]):
+    """A copy of the template that adds to `counts` the tokens of each row, which LLaMA-Factory then cuts."""
+
+    def encode(*arguments, **keys) -> list[tuple[list[int], list[int]]]:
+        pairs = template.encode_multiturn(*arguments, **keys)
+        counts.append(sum(len(part) for pair in pairs for part in pair) + template.efficient_eos)
+        return pairs
+
+    counting = copy.copy(template)
+    counting.encode_multiturn = encode
+    return counting
 
 
 def _response_lengths(tokenised) -> np.ndarray:

@@ -230,6 +230,12 @@ class Experiment(Section):
     # Rows to evaluate on, a file in the form of `dataset_format`: nothing is held out then, and every row of `dataset`
     # is of the training split, in the file's order. (ours)
     eval_data: str | None = Field(default=None, min_length=1)
+    # Rows held out: as LLaMA-Factory draws them; keep_copies_together: but every exact copy of a row goes where the
+    # first one goes. (LLaMA-Factory; ours)
+    split: Literal["llama_factory", "keep_copies_together"] = "llama_factory"
+    # Leave out rows without a prompt and text response, which stop a run else; <run folder>/data/bad_rows.jsonl lists
+    # them. (ours)
+    skip_bad_rows: bool = False
     split_seed: Seed = 42  # of the split, train_test_split of `datasets` (LLaMA-Factory's seed, 42 there too)
     cutoff_len: int = Field(default=1024, ge=2)  # most tokens of a sample, cut as LLaMA-Factory does (paper)
     # Arithmetic of tuning and generation (the weights stay as the checkpoint has them); auto: bf16 where the device

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, NotRequired
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from typing_extensions import TypedDict
 
 from selection.run.products import read_json
@@ -25,6 +25,7 @@ Metrics = TypedDict(
     dict.fromkeys((*_OURS, *_OF_OTHER_WORK), NotRequired[_Percent])  # none where no answers were generated
     | {NLL: NotRequired[_Nats]}
     | {"sacrebleu_signature": NotRequired[str], "samples": PositiveInt, "code_version": str}
+    | {"copies_in_training": NotRequired[NonNegativeInt]}  # held-out rows of which the training split has a copy
     | {"by_sample": NotRequired[dict[str, list[_Nats]]]},  # of each answer
 )
 

@@ -71,7 +71,7 @@ def suspects_in_training(experiment: Experiment, folder: Path) -> LeftOut:
     stored, now = read_json(about, Pool), read_sealed(experiment.data_folder / "split.json")["fingerprint"]
     refuse_difference(path, stored, stored | {"data_fingerprint": now}, f"remove {folder} and {_RUN}")
     numbers, rows = split_numbers(experiment), {}
-    if suspects and max(suspects) >= (count := sum(map(len, numbers.values()))):
+    if suspects and max(suspects) >= (count := 1 + max(each.max(initial=-1) for each in numbers.values())):
         raise UserError(f"{path} lists row {max(suspects)}, the data have {count} rows, from 0: delete that line")
     for row, number in enumerate(numbers["train"].tolist()):
         if number in suspects:
