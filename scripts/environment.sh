@@ -20,7 +20,12 @@ run() {
     return "$status"
 }
 
-# stage SCRIPT …: a stage on all visible GPUs; NPROC=N asks for N processes.
+# stage SCRIPT … ARGUMENT …: stages, with the same arguments, on all visible GPUs; NPROC=N asks for N processes.
 stage() {
-    run python "$repository/scripts/launch.py" "$repository/$1" "${@:2}"
+    local scripts=()
+    while [[ ${1:-} == *.py ]]; do
+        scripts+=("$repository/$1")
+        shift
+    done
+    run python "$repository/scripts/launch.py" "${scripts[@]}" "$@"
 }

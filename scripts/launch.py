@@ -1,11 +1,14 @@
-"""Run a stage on all visible GPUs: torchrun with one process each, or simply here where there is one or none.
+"""Run stages on all visible GPUs: by torchrun with one process each, or all of them here where there is one or none.
 
-    python scripts/launch.py selection/effort_score.py --config_path configs/demo.yaml
+    python scripts/launch.py selection/effort_score.py selection/verify.py --config_path configs/demo.yaml
 
-Needs what the stage needs. NPROC=N asks for N processes. Ends as the stage ended: torchrun alone ends with 1.
+Needs what the stages need. NPROC=N asks for N processes. Ends as the stage ended: torchrun alone ends with 1.
 """
 
 import argparse
+import contextlib
+import gc
+import itertools
 import os
 import runpy
 import sys
@@ -21,18 +24,31 @@ from selection.run.processes import visible_gpus
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("stage", help="script of a stage; required")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="as the stage requires")
+    parser.add_argument("stage", nargs="+", help="scripts of stages, one after the other; required")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="as the stages require")
     parser.parse_args()
+    stages = list(itertools.takewhile(lambda argument: argument.endswith(".py"), sys.argv[1:]))
+    arguments = sys.argv[1 + len(stages) :]
     asked = os.environ.get("NPROC", "")
     if asked and not (asked.isdigit() and int(asked)):
         raise UserError(f"NPROC={asked}: give the number of processes")
-    if (count := int(asked or len(visible_gpus()))) > 1:
-        return _run_many(count, sys.argv[1:])
+    count = int(asked or len(visible_gpus()))
+    for stage in stages:
+        if count > 1:
+            _run_many(count, [stage, *arguments])
+        else:
+            _run_here(stage, arguments)
+
+
+def _run_here(stage: str, arguments: list[str]) -> None:
     end_on_signals()
-    sys.argv = sys.argv[1:]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    with contextlib.suppress(OSError):  # Linux: peak memory counts from here
+        Path("/proc/self/clear_refs").write_text("5")
+    sys.argv, sys.path[0] = [stage, *arguments], str(Path(stage).resolve().parent)
+    runpy.run_path(stage, run_name="__main__")
+    gc.collect()  # its models
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()
 
 
 def _run_many(count: int, command: list[str]) -> None:

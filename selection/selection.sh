@@ -82,14 +82,11 @@ if [ "$dry" ]; then
     run python "$repository/scripts/plan.py" --config_path "$config" "$@"
     exit
 fi
-stage finetune/finetune.py --config_path "$config" "$@"
-stage selection/effort_score.py --config_path "$config" "$@"
-stage selection/verify.py --config_path "$config" "$@"
+stage finetune/finetune.py selection/effort_score.py selection/verify.py --config_path "$config" "$@"
 run python "$here/coreset.py" --config_path "$config" "$@" > "$scratch/coresets"
 cat "$scratch/coresets"
 if [ "${REPORT:-now}" = now ]; then # REPORT=later: what runs after this makes it, and says the costs
-    run python "$repository/scripts/costs.py" --config_path "$config" "$@"
-    run python "$repository/scripts/report.py" --config_path "$config" "$@"
+    NPROC=1 stage scripts/costs.py scripts/report.py --config_path "$config" "$@"
     coreset=$(sed -n '1s/.* -> //p' "$scratch/coresets")
     if [ ${#quiet[@]} -eq 0 ] && [ "$coreset" ]; then
         next finetune/finetune-select.py --config_path "$config" "$@" --select_path "$coreset"

@@ -351,14 +351,15 @@ def selection_sh(tmp_path):
     return call
 
 
-STAGES = [f"launch.py {stage}.py" for stage in ("finetune", "effort_score", "verify")] + ["coreset.py"]
+STAGES = ["finetune.py", "effort_score.py", "verify.py", "coreset.py"]
 
 
 def test_selection_sh_starts_cuts_and_goes_on_and_says_the_next_commands(selection_sh, tmp_path):
     (start, draft, *calls), said = selection_sh("--target", "T", "--data", "my.jsonl", "--set", "seed=1")
     assert start.startswith("start.py --answer ") and start.endswith(" --target T --data my.jsonl --set seed=1")
     assert draft == "make_draft.py --config_path my.yaml --target T --out D"
-    assert calls == [f"{call} --config_path my.yaml" for call in (*STAGES, "costs.py", "report.py")]
+    together = f"launch.py {' '.join(STAGES[:3])}", "coreset.py", "launch.py costs.py report.py"
+    assert calls == [f"{call} --config_path my.yaml" for call in together]
     tune, export = (shlex.split(line) for line in said.splitlines())
     coreset = tmp_path / "my run" / "coresets" / "staff-0.5.json"
     assert tune[3:] == ["--config_path", "my.yaml", "--select_path", str(coreset)]
@@ -370,7 +371,7 @@ def test_selection_sh_starts_cuts_and_goes_on_and_says_the_next_commands(selecti
 @pytest.mark.parametrize("config", [["my.yaml"], ["--config_path", "my.yaml"], ["--config-path=my.yaml"]])
 def test_selection_sh_takes_its_configuration_in_every_form_and_a_dry_one_ends_with_the_plan(selection_sh, config):
     for arguments in ([*config, "--quiet", "--dry_run"], ["--quiet", "--dry-run", *config]):
-        dry = [f"{call.removeprefix('launch.py ')} --config_path my.yaml --quiet --dry_run" for call in STAGES]
+        dry = [f"{call} --config_path my.yaml --quiet --dry_run" for call in STAGES]
         assert selection_sh(*arguments) == ([*dry, "plan.py --config_path my.yaml --quiet"], "")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import everything_in
+from conftest import REPOSITORY, assert_one_line_error, everything_in, run_script
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -319,3 +319,21 @@ def test_evaluation_takes_the_keys_of_the_model_and_not_those_of_training(load, 
         assert {key: arguments.get(key) for key in model} == model
         assert not only_training.keys() & arguments.keys()
         assert get_train_args(arguments)[0].quantization_bit == 4
+
+
+def test_stages_in_one_process_make_what_each_makes_in_its_own(make_experiment, rows, tmp_path):
+    stages = [REPOSITORY / name for name in ("finetune/finetune.py", "selection/effort_score.py", "selection/verify.py")]
+    config, made = make_experiment(rows), []
+    for folder in ("together", "apart"):
+        at = ("--config_path", config, "--set", f"output_dir={tmp_path / folder}")
+        for group in [stages] if folder == "together" else [[stage] for stage in stages]:
+            run_script("scripts/launch.py", *group, *at)
+        run = load_experiment(config, [f"output_dir={tmp_path / folder}"])
+        scores = [read_scores(each).effort for each in (run.small_scores, run.target_scores)]
+        made.append([*scores, (run.tuned_small / "adapter_model.safetensors").read_bytes()])
+        paid = {cost.stage for cost in read_ledger(run.folder)}
+        assert paid == {SPECULATIVE_TUNING, SPECULATIVE_SCORES, VERIFICATION}
+    for together, apart in zip(*made, strict=True):
+        assert np.array_equal(together, apart)
+    broken = run_script("scripts/launch.py", *stages, "--config_path", tmp_path / "none.yaml", check=False)
+    assert_one_line_error(broken, "none.yaml: No such file")
