@@ -322,7 +322,7 @@ def test_evaluation_takes_the_keys_of_the_model_and_not_those_of_training(load, 
 
 
 def test_stages_in_one_process_make_what_each_makes_in_its_own(make_experiment, rows, tmp_path):
-    stages = [REPOSITORY / name for name in ("finetune/finetune.py", "selection/effort_score.py", "selection/verify.py")]
+    stages = [REPOSITORY / f"{name}.py" for name in ("finetune/finetune", "selection/effort_score", "selection/verify")]
     config, made = make_experiment(rows), []
     for folder in ("together", "apart"):
         at = ("--config_path", config, "--set", f"output_dir={tmp_path / folder}")
