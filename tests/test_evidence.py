@@ -60,6 +60,7 @@ def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
     assert state["max_steps"] == 8  # 20 rows in steps of 4, one and a half times, as transformers rounds
     done = run_script("finetune/eval.py", "--config_path", config, "--tuned", "untuned", "rs2-0.5")
     assert "nll" in done.stdout
+    assert importlib.import_module("finetune.eval").all_there(experiment) == ["rs2-0.5", "untuned"]
     metrics = read_metrics(experiment.folder / "eval" / "untuned")
     model = AutoModelForCausalLM.from_pretrained(experiment.target_model, dtype=torch.float32)
     tokenised = tokenised_rows(experiment, experiment.target_model, "eval", rows_of(experiment, "eval"))
