@@ -1,5 +1,6 @@
 """The instrument: held-out log likelihood, worth, RS2, pools with known faults, random subsets."""
 
+import importlib
 import json
 import re
 from collections import Counter
