@@ -3,9 +3,10 @@
     CUDA_VISIBLE_DEVICES=0 python eval.py --config_path ../configs/demo.yaml      # in finetune/
 
 Needs a tuned target (finetune-select.py). Evaluates all of the run folder, or those named with --tuned ("untuned" is
-the target as it is). Prints a table; writes <run folder>/eval/<name>/predictions.jsonl and metrics.json, which has
-every answer's figures too. nll is the negative log likelihood a response token in nats, averaged over the answers:
-lower is better. `evaluation.generate: false` leaves the answers out, which takes most of the time.
+the target as it is; once evaluated, it stays a row of the table). Prints a table; writes
+<run folder>/eval/<name>/predictions.jsonl and metrics.json, which has every answer's figures too. nll is the negative
+log likelihood a response token in nats, averaged over the answers: lower is better. `evaluation.generate: false` leaves
+the answers out, which takes most of the time.
 """
 
 import json
@@ -54,9 +55,8 @@ def main() -> None:
     about = "e.g. staff-0.2 full untuned; default: all there are"
     parser.add_argument("--tuned", nargs="+", metavar="NAME", help=about)
     experiment, arguments = load_experiment_from_arguments(parser)
-    tuned = processes().from_leader(lambda: sorted(p.name for p in experiment.tuned_target("").glob("[!.]*")))
-    names = arguments.tuned or tuned
-    waiting = [name for name in names if name not in (*tuned, "untuned")]
+    names = arguments.tuned or processes().from_leader(lambda: all_there(experiment))
+    waiting = [name for name in names if name != "untuned" and not experiment.tuned_target(name).exists()]
     if waiting and not arguments.dry_run:
         missing = experiment.tuned_target(waiting[0])
         raise UserError(f"--tuned {waiting[0]}: no {missing}: run finetune-select.py first")
@@ -104,6 +104,12 @@ def as_tuned(experiment: Experiment, name: str) -> Experiment:
     if KEYS_OF_ITS_OWN not in record:
         return experiment
     return experiment.model_copy(update={"training": {}, "target_training": checked(dict, record.get("keys"), path)})
+
+
+def all_there(experiment: Experiment) -> list[str]:
+    """Tuned targets of the run folder, and the untuned one where it was evaluated."""
+    tuned = sorted(path.name for path in experiment.tuned_target("").glob("[!.]*"))
+    return tuned + ["untuned"] * (experiment.folder / "eval" / "untuned").exists()
 
 
 def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from selection.scores.identity import check_run
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--tuned", action="store_true", help="first a table of the tuned targets at the first rate")
+    parser.add_argument("--tuned", action="store_true", help="first a table of the targets, tuned at the first rate")
     experiment, arguments = load_experiment_from_arguments(parser)
     check_run(experiment, verified=arguments.tuned)
     summary = format_summary(summarise(experiment))
@@ -35,15 +35,16 @@ def main() -> None:
 def print_tuned(experiment: Experiment, rate: float) -> None:
     tuning = {cost.what: cost for cost in read_ledger(experiment.folder) if cost.stage == TARGET_TUNING}
     print("\ncoreset         rows     nll   ROUGE-L   BLEU-4   rouge_score   sacreBLEU    selection     tuning")
-    for method in experiment.selection.methods:
-        name = coreset_name(method, rate)
-        if name not in tuning:
+    evaluated, methods = experiment.folder / "eval", {coreset_name(m, rate): m for m in experiment.selection.methods}
+    for name in [*methods, *(name for name in ("full", "untuned") if (evaluated / name).exists())]:
+        if name in methods and name not in tuning:
             raise UserError(f"{experiment.folder} has no tuned target {name}: run finetune-select.py first")
-        metrics = read_metrics(experiment.folder / "eval" / name)
-        selection = sum(cost.seconds for cost in selection_costs(experiment, method))
+        metrics, tuned = read_metrics(evaluated / name), tuning.get(name)
+        selection = sum(cost.seconds for cost in selection_costs(experiment, methods[name])) if name in methods else 0
         widths = {NLL: 8, "rouge-l": 10, "bleu-4": 9, "rouge_score-l": 14, "sacrebleu": 12}
         figures = "".join(f"{shown_figure(metrics, key):>{width}}" for key, width in widths.items())
-        print(f"{name:<14}{tuning[name].samples:>6}{figures}{selection:>11.1f} s{tuning[name].seconds:>9.1f} s")
+        rows, seconds = (tuned.samples, tuned.seconds) if tuned else (0, 0)
+        print(f"{name:<14}{rows:>6}{figures}{selection:>11.1f} s{seconds:>9.1f} s")
     print("(nll: negative log likelihood a response token of the held-out answers, in nats, lower is better; ROUGE-L")
     print("over words that jieba cuts and BLEU-4 over characters, as in the paper; rouge_score's ROUGE-L and sacreBLEU")
     print("are those of other work)")

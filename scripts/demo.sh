@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on real weights and data: STAFF and Random at 20 % kept, tuned and evaluated.
+# The method on real weights and data: STAFF and Random at 20 % kept, tuned, and evaluated beside the untuned target.
 #     bash scripts/demo.sh           SmolLM2-135M and biology question answering; about 10 minutes on 2 CPU cores
 #     bash scripts/demo.sh --tiny    the same stages on a tiny random model, about a minute: it tests the plumbing
 # A second call reuses what is there. Needs Python 3.11 with pip. RUN=folder puts the run elsewhere than runs/demo.
@@ -33,7 +33,7 @@ fi
 run python "$scripts/check_pool.py" "${at[@]}" --quiet
 REPORT=later run bash "$repository/selection/selection.sh" "${at[@]:1}"
 stage finetune/finetune-select.py "${at[@]}" --select_path "$run"/coresets/*-0.2.json
-stage finetune/eval.py "${at[@]}"
+stage finetune/eval.py "${at[@]}" --tuned staff-0.2 random-0.2 untuned
 run python "$scripts/costs.py" "${at[@]}" --tuned
 [ "${quiet[*]}" ] || echo "demo: $((SECONDS - started)) s after the install" >&2
 run python "$scripts/report.py" "${at[@]}"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selection.method.staff import stratify
-from selection.report.agreement import agreement, partial_spearman, spearman
+from selection.report.agreement import agreement, correlation_interval, partial_spearman, spearman
 from selection.run.errors import UserError
 from selection.scores.folder import read_scores
 
@@ -54,6 +54,22 @@ def literal_partial(a, b, given) -> float:
 three_arrays = (st.just(1) | st.integers(5, 40)).flatmap(
     lambda n: st.tuples(*[st.lists(st.integers(0, 12), min_size=n, max_size=n).map(np.array)] * 3)
 )
+
+
+@pytest.mark.parametrize(("r", "n"), [(0.0, 12), (0.4, 30), (0.9, 200)])
+def test_the_interval_of_a_correlation_holds_that_of_the_population_in_about_95_of_100_samples(r, n):
+    rng = np.random.default_rng(0)
+    plain = partial = 0
+    for _ in range(500):
+        x, y = rng.multivariate_normal([0, 0], [[1, r], [r, 1]], n).T
+        length, spearmans = rng.normal(size=n), 6 / np.pi * np.arcsin(r / 2)
+        low, high = correlation_interval(spearman(x, y), n)
+        plain += low <= spearmans <= high
+        low, high = correlation_interval(partial_spearman(x, y, length), n, given=1)
+        partial += low <= spearmans <= high
+    assert 0.92 <= plain / 500 <= 0.975 and 0.92 <= partial / 500 <= 0.975
+    assert np.isnan(correlation_interval(r, 9)).all() and np.isnan(correlation_interval(np.nan, 99)).all()
+    assert correlation_interval(1.0, 10) == pytest.approx((1, 1))
 
 
 @settings(max_examples=100, deadline=None)

@@ -15,8 +15,13 @@ def test_the_demo(tmp_path, demo_models):
     assert done.stderr.count("reusing") >= 3  # .venv and two models
     head = "coreset         rows     nll   ROUGE-L   BLEU-4   rouge_score   sacreBLEU    selection     tuning"
     assert head in done.stdout
-    for name in ("staff-0.2", "random-0.2"):
-        assert f"\n{name}" in done.stdout
+    table = done.stdout.partition(head)[2].split("(nll: ")[0]
+    assert [line.split()[:2] for line in table.splitlines()[1:]] == [
+        ["staff-0.2", "10"],
+        ["random-0.2", "10"],
+        ["untuned", "0"],
+    ]
+    for name in ("staff-0.2", "random-0.2", "untuned"):
         assert (run / "eval" / name / "predictions.jsonl").read_text().count("\n") == 10
     assert "selection costs" in done.stdout and done.stdout.splitlines()[-1] == str(run / "report.html")
     found = json.loads((run / "pool" / "pool.json").read_text())["suspects"]

@@ -1,5 +1,6 @@
 """The instrument: held-out log likelihood, worth, RS2, pools with known faults, random subsets."""
 
+import importlib
 import json
 import re
 from collections import Counter
@@ -63,6 +64,7 @@ def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
     assert state["max_steps"] == 8  # 20 rows in steps of 4, one and a half times, as transformers rounds
     done = run_script("finetune/eval.py", "--config_path", config, "--tuned", "untuned", "rs2-0.5")
     assert "nll" in done.stdout and "\n1 of 11 held-out rows have an exact copy in the training split\n" in done.stdout
+    assert importlib.import_module("finetune.eval").all_there(experiment) == ["rs2-0.5", "untuned"]
     metrics = read_metrics(experiment.folder / "eval" / "untuned")
     assert metrics["copies_in_training"] == 1
     model = AutoModelForCausalLM.from_pretrained(experiment.target_model, dtype=torch.float32)

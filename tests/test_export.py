@@ -2,14 +2,27 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_one_line_error, everything_in, rows_of_llama_factory, run_main, run_script, write_jsonl
+from conftest import (
+    REPOSITORY,
+    assert_one_line_error,
+    copy_of,
+    everything_in,
+    rows_of_llama_factory,
+    run_main,
+    run_script,
+    write_jsonl,
+)
 from datasets import Dataset, load_dataset, load_from_disk
+from safetensors.torch import load_file
 
 from selection.report.annotated import annotated
 from selection.report.export import as_chat, coreset_paths, export
@@ -153,6 +166,22 @@ def test_llama_factory_reads_the_exported_rows_anywhere_as_they_were_scored(run,
     assert load("parquet", moved / "staff-0.2.parquet").to_list() == run.rows
     theirs = rows_of_llama_factory(run.experiment, moved, "staff-0.2")
     assert inputs_and_labels(theirs) == inputs_and_labels(run.tokens)
+
+
+def test_llamafactory_cli_tunes_by_the_exported_file_as_the_suite_does(run, tmp_path):
+    moved = shutil.copytree(run.folder / "llamafactory", tmp_path / "else where")
+    cli = Path(sys.executable).with_name("llamafactory-cli")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "selection" / "rows" / "no_torchaudio")}
+    done = subprocess.run([cli, "train", "train.yaml"], cwd=moved, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    experiment = copy_of(run.experiment, tmp_path / "run")
+    at = ["--config_path", experiment.record, "--set", f"output_dir={experiment.folder}"]
+    run_main("finetune.finetune-select", *at, "--select_path", experiment.coresets / "staff-0.2.json")
+    theirs, ours = (
+        load_file(each / "adapter_model.safetensors")
+        for each in (moved / "tuned", experiment.tuned_target("staff-0.2"))
+    )
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
 def test_trl_trains_on_prompts_and_on_messages_as_llama_factory_does(run, train):

@@ -8,16 +8,27 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from browser import CHROMIUM, chromium
 from conftest import HOSTILE, copy_of, run_main, scored_run, write_pool
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
+from selection.method.rules import clusters_of
 from selection.report import page as report_page
 from selection.report.charts import bars, bin_edges
-from selection.report.run_data import STATUSES, evaluations, number, project, read_run
-from selection.rows.split import split_numbers
+from selection.report.run_data import (
+    STATUSES,
+    against_all,
+    correlations,
+    evaluations,
+    number,
+    project,
+    read_run,
+    side_by_side,
+)
+from selection.rows.split import rows_of, split_numbers
 from selection.run.errors import UserError
 from selection.run.ledger import SPECULATIVE_SCORES, TARGET_TUNING, VERIFICATION, Cost, ledger_path
 from selection.run.products import write_json
@@ -155,6 +166,86 @@ def test_correlations_points_and_table_are_those_of_the_scores(page, experiment)
         assert sorted((int(m[1]), m[2]) for m in said) == sorted(zip(numbers[of].tolist(), statuses, strict=True))
 
 
+def test_correlations_are_judged_by_what_can_be_shown():
+    rng = np.random.default_rng(0)
+    length = rng.permutation(np.arange(1.0, 401))
+    alike, noise = rng.lognormal(size=400), rng.lognormal(size=400)
+
+    def says(effort, target, verified=400) -> list[str | None]:
+        target = np.where(np.arange(400) < verified, target, np.nan)
+        found = correlations(pd.DataFrame({"effort": effort, "target": target, "length": length}))
+        return [found[name] and found[name].says for name in ("target", "target_by_length", "length")]
+
+    much, little = (f"the small model says {said} about the target" for said in ("much", "little"))
+    by_length = [much, f"{little} beyond length", "the score is mostly length"]
+    assert says(alike**0.1 / length, noise**0.1 / length) == by_length
+    assert says(alike, alike + 0.01 * noise) == [much, f"{much} beyond length", "the score is no measure of length"]
+    assert says(alike, noise)[0] == little
+    assert says(alike, alike + 12 * noise, 12)[:2] == ["too few rows to tell"] * 2
+    assert says(alike, alike, 1)[:2] == [None, None] and says(alike, alike, 5)[0] == "too few rows to tell"
+
+
+def test_what_v_says_is_what_its_interval_leaves_out():
+    strata = [{"ratio_low": 1.0, "ratio_high": 2.0, "null_ratio": n, "verified": 5, "size": 9} for n in (0.5, 1.5)]
+    some, none, known = (
+        report_page.ratios_say(SimpleNamespace(strata=each))
+        for each in (strata, strata[1:], [strata[0] | {"verified": 9}])
+    )
+    assert some == "In 1 of 2 strata V differs from that by more than chance (95 %)." and known == ""
+    assert none.startswith("In 0 of 1 strata ") and "nothing can be shown" in none
+
+
+def test_coresets_stand_against_all_rows(page, experiment):
+    lines = against_all(experiment, page.figures, page.shown, np.arange(N))
+    length, effort = (page.figures[name].to_numpy() for name in ("length", "effort"))
+    assert [line["name"] for line in lines] == ["all rows", "staff-0.2", "staff-0.5", "random-0.2", "random-0.5"]
+    for line, chosen in zip(lines, [np.ones(N, bool), *(each.chosen for each in page.shown)], strict=True):
+        assert line["length_quartiles"] == np.quantile(length[chosen], [0.25, 0.5, 0.75]).tolist()
+        assert line["effort_quartiles"] == pytest.approx(np.quantile(effort[chosen], [0.25, 0.5, 0.75]).tolist())
+        assert (line["tokens"], line["m"]) == (length[chosen].sum(), chosen.sum())
+    features = read_scores(experiment.small_scores, ["effort", "hidden_state"]).columns["hidden_state"]
+    cluster, _ = clusters_of(features, experiment.selection.seed)
+    assert lines[0]["at_random"] == lines[0]["reached"] == lines[0]["clusters"] == 11
+    assert lines[1]["reached"] == len(set(cluster[page.shown[0].chosen]))
+    rng = np.random.default_rng(0)
+    drawn = [len(set(cluster[rng.choice(N, 24, replace=False)])) for _ in range(2000)]
+    assert lines[1]["at_random"] == pytest.approx(np.mean(drawn), abs=0.1)
+
+
+def test_answers_of_two_targets_of_one_rate_stand_side_by_side_as_text(copy):
+    for name in ("untuned", "staff-0.2", "staff-0.5", "random-0.2"):
+        folder = copy.folder / "eval" / name
+        write_json(
+            folder / "metrics.json", {"nll": 2, "samples": 30, "code_version": "1", "by_sample": {"nll": [1.25]}}
+        )
+        answers = [{"prompt": "", "predict": f"{name} says {n} <b>", "label": f"label {n}"} for n in range(30)]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
+    names, shown, why_not = side_by_side(copy, evaluations(copy, ["staff-0.2", "staff-0.5", "random-0.2"])[0])
+    assert names == ["staff-0.2", "random-0.2"] and why_not == "" and len(shown) == 10
+    assert shown[0]["answers"] == [("staff-0.2 says 0 <b>", 1.25), ("random-0.2 says 0 <b>", 1.25)]
+    assert shown[9] == {
+        "prompt": rows_of(copy, "eval")[9]["instruction"],
+        "reference": "label 9",
+        "answers": [("staff-0.2 says 9 <b>", None), ("random-0.2 says 9 <b>", None)],
+    }
+    text = report_page.render(copy)
+    assert "Answers of staff-0.2 and random-0.2, side by side" in text and "says 9 &lt;b&gt;" in text
+    (copy.folder / "eval" / "random-0.2" / "predictions.jsonl").write_text("[]\n")
+    assert "The answers of random-0.2 are not shown: " in report_page.render(copy)
+
+
+def test_the_table_of_costs_has_rows_of_the_untuned_target_and_of_tuning_on_everything(copy, capsys):
+    changes = [f"output_dir={copy.folder}", "selection.methods=[staff]"]
+    run_main("scripts.costs", "--config_path", copy.record, "--set", changes[0], "--set", changes[1], "--tuned")
+    table = capsys.readouterr().out.split("(nll: ")[0].split("\n")
+    found = [line.split()[:2] + line.split()[-4:] for line in table[2:] if line]
+    assert found == [
+        ["staff-0.2", "24", "8.0", "s", "10.0", "s"],
+        ["full", "120", "0.0", "s", "100.0", "s"],
+        ["untuned", "0", "0.0", "s", "0.0", "s"],
+    ]
+
+
 def test_map_is_scikit_learns(page, experiment):
     features = read_scores(experiment.small_scores, ["effort", "hidden_state"]).columns["hidden_state"].astype(float)
     pca = PCA(2).fit(features)
@@ -253,7 +344,20 @@ def test_conversations_without_target_scores_features_and_costs(tmp_path):
         assert said in text
     assert "The scores that V is made of are not in this run: no interval is known." in text
     rows = data_of(text)["rows"]
-    assert set(rows["prompt"]) == {"user: a\nassistant: b\nuser: c"} and set(rows["response"]) == {"d"}
+    assert "turns that are marked as scored count for score and tokens too" in text
+    assert set(rows["prompt"]) == {"user: a\nassistant (scored): b\nuser: c"} and set(rows["response"]) == {"d"}
+
+
+@pytest.mark.parametrize("num_rows", [3, 8, 10])
+@pytest.mark.parametrize("spread", [0, 1])
+@pytest.mark.parametrize(("num_strata", "verify_per_stratum"), [(1, 1), (1, 2), (8, 1)])
+def test_first_tries_with_a_few_rows_have_a_page(tmp_path, num_rows, spread, num_strata, verify_per_stratum):
+    strata = {"num_strata": num_strata, "verify_per_stratum": verify_per_stratum}
+    experiment = made_up(tmp_path, num_rows, lambda values: values[0] + spread * (values - values[0]), **strata)
+    text = report_page.render(experiment)
+    assert num_strata > 1 or spread == 0 or f"{verify_per_stratum} row" in text
+    assert (text.count("<svg") >= 3 and "too few rows to tell" in text) or not spread or num_rows == 3
+    assert ">nan<" not in text and "nan to nan" not in text
 
 
 @pytest.mark.parametrize(("num_rows", "spread"), [(60, 0), (3, 1)])
@@ -401,6 +505,37 @@ def test_without_scripts_the_page_reads(show, page):
     assert column(window, 8) == ["yes"] * 24 + ["no"] * 76
     window.locator("#scores summary").nth(1).click()
     assert window.locator("#scores svg:visible").count() == 2
+
+
+def test_rows_that_are_shown_are_downloaded_and_the_next_commands_copied(opened, page):
+    opened.fill("#search", "biological process")
+    with opened.expect_download() as download:
+        opened.click("#download")
+    lines = [json.loads(line) for line in download.value.path().read_text(encoding="utf-8").splitlines()]
+    assert download.value.suggested_filename == "staff-0.2.jsonl"
+    assert len(lines) == int(found(opened).split()[0]) < N and column(opened, 0) == [str(e["row"]) for e in lines[:50]]
+    assert column(opened, 9) == [each["reason"] for each in lines[:50]] and "biological" in lines[0]["prompt"]
+    opened.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    opened.click("[data-copy]:visible")
+    opened.get_by_text("Copied").wait_for()
+    commands = opened.evaluate("navigator.clipboard.readText()").splitlines()
+    assert [command.split()[1] for command in commands] == [
+        "finetune/finetune-select.py",
+        "finetune/eval.py",
+        "scripts/export.py",
+    ]
+    assert all("staff-0.2" in command for command in commands)
+
+
+def test_on_a_telephone_what_is_wide_scrolls_with_a_hint_and_the_page_does_not(opened):
+    hint = "(part) => [part.scrollWidth > part.clientWidth, getComputedStyle(part, '::before').content]"
+    wide = opened.locator(".chart:visible, .wide:visible")
+    assert {part.evaluate(hint)[1] for part in wide.all()} == {"none"}
+    opened.set_viewport_size({"width": 400, "height": 800})
+    found = [part.evaluate(hint) for part in wide.all()]
+    assert len(found) >= 7 and sum(scrolls for scrolls, _ in found) >= 6
+    assert {said for _, said in found} == {'"scroll sideways →"'}
+    assert opened.evaluate("document.documentElement.scrollWidth") == 400
 
 
 def test_the_configuration_is_folded_on_screen_alone(opened):

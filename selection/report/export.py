@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import yaml
 
 from selection.report.annotated import annotated
 from selection.rows.conversation import as_messages, convert_row
 from selection.rows.cut import cut_rows
+from selection.rows.llama_factory import common_arguments
 from selection.rows.split import TrainingSplit, data_sets, finished_split, rows_of, split_numbers
 from selection.rows.tokens import as_text
 from selection.run.config import Experiment
+from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.log import set_library_bars
 from selection.run.products import building, code_version, file_digest, held, read_record, write_json
@@ -113,6 +116,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
     file.parent.mkdir()
     rows.to_parquet(file)
     write_json(file.with_name("dataset_info.json"), {name: {"file_name": file.name, **entry}})
+    _write_train_yaml(experiment, coreset, file.with_name("train.yaml"))
     numbers, sets = split_numbers(experiment)["train"][coreset.indices], data_sets(experiment)
     for set_name, first, count in sets:
         in_set = numbers[(numbers >= first) & (numbers < first + count)] - first
@@ -120,7 +124,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
         np.savetxt(draft / listed, in_set, "%d")
     size = f"{len(rows)} rows"
     return [
-        f"llamafactory/: {size}, --dataset {name}",
+        f"llamafactory/: {size}, for `llamafactory-cli train train.yaml` in that folder",
         f"prompt_completion.jsonl: {size} as text of template {experiment.template}"
         + (f"; {otherwise} of them the tokenizer cuts otherwise than tuning does" if otherwise else "")
         + (f"; {earlier} of them with earlier responses, which are prompt here" if earlier else ""),
@@ -141,6 +145,18 @@ def _about_the_cut(experiment: Experiment, coreset: Coreset) -> list[str]:
         f"max_length={most} where the prompt is shorter than half of that; a longer prompt, which LLaMA-Factory "
         "shortens too, TRL keeps, and less of the response is left than was scored"
     ]
+
+
+def _write_train_yaml(experiment: Experiment, coreset: Coreset, path: Path) -> None:
+    """LLaMA-Factory's own arguments, to tune the target on the coreset as finetune-select.py does, from that folder."""
+    keys = common_arguments(experiment, experiment.target_model, Path("tuned"), choose_precision(experiment.precision))
+    keys |= {"dataset_dir": ".", "dataset": coreset.name, "do_train": True, "save_strategy": "no"}
+    keys |= experiment.training | experiment.target_training
+    keys |= {} if coreset.num_train_epochs is None else {"num_train_epochs": coreset.num_train_epochs}
+    about = (
+        "# llamafactory-cli train train.yaml, in this folder; on another machine see to the model, bf16 and use_cpu.\n"
+    )
+    path.write_text(about + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def as_chat(messages: list[dict[str, str]], tools: str) -> dict[str, Any]:

@@ -113,6 +113,20 @@
   for (const id of ["search", "which", "stratum"]) byId(id).addEventListener("input", find);
   byId("previous").addEventListener("click", () => show(state.page - 1));
   byId("next").addEventListener("click", () => show(state.page + 1));
+  byId("download").addEventListener("click", () => {
+    const names = all("#table th").map((th) => th.dataset.column);
+    const lines = state.found.map((i) => `${JSON.stringify(Object.fromEntries(names.map((n) => [n, value[n](i)])))}\n`);
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
+    link.download = `${state.coreset.name}.jsonl`;
+    link.click();
+  });
+  for (const button of all("[data-copy]")) {
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(button.previousElementSibling.textContent);
+      button.textContent = "Copied";
+    });
+  }
   byId("coreset").addEventListener("change", (event) => choose(event.target.selectedIndex));
   for (const point of all("figure path:has(> title)")) {
     const row = point.textContent.match(/^row (\d+)/);

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from selection.method.staff import lowest
 from selection.report.charts import bin_edges, data_map, scatter, score_figure
 from selection.report.run_data import (
     Shown,
+    against_all,
     correlations,
     evaluations,
     interval,
@@ -23,6 +25,8 @@ from selection.report.run_data import (
     project,
     read_pool,
     read_run,
+    side_by_side,
+    transcript,
 )
 from selection.rows.conversation import as_messages
 from selection.rows.cut import cut_rows
@@ -36,8 +40,16 @@ from selection.run.yaml_file import to_yaml
 
 MOST_ROWS = 20_000  # in the table
 MOST_POINTS = 3_000  # in a figure
+MOST_CLUSTERED = 1_000  # rows whose features are clustered
 MOST_TEXT = 16_000_000  # characters of all prompts and responses; where there are more, long ones are cut
 ROWS_WITHOUT_SCRIPT = 100
+PHI = {
+    "v_lora_b": "B of a fresh LoRA on the last layer's value projection",
+    "v_weight": "the last layer's value projection",
+    "last_layer": "all weight matrices of the last layer",
+    "all_lora": "every A and B of the tuned LoRA",
+}
+MODES = {"paper": "as published", "released": "as the authors' code", "extended": "as published, with additions"}
 
 
 def write_report(experiment: Experiment) -> Path:
@@ -72,12 +84,13 @@ def render(experiment: Experiment) -> str:
     except UserError as error:
         summary, costs, no_costs = None, [], str(error)
     evaluated, unread = evaluations(experiment, [each.name for each in shown])
+    compared, answers, why_not = side_by_side(experiment, evaluated)
     folder, record = experiment.folder, experiment.record
     template, style, script = (
         Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    filters = (number, percent, shown_figure, counted, interval, format_summary, score_note, verdict)
+    filters = (number, percent, shown_figure, counted, interval, format_summary, score_note, ratios_say, verdict)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.from_string(template).render(
         style=Markup(style),
@@ -85,7 +98,8 @@ def render(experiment: Experiment) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=as_data(table, shown),
         experiment=experiment,
-        run=folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder,
+        run=(run := folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder),
+        quoted=lambda path: shlex.quote(f"{run}/{path}".rstrip("/")),
         configuration=record.read_text(encoding="utf-8") if record.exists() else to_yaml(experiment),
         version=code_version(),
         pool=read_pool(experiment),
@@ -95,16 +109,24 @@ def render(experiment: Experiment) -> str:
         unscored=int(figures["effort"].isna().sum()),
         shown=shown,
         refused=refused,
-        correlations=correlations(figures),
+        correlations=(found := correlations(figures)),
+        rank={name: number(each and each.value, 2) for name, each in found.items()},
+        phi=PHI[experiment.selection.phi],
+        modes=MODES,
+        against_all=against_all(experiment, figures, shown, sample(scored, MOST_CLUSTERED, seed)),
+        clustered=min(len(scored), MOST_CLUSTERED),
         stratified_by=first.about.get("stratified_by", "effort").replace("effort", "effort score"),
         score_figure=score_figure if len(scored) else None,
         drawn=drawn,
         counts={"target": (len(pairs), len(both)), "points": (len(points), len(scored))},
         explained=projected and projected[1],
         table=table,
+        scored_turns=bool(table["prompt"].str.contains(" (scored): ", regex=False).any()),
         static_rows=list(table.iloc[chosen_first[:ROWS_WITHOUT_SCRIPT]].itertuples()),
         evaluated=evaluated,
-        unread=unread,
+        unread=[*unread, *[why_not] * bool(why_not)],
+        compared=compared,
+        answers=answers,
         about_metrics=ABOUT,
         tuned_on={cost.what: cost.samples for cost in costs if cost.stage == TARGET_TUNING},
         costs=costs,
@@ -124,9 +146,8 @@ def table_rows(experiment: Experiment, figures: pd.DataFrame, first: Shown, seed
     table = figures.loc[lowest(order, MOST_ROWS)].sort_values("row")
     entry, texts = experiment.row_format.entry, []
     for row in rows_of(experiment, "train").select(table.index):
-        *prompt, response = as_messages(row, entry)
-        lines = [m["content"] if len(prompt) == 1 else f"{m['role']}: {m['content']}" for m in prompt]
-        texts += ["\n".join(lines), response["content"]]
+        messages = as_messages(row, entry)
+        texts += [transcript(messages), messages[-1]["content"]]
     if sum(map(len, texts)) > MOST_TEXT:
         longest = MOST_TEXT // len(texts)
         texts = [text if len(text) <= longest else f"{text[: longest - 1]}…" for text in texts]
@@ -170,6 +191,16 @@ def score_note(shown: Shown) -> str:
     if beyond := int((score > top + 1e-9 * (top - before)).sum()):
         text += f"The last bar also holds the rows beyond it: {beyond:,}, up to a score of {number(score.max())}."
     return text
+
+
+def ratios_say(shown: Shown) -> str:
+    """Whether the V_i of the strata say anything that they would not say of a target that knows nothing."""
+    known = [s for s in shown.strata if np.isfinite(s["ratio_low"]) and s["verified"] < s["size"]]
+    apart = sum(not s["ratio_low"] <= s["null_ratio"] <= s["ratio_high"] for s in known)
+    if not known:
+        return ""
+    text = f"In {apart} of {len(known)} strata V differs from that by more than chance (95 %)"
+    return f"{text}." if apart else f"{text}: nothing can be shown that verification tells of the target."
 
 
 def counted(count: int, what: str) -> str:

@@ -1,5 +1,6 @@
 """What the report shows of a run: scores by row, coresets with their strata, correlations, a map, evaluations."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
+from scipy.stats import hypergeom
+from typing_extensions import TypedDict
 
 from selection.method.interval import ratio_interval
-from selection.report.agreement import partial_spearman, spearman
+from selection.report.agreement import correlation_interval, partial_spearman, spearman
 from selection.report.annotated import CoresetRecord, annotated
-from selection.rows.split import finished_split
+from selection.rows.conversation import as_messages
+from selection.rows.split import finished_split, rows_of
 from selection.run.config import Experiment
 from selection.run.errors import UserError
-from selection.run.metrics import Metrics, read_metrics
-from selection.run.products import checked, read_json, read_record
+from selection.run.metrics import NLL, Metrics, read_metrics
+from selection.run.products import checked, parse_json, read_json, read_record
 from selection.scores.folder import Scores, has_column, read_scores
 from selection.scores.pool import Pool, read_suspects, without
 from selection.scores.verification import Settings, cut_strata, null_ratios_of, stratified_score, verified_pairs
@@ -25,6 +29,7 @@ from selection.scores.verification import Settings, cut_strata, null_ratios_of, 
 CHOSEN, NOT_CHOSEN, HARDEST = "chosen", "not chosen", "hardest, dropped"
 STATUSES = [CHOSEN, NOT_CHOSEN, HARDEST]
 WORST = 5  # suspects of each kind that are shown
+ANSWERS = 10  # held-out rows whose answers are shown
 
 
 @dataclass
@@ -135,7 +140,32 @@ def read_pool(experiment: Experiment) -> dict[str, Any] | None:
     return about | {"suspects": len(suspects), "kinds": kinds, "gain": gain, "unread": ""}
 
 
-def correlations(figures: pd.DataFrame) -> dict[str, float | None]:
+@dataclass(frozen=True)
+class Correlation:
+    value: float
+    low: float  # of the 95 % interval, nan where it is not known
+    high: float
+    says: str
+
+
+_SAYS = {  # what a rank correlation below 0.3, below 0.7 and from there on says
+    "target": [f"the small model says {much} about the target" for much in ("little", "something", "much")],
+    "length": [f"the score is {much} length" for much in ("no measure of", "partly", "mostly")],
+}
+_SAYS["target_by_length"] = [f"{each} beyond length" for each in _SAYS["target"]]
+
+
+def _correlation(name: str, value: float, n: int) -> Correlation | None:
+    if np.isnan(value):
+        return None
+    low, high = correlation_interval(value, n, given=name == "target_by_length")
+    strength, ends = (-value, (-high, -low)) if name == "length" and value < 0 else (value, (low, high))
+    unsure = not np.isfinite(low) or (ends[0] < 0.3 and ends[1] >= 0.7)
+    says = "too few rows to tell" if unsure else _SAYS[name][(strength >= 0.3) + (strength >= 0.7)]
+    return Correlation(value, low, high, says)
+
+
+def correlations(figures: pd.DataFrame) -> dict[str, Correlation | None]:
     """Spearman's of small and target scores (`target`), the same with response length held fixed (`target_by_length`),
     and of scores and response length (`length`); None where it has no meaning."""
     scored, both = figures.dropna(subset="effort"), figures.dropna(subset=["effort", "target"])
@@ -144,24 +174,60 @@ def correlations(figures: pd.DataFrame) -> dict[str, float | None]:
         "target_by_length": partial_spearman(both["effort"], both["target"], both["length"]),
         "length": spearman(scored["effort"], scored["length"]),
     }
-    return {name: None if np.isnan(value) else value for name, value in found.items()}
+    return {name: _correlation(name, value, len(scored if name == "length" else both)) for name, value in found.items()}
+
+
+def transcript(messages: list[dict[str, str]]) -> str:
+    """A row's messages but for the last response; those that are scored beside it say so."""
+    *before, _ = messages
+    if len(before) == 1:
+        return before[0]["content"]
+    scored = {role: f"{role} (scored)" for role in ("assistant", "function")}
+    return "\n".join(f"{scored.get(m['role'], m['role'])}: {m['content']}" for m in before)
+
+
+def against_all(
+    experiment: Experiment, figures: pd.DataFrame, shown: list[Shown], rows: np.ndarray
+) -> list[dict[str, Any]]:
+    """What the coresets are made of, all rows first: name, m, quartiles of response tokens and of scores, tokens in
+    all; how many of the k-means `clusters` of the features of `rows` it has `reached`, and a random draw would."""
+    features, lines = _features(experiment, rows), []
+    if features is not None:
+        from selection.method.rules import clusters_of  # imports scikit-learn, for runs with features alone
+
+        cluster, _ = clusters_of(features, experiment.selection.seed)
+        sizes = np.bincount(cluster)
+    for name, chosen in [("all rows", np.ones(len(figures), bool)), *((each.name, each.chosen) for each in shown)]:
+        own = figures[chosen]
+        line = {"name": name, "m": len(own), "tokens": own["length"].sum() if own["length"].notna().all() else None}
+        line |= {f"{of}_quartiles": own[of].quantile([0.25, 0.5, 0.75]).tolist() for of in ("length", "effort")}
+        if features is not None:
+            none = hypergeom.pmf(0, len(rows), sizes, chosen[rows].sum())
+            line |= {"clusters": len(sizes), "reached": len(np.unique(cluster[chosen[rows]]))}
+            line["at_random"] = float((1 - none).sum())
+        lines.append(line)
+    return lines
 
 
 def project(experiment: Experiment, rows: np.ndarray) -> tuple[np.ndarray, list[float]] | None:
     """The first two principal components (n, 2) of the speculative model's features of `rows`, ascending, and their
     share of the variance. None where there are no features or fewer than three different rows."""
-    folder = experiment.small_scores
-    if len(rows) < 3 or not has_column(folder, "hidden_state"):
+    if (features := _features(experiment, rows)) is None:
         return None
     from sklearn.decomposition import PCA  # seconds to import, for runs with features alone
 
+    pca = PCA(n_components=2, svd_solver="full")
+    return pca.fit_transform(features), pca.explained_variance_ratio_.tolist()
+
+
+def _features(experiment: Experiment, rows: np.ndarray) -> np.ndarray | None:
+    folder = experiment.small_scores
+    if len(rows) < 3 or not has_column(folder, "hidden_state"):
+        return None
     parts = pa.dataset.dataset([str(path) for path in sorted(folder.glob("part-*.parquet"))], format="parquet")
     table = parts.to_table(["index", "hidden_state"], filter=pc.field("index").isin(rows.tolist())).sort_by("index")
     features = np.stack(table["hidden_state"].to_numpy()).astype(np.float64)
-    if features.shape[1] < 2 or not np.ptp(features, axis=0).any():
-        return None
-    pca = PCA(n_components=2, svd_solver="full")
-    return pca.fit_transform(features), pca.explained_variance_ratio_.tolist()
+    return features if features.shape[1] > 1 and np.ptp(features, axis=0).any() else None
 
 
 def evaluations(experiment: Experiment, first: list[str]) -> tuple[dict[str, Metrics], list[str]]:
@@ -174,6 +240,36 @@ def evaluations(experiment: Experiment, first: list[str]) -> tuple[dict[str, Met
         except UserError as error:
             unread.append(f"The evaluation of {name} is not shown: {error}")
     return found, unread
+
+
+class _Answer(TypedDict):
+    predict: str
+    label: str
+
+
+def side_by_side(experiment: Experiment, evaluated: dict[str, Metrics]) -> tuple[list[str], list[dict[str, Any]], str]:
+    """Two evaluated targets, of one rate where there are such; the first held-out rows with prompt, reference and
+    both's `answers` (text, nll or None); and why they cannot be shown, where that is so."""
+    files = {name: experiment.folder / "eval" / name / "predictions.jsonl" for name in evaluated}
+    first, *others = [name for name, path in files.items() if path.exists()] or [""]
+    if not others:
+        return [], [], ""
+    names = [first, min(others, key=lambda name: name.rpartition("-")[2] != first.rpartition("-")[2])]
+    rows, answers = rows_of(experiment, "eval"), []
+    try:
+        for name in names:
+            with files[name].open(encoding="utf-8") as file:
+                lines = [parse_json(line) for line in itertools.islice(file, min(ANSWERS, len(rows)))]
+            answers.append(checked(list[_Answer], lines, files[name]))
+    except (OSError, ValueError, RecursionError, UserError) as error:
+        return [], [], f"The answers of {name} are not shown: {error}"
+    losses = [[*evaluated[name].get("by_sample", {}).get(NLL, []), *[None] * ANSWERS] for name in names]
+    shown = []
+    for number, pair in enumerate(zip(*answers, strict=False)):  # one of them may be shorter
+        own = [(each["predict"], loss[number]) for each, loss in zip(pair, losses, strict=True)]
+        prompt = transcript(as_messages(rows[number], experiment.row_format.entry))
+        shown.append({"prompt": prompt, "reference": pair[0]["label"], "answers": own})
+    return names, shown, ""
 
 
 def number(value: float | None, digits: int = 4) -> str:
