@@ -14,7 +14,7 @@ from selection.run.config import load_experiment
 from selection.run.yaml_file import read_yaml
 from selection.scores.folder import Scores
 
-METHODS = ["full", "random", "length", "grand", "ccs", "d2", "staff", "staff_ifd", "s2l", "staff_direct"]
+METHODS = ["full", "random", "grand", "ccs", "staff", "staff_ifd", "s2l", "staff_direct"]
 
 
 def reproduce(folder) -> str:
@@ -46,10 +46,10 @@ def test_the_grid_has_every_method_with_its_figures_and_costs(results):
             assert by_sample.mean(axis=1).tolist() == pytest.approx(table[metric].tolist(), abs=1e-3)
     assert table.sacrebleu.between(0, 100).all() and (table.tuning_flops > 0).all() and (table.num_rows == 50).all()
     assert (table["size"] == table.method.map({"full": 50}).fillna(15)).all()
-    free = table.method.isin(["full", "random", "length"])
+    free = table.method.isin(["full", "random"])
     assert ((table.selection_flops == 0) == free).all() and ((table.selection_tokens == 0) == free).all()
     flops = table.set_index("method").selection_flops
-    assert flops[["grand", "ccs", "d2"]].nunique() == 1
+    assert flops[["grand", "ccs"]].nunique() == 1
     assert flops.staff not in (0, flops.grand) and flops.s2l not in (0, flops.staff)
     assert flops.staff_direct < flops.staff  # one pass of the target, and nothing is tuned
     assert flops.staff_ifd == pytest.approx(flops.staff, rel=0.02)  # other rows are verified
@@ -73,7 +73,7 @@ def test_a_grid_that_was_stopped_makes_what_is_missing_and_nothing_else(results)
 
 def test_the_grid_becomes_a_table(results):
     shown = run_script("scripts/paper/tables.py", results / "results").stdout
-    for name in ("Full data", "Random", "Length", "GraNd", "CCS", "D2 Pruning", "STAFF"):
+    for name in ("Full data", "Random", "GraNd", "CCS", "STAFF"):
         assert f"\n| {name} |" in shown
 
 
