@@ -150,13 +150,13 @@ def choose_models(target: str, small: str | None = None, template: str | None = 
         raise UserError(f"--target: {known.why}: give --template, {how}")
     say(f"target: {known.target}" + (f", of the family {known.family} {known.why}" if known.family else ""))
     if direct:
-        small, found = known.target, "as speculation is direct"
+        small, found = known.target, "the target itself, as speculation is direct"
     elif small is not None:
         small, found = str(local_folder(small) or small), "as given"
         model_path(small)
     else:
         small, found = _sibling(known)
-    say(f"small model: {small or 'none'}, {found}; --small M for another")
+    say(f"small model: {small or 'none'}, {found}" + ("" if direct else "; --small M for another"))
     source = "the family's" if known.family else known.why
     template, source = (known.template, source) if template in (None, known.template) else (template, "as given")
     say(f"template: {template}, {source}; --template T for another")
@@ -243,7 +243,8 @@ def choose_strata(settings: dict[str, Any], train: int) -> None:
     published = Selection()
     chosen = strata_for(train, published)
     k, b = settings.setdefault("num_strata", chosen[0]), settings.setdefault("verify_per_stratum", chosen[1])
-    why = {chosen: f"lowered for {train:,} training rows, so that the target scores at most a fifth of them"}
+    most = "" if settings.get("speculation") == "direct" else ", so that the target scores at most a fifth of them"
+    why = {chosen: f"lowered for {train:,} training rows{most}"}
     why |= {(published.num_strata, published.verify_per_stratum): "as published"}
     why = why.get((k, b), "as given")
     say(f"strata: K = {k}, b_v = {b} rows of each verified, {why}; --set selection.num_strata=K for others")

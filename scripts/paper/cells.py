@@ -346,7 +346,7 @@ def stage_flops(cost: ledger.Cost, experiment: Experiment, sizes: tuple[int, int
         scoring = ledger.scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
         return scoring + ledger.forward_flops(cost.parameters, cost.more_tokens)
     small = cost.stage == ledger.SPECULATIVE_TUNING
-    keys = experiment.training | (experiment.small_training if small else experiment.target_training)
+    keys = experiment.training | (experiment.speculative_training if small else experiment.target_training)
     lora = keys.get("finetuning_type", "lora") == "lora"
     checkpointing = not keys.get("disable_gradient_checkpointing", False)
     return ledger.tuning_flops(sizes[0] if small else sizes[1], cost.tokens, lora, checkpointing)
