@@ -198,8 +198,9 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
     of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"}}
     settings = experiment.model_dump(exclude=no_matter | of_a_cell)
     later = {"speculation": "published"} | LATER  # keys that came later count where they are given
-    evaluation = settings["evaluation"], {"generate": True}
-    for values, published in ((settings, {"eval_data": None}), (settings["selection"], later), evaluation):
+    data, evaluation = {"eval_data": None, "split": "llama_factory", "skip_bad_rows": False}, {"generate": True}
+    each = (settings, data), (settings["selection"], later), (settings["evaluation"], evaluation)
+    for values, published in each:
         for key in [key for key, value in published.items() if values[key] == value]:
             del values[key]
     settings = json.dumps(settings, sort_keys=True)
