@@ -110,7 +110,8 @@ def start(
     for each, (form, *_) in zip(sets if len(sets) > 1 else [values], read, strict=True):
         each |= {"dataset_format": form.model_dump(exclude_unset=True)} if described is None else {}
     num_rows = sum(rows - len(unusable) for _, rows, unusable in read)
-    train, settings = num_rows - math.ceil(num_rows * experiment.eval_size), values["selection"]
+    held_out = 0 if experiment.eval_set else math.ceil(num_rows * experiment.eval_size)
+    train, settings = num_rows - held_out, values["selection"]
     choose_strata(settings, train)
     every = rates or experiment.selection.rates
     kept = settings["rates"] = rates or [rate for rate in every if floor_share(rate, train)] or every
