@@ -83,7 +83,8 @@ def start(
             raise UserError(f"--set {text}: give {option} instead")
         override(given, text)
     data = [data_file(path) for path in data]
-    direct = given.get("selection", {}).get("speculation") == "direct"
+    settings = given.get("selection")
+    direct = isinstance(settings, dict) and settings.get("speculation") == "direct"
     if direct and small:
         raise UserError("--small: speculation direct has no small model: leave one of the two out")
     pair = choose_models(target, small, template, direct)
