@@ -31,7 +31,7 @@ def main() -> None:
         stage, model, folder = SPECULATIVE_TUNING, experiment.small_model, experiment.tuned_small
     else:
         stage, model, folder = TARGET_TUNING, experiment.target_model, experiment.tuned_target("full")
-    keys = experiment.small_training if small else experiment.target_training
+    keys = experiment.speculative_training if small else experiment.target_training
     if folder is None:
         tell("speculative tuning: none, scores come from an untuned model")
         return

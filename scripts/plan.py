@@ -110,7 +110,7 @@ def tuning_keys(experiment: Experiment, model: str) -> dict[str, Any]:
 
     Raises: UserError where tuning is not some epochs of LoRA or full tuning."""
     keys = {"finetuning_type": "lora", "num_train_epochs": 3, "disable_gradient_checkpointing": False}
-    keys |= experiment.training | (experiment.small_training if model == "small" else experiment.target_training)
+    keys |= experiment.training | (experiment.speculative_training if model == "small" else experiment.target_training)
     if keys.get("max_steps", -1) > 0:
         raise UserError("training key max_steps makes a run equally long on any coreset: remove it")
     if keys["finetuning_type"] not in ("lora", "full"):

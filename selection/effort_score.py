@@ -50,7 +50,7 @@ def main() -> None:
         how = f"finetune.py --model {arguments.model} with this configuration"
         raise UserError(f"the {arguments.model} model is not tuned yet (no {tuned}): run {how}")
     if "loss_by_pass" in columns and ready and not borrows:
-        passes_of(tuned, experiment.passes(experiment.small_training))
+        passes_of(tuned, experiment.passes(experiment.speculative_training))
     if not dry_run and not folder.exists():
         check_machine(experiment)
         check_models(experiment)

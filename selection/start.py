@@ -83,7 +83,8 @@ def start(
             raise UserError(f"--set {text}: give {option} instead")
         override(given, text)
     data = [data_file(path) for path in data]
-    direct = given.get("selection", {}).get("speculation") == "direct"
+    settings = given.get("selection")
+    direct = isinstance(settings, dict) and settings.get("speculation") == "direct"
     if direct and small:
         raise UserError("--small: speculation direct has no small model: leave one of the two out")
     pair = choose_models(target, small, template, direct)
@@ -110,7 +111,8 @@ def start(
     for each, (form, *_) in zip(sets if len(sets) > 1 else [values], read, strict=True):
         each |= {"dataset_format": form.model_dump(exclude_unset=True)} if described is None else {}
     num_rows = sum(rows - len(unusable) for _, rows, unusable in read)
-    train, settings = num_rows - math.ceil(num_rows * experiment.eval_size), values["selection"]
+    held_out = 0 if experiment.eval_set else math.ceil(num_rows * experiment.eval_size)
+    train, settings = num_rows - held_out, values["selection"]
     choose_strata(settings, train)
     every = rates or experiment.selection.rates
     kept = settings["rates"] = rates or [rate for rate in every if floor_share(rate, train)] or every
@@ -150,13 +152,13 @@ def choose_models(target: str, small: str | None = None, template: str | None = 
         raise UserError(f"--target: {known.why}: give --template, {how}")
     say(f"target: {known.target}" + (f", of the family {known.family} {known.why}" if known.family else ""))
     if direct:
-        small, found = known.target, "as speculation is direct"
+        small, found = known.target, "the target itself, as speculation is direct"
     elif small is not None:
         small, found = str(local_folder(small) or small), "as given"
         model_path(small)
     else:
         small, found = _sibling(known)
-    say(f"small model: {small or 'none'}, {found}; --small M for another")
+    say(f"small model: {small or 'none'}, {found}" + ("" if direct else "; --small M for another"))
     source = "the family's" if known.family else known.why
     template, source = (known.template, source) if template in (None, known.template) else (template, "as given")
     say(f"template: {template}, {source}; --template T for another")
@@ -243,7 +245,8 @@ def choose_strata(settings: dict[str, Any], train: int) -> None:
     published = Selection()
     chosen = strata_for(train, published)
     k, b = settings.setdefault("num_strata", chosen[0]), settings.setdefault("verify_per_stratum", chosen[1])
-    why = {chosen: f"lowered for {train:,} training rows, so that the target scores at most a fifth of them"}
+    most = "" if settings.get("speculation") == "direct" else ", so that the target scores at most a fifth of them"
+    why = {chosen: f"lowered for {train:,} training rows{most}"}
     why |= {(published.num_strata, published.verify_per_stratum): "as published"}
     why = why.get((k, b), "as given")
     say(f"strata: K = {k}, b_v = {b} rows of each verified, {why}; --set selection.num_strata=K for others")

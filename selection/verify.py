@@ -34,6 +34,7 @@ def main() -> None:
     if arguments.dry_run and (split is None or not _is_scored(experiment)):
         most = f"at most {settings.num_strata} x {settings.verify_per_stratum} rows"
         most = most if settings.verify == "sampled" else "every row"
+        most = "no more rows" if experiment.direct else most
         print(f"{VERIFICATION}: would score {most} on {experiment.target_model} -> {folder}")
         return
     check_run(experiment, split)
@@ -57,7 +58,8 @@ def main() -> None:
     write_verification(experiment.verification, settings, scores, records, target)
     ratios = [r.verification_ratio for r in records if r.verification_ratio is not None]
     between = f"V between {min(ratios, default=1):.3f} and {max(ratios, default=1):.3f}"
-    scored = f"{len(records)} strata, {len(rows)} of {len(speculative)} samples scored on the target"
+    count = "all" if experiment.direct else len(rows)
+    scored = f"{len(records)} strata, {count} of {len(speculative)} samples scored on the target"
     print(f"{scored}, {between} -> {experiment.verification}")
 
 

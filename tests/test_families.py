@@ -229,7 +229,9 @@ def test_direct_speculation_cuts_no_small_model(begin, tiny_model, capsys):
     direct = ["selection.mode=extended", "selection.speculation=direct"]
     path, cut = begin(overrides=direct)
     assert cut == [] and load_experiment(path).small_model == str(tiny_model)
-    assert f"small model: {tiny_model}, as speculation is direct" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"small model: {tiny_model}, the target itself, as speculation is direct\n" in said
+    assert "at most a fifth" not in said  # it scores all
     with pytest.raises(UserError, match="--small: speculation direct has no small model"):
         begin(small=str(tiny_model), overrides=direct)
 
@@ -268,6 +270,7 @@ def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_pat
     Dataset.from_dict({"prompt": ["a"]}).save_to_disk(saved := tmp_path / "saved")
     for changes, said in (
         ({"overrides": ["template=qwen"]}, "--template"),
+        ({"overrides": ["selection=5"]}, "key selection: "),
         ({"data": [REPOSITORY / "data" / "none.jsonl"]}, "none.jsonl: no such file"),
         ({"data": [Path("me/rows.v2")]}, "load_dataset('me/rows.v2', split='train').to_json('my.jsonl')"),
         ({"data": [tmp_path]}, f"{tmp_path} is a folder: give one or more of its files (my.jsonl)"),

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -115,18 +116,24 @@ def mixed(*values: object) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        *(("d.jsonl", each, "cannot read rows from|line 1: no JSON") for each in (b"", b"[]", b"{", b"\0\xff")),
         ("d.csv", b"instruction,output,id\na,b,c\nd,e,\0\n", "holds a NUL byte"),
         ("d.txt", b"a", "a data set is a .json, .jsonl, .csv, .parquet file"),
         ("d.jsonl", b'{"instruction": "a"}', r"row 0 of the data set has no column 'output' \(it has instruction"),
         ("d.json", codecs.BOM_UTF16_BE + b"\0a", "is written in UTF-16: save it as UTF-8"),
+        *((name, content, r"d\.\w+ has no rows") for content in (b"", b"\n") for name in ("d.jsonl", "d.csv")),
+        ("d.json", b"[]", "has no rows"),
+        ("d.csv", b"instruction,output\n", "has no rows"),
+        ("d.parquet", b"", "has no rows"),
+        ("d.csv", b'instruction,output\na,"b\n', "cannot read rows from .*EOF inside string"),
         ("d.jsonl", mixed(0, "unknown", 1), "column output is text in row 1 and is none in row 0: write all of it as"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(tmp_path, name, content, said):
+def test_a_file_that_cannot_be_used_is_named_by_us_alone(tmp_path, name, content, said, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said), reading_rows(tmp_path / name, TWO_COLUMNS):
         pass
+    assert not caplog.records
 
 
 def test_a_response_that_is_all_cut_off_is_named(make_experiment, rows):

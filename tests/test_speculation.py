@@ -89,7 +89,10 @@ def test_ways_other_than_the_published_are_refused_outside_of_mode_extended_and_
         with pytest.raises(UserError, match=r"selection\.speculation.*give selection\.mode extended"):
             load_experiment(make_experiment(rows), [f"selection.speculation={value}"])
         given = load_experiment(make_experiment(rows), ["selection.mode=extended", f"selection.speculation={value}"])
-        assert load_experiment(make_experiment(rows, **given.model_dump())) == given  # as a run folder keeps it
+        kept = make_experiment(rows, **given.model_dump())  # as a run folder keeps it
+        assert load_experiment(kept) == given and not (value in ("untuned", "direct") and given.tuned_small)
+        again = load_experiment(kept, ["selection.speculation=published"])
+        assert again.speculative_training == load_experiment(make_experiment(rows)).small_training
     for value, said in {"tuned": "tuned", "{share: 2}": "share", "{passes: 1}": "share"}.items():
         with pytest.raises(UserError, match=rf"selection\.speculation.*{said}"):
             load_experiment(make_experiment(rows), ["selection.mode=extended", f"selection.speculation={value}"])

@@ -2,8 +2,8 @@
 
     python scripts/paper/ablations.py runs/smollm2_go_biology --out data/results/ablations
 
-Needs a run folder whose target has scored every row (selection.verify: all, or speculation: direct beside it). Writes
-verification.csv and verification.md to --out. No model is loaded.
+Needs a run folder whose target has scored every row (selection.verify: all). Writes verification.csv and
+verification.md to --out. No model is loaded.
 """
 
 import sys

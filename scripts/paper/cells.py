@@ -198,8 +198,9 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
     of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"}}
     settings = experiment.model_dump(exclude=no_matter | of_a_cell)
     later = {"speculation": "published"} | LATER  # keys that came later count where they are given
-    evaluation = settings["evaluation"], {"generate": True}
-    for values, published in ((settings, {"eval_data": None}), (settings["selection"], later), evaluation):
+    data, evaluation = {"eval_data": None, "split": "llama_factory", "skip_bad_rows": False}, {"generate": True}
+    each = (settings, data), (settings["selection"], later), (settings["evaluation"], evaluation)
+    for values, published in each:
         for key in [key for key, value in published.items() if values[key] == value]:
             del values[key]
     settings = json.dumps(settings, sort_keys=True)
@@ -346,7 +347,7 @@ def stage_flops(cost: ledger.Cost, experiment: Experiment, sizes: tuple[int, int
         scoring = ledger.scoring_flops(cost.parameters, cost.tokens, experiment.selection.phi)
         return scoring + ledger.forward_flops(cost.parameters, cost.more_tokens)
     small = cost.stage == ledger.SPECULATIVE_TUNING
-    keys = experiment.training | (experiment.small_training if small else experiment.target_training)
+    keys = experiment.training | (experiment.speculative_training if small else experiment.target_training)
     lora = keys.get("finetuning_type", "lora") == "lora"
     checkpointing = not keys.get("disable_gradient_checkpointing", False)
     return ledger.tuning_flops(sizes[0] if small else sizes[1], cost.tokens, lora, checkpointing)

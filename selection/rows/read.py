@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import glob
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,9 @@ from selection.run.log import say, set_library_bars
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _TEXT_TYPES = ("string", "large_string", "string_view", "null")
+_NO_ROWS = (  # what the readers say of a file without a row
+    "corresponds to no data", "No columns to parse", "at least one example", "file size is 0 bytes"
+)  # fmt: skip
 _NAMED = 10  # unusable rows of a file that are named in a message
 _DEEPEST = 200  # values inside of values
 _JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
@@ -91,6 +95,7 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
     elif kind == "csv":
         options = {"keep_default_na": False}  # or pandas takes the words null, NA and None for nothing
     set_library_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it says its errors and raises them
     with tempfile.TemporaryDirectory() as cache:
         options |= {"data_files": glob.escape(str(path)), "split": "train", "cache_dir": cache}
         try:
@@ -105,6 +110,8 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
             rows.data.validate(full=True)  # finds text that is no UTF-8
         except Exception as error:  # each reader raises its own kinds
             said = (_mixed_column(path) if kind == "json" else None) or error.__cause__ or error
+            if any(text in str(said) for text in _NO_ROWS):
+                raise UserError(f"{path} has no rows") from None
             raise UserError(f"cannot read rows from {path}: {said}") from None
         yield _with_messages(rows, Path(cache))
 

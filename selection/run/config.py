@@ -85,8 +85,8 @@ class Selection(Section):
     length_control: Literal["none", "residual"] = "none"
     # How every row comes by its score. published: the small model is tuned on the whole training split and scores it;
     # share and passes: tuned on a part of it; untuned: not at all; direct: no small model, the untuned target scores
-    # every row, so that V_i is 1 and nothing is left to verify. They set small_training.num_train_epochs, direct also
-    # small_model. (paper: published)
+    # every row, so that V_i is 1 and nothing is left to verify. They go before small_training.num_train_epochs, direct
+    # sets small_model. (paper: published)
     speculation: Annotated[
         Annotated[Literal["published", "untuned", "direct"], Tag("(name)")] | Annotated[Share, Tag("(share)")],
         Discriminator(lambda value: "(share)" if isinstance(value, dict | Share) else "(name)"),
@@ -264,25 +264,22 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _speculate(self) -> "Experiment":
-        by = self.selection.speculation
-        if by != "published":
-            self.small_training = self.small_training | {"num_train_epochs": getattr(by, "passes", 0)}
-        if by == "direct":
+        if self.direct:
             self.small_model = self.target_model
         return self
 
     @model_validator(mode="after")
     def _check_rules(self) -> "Experiment":
-        keys, later = self.training | self.small_training, {"davir", "s2l", "learning_percentage"}
+        keys, later = self.training | self.speculative_training, {"davir", "s2l", "learning_percentage"}
         by = self.selection.hardest_by
         for method in [*self.selection.methods, *["ifd"] * (by != "effort")]:
             if method == "rds":
                 raise ValueError("rds chooses by a file of its own: call coreset.py with --method rds --dev FILE")
             if method in {"ifd", "middle", *later} and keys.get("finetuning_type", "lora") != "lora":
                 raise ValueError(f"{method} reads losses with and without the tuned LoRA: finetuning_type must be lora")
-            if method in SMALL_RULES and self.selection.rules == "released" and self.passes(self.small_training):
+            if method in SMALL_RULES and self.selection.rules == "released" and self.passes(self.speculative_training):
                 raise ValueError(f"{method} reads the tuned small model, which mode released resets: give mode paper")
-            if method in later and not self.passes(self.small_training):
+            if method in later and not self.passes(self.speculative_training):
                 raise ValueError(f"{method} reads what tuning changes: small_training.num_train_epochs must be above 0")
         return self
 
@@ -323,7 +320,13 @@ class Experiment(Section):
 
     @property
     def tuned_small(self) -> Path | None:  # None: it scores untuned
-        return self.speculative_folder / "small" if self.passes(self.small_training) else None
+        return self.speculative_folder / "small" if self.passes(self.speculative_training) else None
+
+    @property
+    def speculative_training(self) -> dict[str, Any]:
+        """`small_training` with the passes that `selection.speculation` sets."""
+        by = self.selection.speculation
+        return self.small_training | ({} if by == "published" else {"num_train_epochs": getattr(by, "passes", 0)})
 
     @property
     def speculative_share(self) -> float:

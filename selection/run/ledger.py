@@ -140,7 +140,7 @@ def _full_tuning(experiment: Experiment) -> tuple[float | None, str]:
         return full[0].seconds, "measured"
     target, verified = [c for c in ours if c.stage == TARGET_TUNING], _last(ours, VERIFICATION)
     small, scored = _last(theirs, SPECULATIVE_TUNING), _scoring(theirs, SPECULATIVE_SCORES)
-    passes, target_passes = map(experiment.passes, (experiment.small_training, experiment.target_training))
+    passes, target_passes = map(experiment.passes, (experiment.speculative_training, experiment.target_training))
     passes *= experiment.speculative_share
     tokens = small[0].tokens / passes if small and passes else sum(c.tokens for c in scored)  # of one pass
     if tokens and target:

@@ -33,7 +33,7 @@ def check_models(experiment: Experiment, to_be_cut: bool = False) -> None:
     settings, tuned = experiment.selection, experiment.tuned_small is not None
     trainings = {experiment.target_model: experiment.training | experiment.target_training}
     if not experiment.borrows and not to_be_cut:
-        keys = experiment.training | experiment.small_training if tuned else {"finetuning_type": None}
+        keys = experiment.training | experiment.speculative_training if tuned else {"finetuning_type": None}
         trainings = {experiment.small_model: keys} | trainings
     for model, keys in trainings.items():  # the small one first
         try:

@@ -161,7 +161,7 @@ def _products(experiment: Experiment, split: TrainingSplit | None, data: str | N
     """Of each finished product: its path, what it was made from, and what it has to be made from."""
     small = experiment.tuned_small
     if small and small.exists():
-        wanted = _wanted_tuning(experiment, experiment.small_model, experiment.small_training)
+        wanted = _wanted_tuning(experiment, experiment.small_model, experiment.speculative_training)
         if split:
             wanted["rows"] = digest_of_ids(split.ids[row] for row in speculative_rows(experiment, len(split.ids)))
         record, keys = read_record(small / "made_from.json"), wanted.pop("keys")

@@ -134,7 +134,7 @@ def _load_scorer(job: _Job, cost: Cost) -> EffortScorer:
     with refusals():
         if not set(columns) & set(LOSSES):
             return EffortScorer(loaded, *phi, columns=columns)
-        count = job.experiment.passes(job.experiment.small_training)
+        count = job.experiment.passes(job.experiment.speculative_training)
         passes = passes_of(job.tuned, count) if "loss_by_pass" in columns else []
         around = empty_turn(job.experiment, job.model)
         return LossScorer(loaded, *phi, columns=columns, around=around, passes=passes)
