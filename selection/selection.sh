@@ -82,7 +82,8 @@ if [ "$dry" ]; then
     run python "$repository/scripts/plan.py" --config_path "$config" "$@"
     exit
 fi
-stage finetune/finetune.py selection/effort_score.py selection/verify.py --config_path "$config" "$@"
+stage finetune/finetune.py --config_path "$config" "$@" # alone: its keys, such as tf32, may change a whole process
+stage selection/effort_score.py selection/verify.py --config_path "$config" "$@"
 run python "$here/coreset.py" --config_path "$config" "$@" > "$scratch/coresets"
 cat "$scratch/coresets"
 if [ "${REPORT:-now}" = now ]; then # REPORT=later: what runs after this makes it, and says the costs

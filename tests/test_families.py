@@ -361,8 +361,9 @@ def test_selection_sh_starts_cuts_and_goes_on_and_says_the_next_commands(selecti
     (start, draft, *calls), said = selection_sh("--target", "T", "--data", "my.jsonl", "--set", "seed=1")
     assert start.startswith("start.py --answer ") and start.endswith(" --target T --data my.jsonl --set seed=1")
     assert draft == "make_draft.py --config_path my.yaml --target T --out D"
-    together = f"launch.py {' '.join(STAGES[:3])}", "coreset.py", "launch.py costs.py report.py"
-    assert calls == [f"{call} --config_path my.yaml" for call in together]
+    processes = ["launch.py finetune.py", "launch.py effort_score.py verify.py", "coreset.py"]
+    processes.append("launch.py costs.py report.py")
+    assert calls == [f"{call} --config_path my.yaml" for call in processes]
     tune, export = (shlex.split(line) for line in said.splitlines())
     coreset = tmp_path / "my run" / "coresets" / "staff-0.5.json"
     assert tune[3:] == ["--config_path", "my.yaml", "--select_path", str(coreset)]

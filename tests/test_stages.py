@@ -322,10 +322,11 @@ def test_evaluation_takes_the_keys_of_the_model_and_not_those_of_training(load, 
 
 
 def test_stages_in_one_process_make_what_each_makes_in_its_own(make_experiment, rows, tmp_path):
-    stages = [REPOSITORY / f"{name}.py" for name in ("finetune/finetune", "selection/effort_score", "selection/verify")]
+    stages = [REPOSITORY / "selection" / f"{name}.py" for name in ("effort_score", "verify")]
     config, made = make_experiment(rows), []
     for folder in ("together", "apart"):
         at = ("--config_path", config, "--set", f"output_dir={tmp_path / folder}")
+        run_script("scripts/launch.py", REPOSITORY / "finetune" / "finetune.py", *at)
         for group in [stages] if folder == "together" else [[stage] for stage in stages]:
             run_script("scripts/launch.py", *group, *at)
         run = load_experiment(config, [f"output_dir={tmp_path / folder}"])
