@@ -41,7 +41,7 @@ from selection.rows.tokens import empty_turn, tokenised_rows, tokenised_split
 from selection.run.config import Method, load_experiment
 from selection.run.metrics import read_metrics
 from selection.scores import suspects as pool_suspects
-from selection.scores.coresets import read_coreset
+from selection.scores.coresets import check_fits, read_coreset
 from selection.scores.pool import read_suspects
 from selection.scores.row_figures import load_row_scorer, row_figures
 from selection.scores.suspects import find_suspects
@@ -271,6 +271,20 @@ def test_what_selection_can_gain_is_what_was_measured():
         assert figure and figure.group() in measured, text
     assert "few rows" in pool_suspects.possible_gain({"stock answer": 4, "listed": 90}, 100)
     assert "30% of the rows: stock answer" in pool_suspects.possible_gain({"stock answer": 30, "cut off": 29}, 100)
+
+
+def test_committed_coresets_choose_among_the_rows_that_pools_makes(tmp_path):
+    data, other = (REPOSITORY / "data" / f"{name}.jsonl" for name in ("go_biology", "kazakh_english"))
+    run_script("scripts/paper/pools.py", data, "--other", other, "--out", tmp_path, "--seeds", 1)
+    files = {"dataset": tmp_path / "seed-1" / "clean.jsonl", "eval_data": tmp_path / "held_out.jsonl"}
+    changes = [f"{key}={json.dumps(str(path))}" for key, path in (files | {"output_dir": tmp_path / "run"}).items()]
+    split = training_split(load_experiment(REPOSITORY / "configs" / "pools" / "go_biology.yaml", changes))
+    paths = list((REPOSITORY / "selection" / "selected_data" / "go_biology").glob("*/*.json"))
+    assert len(paths) == 9 * 5 * 3
+    for path in paths:
+        coreset = read_coreset(path)
+        check_fits(coreset, split.ids, split.fingerprint, str(path))
+        assert len(coreset.indices) == int(1000 * float(path.stem.rpartition("-")[2]))
 
 
 def test_readme_has_the_figures_of_the_pools():
