@@ -145,6 +145,19 @@ def make_experiment(tiny_model, tmp_path):
     return make
 
 
+@pytest.fixture
+def other_target(tiny_model, tmp_path) -> str:
+    """The tiny model with other random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "other-target"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "made_from*", "checksums*"))
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
+    return str(folder)
+
+
 def biology(count: int) -> list[dict]:
     lines = (REPOSITORY / "data" / "go_biology.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]

@@ -1,12 +1,8 @@
 """selection.speculation: each way to come by scores does what it says, is paid for, and changes nothing else."""
 
-import shutil
-
 import numpy as np
 import pytest
-import torch
 from conftest import run_main
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.plan import SPECULATIONS
 from selection.method.staff import choose_staff, coreset_size, stratify
@@ -24,22 +20,12 @@ BASE = {"rates": [0.5], "num_strata": 4, "verify_per_stratum": 2, "precision": "
 
 
 @pytest.fixture
-def target(tiny_model, tmp_path) -> str:
-    """The tiny model with other random weights."""
-    folder = tmp_path / "target-model"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "made_from*", "checksums*"))
-    torch.manual_seed(1)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def run(make_experiment, rows, target, tmp_path):
+def run(make_experiment, rows, other_target, tmp_path):
     """Runs all stages under a `speculation`; gives the experiment."""
 
     def run(name: str, speculation, **changes):
         selection = BASE | {"mode": "extended", "speculation": speculation}
-        keys = {"target_model": target, "selection": selection, "small_training": {"num_train_epochs": 2}}
+        keys = {"target_model": other_target, "selection": selection, "small_training": {"num_train_epochs": 2}}
         path = make_experiment(rows, name, **keys | {"output_dir": str(tmp_path / name)} | changes)
         for stage in STAGES:
             run_main(stage, "--config_path", path)

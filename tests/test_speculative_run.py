@@ -1,11 +1,6 @@
 """Several targets on one run's speculative scores: nothing is made twice, the choice is the same, the cost shared."""
 
-import shutil
-
-import pytest
-import torch
 from conftest import everything_in
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from selection.run import ledger
 from selection.run.config import load_experiment
@@ -14,16 +9,6 @@ from selection.run.products import read_json, read_sealed, write_sealed
 
 STAGES = ("finetune.finetune", "selection.effort_score", "selection.verify", "selection.coreset")
 UNTUNED = {"num_train_epochs": 0}
-
-
-@pytest.fixture
-def other_target(tiny_model, tmp_path) -> str:
-    """The tiny model with other random weights."""
-    folder = tmp_path / "other-target"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "made_from*", "checksums*"))
-    torch.manual_seed(1)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
-    return str(folder)
 
 
 def test_a_second_target_on_the_first_ones_scores_chooses_what_its_own_would_and_they_share_the_cost(
