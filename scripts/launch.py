@@ -1,25 +1,32 @@
-"""Run stages on all visible GPUs: by torchrun with one process each, or all of them here where there is one or none.
+"""Run stages, one after the other: those that pass over rows by torchrun where there are several GPUs, a process each.
 
-    python scripts/launch.py selection/effort_score.py selection/verify.py --config_path configs/demo.yaml
+    python scripts/launch.py finetune/finetune.py selection/effort_score.py --config_path configs/demo.yaml
 
 Needs what the stages need. NPROC=N asks for N processes. Ends as the stage ended: torchrun alone ends with 1.
+Every stage has a process of its own, as its keys (tf32, compilation) may change a whole process. Without a GPU that
+is a fork of this one, which has imported the libraries once.
 """
 
 import argparse
 import contextlib
 import gc
+import importlib
 import itertools
 import os
 import runpy
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-from selection.run.ending import Interrupted, end_on_signals, run_stage
+from selection.run.ending import Interrupted, end_on_signals, interrupt, on_signals, run_stage
 
 from selection.run.cli import argument_parser
 from selection.run.errors import UserError
 from selection.run.processes import visible_gpus
+
+_ONE_PROCESS = ("coreset.py", "costs.py", "report.py")  # they read and write, and pass over no rows
 
 
 def main() -> None:
@@ -33,11 +40,45 @@ def main() -> None:
     if asked and not (asked.isdigit() and int(asked)):
         raise UserError(f"NPROC={asked}: give the number of processes")
     count = int(asked or len(visible_gpus()))
+    if count <= 1 and len(stages) > 1 and sys.platform == "linux" and not visible_gpus():  # a fork cannot share CUDA
+        _import_libraries()
     for stage in stages:
-        if count > 1:
-            _run_many(count, [stage, *arguments])
+        if count > 1 and Path(stage).name not in _ONE_PROCESS:
+            _in_a_child(lambda stage=stage: _run_many(count, [stage, *arguments]))
         else:
-            _run_here(stage, arguments)
+            _in_a_child(lambda stage=stage: _run_here(stage, arguments))
+
+
+def _import_libraries() -> None:
+    from selection.rows.llama_factory import import_llama_factory
+
+    import_llama_factory()
+    importlib.import_module("llamafactory.train.sft.workflow")
+    importlib.import_module("sklearn.cluster")  # of the report
+    gc.freeze()  # a child looks through its own objects alone
+
+
+def _in_a_child(run: Callable[[], None]) -> None:
+    """Run it in a fork that ends as a script ends. A signal reaches the child; its exit code ends this process too."""
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until it is known whom to hand them to
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        run()
+        sys.exit()
+
+    def hand_on(number: int, frame) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    on_signals(hand_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    on_signals(interrupt)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def _run_here(stage: str, arguments: list[str]) -> None:
@@ -46,9 +87,6 @@ def _run_here(stage: str, arguments: list[str]) -> None:
         Path("/proc/self/clear_refs").write_text("5")
     sys.argv, sys.path[0] = [stage, *arguments], str(Path(stage).resolve().parent)
     runpy.run_path(stage, run_name="__main__")
-    gc.collect()  # its models
-    if torch := sys.modules.get("torch"):
-        torch.cuda.empty_cache()
 
 
 def _run_many(count: int, command: list[str]) -> None:

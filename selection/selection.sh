@@ -74,23 +74,21 @@ elif [ ${#configs[@]} -eq 0 ]; then
 else
     config=${configs[0]}
 fi
+stages=(finetune/finetune.py selection/effort_score.py selection/verify.py selection/coreset.py)
 if [ "$dry" ]; then
-    for script in finetune/finetune.py selection/effort_score.py selection/verify.py selection/coreset.py; do
-        run python "$repository/$script" --config_path "$config" "$@" --dry_run
-    done
+    NPROC=1 stage "${stages[@]}" --config_path "$config" "$@" --dry_run
     echo
     run python "$repository/scripts/plan.py" --config_path "$config" "$@"
     exit
 fi
-stage finetune/finetune.py --config_path "$config" "$@" # alone: its keys, such as tf32, may change a whole process
-stage selection/effort_score.py selection/verify.py --config_path "$config" "$@"
-run python "$here/coreset.py" --config_path "$config" "$@" > "$scratch/coresets"
-cat "$scratch/coresets"
-if [ "${REPORT:-now}" = now ]; then # REPORT=later: what runs after this makes it, and says the costs
-    NPROC=1 stage scripts/costs.py scripts/report.py --config_path "$config" "$@"
-    coreset=$(sed -n '1s/.* -> //p' "$scratch/coresets")
-    if [ ${#quiet[@]} -eq 0 ] && [ "$coreset" ]; then
-        next finetune/finetune-select.py --config_path "$config" "$@" --select_path "$coreset"
-        next scripts/export.py "$(dirname "$(dirname "$coreset")")" --coreset "$(basename "$coreset" .json)"
-    fi
+[ "${REPORT:-now}" = later ] || stages+=(scripts/costs.py scripts/report.py) # later: what runs after this makes both
+mkfifo "$scratch/stdout"
+tee "$scratch/printed" < "$scratch/stdout" &
+tee=$!
+stage "${stages[@]}" --config_path "$config" "$@" > "$scratch/stdout"
+wait "$tee"
+coreset=$(sed -n 's/.* rows -> \(.*\.json\)$/\1/p' "$scratch/printed" | head -n 1)
+if [ "${REPORT:-now}" = now ] && [ ${#quiet[@]} -eq 0 ] && [ "$coreset" ]; then
+    next finetune/finetune-select.py --config_path "$config" "$@" --select_path "$coreset"
+    next scripts/export.py "$(dirname "$(dirname "$coreset")")" --coreset "$(basename "$coreset" .json)"
 fi

@@ -338,7 +338,7 @@ def selection_sh(tmp_path):
     python = """() { echo "$@" >> calls
         case $1 in
             *start.py) printf '%s\\n' my.yaml --target T --out D > "$3" ;;
-            *coreset.py) echo "staff at rate 0.5: 12 of 24 rows -> $PWD/my run/coresets/staff-0.5.json" ;;
+            *launch.py) echo "staff at rate 0.5: 12 of 24 rows -> $PWD/my run/coresets/staff-0.5.json" ;;
         esac; }"""
 
     def call(*arguments: str, code: int = 0) -> tuple[list[str], str]:
@@ -354,16 +354,14 @@ def selection_sh(tmp_path):
     return call
 
 
-STAGES = ["finetune.py", "effort_score.py", "verify.py", "coreset.py"]
+STAGES = "finetune.py effort_score.py verify.py coreset.py"
 
 
 def test_selection_sh_starts_cuts_and_goes_on_and_says_the_next_commands(selection_sh, tmp_path):
     (start, draft, *calls), said = selection_sh("--target", "T", "--data", "my.jsonl", "--set", "seed=1")
     assert start.startswith("start.py --answer ") and start.endswith(" --target T --data my.jsonl --set seed=1")
     assert draft == "make_draft.py --config_path my.yaml --target T --out D"
-    processes = ["launch.py finetune.py", "launch.py effort_score.py verify.py", "coreset.py"]
-    processes.append("launch.py costs.py report.py")
-    assert calls == [f"{call} --config_path my.yaml" for call in processes]
+    assert calls == [f"launch.py {STAGES} costs.py report.py --config_path my.yaml"]
     tune, export = (shlex.split(line) for line in said.splitlines())
     coreset = tmp_path / "my run" / "coresets" / "staff-0.5.json"
     assert tune[3:] == ["--config_path", "my.yaml", "--select_path", str(coreset)]
@@ -375,8 +373,8 @@ def test_selection_sh_starts_cuts_and_goes_on_and_says_the_next_commands(selecti
 @pytest.mark.parametrize("config", [["my.yaml"], ["--config_path", "my.yaml"], ["--config-path=my.yaml"]])
 def test_selection_sh_takes_its_configuration_in_every_form_and_a_dry_one_ends_with_the_plan(selection_sh, config):
     for arguments in ([*config, "--quiet", "--dry_run"], ["--quiet", "--dry-run", *config]):
-        dry = [f"{call} --config_path my.yaml --quiet --dry_run" for call in STAGES]
-        assert selection_sh(*arguments) == ([*dry, "plan.py --config_path my.yaml --quiet"], "")
+        dry = f"launch.py {STAGES} --config_path my.yaml --quiet --dry_run"
+        assert selection_sh(*arguments) == ([dry, "plan.py --config_path my.yaml --quiet"], "")
 
 
 def test_a_wrong_call_of_selection_sh_starts_nothing(selection_sh):

@@ -116,12 +116,14 @@ def test_killed_stages_go_on_to_the_same_result():
     assert re.search(r"\d+ kills in \d trials \(seed 1\): 0 failed", done.stdout), done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_stage_with_a_line_and_nothing_half_written(make_experiment, rows, stage, number, tmp_path):
+@pytest.mark.parametrize(("number", "launcher"), [(signal.SIGINT, []), (signal.SIGTERM, ["scripts/launch.py"])])
+def test_a_signal_ends_a_stage_with_a_line_and_nothing_half_written(
+    make_experiment, rows, stage, number, launcher, tmp_path
+):
     config, log, folder = make_experiment(rows * 10), tmp_path / "log", tmp_path / "run" / "scores" / "small"
     with log.open("ab") as file:
         command = ["selection/effort_score.py", "--config_path", config, *UNTUNED]
-        process = start(command, file.fileno(), file.fileno())
+        process = start([*launcher, *command], file.fileno(), file.fileno())
     ends = time.monotonic() + 120
     while not list(folder.glob("part-*")) and time.monotonic() < ends:
         time.sleep(0.01)

@@ -4,8 +4,6 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 
 from selection.method.staff import Strata
 
@@ -54,6 +52,9 @@ def neyman_weights(scores: np.ndarray, strata: Strata) -> list[float]:
 def nearest_to_centres(features: np.ndarray, seed: int) -> Callable[[np.ndarray, int], np.ndarray]:
     """A function that takes `count` of `rows`: k-means of their `features` (N, d) with `count` clusters, and of each
     the row nearest to its centre."""
+
+    from sklearn.cluster import KMeans  # takes seconds, which other commands need not
+    from sklearn.exceptions import ConvergenceWarning
 
     def take(rows: np.ndarray, count: int) -> np.ndarray:
         if count <= 0 or count >= len(rows):

@@ -6,7 +6,6 @@ L is the mean response loss of a row, L0 before tuning, L_e after pass e. Each r
 import math
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 from selection.method.extended import proportional_budgets
 from selection.method.quotas import Rule
@@ -42,6 +41,8 @@ def middle(loss_untuned: np.ndarray) -> np.ndarray:
 def clusters_of(features: np.ndarray, seed: int, most: int = 2**31) -> tuple[np.ndarray, np.ndarray]:
     """k-means with √N clusters, at `most` so many, on `features` (N, d): cluster of each row (N,), and its distance
     from the cluster's centre (N,)."""
+    from sklearn.cluster import KMeans  # takes seconds, which other commands need not
+
     count = min(most, max(1, round(math.sqrt(len(features)))), len(np.unique(features, axis=0)))
     model = KMeans(count, n_init=3, max_iter=20, random_state=seed)
     cluster = model.fit_predict(features.astype(np.float64))
