@@ -106,8 +106,14 @@ def start(
     experiment = check_keys(Experiment, values, "the experiment")
     described = experiment.dataset_format if "dataset_format" in given else None
     read = [look_at(path, described, experiment.max_samples) for path in data]
+    refused = [(path, rows, unusable) for path, (_, rows, unusable) in zip(data, read, strict=True)]
+    for each in experiment.eval_set:
+        if not (path := from_repository(each.path)).is_file():
+            raise UserError(f"eval_data {each.path}: no such file (looked for {path})")
+        form = read[0][0] if described is None and len(data) == 1 else each.dataset_format
+        refused.append((path, *look_at(path, form, None)[1:]))
     if not experiment.skip_bad_rows:
-        refuse_unusable((path, rows, unusable) for path, (_, rows, unusable) in zip(data, read, strict=True))
+        refuse_unusable(refused)
     for each, (form, *_) in zip(sets if len(sets) > 1 else [values], read, strict=True):
         each |= {"dataset_format": form.model_dump(exclude_unset=True)} if described is None else {}
     num_rows = sum(rows - len(unusable) for _, rows, unusable in read)
@@ -214,7 +220,7 @@ def look_at(path: Path, form: DatasetFormat | None, most: int | None) -> tuple[D
     with those that cannot be used; says form and number. Raises: UserError where no form fits."""
     with raw_rows(path) as rows:
         count, columns = len(rows), rows.column_names
-        found = "read as --set dataset_format says"
+        found = "read as dataset_format says"
         if form is None:
             keys, used = detect_form(columns, list(rows.take(min(_FIRST_ROWS, count))), str(path))
             form = check_keys(DatasetFormat, keys, str(path))

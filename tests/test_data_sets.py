@@ -205,6 +205,8 @@ def test_copies_are_counted_and_stay_on_one_side_where_that_is_asked(make_experi
     assert set(record) == {"made_from", "fingerprint", "files", "sha256"} and "split" not in record["made_from"]
     with pytest.raises(UserError, match="puts all rows on one side"):
         split([rows[0]] * 9, "all", split="keep_copies_together")
+    with pytest.raises(UserError, match="beside eval_data nothing is split"):
+        split(rows, "own", split="keep_copies_together", eval_data="own.jsonl")
 
 
 def test_one_file_gives_the_same_run_folder_in_a_list_as_by_itself(make_experiment, rows, tmp_path):

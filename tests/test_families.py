@@ -182,7 +182,8 @@ def test_rows_of_another_form_are_one_message():
         ({"text": "a", "label": "b"}, r"text, label.*dataset_format\.columns\.prompt"),
         ({"prompt": talk("role", "content", ("user", "a")), "completion": "b"}, "prompt, completion"),
         ({"messages": "a"}, "messages"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "it is preference data .*: write the prompt and the chosen"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "it is preference data .*: write the prompt and the good"),
+        ({"prompt": "a", "completion": "b", "label": True}, "it is preference data .*label"),
         ({"messages": talk("role", "content", ("user", "a"), ("human", "b"), ("gpt", "c"))}, "roles human"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]}, "tool_calls"),
     ):
@@ -277,6 +278,7 @@ def test_what_cannot_be_started_is_one_message_and_leaves_nothing(begin, tmp_pat
         ({"data": [saved]}, f"load_from_disk('{saved}').to_json('my.jsonl')"),
         ({"data": [REPOSITORY / "data" / "paper_table1.csv"]}, "its columns"),
         ({"small": "./none-such"}, "no folder"),
+        ({"overrides": ["eval_data=none.jsonl"]}, "eval_data none.jsonl: no such file (looked for"),
         ({"rates": [0.5, 0.03]}, "rate 0.03 of 27 rows keeps none: give a rate of 0.037 or more"),
         ({"overrides": ["training.lora_target=nowhere"]}, "no LoRA can be put on lora_target nowhere"),
         ({"overrides": [*released, "selection.verify_per_stratum=25"]}, "25 of 27 rows"),
@@ -293,6 +295,8 @@ def test_bad_rows_are_found_at_the_start_and_left_out_where_that_is_asked(begin,
         UserError, match=r"bad\.jsonl: 2 of 30 rows .*: rows 4, 29 \(its response is blank\): .*--skip_bad"
     ):
         begin(data=[data])
+    with pytest.raises(UserError, match=r"bad\.jsonl: 2 of 30 rows"):
+        begin(overrides=[f"eval_data={data}"])
     assert not (tmp_path / "run").exists()
     assert not load_experiment(begin(data=[data], overrides=["max_samples=4"])[0]).skip_bad_rows  # none among these
     given = ["--target", tiny_model, "--data", data, "--template", "chatml", "--run", tmp_path / "other"]

@@ -32,9 +32,11 @@ def detect_form(columns: list[str], rows: list[dict], source: str) -> tuple[dict
         if not names and {prompt, response} <= set(texts):
             beside = next((name for name in _BESIDE_PROMPT if name in texts and name != prompt), None)
             names = {"prompt": prompt} | ({"query": beside} if beside else {}) | {"response": response}
-    if not names and {"chosen", "rejected"} <= set(columns):
-        how = "write the prompt and the chosen answer alone, as prompt and completion"
-        raise UserError(f"--data {source}: it is preference data (chosen, rejected), rows here have one answer: {how}")
+    preference = {"chosen", "rejected"} if not names else {"prompt", "completion", "label"}  # TRL's pairs; its KTO
+    if preference <= set(columns) and (not names or all(isinstance(row["label"], bool) for row in rows)):
+        how = "write the prompt and the good answer alone, as prompt and completion"
+        has = ", ".join(sorted(preference))
+        raise UserError(f"--data {source}: it is preference data ({has}), every row here is to be learnt: {how}")
     if not names:
         known = "".join(f"{prompt} and {response}, " for prompt, response in _TEXT_COLUMNS) + "messages, conversations"
         how = "name them, e.g. --set dataset_format.columns.prompt=… --set dataset_format.columns.response=…"

@@ -285,6 +285,8 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _check_data_sets(self) -> "Experiment":
+        if self.eval_data and self.split != "llama_factory":
+            raise ValueError(f"split {self.split}: beside eval_data nothing is split: leave one of the two out")
         names = [each.name for each in self.data_sets]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"more than one data set is called {repeated[0]}: give each a name of its own")
