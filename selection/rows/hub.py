@@ -118,7 +118,7 @@ def _on_hub(source: Source, cache: str, about: dict[str, Any]) -> dict[str, "dat
         readme = snapshot(source.revision, ["README.md"]) / "README.md"
         about["revision"] = readme.parent.name
         card = DatasetCard.load(readme, ignore_metadata_errors=True).data.to_dict() if readme.exists() else {}
-        if card.get("license"):
+        if isinstance(card.get("license"), str):  # of several, none is sure
             about["licence"] = card["license"]
         folder = snapshot(about["revision"], _files(source, card.get("configs") or []))
         return dict(load_dataset(str(folder), source.config, cache_dir=cache))
