@@ -9,7 +9,6 @@ the stages. Paths count from the working directory.
 
 import argparse
 import math
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from selection.run.ending import run_stage
 
 from selection.method.staff import floor_share
 from selection.rows.form import detect_form
+from selection.rows.hub import Source, fetch, find_source
 from selection.rows.llama_factory import check_template
 from selection.rows.read import in_format, raw_rows, refuse_unusable
 from selection.run.cli import add_dry_run_argument, add_set_argument, argument_parser
@@ -34,13 +34,14 @@ from selection.run.yaml_file import check_keys, override, read_yaml, to_yaml
 _OWN_OPTION = {"output_dir": "--run", "small_model": "--small", "target_model": "--target", "template": "--template"}
 _OWN_OPTION |= {"dataset": "--data", "selection.rates": "--rate"}
 _FIRST_ROWS = 100  # that tell the form of a data file
-_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")  # of data files
+_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")  # of data files
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--target", required=True, metavar="MODEL", help="to tune: a folder or a hub name; required")
-    parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help="data files; required")
+    about = "data files, owner/name[:config][@revision][#split] of the hub, or save_to_disk folders; required"
+    parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help=about)
     parser.add_argument("--small", metavar="MODEL", help="speculative model; default: the family's smallest, or cut")
     parser.add_argument("--template", metavar="NAME", help="LLaMA-Factory's chat template; default: the family's")
     about = "run folder; default: runs/<data>-<target>, with the data file's ending where that is of another file"
@@ -82,20 +83,23 @@ def start(
         if option := _OWN_OPTION.get(text.partition("=")[0]):
             raise UserError(f"--set {text}: give {option} instead")
         override(given, text)
-    data = [data_file(path) for path in data]
+    sources = [data_source(each) for each in data]
     settings = given.get("selection")
     direct = isinstance(settings, dict) and settings.get("speculation") == "direct"
     if direct and small:
         raise UserError("--small: speculation direct has no small model: leave one of the two out")
     pair = choose_models(target, small, template, direct)
     name = Path(pair.target).name
-    run = (run or default_run_folder(data[0], name)).expanduser().resolve()
+    first = Path(sources[0].file_name) if isinstance(sources[0], Source) else sources[0]
+    run = (run or default_run_folder(first, name)).expanduser().resolve()
     small, cut = pair.small, []
     if small is None:
         layers = half_the_layers(pair.target)
         small = str(run / f"{name}-{layers}-layers")  # here, as this run's rows decide which layers it has
         cut = ["--target", pair.target, "--layers", str(layers), "--out", small]
         say(f"speculator: {layers} layers, half of the target's, in {small}; --small M for one made otherwise")
+    folders = run / "source", dry and dry / "source"
+    data = [fetch(each, *folders) if isinstance(each, Source) else each for each in sources]
     values = read_yaml(REPOSITORY / "configs" / "own_data.yaml") | {"template": pair.template}
     paths, inside = {"output_dir": run, "small_model": small, "target_model": pair.target}, f"{REPOSITORY}/"
     values |= {key: str(path).removeprefix(inside) for key, path in paths.items()}
@@ -138,7 +142,7 @@ def default_run_folder(data: Path, name: str) -> Path:
     if not (started := short / "start.yaml").exists():
         return short
     other = from_repository(load_experiment(started).data_sets[0].path)
-    if other == data:
+    if other in (data, short / "source" / data.name):
         return short
     say(f"run folder: {long}, as {short} is of {other}; --run FOLDER for another")
     return long
@@ -198,20 +202,17 @@ def half_the_layers(target: str) -> int:
     return layers // 2
 
 
-def data_file(given: Path) -> Path:
-    """The absolute path of a data file. Raises: UserError, which says how to make one of a folder or of the hub's."""
+def data_source(given: Path) -> Path | Source:
+    """The absolute path of a data file, or what `fetch` makes one of. Raises: UserError."""
     path = given.expanduser().resolve()
     if path.is_file():
         return path
-    as_file = ".to_json('my.jsonl') makes the file"
+    if path.suffix not in _SUFFIXES and (source := find_source(str(given))):
+        return source
     if not path.is_dir():
-        on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(given)) and path.suffix not in _SUFFIXES
-        how = f"a data set of the hub has to be a file first: load_dataset('{given}', split='train'){as_file}"
-        raise UserError(f"--data {given}: no such file" + (f"; {how}" if on_hub else ""))
-    if (path / "state.json").exists():  # as save_to_disk of `datasets` leaves it
-        raise UserError(f"--data {given} is a folder of `datasets`, not a file: load_from_disk('{given}'){as_file}")
+        raise UserError(f"--data {given}: no such file")
     there = [each.name for each in sorted(path.iterdir()) if each.suffix.lower() in _SUFFIXES]
-    inside = ", ".join(there[:5] + ["…"] * (len(there) > 5)) or "none of JSON, JSONL, CSV or Parquet"
+    inside = ", ".join(there[:5] + ["…"] * (len(there) > 5)) or "none of JSON, JSONL, CSV, Parquet or Arrow"
     raise UserError(f"--data {given} is a folder: give one or more of its files ({inside})")
 
 

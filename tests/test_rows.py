@@ -117,7 +117,7 @@ def mixed(*values: object) -> bytes:
     ("name", "content", "said"),
     [
         ("d.csv", b"instruction,output,id\na,b,c\nd,e,\0\n", "holds a NUL byte"),
-        ("d.txt", b"a", "a data set is a .json, .jsonl, .csv, .parquet file"),
+        ("d.txt", b"a", "a data set is a .json, .jsonl, .csv, .parquet, .arrow file"),
         ("d.jsonl", b'{"instruction": "a"}', r"row 0 of the data set has no column 'output' \(it has instruction"),
         ("d.json", codecs.BOM_UTF16_BE + b"\0a", "is written in UTF-16: save it as UTF-8"),
         *((name, content, r"d\.\w+ has no rows") for content in (b"", b"\n") for name in ("d.jsonl", "d.csv")),

@@ -63,19 +63,24 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     return said
 
 
+def rows_in_order(experiment: Experiment, split: TrainingSplit) -> "datasets.Dataset":  # noqa: F821
+    """Every row that was used, as it was, in the order of the user's data; in the format "arrow"."""
+    from datasets import concatenate_datasets
+
+    numbers = split_numbers(experiment)  # rows of eval_data have none, and may have other columns
+    pooled = concatenate_datasets([split.rows, *([rows_of(experiment, "eval")] if len(numbers["eval"]) else [])])
+    return pooled.select(np.argsort(np.concatenate(list(numbers.values())))).with_format("arrow")
+
+
 def _write_annotated(experiment: Experiment, split: TrainingSplit, path: Path, draft: Path) -> list[str]:
     """annotated.parquet and annotated.jsonl: every row of the run, as it was, then `annotated`'s columns.
 
     Rows of several data sets come in the order given, in the common form where their forms differ."""
-    from datasets import concatenate_datasets
-
     figures = annotated(experiment, path, split)
     figures = figures.rename_columns([f"staff_{name}" for name in figures.column_names])
     if taken := sorted(set(figures.column_names) & set(split.rows.column_names)):
         raise UserError(f"the data have a column {taken[0]} already, which the export writes: rename it in the data")
-    numbers = split_numbers(experiment)  # rows of eval_data have none, and may have other columns
-    pooled = concatenate_datasets([split.rows, *([rows_of(experiment, "eval")] if len(numbers["eval"]) else [])])
-    rows = pooled.select(np.argsort(np.concatenate(list(numbers.values())))).with_format("arrow")
+    rows = rows_in_order(experiment, split)
     schema = pa.unify_schemas([rows.features.arrow_schema, figures.schema])
     with (
         pa.parquet.ParquetWriter(draft / "annotated.parquet", schema) as writer,

@@ -1,4 +1,4 @@
-"""The rows of a user's data file: JSON, JSON Lines, CSV or Parquet."""
+"""The rows of a user's data file: JSON, JSON Lines, CSV, Parquet or Arrow."""
 
 import codecs
 import contextlib
@@ -18,7 +18,7 @@ from selection.run.config import DatasetFormat
 from selection.run.errors import UserError
 from selection.run.log import say, set_library_bars
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _TEXT_TYPES = ("string", "large_string", "string_view", "null")
 _NO_ROWS = (  # what the readers say of a file without a row
     "corresponds to no data", "No columns to parse", "at least one example", "file size is 0 bytes"
@@ -85,7 +85,7 @@ def raw_rows(path: Path) -> Iterator["datasets.Dataset"]:  # noqa: F821
         raise UserError(f"{path}: a data set is a {', '.join(_READERS)} file")
     with path.open("rb") as file:
         mark = file.peek(3)[:3]
-        if kind != "parquet" and mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if kind in ("json", "csv") and mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UserError(f"{path} is written in UTF-16: save it as UTF-8")
         if kind == "csv" and any(b"\0" in block for block in iter(lambda: file.read(2**20), b"")):
             raise UserError(f"{path} holds a NUL byte, which pandas would leave out: save it as UTF-8")
@@ -138,7 +138,7 @@ def _holds_messages(kind: pa.DataType) -> bool:
 
 
 def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "datasets.Dataset":  # noqa: F821
-    """Give numbers, truth values and dates in `columns` as the file writes them (Parquet: as JSON would)."""
+    """Give numbers, truth values and dates in `columns` as the file writes them (Parquet, Arrow: as JSON would)."""
     import pandas
     from datasets import Value
 
@@ -147,7 +147,7 @@ def _with_text(rows: "datasets.Dataset", path: Path, columns: list[str]) -> "dat
     if not odd:
         return rows
     try:
-        if kind == "parquet":
+        if kind in ("parquet", "arrow"):
             found = rows.select_columns(odd)
         elif kind == "csv":
             found = pandas.read_csv(path, dtype=str, keep_default_na=False, usecols=odd).to_dict("records")

@@ -191,7 +191,7 @@ COMMON_FORM = DatasetFormat(
 class DataSet(Section):
     """An entry of a list under `dataset:`. (ours)"""
 
-    path: str  # JSON, JSONL, CSV or Parquet file
+    path: str  # JSON, JSONL, CSV, Parquet or Arrow file
     name: str | None = Field(default=None, pattern=r"^[\w.-]+$")  # in coresets and messages; absent: the file's stem
     dataset_format: DatasetFormat | None = None  # how to read its rows; absent: the experiment's
     max_samples: PositiveInt | None = None  # only its first rows, before the split; absent: the experiment's
@@ -217,7 +217,7 @@ class Experiment(Section):
     small_model: str  # θ_s, the speculative model: a folder or a name on the model hub (paper)
     target_model: str  # θ_t: a folder or a name on the model hub (paper)
     template: str  # chat template of the model family (LLaMA-Factory)
-    # JSON, JSONL, CSV or Parquet file, or a list of data sets: pooled in this order, split once. Rows of different
+    # JSON, JSONL, CSV, Parquet or Arrow file, or a list of data sets: pooled in this order, split once. Rows of other
     # forms become conversations with the same tokens; numbers count as the text in the file. (ours; paper: pooled)
     dataset: Annotated[
         Annotated[str, Tag("(file)")] | Annotated[list[DataSet], Field(min_length=1), Tag("(list)")],
