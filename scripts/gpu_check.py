@@ -14,7 +14,6 @@ tokens/s with 7B), demo (demo.sh --tiny).
 import contextlib
 import importlib.metadata
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -45,6 +44,7 @@ from selection.run.cli import argument_parser
 from selection.run.config import REPOSITORY, from_repository
 from selection.run.device import device, device_name
 from selection.run.errors import UserError
+from selection.run.ledger import CORESETS, read_ledger
 from selection.run.products import code_version, write_json
 from selection.scores.models import DTYPES, load_for_scoring, with_fresh_lora
 from selection.scores.self_test import TOLERANCE, plain_scores
@@ -189,8 +189,8 @@ def demo(where: torch.device) -> Cases:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
             if done.returncode:
                 raise RuntimeError(done.stderr.strip() or f"exit code {done.returncode}")
-            costs = Path(folder, "costs.jsonl").read_text(encoding="utf-8").splitlines()
-        seen = {json.loads(line)["device"] for line in costs} - {""}
+            costs = read_ledger(Path(folder))
+        seen = {cost.device for cost in costs if cost.stage != CORESETS}  # which a CPU cuts
         return seen == {device_name()}, f"ran on {', '.join(sorted(seen))}", {}
 
     there = (REPOSITORY / ".venv" / "installed").exists()

@@ -11,6 +11,7 @@ from conftest import run_script
 
 from scripts import gpu_check
 from selection.method.effort import EffortScorer
+from selection.run.ledger import CORESETS
 
 CPU = torch.device("cpu")
 SMALL = transformers.LlamaConfig(
@@ -105,6 +106,10 @@ def test_two_processes_and_real_speed_run_on_this_device(monkeypatch):
     assert fast["passed"] is not None and "x the loop" in fast["said"], fast
 
 
+def cost(stage: str, device: str) -> dict:
+    return {"stage": stage, "what": "x", "device": device}
+
+
 def test_the_demo_counts_where_its_ledger_names_this_device(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "REPOSITORY", tmp_path)
     assert found("demo", gpu_check.demo(CPU))[0]["passed"] is None
@@ -112,7 +117,7 @@ def test_the_demo_counts_where_its_ledger_names_this_device(tmp_path, monkeypatc
     (tmp_path / ".venv" / "installed").touch()
     (tmp_path / "scripts").mkdir()
     for device, end in ((gpu_check.device_name(), 0), ("another", 0), (gpu_check.device_name(), 3)):
-        lines = f'{{"device": "{device}"}}\n{{"device": ""}}\n'
+        lines = f"{json.dumps(cost('scores', device))}\n{json.dumps(cost(CORESETS, 'CPU'))}\n"
         script = f"set -e\n[ $HF_HUB_OFFLINE$PIP_NO_INDEX = 11 ]\nprintf '%s' '{lines}' > $RUN/costs.jsonl\nexit {end}"
         (tmp_path / "scripts" / "demo.sh").write_text(script)
         (finding,) = found("demo", gpu_check.demo(CPU))
