@@ -19,7 +19,7 @@ from selection.run.ending import run_stage
 
 import numpy as np
 
-from finetune import trainer
+from finetune import trainer, vllm_engine
 from finetune.comparable import comparable_scores
 from finetune.likelihood import held_out_losses
 from selection.rows.split import held_out_copies, held_out_ids, rows_of, training_split
@@ -73,6 +73,8 @@ def main() -> None:
             print(f"evaluation of {name}: {would}, once it is tuned")
         names = [name for name in names if name not in waiting]
     experiments = {name: as_tuned(experiment, name) for name in names}
+    for each in experiments.values():
+        vllm_engine.check_vllm(each)
     with processes().leader_first():
         identities = {name: identity_of(experiments[name], name) for name in names}
     check_same_everywhere(identities)
@@ -123,6 +125,7 @@ def identity_of(experiment: Experiment, name: str) -> dict[str, Any]:
     identity |= {"template": experiment.template, "cutoff_len": experiment.cutoff_len}
     identity |= {"max_new_tokens": experiment.evaluation.max_new_tokens, "model_keys": trainer.model_keys(experiment)}
     identity |= {} if experiment.evaluation.generate else {"generate": False}  # earlier evaluations do not say
+    identity |= {"engine": "vllm"} if vllm_engine.asked(experiment) else {}
     return identity | {"precision": choose_precision(experiment.precision)}
 
 
@@ -140,7 +143,8 @@ def evaluate(
         cost.tokens = int(lengths(tokenised_rows(experiment, experiment.target_model, "eval", held_out)).sum())
     with building_together(folder, identity) as draft, measured(experiment.folder, cost):
         losses = held_out_losses(experiment, tuned, precision)
-        computed = trainer.predict(experiment, tuned, draft, precision) if experiment.evaluation.generate else {}
+        predict = vllm_engine.predict if vllm_engine.asked(experiment) else trainer.predict
+        computed = predict(experiment, tuned, draft, precision) if experiment.evaluation.generate else {}
         if together.leads:
             metrics = {NLL: round(float(np.mean(losses)), 6), "samples": len(losses), "target": experiment.target_model}
             metrics |= {"tuned": name, "code_version": code_version(), "copies_in_training": copies}

@@ -52,8 +52,10 @@ def model_keys(experiment: Experiment) -> dict[str, Any]:
     return {key: value for key, value in (experiment.training | experiment.target_training).items() if key in known}
 
 
-def predict(experiment: Experiment, tuned: Path | None, output_dir: Path, precision: str) -> dict[str, float]:
-    """Greedy answers of the target, with what its tuning left in `tuned`, to the held-out split.
+def predict(
+    experiment: Experiment, tuned: Path | None, output_dir: Path, precision: str, most: int | None = None
+) -> dict[str, float]:
+    """Greedy answers of the target, with what its tuning left in `tuned`, to the held-out split or its first rows.
 
     Writes predictions.jsonl (`prompt`, `predict`, `label`) into `output_dir`; returns LLaMA-Factory's metrics in
     percent, {} but in the leader: F-measure of ROUGE-1/2/L over words cut by jieba, BLEU-4 over characters."""
@@ -61,6 +63,7 @@ def predict(experiment: Experiment, tuned: Path | None, output_dir: Path, precis
     arguments = common_arguments(experiment, model, output_dir, precision) | model_keys(experiment)
     arguments |= {"eval_dataset": "eval", "do_predict": True, "predict_with_generate": True, "do_sample": False}
     arguments |= {"per_device_eval_batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
+    arguments |= {} if most is None else {"max_samples": most}
     if tuned is not None and (tuned / "adapter_config.json").exists():
         arguments |= {"adapter_name_or_path": str(tuned), "finetuning_type": "lora"}
     elif tuned is not None:  # finetuning_type: full leaves a whole model

@@ -2,8 +2,9 @@
 
     python scripts/plan.py --config_path configs/demo.yaml --reuses 3
 
-Needs the models and the data that the YAML names. Splits and tokenises in a temporary folder, measures for some seconds
-how fast both models are scored and tuned here, and multiplies. Prints a table. Times are those of one process on this
+Needs the models and the data that the YAML names. Splits and tokenises in a temporary folder; says by formula how much
+memory each stage needs on a GPU, and what to change where the GPU that it sees has less; measures for some seconds how
+fast both models are scored and tuned here, and multiplies. Prints tables. Times are those of one process on this
 device, as busy as it is now: do not trust ten per cent.
 """
 
@@ -31,16 +32,18 @@ from selection.rows.tokens import check_embeddings, tokenised_rows
 from selection.run import ledger
 from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, load_experiment
-from selection.run.device import choose_precision, out_of_memory
+from selection.run.device import choose_precision, device, out_of_memory
 from selection.run.errors import UserError, refusals
 from selection.run.log import say
 from selection.run.model_folder import model_path
+from selection.scores.gpu_memory import Memory, Shape, scoring_memory, shape_of, tuning_memory
 from selection.scores.identity import tuning_lora
-from selection.scores.models import load_for_scoring, parameters_of, with_fresh_lora
+from selection.scores.models import DTYPES, load_for_scoring, parameters_of, with_fresh_lora
 
 SELECTION, GRAND = "selection in all", "GraNd's selection: that and all scores"
 FULL = f"{ledger.TARGET_TUNING} on everything"
 SPECULATIONS = "published", "{share: 0.2, passes: 1}", "untuned", "direct"
+SPREAD = "selection.device_map auto"
 _PAD_TO_MULTIPLE_OF = 8  # tuning's batches, as LLaMA-Factory pads them
 
 
@@ -51,6 +54,18 @@ class Speed:
     parameters: int
     scoring: float
     tuning: float
+
+
+class Need(NamedTuple):
+    """A stage's memory on a GPU as a function of the tokens of a batch and of quantised bits, and what is planned."""
+
+    memory: Callable[[int, int | None], Memory]
+    tokens: int  # of a batch, with padding
+    least: int  # of the longest row alone
+    bits: int | None
+    batch_key: str
+    bits_key: str | None  # None: this stage has none
+    elsewhere: str | None  # what holds weights that are too large for one GPU
 
 
 class Stage(NamedTuple):
@@ -150,6 +165,67 @@ def format_speculations(plans: dict[str, dict[str, Stage]]) -> str:
         *_, flops, seconds = stages[SELECTION]
         lines.append(f"{name:<67}{flops:>11.2e}{seconds:>10,.1f} s{seconds / full:>10.1%}")
     return "\n".join(lines)
+
+
+def memory_needs(
+    experiment: Experiment, shapes: dict[str, Shape], lengths: dict[str, Sequence[int]]
+) -> dict[str, Need]:
+    """What each stage needs on one GPU, by name; `shapes` and `lengths` by "small" and "target"."""
+    settings = experiment.selection
+
+    def scoring(model: str) -> Need:
+        placed = model == "target"
+        number, every_layer = DTYPES[choose_precision(settings.precision)].itemsize, settings.phi == "all_lora"
+        memory = lambda tokens, bits: scoring_memory(shapes[model], tokens, number, every_layer, bits)  # noqa: E731
+        budget = settings.tokens_per_batch or tokens_per_batch(settings.phi, torch.device("cuda"))
+        longest, bits = max(lengths[model]), settings.quantization_bit if placed else None
+        tokens = max(longest, min(budget, longest * len(lengths[model])))
+        keys = ("selection.quantization_bit", SPREAD) if placed else (None, None)
+        return Need(memory, tokens, longest, bits, "selection.tokens_per_batch", *keys)
+
+    def tuning(model: str) -> Need:
+        keys, number = tuning_keys(experiment, model), DTYPES[choose_precision(experiment.precision)].itemsize
+        full, checkpointing = keys["finetuning_type"] == "full", not keys["disable_gradient_checkpointing"]
+        memory = lambda tokens, bits: tuning_memory(shapes[model], tokens, number, full, checkpointing, bits)  # noqa: E731
+        longest = -(-max(lengths[model]) // _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
+        tokens = longest * min(keys.get("per_device_train_batch_size", 8), len(lengths[model]))
+        own, bits = f"{model}_training", None if full else keys.get("quantization_bit")
+        names = f"{own}.per_device_train_batch_size", None if full else f"{own}.quantization_bit"
+        return Need(memory, tokens, longest, bits, *names, "training.deepspeed on several GPUs")
+
+    needs = {}
+    if not experiment.borrows:
+        needs |= {ledger.SPECULATIVE_TUNING: tuning("small")} if experiment.tuned_small else {}
+        needs[ledger.SPECULATIVE_SCORES] = scoring("target" if experiment.direct else "small")
+    needs |= {} if experiment.direct else {ledger.VERIFICATION: scoring("target")}
+    return needs | {ledger.TARGET_TUNING: tuning("target")}
+
+
+def format_memory(needs: dict[str, Need], free: int | None, spread: bool = False) -> str:
+    """A table in GiB, and a line for each stage that `free` bytes do not hold; `spread`: by device_map."""
+    head = f"{'weights':>10}{'trained':>10}{'activations':>13}{'in all':>9}{'tokens of a batch':>20}"
+    lines = [f"{'GPU memory in GiB, by formula':<32}{head}"]
+    for name, need in needs.items():
+        memory = need.memory(need.tokens, need.bits)
+        parts = memory.weights, memory.states, memory.activations, memory.total
+        gib = "{:>10.2f}{:>10.2f}{:>13.2f}{:>9.2f}".format(*(part / 2**30 for part in parts))
+        lines.append(f"{name:<32}{gib}{need.tokens:>20,}")
+    if free is None:
+        return "\n".join([*lines, "(no GPU is seen here to hold this against)"])
+    for name, need in needs.items():
+        if need.memory(need.tokens, need.bits).total > free and not (spread and need.elsewhere == SPREAD):
+            lines.append(f"{name} does not fit the {free / 2**30:.1f} GiB that are free: {remedies(need, free)}")
+    return "\n".join(lines)
+
+
+def remedies(need: Need, free: int) -> str:
+    """What makes a stage fit that does not."""
+    smaller = need.memory(need.least, need.bits).total <= free
+    ways = [f"a smaller {need.batch_key}"] if smaller else [need.elsewhere] * bool(need.elsewhere)
+    for bits in (8, 4):
+        if need.bits_key and bits < (need.bits or 16) and need.memory(need.least, bits).total <= free:
+            ways.append(f"{need.bits_key} {bits} ({need.memory(need.tokens, bits).total / 2**30:.2f} GiB)")
+    return f"give {' or '.join(ways)}" if ways else "take a GPU with more memory"
 
 
 Step, Batches = Callable[[dict[str, list]], object], list[list[int]]  # computes input_ids and labels; row numbers
@@ -269,9 +345,14 @@ def main() -> None:
         # What no plan can be made for is refused before anything is measured.
         make_plan(experiment, dict.fromkeys(models, [1] * len(split.rows)), dict.fromkeys(models, Speed(1, 1, 1)))
         tokenised = {name: tokenised_rows(elsewhere, model, "train", split.rows) for name, model in models.items()}
-        speeds = calibrate(elsewhere, tokenised, arguments.seconds)
         lengths = {name: [len(ids) for ids in rows["input_ids"]] for name, rows in tokenised.items()}
-    print(format_plan(*make_plan(experiment, lengths, speeds), arguments.reuses))
+        loras = {name: tuning_lora(tuning_keys(experiment, name)) for name in models}
+        shapes = {name: shape_of(model_path(models[name]), loras[name]) for name in models}
+        free = torch.cuda.mem_get_info(device())[0] if device().type == "cuda" else None
+        needs = memory_needs(experiment, shapes, lengths)
+        print(format_memory(needs, free, spread=experiment.selection.device_map is not None), flush=True)
+        speeds = calibrate(elsewhere, tokenised, arguments.seconds)
+    print("\n" + format_plan(*make_plan(experiment, lengths, speeds), arguments.reuses))
     if kinds:
         print(f"\n{format_speculations({kind: make_plan(each, lengths, speeds)[0] for kind, each in kinds.items()})}")
     print("\ntimes are of one process on one device, without device_map and quantization_bit")

@@ -14,6 +14,7 @@ from selection.run.ending import run_stage
 import pytest
 from conftest import REPOSITORY, everything_in
 
+import selection
 from finetune.tuning import _logs_to, tune_once
 from selection.rows.split import training_split
 from selection.run import cli, log
@@ -30,6 +31,14 @@ SCRIPTS = STAGES + sorted(f"scripts/{path.name}" for path in (REPOSITORY / "scri
 def not_quiet():
     yield
     log.be_quiet(False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_says_the_version_before_it_asks_for_anything(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPOSITORY / script))["main"]()
+    assert stop.value.code == 0 and capsys.readouterr().out == f"{selection.__version__}\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

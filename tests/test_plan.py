@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ from selection.rows.split import training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import load_experiment
 from selection.run.errors import UserError
-from selection.scores.models import count_parameters, parameters_of
+from selection.scores.gpu_memory import Memory, Shape, layer_bytes, scoring_memory, shape_of, tuning_memory
+from selection.scores.models import count_parameters, parameters_of, with_fresh_lora
 
 SPEEDS = {"small": Speed(parameters=10, scoring=0.5, tuning=2.0)}
 SPEEDS["target"] = Speed(parameters=30, scoring=1.5, tuning=6.0)
@@ -219,12 +221,92 @@ def test_calibration_runs_what_the_experiment_asks_for(experiment, tiny_model, m
         plan.calibrate(asked, tokenised, seconds=0.1)
 
 
+SHAPE = Shape(parameters=1000, linear=800, lora=50, width=4, inner=6, layers=3, vocabulary=10, number=2)
+
+
+def test_memory_by_hand_and_in_a_real_model(tiny_model, tmp_path):
+    layer = 7 * (8 * 4 + 4 * 6) * 2
+    assert scoring_memory(SHAPE, 7, 2, False) == Memory(2000, 0, layer + 2 * 7 * 4 * 2 + 8 * 7 * 10)
+    assert scoring_memory(SHAPE, 7, 4, True) == Memory(4000, 0, 3 * 2 * layer + 2 * 7 * 4 * 4 + 8 * 7 * 10)
+    assert scoring_memory(SHAPE, 7, 2, False, 8).weights == 800 + 200 * 2
+    assert scoring_memory(SHAPE, 7, 2, False, 4).weights == round(800 * 4.127 / 8) + 200 * 2
+    in_chunks = scoring_memory(SHAPE, 2**30, 2, False).activations
+    assert in_chunks == 2**30 * (8 * 4 + 4 * 6) * 2 + 2 * 2**30 * 4 * 2 + 8 * 2**27
+    logits = 7 * 10 * (2 + 4 + 4 + 2)
+    assert tuning_memory(SHAPE, 7, 2, False, True) == Memory(2000, 800, layer + 3 * 7 * 4 * 2 + logits)
+    assert tuning_memory(SHAPE, 7, 2, True, False) == Memory(0, 16_000, 3 * layer + logits)
+    assert tuning_memory(SHAPE, 7, 2, False, True, 8).weights == 800 + 200 * 2
+    transformers.MixtralConfig(**TINY, **LOCAL, tie_word_embeddings=True).save_pretrained(tmp_path)
+    lora = {"rank": 3, "alpha": 6, "target": "all"}
+    mixture, dense = (shape_of(str(folder), lora) for folder in (tmp_path, tiny_model))
+    assert (mixture.inner, mixture.layers, mixture.vocabulary) == (2 * 48, 3, 64)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    maps = {name: each for name, each in model.model.named_modules() if isinstance(each, torch.nn.Linear)}
+    assert dense.parameters == sum(each.numel() for each in model.parameters())
+    assert dense.linear == sum(each.weight.numel() for each in maps.values())
+    assert dense.lora == sum(3 * (each.in_features + each.out_features) for each in maps.values())
+    assert dense.number == 4
+
+
+def test_a_layer_keeps_about_what_the_formula_says():
+    """Against what autograd saves in two more layers of a Llama whose LoRA is trained."""
+
+    def saved(layers: int) -> int:
+        config = transformers.LlamaConfig(**TINY | {"num_hidden_layers": layers, "intermediate_size": 96})
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = with_fresh_lora(model, rank=1, alpha=1, target="all", seed=0)
+        own, kept = {each.untyped_storage().data_ptr() for each in model.parameters()}, {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.get_base_model().model(input_ids=torch.ones((2, 64), dtype=torch.long), use_cache=False)
+        return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+    shape = Shape(0, 0, 0, width=32, inner=96, layers=1, vocabulary=64, number=4)
+    assert (saved(3) - saved(1)) / 2 == pytest.approx(layer_bytes(shape, 128, 4), rel=0.15)
+
+
+def test_memory_of_the_stages_and_what_to_change_where_a_gpu_is_too_small(experiment):
+    shapes = {"small": SHAPE, "target": replace(SHAPE, parameters=10**10, linear=9 * 10**9)}
+
+    def needs(*overrides):
+        return plan.memory_needs(experiment("precision=bf16", "selection.precision=bf16", *overrides), shapes, LENGTHS)
+
+    def said(free, *overrides, spread=False):
+        table = plan.format_memory(needs(*overrides), free, spread)
+        return dict(re.findall(r"^([a-z ]+) does not fit the .* GiB that are free: (.*)$", table, re.MULTILINE))
+
+    every = needs()
+    assert list(every) == ["speculative tuning", "speculative scores", "verification", "target tuning"]
+    assert [each.tokens for each in every.values()] == [4 * 16, 20 * 9, 20 * 10, 4 * 16]  # tuning pads to eights
+    assert every["verification"].memory(200, None) == scoring_memory(shapes["target"], 200, 2, False)
+    assert every["target tuning"].memory(64, None) == tuning_memory(shapes["target"], 64, 2, False, True)
+    assert needs("selection.tokens_per_batch=30")["verification"].tokens == 30
+    assert list(needs("speculative_run=runs/other")) == ["verification", "target tuning"]
+    assert said(10**11) == {} and "no GPU is seen" in plan.format_memory(every, None)
+    ways = said(12 * 10**9)
+    key = "selection.quantization_bit"
+    assert ways["verification"] == f"give selection.device_map auto or {key} 8 (10.24 GiB) or {key} 4 (6.19 GiB)"
+    assert "training.deepspeed on several GPUs or target_training.quantization_bit 8 (" in ways["target tuning"]
+    assert list(ways) == ["verification", "target tuning"]
+    assert list(said(12 * 10**9, "selection.device_map=auto", spread=True)) == ["target tuning"]
+    assert "quantization_bit 8" not in said(10 * 10**9, "selection.quantization_bit=8")["verification"]
+    few = every["speculative scores"].memory(9, None).total
+    assert said(few)["speculative scores"] == "give a smaller selection.tokens_per_batch"
+    assert said(few - 1)["speculative scores"] == "take a GPU with more memory"
+
+
 def test_the_script_counts_the_true_tokens(make_experiment, rows, tiny_model):
     path = make_experiment(rows, small_training={"num_train_epochs": 2}, target_training={"num_train_epochs": 3})
     done = run_script("scripts/plan.py", "--config_path", path, "--seconds", 1, "--reuses", 4)
     experiment = load_experiment(str(path))
     tokenised = tokenised_rows(experiment, str(tiny_model), "train", training_split(experiment).rows)
     tokens = sum(map(sum, tokenised["attention_mask"]))
+    assert re.match(r"GPU memory in GiB.*\nspeculative tuning .*\n(.*\n){3}\(no GPU is seen here", done.stdout)
     lines = {line[:44].strip(): line[44:].replace(",", "").split() for line in done.stdout.splitlines() if "e+" in line}
     for name, counts in {
         "speculative tuning": (24, 2 * tokens),

@@ -17,13 +17,22 @@ def clone(tmp_path) -> Path:
     folder = tmp_path / "clone"
     shutil.copytree(REPOSITORY / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "requirements.txt", folder)
+    stand_in(tmp_path / "bin" / "uv", "exit 1")  # which `shell` finds before a real one
     return folder
+
+
+def stand_in(path: Path, text: str) -> None:
+    """A program of these lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
 
 
 def shell(clone: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
     command = ["bash", str(clone / "scripts" / script), *arguments]
     # No interpreter: a script that begins to install ends at once.
-    return subprocess.run(command, env=os.environ | {"PYTHON": "false"}, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"PYTHON": "false", "PATH": f"{clone.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_help_is_the_scripts_own_and_starts_nothing(clone):
@@ -40,9 +49,7 @@ def test_help_is_the_scripts_own_and_starts_nothing(clone):
 def test_only_what_is_installed_is_recorded(clone):
     """With a pip that ends well and does nothing."""
     python = clone / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\ncase "$*" in *"-m pip "*) exit 0 ;; esac\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
+    stand_in(python, f'case "$*" in *"-m pip "*) exit 0 ;; esac\nexec {sys.executable} "$@"')
     (clone / "requirements.txt").write_text("# a comment\npytest>=1\nnever_heard-of.it==1.0\n")
     for _ in range(2):
         done = shell(clone, "setup.sh")
@@ -51,6 +58,21 @@ def test_only_what_is_installed_is_recorded(clone):
     (clone / "requirements.txt").write_text("pytest>=1\n")
     assert "installed the stack" in shell(clone, "setup.sh").stderr
     assert "reusing .venv" in shell(clone, "setup.sh").stderr
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_uv_installs_where_it_is_there_and_pip_what_it_cannot(clone, tmp_path, works):
+    """With stand-ins that note what they are asked to install."""
+    python, calls = clone / ".venv" / "bin" / "python", tmp_path / "calls"
+    note = f'case "$*" in *"pip install"*) echo "$(basename "$0") $*" >> {calls}; exit'
+    stand_in(tmp_path / "bin" / "uv", f"{note} {int(not works)} ;; esac")
+    stand_in(python, f'{note} 0 ;; *"-m pip"*) exit 0 ;; esac\nexec {sys.executable} "$@"')
+    (clone / "requirements.txt").write_text("pytest>=1\n")
+    done = shell(clone, "setup.sh", "hypothesis")
+    assert (done.returncode, done.stdout) == (0, "") and done.stderr.endswith("setup: installed the stack into .venv\n")
+    first, *then = calls.read_text().splitlines()
+    assert first == "uv pip install --quiet --python .venv/bin/python --requirement requirements.txt hypothesis"
+    assert then == [] if works else ["python -m pip install --quiet --requirement requirements.txt hypothesis"]
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(make_experiment, rows, tmp_path):

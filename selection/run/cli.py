@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from selection import __version__
 from selection.run import log
 from selection.run.config import Experiment, load_experiment, load_run
 from selection.run.errors import UserError
@@ -29,10 +30,11 @@ def _with_underscores(argument: str) -> str:
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """A script's parser, with --quiet; --help begins with `description`, the script's docstring. Parsing puts --quiet
-    into effect, and raises UserError for a wrong command line."""
+    """A script's parser, with --version and --quiet; --help begins with `description`, the script's docstring. Parsing
+    puts --quiet into effect, and raises UserError for a wrong command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=form, usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__, help="print the suite's version")
     parser.add_argument("--quiet", action="store_true", help="say nothing but results, warnings and errors")
     return parser
 

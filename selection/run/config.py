@@ -202,6 +202,9 @@ class DataSet(Section):
 
 class Evaluation(Section):
     generate: bool = True  # false: only the log likelihood of the reference answers, no answers and no ROUGE (ours)
+    # What generates: LLaMA-Factory, or vLLM (pip install vllm), which has to be told; the first answers of both are
+    # compared. (ours)
+    engine: Literal["llama_factory", "vllm"] = "llama_factory"
     max_new_tokens: PositiveInt = 128  # longest answer (ours; the paper is silent)
     batch_size: PositiveInt = 16  # answers generated at a time (ours)
 

@@ -1,4 +1,4 @@
-"""Where and in which number format to compute, said with the reason. (Not run on a GPU.)"""
+"""Where and in which number format to compute, said with the reason. (Not run on a GPU: scripts/gpu_check.py.)"""
 
 import os
 from functools import cache

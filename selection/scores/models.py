@@ -107,13 +107,16 @@ def with_fresh_lora(model: nn.Module, rank: int, alpha: int, target: str, seed: 
             raise UserError(f"no LoRA can be put on lora_target {target}: {error}") from None
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Weights that a forward pass multiplies a token with, tied ones once; of experts the active ones, where known."""
-    config, experts = unwrap(model).config.get_text_config(), {}  # parameter -> number of experts in it
+def active_experts(config: PretrainedConfig) -> float | None:
+    """Experts that a token passes through in a layer, their mean where layers differ; None: unknown, or no mixture."""
     active = next(filter(None, (getattr(config, key, None) for key in _ACTIVE)), None)
     active = active or getattr(getattr(config, "ffn_config", None), "moe_top_k", None)  # DBRX
-    if isinstance(active, list):  # Hunyuan: one a layer
-        active = sum(active) / len(active)
+    return sum(active) / len(active) if isinstance(active, list) else active  # Hunyuan: one a layer
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights that a forward pass multiplies a token with, tied ones once; of experts the active ones, where known."""
+    active, experts = active_experts(unwrap(model).config.get_text_config()), {}  # parameter -> number of experts in it
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and name.endswith("experts"):
             experts |= dict.fromkeys(module.parameters(), len(module))
