@@ -1,5 +1,6 @@
 """Scripts as forks of this process, alone or several as torchrun starts them: the libraries are imported already."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -21,6 +22,8 @@ def start(command: list, stdout: int, stderr: int, cwd: Path = REPOSITORY, **env
         from selection.rows.llama_factory import import_llama_factory
 
         import_llama_factory()
+        if not gc.get_freeze_count():
+            gc.freeze()  # else every fork looks through the libraries' objects, and so copies them
     arguments = [str(REPOSITORY / command[0]), *map(str, command[1:])], stdout, stderr, cwd, environment
     process = multiprocessing.get_context("fork").Process(target=_become, args=arguments)
     process.start()
