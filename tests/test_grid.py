@@ -14,7 +14,7 @@ from selection.run.config import load_experiment
 from selection.run.yaml_file import read_yaml
 from selection.scores.folder import Scores
 
-METHODS = ["full", "random", "grand", "staff", "staff_ifd", "staff_direct"]
+METHODS = ["full", "random", "clusters_cleaned", "grand", "staff", "staff_ifd", "staff_direct"]
 
 
 def reproduce(folder) -> str:

@@ -32,11 +32,12 @@ from selection.scores.coresets import coreset_name
 from selection.scores.folder import SCORER_VERSION
 from selection.scores.verification import LATER, RULES_VERSION
 
-# Random and STAFF with one addition, and what that changes in a task's experiment. Each has its own coresets, so its
-# own run folders; STAFF's take the speculative scores of STAFF. cleaned: Random among the rows that the target itself,
-# by check_pool.py, does not suspect.
+# Random, Clusters and STAFF with additions, and what these change in a task's experiment. Each has its own coresets, so
+# its own run folders; STAFF's take the speculative scores of STAFF. cleaned: Random among the rows that the target
+# itself, by check_pool.py, does not suspect; clusters_cleaned: Clusters of its hidden states among them.
 VARIANTS = {
     "cleaned": "selection.leave_out=suspects",
+    "clusters_cleaned": "selection.leave_out=suspects selection.speculation=direct",
     "staff_length": "selection.length_control=residual",
     "staff_size": "selection.budgets=size",
     "staff_neyman": "selection.budgets=neyman",
@@ -57,7 +58,8 @@ class Cell:
     @property
     def rule(self) -> str:
         """The method as the stages know it."""
-        return {"cleaned": "random"}.get(self.method, "staff") if self.method in VARIANTS else self.method
+        rules = {"cleaned": "random", "clusters_cleaned": "clusters"}
+        return rules.get(self.method, "staff") if self.method in VARIANTS else self.method
 
     @property
     def tuned(self) -> str:
@@ -72,7 +74,8 @@ class Cell:
     @property
     def lender(self) -> "Cell":
         """The cell whose run folder holds the small model's scores."""
-        return self if self.method == "staff_direct" else replace(self, method="staff")
+        scores_itself = "direct" in VARIANTS.get(self.method, "")
+        return self if scores_itself else replace(self, method="staff")
 
     def __str__(self) -> str:
         return f"{self.run} {self.tuned}"
@@ -173,14 +176,14 @@ def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
         task_of = load(stage_arguments(grid, runs, replace(cell, method="random")))
         values |= {"selection.methods": ["random"], "small_model": task_of.target_model}
     elif cell.method in VARIANTS:
-        values |= {"selection.methods": ["staff"], "selection.mode": "extended"}
+        values |= {"selection.methods": [cell.rule], "selection.mode": "extended"}
         if cell.lender != cell:
             values["speculative_run"] = str(runs / cell.lender.run)
     else:  # the small model's scores are also those of the variants
         read = {"staff_nearest": "clusters", "staff_ifd": "ifd"}
         methods = [read.get(method, method) for method in grid.methods]
         values["selection.methods"] = [each for each in get_args(Method) if each in methods] or ["random"]
-    variant = [change for method, change in VARIANTS.items() if method == cell.method]
+    variant = VARIANTS.get(cell.method, "").split()
     values |= {"selection.rates": grid.rates, "selection.seed": cell.seed, "training.seed": cell.seed}
     changes = [*task.set, *variant, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
     config = str((REPOSITORY / task.config).resolve())
@@ -198,7 +201,8 @@ def settings_digest(experiment: Experiment, fingerprint: str, models: Iterable[s
     of_a_cell |= {"selection": {"methods", "rates", "seed", "self_test", "tokens_per_batch"}}
     settings = experiment.model_dump(exclude=no_matter | of_a_cell)
     later = {"speculation": "published"} | LATER  # keys that came later count where they are given
-    data, evaluation = {"eval_data": None, "split": "llama_factory", "skip_bad_rows": False}, {"generate": True}
+    data = {"eval_data": None, "split": "llama_factory", "skip_bad_rows": False}
+    evaluation = {"generate": True, "engine": "llama_factory"}
     each = (settings, data), (settings["selection"], later), (settings["evaluation"], evaluation)
     for values, published in each:
         for key in [key for key, value in published.items() if values[key] == value]:

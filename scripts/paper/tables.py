@@ -40,6 +40,7 @@ METHODS = {
     "random": ("Random", "#777777", "o"),
     "oracle": ("Oracle", "#000000", "*"),
     "cleaned": ("Random, suspects left out", "#000000", "X"),
+    "clusters_cleaned": ("Clusters, suspects left out", "#009e73", "X"),
     "rs2": ("RS2", "#bbbbbb", "h"),
     "length": ("Length", "#ddaa33", "s"),
     "grand": ("GraNd", "#117733", "^"),

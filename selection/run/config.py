@@ -36,9 +36,10 @@ _NOT_FOR_TUNING = {
 SMALL_RULES = ("ifd", "middle", "davir", "s2l", "learning_percentage", "clusters", "rds")
 Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy", *SMALL_RULES]
 NO_SCORES = ("random", "rs2")  # they count rows alone
-# Random and STAFF with additions (scripts/paper/cells.py), in grids.
+# Random, Clusters and STAFF with additions (scripts/paper/cells.py), in grids.
 Variant = Literal[
     "cleaned",
+    "clusters_cleaned",
     "staff_length",
     "staff_size",
     "staff_neyman",
