@@ -231,7 +231,8 @@ def test_each_trainers_lines_in_the_readme_take_the_messages_as_they_are(
 
     model = shutil.copytree(tiny_model, tmp_path / "my model")
     (model / "chat_template.jinja").write_text(CHATML)
-    out, trainers, train = exported(rows, list(range(8)), model), [], trl.SFTTrainer.train
+    relative = os.path.relpath(model, REPOSITORY)  # as configurations count it; the export is used elsewhere
+    out, trainers, train = exported(rows, list(range(8)), relative), [], trl.SFTTrainer.train
     readme = (out.folder / "README.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"^(TRL|unsloth|axolotl)\b.*\n\n((?: {4}.*\n|\n)+)", readme, re.M))
     config = partial(trl.SFTConfig, use_cpu=True, bf16=False, max_steps=2, report_to="none", save_strategy="no")
@@ -387,3 +388,18 @@ def test_coresets_are_found_by_name_or_path(run):
     assert coreset_paths(run.experiment, ["staff-0.2", "some/list.pt"]) == [run.path, Path("some/list.pt")]
     done = run_script("scripts/export.py", run.experiment.folder, "--coreset", "staff-0.7", check=False)
     assert_one_line_error(done, f"has no coreset staff-0.7; there: {', '.join(names)}")
+
+
+def test_check_exports_says_in_one_line_what_it_lacks(tmp_path, monkeypatch):
+    """Of a copy, so that no environment of the repository is touched; nothing is installed."""
+    for part in ("scripts/check_exports.sh", "requirements.txt"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / part, tmp_path / part)
+    monkeypatch.setenv("PYTHON", "false")  # an interpreter that cannot make an environment
+    script = tmp_path / "scripts" / "check_exports.sh"
+    assert_one_line_error(
+        run_script(script, check=False), "trl==1.16.0", "torch==", "cannot be installed: runs/trl.log"
+    )
+    assert (tmp_path / "runs" / "trl.log").exists() and not (tmp_path / "runs" / "trl").exists()
+    assert_one_line_error(run_script(script, tmp_path, check=False), f"{tmp_path} is no export")
+    assert "[EXPORT_FOLDER]" in run_script(script, "--help").stdout

@@ -22,6 +22,7 @@ from selection.run.config import Experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.log import set_library_bars
+from selection.run.model_folder import model_path
 from selection.run.products import building, code_version, file_digest, held, read_record, write_json
 from selection.scores.coresets import Coreset, check_fits, read_coreset
 
@@ -32,7 +33,7 @@ _TRAINERS = """
 
 The model's tokenizer needs a chat template; on a CPU, TRL also needs `SFTConfig(…, bf16=False, use_cpu=True)`.
 
-TRL, where the chat template has `{{% generation %}}` around the responses, or is one that TRL knows:
+TRL, where the chat template has `{{% generation %}}` around the responses, or is one that TRL 1.x knows:
 
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
@@ -92,7 +93,7 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
             said += _about_the_cut(experiment, coreset)
             about = f"# {coreset.name} of {experiment.folder.name}\n\n" + "".join(f"- {line}\n" for line in said)
             kind, file = ("parquet", "chat.parquet") if (draft / "chat.parquet").exists() else ("json", "chat.jsonl")
-            model = json.dumps(experiment.target_model, ensure_ascii=False)  # a string in Python and in YAML
+            model = json.dumps(model_path(experiment.target_model), ensure_ascii=False)  # Python and YAML read it alike
             about += _TRAINERS.format(kind=kind, file=file, model=model, most=experiment.cutoff_len)
             (draft / "README.md").write_text(about, encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
