@@ -3,14 +3,18 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import (
     REPOSITORY,
     assert_one_line_error,
@@ -218,6 +222,47 @@ def test_conversations_train_on_the_scored_responses(exported, train):
     assert {line["staff_effort"] for line in read} == {None}  # nothing was scored
 
 
+def test_each_trainers_lines_in_the_readme_take_the_messages_as_they_are(
+    exported, rows, tiny_model, tmp_path, monkeypatch
+):
+    """TRL's of this environment; unsloth and axolotl are not installed: a stand-in, and the stanza as YAML."""
+    import trl
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = shutil.copytree(tiny_model, tmp_path / "my model")
+    (model / "chat_template.jinja").write_text(CHATML)
+    relative = os.path.relpath(model, REPOSITORY)  # as configurations count it; the export is used elsewhere
+    out, trainers, train = exported(rows, list(range(8)), relative), [], trl.SFTTrainer.train
+    readme = (out.folder / "README.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^(TRL|unsloth|axolotl)\b.*\n\n((?: {4}.*\n|\n)+)", readme, re.M))
+    config = partial(trl.SFTConfig, use_cpu=True, bf16=False, max_steps=2, report_to="none", save_strategy="no")
+    monkeypatch.setattr(trl, "SFTConfig", config)
+    monkeypatch.setattr(trl.SFTTrainer, "train", lambda trainer: trainers.append(trainer) or train(trainer))
+    loaders = {"from_pretrained": lambda name, max_seq_length: [a.from_pretrained(name) for a in autos]}
+    autos, loaders["get_peft_model"] = (AutoModelForCausalLM, AutoTokenizer), lambda model: model
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=SimpleNamespace(**loaders)))
+    monkeypatch.chdir(out.folder)
+    for name in ("TRL", "unsloth"):
+        exec(textwrap.dedent(blocks[name]), {})
+        assert trainers[-1].state.global_step == 2 and trainers[-1].args.max_length == 1024
+        batches = [trainers[-1].data_collator([row]) for row in trainers[-1].train_dataset]
+        assert [batch["labels"][0].tolist() for batch in batches] == [row["labels"] for row in out.tokens]
+    stanza = {"path": "chat.parquet", "ds_type": "parquet", "type": "chat_template"}
+    axolotl = {"base_model": str(model), "sequence_len": 1024, "datasets": [stanza]}
+    assert yaml.safe_load(blocks["axolotl"]) == axolotl
+
+
+def test_messages_hold_no_empty_field(exported, run, tmp_path):
+    table = load("parquet", run.folder / "chat.parquet")
+    assert table.to_list() == read_lines(run.folder / "chat.jsonl") and len(table) == len(run.rows)
+    talks = exported(conversations(), list(range(8)), dataset_format=SHAREGPT)  # Arrow would fill in what they lack
+    assert not (talks.folder / "chat.parquet").exists()
+    assert any("no Parquet, as 1 of them have tools" in line for line in talks.said)
+    readme = (talks.folder / "README.md").read_text(encoding="utf-8")
+    assert readme.count('load_dataset("json", data_files="chat.jsonl"') == 2 and "ds_type: json" in readme
+    assert ": null" not in (talks.folder / "chat.jsonl").read_text() + (run.folder / "chat.jsonl").read_text()
+
+
 def test_messages_are_llama_factorys_own():
     alpaca = {"columns": {"prompt": "ask", "query": "more", "response": "say", "history": "past", "system": "rule"}}
     row = {"ask": "a", "more": "b", "say": "c", "past": [["x", "y"]], "rule": "r"}
@@ -343,3 +388,18 @@ def test_coresets_are_found_by_name_or_path(run):
     assert coreset_paths(run.experiment, ["staff-0.2", "some/list.pt"]) == [run.path, Path("some/list.pt")]
     done = run_script("scripts/export.py", run.experiment.folder, "--coreset", "staff-0.7", check=False)
     assert_one_line_error(done, f"has no coreset staff-0.7; there: {', '.join(names)}")
+
+
+def test_check_exports_says_in_one_line_what_it_lacks(tmp_path, monkeypatch):
+    """Of a copy, so that no environment of the repository is touched; nothing is installed."""
+    for part in ("scripts/check_exports.sh", "requirements.txt"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / part, tmp_path / part)
+    monkeypatch.setenv("PYTHON", "false")  # an interpreter that cannot make an environment
+    script = tmp_path / "scripts" / "check_exports.sh"
+    assert_one_line_error(
+        run_script(script, check=False), "trl==1.16.0", "torch==", "cannot be installed: runs/trl.log"
+    )
+    assert (tmp_path / "runs" / "trl.log").exists() and not (tmp_path / "runs" / "trl").exists()
+    assert_one_line_error(run_script(script, tmp_path, check=False), f"{tmp_path} is no export")
+    assert "[EXPORT_FOLDER]" in run_script(script, "--help").stdout

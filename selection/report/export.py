@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,47 @@ from selection.run.config import Experiment
 from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.log import set_library_bars
+from selection.run.model_folder import model_path
 from selection.run.products import building, code_version, file_digest, held, read_record, write_json
 from selection.scores.coresets import Coreset, check_fits, read_coreset
 
 _BATCH = 1000  # rows in memory at a time
+_CHAT = pa.schema({"messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))})
+_TRAINERS = """
+## For today's trainers, in this folder
+
+The model's tokenizer needs a chat template; on a CPU, TRL also needs `SFTConfig(…, bf16=False, use_cpu=True)`.
+
+TRL, where the chat template has `{{% generation %}}` around the responses, or is one that TRL 1.x knows:
+
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = load_dataset("{kind}", data_files="{file}", split="train")
+    config = SFTConfig(assistant_only_loss=True, max_length={most})
+    SFTTrainer({model}, args=config, train_dataset=rows).train()
+
+unsloth:
+
+    from unsloth import FastLanguageModel  # before trl
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = load_dataset("{kind}", data_files="{file}", split="train")
+    model, tokenizer = FastLanguageModel.from_pretrained({model}, max_seq_length={most})
+    model = FastLanguageModel.get_peft_model(model)
+    config = SFTConfig(assistant_only_loss=True, max_length={most})
+    SFTTrainer(model, processing_class=tokenizer, args=config, train_dataset=rows).train()
+
+axolotl:
+
+    base_model: {model}
+    sequence_len: {most}
+    datasets:
+      - path: {file}
+        ds_type: {kind}
+        type: chat_template
+"""
 
 
 def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
@@ -54,6 +92,9 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
             said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
             said += _about_the_cut(experiment, coreset)
             about = f"# {coreset.name} of {experiment.folder.name}\n\n" + "".join(f"- {line}\n" for line in said)
+            kind, file = ("parquet", "chat.parquet") if (draft / "chat.parquet").exists() else ("json", "chat.jsonl")
+            model = json.dumps(model_path(experiment.target_model), ensure_ascii=False)  # Python and YAML read it alike
+            about += _TRAINERS.format(kind=kind, file=file, model=model, most=experiment.cutoff_len)
             (draft / "README.md").write_text(about, encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -104,7 +145,7 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
     set_library_bars(long_work=len(rows) >= 10_000)
     entry = experiment.row_format.entry
     text_of = as_text(experiment, experiment.target_model)
-    otherwise = earlier = 0
+    otherwise = earlier = calls = 0
     with (
         (draft / "prompt_completion.jsonl").open("w", encoding="utf-8") as pairs,
         (draft / "chat.jsonl").open("w", encoding="utf-8") as chats,
@@ -115,7 +156,12 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
             otherwise += not same
             earlier += sum(message["role"] in ("assistant", "function") for message in messages) > 1
             pairs.write(_as_line({"prompt": prompt, "completion": completion}))
-            chats.write(_as_line(as_chat(messages, convert_row(row, entry)["_tools"] or "")))
+            chat = as_chat(messages, convert_row(row, entry)["_tools"] or "")
+            calls += "tools" in chat or any("tool_calls" in message for message in chat["messages"])
+            chats.write(_as_line(chat))
+    table = "" if calls else ", chat.parquet"  # it would give every message the empty fields of a call
+    if table:
+        _write_chat_table(draft)
     rows.save_to_disk(draft / "dataset")
     file = draft / "llamafactory" / f"{name}.parquet"  # of JSON, readers take text for dates where every row holds one
     file.parent.mkdir()
@@ -133,10 +179,19 @@ def _write_chosen(experiment: Experiment, split: TrainingSplit, coreset: Coreset
         f"prompt_completion.jsonl: {size} as text of template {experiment.template}"
         + (f"; {otherwise} of them the tokenizer cuts otherwise than tuning does" if otherwise else "")
         + (f"; {earlier} of them with earlier responses, which are prompt here" if earlier else ""),
-        f"chat.jsonl: {size} as messages",
+        f"chat.jsonl{table}: {size} as messages" + (f"; no Parquet, as {calls} of them have tools" if calls else ""),
         f"dataset/: {size} for datasets.load_from_disk",
         f"{'indices.txt' if len(sets) == 1 else 'indices-*.txt'}: {size}, their numbers in their file, from 0",
     ]
+
+
+def _write_chat_table(draft: Path) -> None:
+    with (
+        (draft / "chat.jsonl").open(encoding="utf-8") as lines,
+        pa.parquet.ParquetWriter(draft / "chat.parquet", _CHAT) as writer,
+    ):
+        while batch := [json.loads(line) for line in islice(lines, _BATCH)]:
+            writer.write_table(pa.Table.from_pylist(batch, _CHAT))
 
 
 def _about_the_cut(experiment: Experiment, coreset: Coreset) -> list[str]:
