@@ -64,7 +64,8 @@ def write_tasks(experiment: Experiment, folder: Path) -> list[str]:
     said = [
         f"held_out.jsonl: {len(rows)} rows; for {same} of them lm_eval counts exactly the tokens that eval.py counts"
         + "; of the others it cuts the text otherwise, or counts the last response of several" * (same < len(rows)),
-        "held_out_nll, held_out_answers: in this folder, after pip install lm_eval (peft=FOLDER for a tuned LoRA): "
+        "in this folder, after pip install lm_eval, with peft=FOLDER for a tuned LoRA, and without lm_eval's "
+        "--apply_chat_template, as the texts have the template's marks: "
         f"lm_eval --model hf --model_args pretrained={model_path(model)},dtype={dtype} --include_path . "
         "--tasks held_out_nll,held_out_answers",
     ]

@@ -65,6 +65,7 @@ def test_lm_eval_itself_prints_eval_pys_figures(tasks, finished_run, monkeypatch
         model_args={"pretrained": finished_run.target_model, "dtype": "float32"},
         tasks=["held_out_nll", "held_out_answers"],
         task_manager=TaskManager(include_path=str(tasks)),
+        device="cpu",
         bootstrap_iters=0,
     )["results"]
     ours = held_out_losses(finished_run, None, "fp32")
