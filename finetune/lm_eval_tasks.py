@@ -35,7 +35,8 @@ process_results: !function held_out.nll
 metric_list: [{metric: nll, aggregation: mean, higher_is_better: false}]
 """
 _ANSWERS = """\
-# Greedy answers: rouge_score-l and bleu are eval.py's rouge_score-l and sacreBLEU.
+# Greedy answers: rouge_score-l and bleu are eval.py's rouge_score-l and sacreBLEU. A model that is stored in bf16
+# answers eval.py in bf16, under `precision: fp32` too; in bf16 padding decides near ties, and some answers differ.
 output_type: generate_until
 doc_to_text: prompt
 doc_to_target: answer
