@@ -6,6 +6,7 @@ Needs a run folder with a coreset, its data and the target's tokenizer. Writes R
 FOLDER/<coreset>, anew: annotated.parquet and annotated.jsonl (every row of the run with score, stratum and the reason
 why it was chosen or not), llamafactory/, dataset/, prompt_completion.jsonl, chat.jsonl and indices.txt (chosen rows).
 --card writes RUN_DIR/export/card or FOLDER/card instead: all rows and the coresets as a data set for the hub.
+--lm_eval writes RUN_DIR/export/lm_eval or FOLDER/lm_eval instead: the held-out rows as lm-evaluation-harness's tasks.
 """
 
 import argparse
@@ -27,12 +28,20 @@ def main() -> None:
     parser.add_argument("--coreset", nargs="+", default=[], help=names_help)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the exports go; default: RUN_DIR/export")
     card_help = "one folder ready for the hub: rows and coresets as Parquet, data set card, report"
-    parser.add_argument("--card", action="store_true", help=card_help)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--card", action="store_true", help=card_help)
+    instead.add_argument("--lm_eval", action="store_true", help="held-out rows as tasks of lm-evaluation-harness")
     licence_help = "with --card: the hub's id, e.g. cc-by-4.0; default: that of the data sets, where the hub says it"
     parser.add_argument("--licence", metavar="ID", help=licence_help)
     push_help = "with --card: upload it where you are logged in, as a private data set; default: no upload"
     parser.add_argument("--push", metavar="NAME", help=push_help)
     experiment, arguments = load_run_from_arguments(parser)
+    if arguments.lm_eval:
+        from finetune.lm_eval_tasks import write_tasks  # torch takes seconds
+
+        folder = (arguments.out or experiment.folder / "export").resolve() / "lm_eval"
+        print("\n  ".join([f"lm_eval -> {folder}", *write_tasks(experiment, folder)]))
+        return
     if arguments.card or arguments.licence or arguments.push:
         card(experiment, arguments)
         return

@@ -1,15 +1,19 @@
 """Every snippet of a README: Python runs on the tiny model, command lines name scripts and options that exist."""
 
+import json
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import pytest
 import yaml
-from conftest import REPOSITORY, run_main
+from conftest import REPOSITORY, biology, run_main, write_jsonl
 
 from selection.run import cli
 from selection.run.config import Experiment
@@ -104,6 +108,51 @@ def test_python_of_the_exports_runs_as_printed(finished_run, tiny_model, tmp_pat
     space = {}
     exec(compile(loading.replace("rows = my_data", "same = my_data"), "selection/README.md", "exec"), space)
     assert space["same"].to_list() == space["rows"].to_list() and len(space["rows"]) == 24
+
+
+def test_the_notebook_runs_on_the_users_own_by_two_edits(tiny_model, tmp_path, monkeypatch):
+    """Its scripts in this process, selection.sh as the stages that it calls."""
+    target = tmp_path / "SmolLM2-360M-Instruct"
+    for name in (target.name, "SmolLM2-135M-Instruct"):
+        (tmp_path / name).symlink_to(tiny_model)
+    write_jsonl(tmp_path / "my.jsonl", biology(40))
+    (tmp_path / "scripts").mkdir()
+    monkeypatch.chdir(tmp_path / "scripts")
+    called, really_run = [], subprocess.run
+    shell = (REPOSITORY / "selection" / "selection.sh").read_text(encoding="utf-8")
+    stages_of_selection = " ".join(re.findall(r"stages\+?=\((.*)\)", shell)).split()
+    quick = ["precision=fp32", "small_training.num_train_epochs=1", "evaluation.max_new_tokens=4"]
+
+    def run(command: list, **keys):
+        if command[0] == "git":
+            return really_run(command, **keys)
+        script, arguments = Path(command[1]).relative_to(tmp_path), command[2:]
+        assert keys["check"] and (REPOSITORY / script).exists()
+        called.append(script.name)
+        stages = [str(script)]
+        if script.suffix == ".sh":
+            run_main("selection.start", *arguments, *(word for key in quick for word in ("--set", key)))
+            stages, arguments = stages_of_selection, ["--config_path", arguments[5] / "start.yaml"]
+        for stage in stages:
+            run_main(stage.removesuffix(".py").replace("/", "."), *arguments)
+
+    monkeypatch.setattr("subprocess.run", run)
+    display = ModuleType("IPython.display")
+    display.HTML = str
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    book = json.loads((REPOSITORY / "scripts" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    edits = {"HuggingFaceTB/SmolLM2-360M-Instruct": target, "my.jsonl": tmp_path / "my.jsonl"}
+    space = {}
+    for mine, own in edits.items():
+        assert cells[0].count(f'"{mine}"') == 1
+        cells[0] = cells[0].replace(mine, str(own))
+    for cell in cells:
+        exec(compile(cell, "quickstart.ipynb", "exec"), space)
+    assert called == ["selection.sh", "export.py", "finetune-select.py", "eval.py"]
+    assert space["rows"].staff_chosen.sum() == len(space["chosen"]) == 7 and "&lt;html" in space["page"]
+    assert space["RUN"] == tmp_path / "runs" / "my-SmolLM2-360M-Instruct"
+    assert list((space["RUN"] / "trl").glob("checkpoint-*/adapter_model.safetensors"))
 
 
 def test_the_readme_quotes_the_papers_table():

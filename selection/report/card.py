@@ -1,6 +1,5 @@
 """A run as a data set for the hub: every row and each coreset as Parquet, with a data set card and the report."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from selection.rows.split import finished_split
 from selection.run.config import Experiment, from_repository
 from selection.run.errors import UserError
 from selection.run.ledger import selection_costs
-from selection.run.products import building, code_version, held, read_record
+from selection.run.products import code_version, read_record, rebuilding
 
 _SHARD = 100_000  # rows of a Parquet file
 _OF_A_CORESET = ("stratum", "verification_ratio", "verified", "chosen", "reason")  # the others are every coreset's
@@ -45,20 +44,12 @@ def write_card(experiment: Experiment, coresets: list[Path], folder: Path, licen
     train = np.array(figures["staff_split"].to_pylist()) == "train"
     parts = {"full/train": train, "full/test": ~train}
     parts |= {f"{p.stem}/train": figures[f"{p.stem}_chosen"].to_numpy(zero_copy_only=False) for p in coresets}
-    new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
-    with held(folder):
-        shutil.rmtree(new, ignore_errors=True)
-        with building(new, {"card_of": experiment.folder.name, "code_version": code_version()}) as draft:
-            for name, wanted in parts.items():
-                _write_shards(draft / "data" / name, rows, figures, np.flatnonzero(wanted))
-            counts = {name: int(wanted.sum()) for name, wanted in parts.items() if wanted.any()}
-            _card(experiment, coresets, counts, licence).save(draft / "README.md")
-            (draft / "report.html").write_text(render(experiment), encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+    with rebuilding(folder, {"card_of": experiment.folder.name, "code_version": code_version()}) as draft:
+        for name, wanted in parts.items():
+            _write_shards(draft / "data" / name, rows, figures, np.flatnonzero(wanted))
+        counts = {name: int(wanted.sum()) for name, wanted in parts.items() if wanted.any()}
+        _card(experiment, coresets, counts, licence).save(draft / "README.md")
+        (draft / "report.html").write_text(render(experiment), encoding="utf-8")
     return [f"{name}: {count} rows" for name, count in counts.items()]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from selection.run.device import choose_precision
 from selection.run.errors import UserError
 from selection.run.log import set_library_bars
 from selection.run.model_folder import model_path
-from selection.run.products import building, code_version, file_digest, held, read_record, write_json
+from selection.run.products import code_version, file_digest, read_record, rebuilding, write_json
 from selection.scores.coresets import Coreset, check_fits, read_coreset
 
 _BATCH = 1000  # rows in memory at a time
@@ -85,22 +84,14 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     if folder.exists() and any(before.get(key) != identity[key] for key in ("export_of", "run")):
         made = f"{coreset.name} of run {identity['run']}"
         raise UserError(f"{folder} is no export of {made}: remove it or give another --out")
-    new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
-    with held(folder):
-        shutil.rmtree(new, ignore_errors=True)
-        with building(new, identity) as draft:
-            said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
-            said += _about_the_cut(experiment, coreset)
-            about = f"# {coreset.name} of {experiment.folder.name}\n\n" + "".join(f"- {line}\n" for line in said)
-            kind, file = ("parquet", "chat.parquet") if (draft / "chat.parquet").exists() else ("json", "chat.jsonl")
-            model = json.dumps(model_path(experiment.target_model), ensure_ascii=False)  # Python and YAML read it alike
-            about += _TRAINERS.format(kind=kind, file=file, model=model, most=experiment.cutoff_len)
-            (draft / "README.md").write_text(about, encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)  # only now that the new one is whole; half removed, the next call would refuse it
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+    with rebuilding(folder, identity) as draft:
+        said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
+        said += _about_the_cut(experiment, coreset)
+        about = f"# {coreset.name} of {experiment.folder.name}\n\n" + "".join(f"- {line}\n" for line in said)
+        kind, file = ("parquet", "chat.parquet") if (draft / "chat.parquet").exists() else ("json", "chat.jsonl")
+        model = json.dumps(model_path(experiment.target_model), ensure_ascii=False)  # Python and YAML read it alike
+        about += _TRAINERS.format(kind=kind, file=file, model=model, most=experiment.cutoff_len)
+        (draft / "README.md").write_text(about, encoding="utf-8")
     return said
 
 

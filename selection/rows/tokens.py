@@ -57,7 +57,7 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
     off. Raises: UserError for an unknown template, a broken tokenizer, and rows that the template cannot write."""
     from transformers import AutoTokenizer
 
-    tokenizer, template = _tokenizer_and_template(experiment, model)
+    tokenizer, template = tokenizer_and_template(experiment, model)
     with user_errors(f"model {model}"):
         users = AutoTokenizer.from_pretrained(model_path(model))
     front, end = users("")["input_ids"][:1], tokenizer.eos_token_id
@@ -83,13 +83,13 @@ def as_text(experiment: Experiment, model: str) -> Callable[[dict], tuple[str, s
 
 def empty_turn(experiment: Experiment, model: str) -> tuple[list[int], list[int]]:
     """The tokens before and after a response that the template itself writes, around an empty prompt."""
-    tokenizer, template = _tokenizer_and_template(experiment, model)
+    tokenizer, template = tokenizer_and_template(experiment, model)
     with user_errors(f"template {experiment.template}"):
         before, after = template.encode_oneturn(tokenizer, [{"role": r, "content": ""} for r in ("user", "assistant")])
     return before, after + [tokenizer.eos_token_id] * template.efficient_eos
 
 
-def _tokenizer_and_template(experiment: Experiment, model: str):
+def tokenizer_and_template(experiment: Experiment, model: str):
     """As LLaMA-Factory loads them. Raises: UserError for an unknown template, and a broken tokenizer."""
     import_llama_factory()
     from llamafactory.data import get_template_and_fix_tokenizer

@@ -235,6 +235,21 @@ def building(folder: Path, identity: dict) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def rebuilding(folder: Path, identity: dict) -> Iterator[Path]:
+    """As `building`; an earlier `folder` is replaced once the new one is whole."""
+    new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
+    with held(folder):
+        shutil.rmtree(new, ignore_errors=True)
+        with building(new, identity) as draft:
+            yield draft
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)  # only now: half removed, the next call would refuse it
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def building_together(folder: Path, identity: dict) -> Iterator[Path]:
     """`building` by all processes: each is given the same folder, which the leader makes and names."""
     together, draft = processes(), folder.with_name(f".{folder.name}.partial")
