@@ -17,7 +17,6 @@ from selection.run.log import say
 from selection.run.model_folder import model_path
 from selection.run.processes import processes
 from selection.run.products import read_record
-from selection.scores.models import DTYPES
 
 COMPARED = 8  # rows that LLaMA-Factory answers too
 _RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -72,7 +71,8 @@ def _answers(experiment: Experiment, tuned: Path | None, precision: str) -> list
     rows = get_dataset(template, *some, stage="sft", **module)["eval_dataset"]
     prompts, stops = list(rows["input_ids"]), template.get_stop_token_ids(tokenizer)
     settings = SamplingParams(temperature=0, max_tokens=experiment.evaluation.max_new_tokens, stop_token_ids=stops)
-    loading, lora = {"dtype": DTYPES[precision], "load_format": "safetensors", "trust_remote_code": False}, None
+    # In the checkpoint's number format, as LLaMA-Factory answers.
+    loading, lora = {"dtype": "auto", "load_format": "safetensors", "trust_remote_code": False}, None
     if tuned is not None and (tuned / "adapter_config.json").exists():
         rank = read_record(tuned / "adapter_config.json")["r"]  # vLLM knows some ranks alone
         loading |= {"enable_lora": True, "max_lora_rank": min((each for each in _RANKS if each >= rank), default=rank)}

@@ -3,6 +3,7 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -x "$repository/.venv/bin/python" ]; then
     PATH="$repository/.venv/bin:$PATH"
 fi
+export MPLBACKEND=agg # Jupyter names one of its own, which this python may lack
 
 # run COMMAND …: ends as the command ends; Ctrl-C and SIGTERM reach it, so that no stage goes on without its script.
 run() {

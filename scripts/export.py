@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--push", metavar="NAME", help=push_help)
     experiment, arguments = load_run_from_arguments(parser)
     if arguments.lm_eval:
+        if arguments.coreset or arguments.licence or arguments.push:
+            raise UserError("--lm_eval writes the held-out rows alone: leave out --coreset, --licence and --push")
         from finetune.lm_eval_tasks import write_tasks  # torch takes seconds
 
         folder = (arguments.out or experiment.folder / "export").resolve() / "lm_eval"

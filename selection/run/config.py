@@ -242,8 +242,8 @@ class Experiment(Section):
     skip_bad_rows: bool = False
     split_seed: Seed = 42  # of the split, train_test_split of `datasets` (LLaMA-Factory's seed, 42 there too)
     cutoff_len: int = Field(default=1024, ge=2)  # most tokens of a sample, cut as LLaMA-Factory does (paper)
-    # Arithmetic of tuning and generation (the weights stay as the checkpoint has them); auto: bf16 where the device
-    # computes in it, else fp32. (ours; paper: fp16)
+    # Arithmetic of tuning and log likelihood (weights stay as the checkpoint has them, and one of 16 bits generates in
+    # these); auto: bf16 where the device computes in it, else fp32. (ours; paper: fp16)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # Run folder, finished up to effort_score.py, with the same data, small model, training and scoring settings: this
     # run takes its tuned speculative model and scores, and shares their cost. (ours)
