@@ -3,10 +3,13 @@
 import json
 import math
 import re
+import sys
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -170,6 +173,12 @@ def test_all_bad_rows_are_counted_and_the_first_named_or_left_out_and_listed(mak
     record = (good.data_folder / "split.json").read_bytes()
     training_split(good.model_copy(update={"skip_bad_rows": True}))  # there are none
     assert (good.data_folder / "split.json").read_bytes() == record and b"skipped" not in record
+
+
+def test_a_split_needs_nothing_of_a_torchvision_that_loads(make_experiment, rows, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))  # of today: without io.VideoReader
+    monkeypatch.setattr(datasets.config, "TORCHVISION_AVAILABLE", True)
+    assert len(training_split(load_experiment(make_experiment(rows))).rows) == 27
 
 
 def test_copies_are_counted_and_stay_on_one_side_where_that_is_asked(make_experiment, rows, tmp_path, capsys):

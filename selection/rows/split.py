@@ -136,7 +136,8 @@ def _drawn(experiment: Experiment, num_rows: int, moved: Iterable[int] = ()) -> 
         parts = numbers.train_test_split(test_size=experiment.eval_size, seed=experiment.split_seed)
     except ValueError:
         raise UserError(f"eval_size {experiment.eval_size:g} of {num_rows} rows leaves none to train on") from None
-    rows = np.concatenate([part.with_format("numpy")["row"][:] for part in parts.values()])
+    # Not by format "numpy": that of `datasets` 4.0 fails beside a torchvision of today, where one loads.
+    rows = np.concatenate([part.with_format("arrow")[:]["row"].to_numpy() for part in parts.values()])
     held_out = (np.arange(num_rows) >= len(parts["train"])) ^ np.isin(rows, moved)
     if held_out.all() or not held_out.any():
         raise UserError("split keep_copies_together puts all rows on one side, as they are copies: remove the copies")
