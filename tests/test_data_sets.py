@@ -178,7 +178,7 @@ def test_all_bad_rows_are_counted_and_the_first_named_or_left_out_and_listed(mak
 def test_a_split_needs_nothing_of_a_torchvision_that_loads(make_experiment, rows, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))  # of today: without io.VideoReader
     monkeypatch.setattr(datasets.config, "TORCHVISION_AVAILABLE", True)
-    assert len(training_split(load_experiment(make_experiment(rows))).rows) == 27
+    assert len(training_split(load_experiment(make_experiment(rows))).rows) == 24
 
 
 def test_copies_are_counted_and_stay_on_one_side_where_that_is_asked(make_experiment, rows, tmp_path, capsys):
