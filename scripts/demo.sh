@@ -2,7 +2,7 @@
 # The method on real weights and data: STAFF and Random at 20 % kept, tuned, and evaluated beside the untuned target.
 #     bash scripts/demo.sh           SmolLM2-135M and biology question answering; about 10 minutes on 2 CPU cores
 #     bash scripts/demo.sh --tiny    the same stages on a tiny random model, about a minute: it tests the plumbing
-# A second call reuses what is there. Needs Python 3.11 with pip. RUN=folder puts the run elsewhere than runs/demo.
+# A second call reuses what is there. Needs Python 3.11 to 3.13 with pip. RUN=folder puts the run elsewhere than runs/demo.
 # Uses all visible GPUs; NPROC=N asks for N processes. --quiet: nothing but results, warnings and errors.
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -296,7 +296,8 @@ def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
                 size = sizes[rates.index(rate)] if method == "rs2" else means[column][task, method, rate]
                 found = worth(sizes, losses, -np.array([one.mean, *one.replicates]), size)
                 low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
-                row.append(f"{found[0]:.2f} ({low:.2f} to {high:.2f})")
+                beyond = "≤ " if -one.mean > losses[0, 0] else "≥ " if -one.mean < losses[0, -1] else ""
+                row.append(f"{beyond}{found[0]:.2f} ({low:.2f} to {high:.2f})")
             rows += [row] if len(row) > 1 else []
         title = f"Worth in {unit}, {task}" + f" (of {of})" * (of != task)
         blocks.append(markdown_table(["pruned, %", *map(percent, grid.rates)], rows, title))
