@@ -65,11 +65,15 @@ def write_tasks(experiment: Experiment, folder: Path) -> list[str]:
     said = [
         f"held_out.jsonl: {len(rows)} rows; for {same} of them lm_eval counts exactly the tokens that eval.py counts"
         + "; of the others it cuts the text otherwise, or counts the last response of several" * (same < len(rows)),
-        "in this folder, after pip install lm_eval, with peft=FOLDER for a tuned LoRA, and without lm_eval's "
-        "--apply_chat_template, as the texts have the template's marks: "
-        f"lm_eval --model hf --model_args pretrained={model_path(model)},dtype={dtype} --include_path . "
-        "--tasks held_out_nll,held_out_answers",
+        "README.md: the command",
     ]
+    about = f"""- {said[0]}
+- In this folder, after `pip install lm_eval`; add `,peft=FOLDER` for a tuned LoRA, and leave lm_eval's
+  `--apply_chat_template` out, as the texts have the template's marks:
+
+      lm_eval --model hf --model_args pretrained={model_path(model)},dtype={dtype} --include_path . \\
+          --tasks held_out_nll,held_out_answers
+"""
     with rebuilding(folder, {"tasks_of": experiment.folder.name, "code_version": code_version()}) as draft:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (draft / "held_out.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -77,7 +81,7 @@ def write_tasks(experiment: Experiment, folder: Path) -> list[str]:
             (draft / f"{task}.yaml").write_text(_DATA.format(task=task) + text, encoding="utf-8")
         for name in ("held_out.py", "comparable.py"):
             shutil.copy(Path(__file__).with_name(name), draft)
-        (draft / "README.md").write_text("".join(f"- {line}\n" for line in said), encoding="utf-8")
+        (draft / "README.md").write_text(about, encoding="utf-8")
     return said
 
 

@@ -90,9 +90,7 @@ def load() -> tuple[Experiment, Path | None, bool]:
     parser = argument_parser(__doc__)
     add_experiment_arguments(parser, required=False)
     parser.add_argument("--target", metavar="MODEL", help="instead of --config_path; default: none")
-    parser.add_argument(
-        "--data", nargs="+", type=Path, metavar="FILE", help="with --target: as start.py's; default: none"
-    )
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="with --target: as start.py's; default: none")
     parser.add_argument("--small", metavar="MODEL", help="with --target: speculative model; default: the family's")
     parser.add_argument("--template", metavar="NAME", help="with --target: chat template; default: the family's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of the run folder; default: none")

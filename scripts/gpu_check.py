@@ -3,12 +3,12 @@
     python scripts/gpu_check.py
     python scripts/gpu_check.py --parts parity speed
 
-Needs one GPU, no network, at most ten minutes; models are random. Prints a table and writes --json. Ends with 1 where
-something failed, with 2 without a GPU. Parts: parity (every φ against autograd, in fp32 and bf16, all tiny families),
-repeats (a second pass, the same bits), memory (a real out of memory, halved), quantised (8 and 4 bit, by bitsandbytes),
-attention (sdpa and flash_attention_2 against eager), processes (two on this GPU), speed (the scorer beside a pass that
-computes the losses alone, and beside the published loop; goals: 0.8 of that pass, and on an H100 or H200 25,000
-tokens/s with 7B), demo (demo.sh --tiny).
+Needs one GPU, no network, about ten minutes: after nine no case is begun. Models are random. Prints a table and writes
+--json. Ends with 1 where something failed, with 2 without a GPU. Parts: parity (every φ against autograd, in fp32 and
+bf16, all tiny families), speed (the scorer beside a pass that computes the losses alone, and beside the published loop;
+goals: 0.8 of that pass, and on an H100 or H200 25,000 tokens/s with 7B), demo (demo.sh --tiny), memory (a real out of
+memory, halved), processes (two on this GPU), repeats (a second pass, the same bits), attention (sdpa and
+flash_attention_2 against eager), quantised (8 and 4 bit, by bitsandbytes).
 """
 
 import contextlib
@@ -197,7 +197,7 @@ def demo(where: torch.device) -> Cases:
     yield "demo.sh --tiny", run if there else "no finished .venv: bash scripts/setup.sh"
 
 
-PARTS = {each.__name__: each for each in (parity, repeats, memory, quantised, attention, processes, speed, demo)}
+PARTS = {each.__name__: each for each in (parity, speed, demo, memory, processes, repeats, attention, quantised)}
 
 
 def _difference(ours: torch.Tensor, expected: torch.Tensor) -> float:

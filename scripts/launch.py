@@ -24,7 +24,7 @@ from selection.run.ending import Interrupted, end_on_signals, interrupt, on_sign
 
 from selection.run.cli import argument_parser
 from selection.run.errors import UserError
-from selection.run.processes import visible_gpus
+from selection.run.processes import end_with_parent, visible_gpus
 
 _ONE_PROCESS = ("coreset.py", "costs.py", "report.py")  # they read and write, and pass over no rows
 
@@ -60,16 +60,18 @@ def _import_libraries() -> None:
 
 def _in_a_child(run: Callable[[], None]) -> None:
     """Run it in a fork that ends as a script ends. A signal reaches the child; its exit code ends this process too."""
-    signals = {signal.SIGINT, signal.SIGTERM}
+    came, signals = [], {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until it is known whom to hand them to
     sys.stdout.flush()
     child = os.fork()
     if not child:
+        end_with_parent()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         run()
         sys.exit()
 
     def hand_on(number: int, frame) -> None:
+        came.append(number)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
@@ -77,6 +79,8 @@ def _in_a_child(run: Callable[[], None]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     on_signals(interrupt)
+    if code in (-signal.SIGINT, -signal.SIGTERM) or (came and not code):  # at the stage's end, when it says nothing
+        raise Interrupted(came[0] if came else -code)
     if code:
         sys.exit(code if code > 0 else 128 - code)
 

@@ -43,7 +43,7 @@ done
 set -- "${quiet[@]}" "${others[@]}"
 source "$here/../scripts/environment.sh"
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+trap 'wait; rm -rf "$scratch"' EXIT
 next() { # a command to copy, for where the user stands
     printf 'next: python %q' "$(realpath --relative-to=. "$repository/$1")" >&2
     printf ' %q' "${@:2}" >&2
@@ -83,7 +83,7 @@ if [ "$dry" ]; then
 fi
 [ "${REPORT:-now}" = later ] || stages+=(scripts/costs.py scripts/report.py) # later: what runs after this makes both
 mkfifo "$scratch/stdout"
-tee "$scratch/printed" < "$scratch/stdout" &
+tee -p "$scratch/printed" < "$scratch/stdout" &
 tee=$!
 stage "${stages[@]}" --config_path "$config" "$@" > "$scratch/stdout"
 wait "$tee"

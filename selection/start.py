@@ -41,7 +41,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--target", required=True, metavar="MODEL", help="to tune: a folder or a hub name; required")
     about = "data files, owner/name[:config][@revision][#split] of the hub, or save_to_disk folders; required"
-    parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help=about)
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help=about)
     parser.add_argument("--small", metavar="MODEL", help="speculative model; default: the family's smallest, or cut")
     parser.add_argument("--template", metavar="NAME", help="LLaMA-Factory's chat template; default: the family's")
     about = "run folder; default: runs/<data>-<target>, with the data file's ending where that is of another file"
@@ -66,7 +66,7 @@ def main() -> None:
 
 def start(
     target: str,
-    data: list[Path],
+    data: list[str | Path],
     small: str | None = None,
     template: str | None = None,
     run: Path | None = None,
@@ -202,9 +202,9 @@ def half_the_layers(target: str) -> int:
     return layers // 2
 
 
-def data_source(given: Path) -> Path | Source:
+def data_source(given: str | Path) -> Path | Source:
     """The absolute path of a data file, or what `fetch` makes one of. Raises: UserError."""
-    path = given.expanduser().resolve()
+    path = Path(given).expanduser().resolve()
     if path.is_file():
         return path
     if path.suffix not in _SUFFIXES and (source := find_source(str(given))):

@@ -140,6 +140,23 @@ def test_a_signal_ends_a_stage_with_a_line_and_nothing_half_written(
     read_scores(folder).check_complete()
 
 
+def test_a_stage_ends_with_its_launcher(make_experiment, rows, tmp_path):
+    config, folder = make_experiment(rows * 10), tmp_path / "run" / "scores" / "small"
+    with (tmp_path / "log").open("ab") as file:
+        command = ["scripts/launch.py", "selection/effort_score.py", "--config_path", config, *UNTUNED]
+        launcher = start(command, file.fileno(), file.fileno())
+    ends = time.monotonic() + 120
+    while not list(folder.glob("part-*")) and time.monotonic() < ends:
+        time.sleep(0.01)
+    (child,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    launcher.kill()
+    launcher.join()
+    ends = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists() and len(read_scores(folder).index) < 240
+
+
 def test_a_damaged_part_is_named_then_scored_again_and_the_result_is_the_same(selected, stage, tmp_path):
     folder = tmp_path / "run" / "scores" / "small"
     before, part = read_scores(folder), sorted(folder.glob("part-*"))[0]

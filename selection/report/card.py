@@ -16,6 +16,7 @@ from selection.run.errors import UserError
 from selection.run.ledger import selection_costs
 from selection.run.products import code_version, read_record, rebuilding
 
+_PLACE = "<this data set or its folder>"
 _SHARD = 100_000  # rows of a Parquet file
 _OF_A_CORESET = ("stratum", "verification_ratio", "verified", "chosen", "reason")  # the others are every coreset's
 
@@ -77,16 +78,17 @@ def _card(experiment: Experiment, coresets: list[Path], counts: dict[str, int], 
         there = f"{name}/{split}" in counts
         return [{"split": split, "path": f"data/{name}/{split}-*.parquet"}] if there else []
 
-    names, test = ["full", *(path.stem for path in coresets)], files("full", "test")
-    configs = [{"config_name": name, "data_files": files(name, "train") + test} for name in names]
+    names = ["full", *(path.stem for path in coresets)]
+    configs = [{"config_name": name, "data_files": files(name, "train") + files("full", "test")} for name in names]
     configs[0]["default"] = True
     origins = [record_of(from_repository(each.path)) for each in experiment.data_sets]
     data = DatasetCardData(license=licence, tags=["coreset", "data-selection", "staff"], configs=configs)
     if on_hub := [each["given"] for each in origins if "revision" in each]:
         data.source_datasets = [name.partition("#")[0].partition("@")[0].partition(":")[0] for name in on_hub]
     sources = [
-        f"{Path(each.path).name if 'revision' not in origin else origin['given']}"
-        + (f", revision `{origin['revision']}`" if "revision" in origin else "")
+        f"{origin['given']}, revision `{origin['revision']}`"
+        if "revision" in origin
+        else f"{Path(each.path).name}, a file whose origin is not recorded"
         for each, origin in zip(experiment.data_sets, origins, strict=True)
     ]
     small, target = map(_shown, (experiment.small_model, experiment.target_model))
@@ -109,7 +111,7 @@ def _card(experiment: Experiment, coresets: list[Path], counts: dict[str, int], 
         lines.append(f"| {' | '.join(map(str, [*cells, about.get('seed', '–'), f'{cost:.1f}' if cost else '–']))} |")
     lines += [
         "\n    from datasets import load_dataset\n",
-        f'    rows = load_dataset("<this data set or its folder>", "{names[-1]}", split="train")\n',
+        f'    rows = load_dataset("{_PLACE}", "{names[-1]}", split="train")\n',
         "Columns of the source are as they were. `staff_effort` and `staff_loss` are the small model's, per row;",
         "`<coreset>_chosen` and `<coreset>_reason` say what was chosen and why, `<coreset>_stratum` and",
         "`<coreset>_verification_ratio` where the row lies in STAFF's strata; null: not known.\n",
@@ -137,9 +139,18 @@ def push(folder: Path, name: str) -> str:
     check_login()
     api = HfApi()
     try:
-        DatasetCard.load(folder / "README.md").validate()  # by the hub's own rules
+        readme = folder / "README.md"
+        readme.write_text(readme.read_text(encoding="utf-8").replace(_PLACE, name), encoding="utf-8")
+        DatasetCard.load(readme).validate()  # by the hub's own rules
         api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=name, repo_type="dataset", commit_message="Coresets by STAFF")
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=name,
+            repo_type="dataset",
+            commit_message="Coresets by STAFF",
+            ignore_patterns=["made_from.json", "checksums.json"],
+            delete_patterns=["data/**"],  # shards of an earlier upload, of which there may have been more
+        )
     except Exception as error:  # the hub's client raises errors of many types
         raise UserError(f"--push {name}: {error}: the folder is {folder}, nothing else was changed") from None
     return f"https://huggingface.co/datasets/{name}"

@@ -30,9 +30,10 @@ _CHAT = pa.schema({"messages": pa.list_(pa.struct({"role": pa.string(), "content
 _TRAINERS = """
 ## For today's trainers, in this folder
 
-The model's tokenizer needs a chat template; on a CPU, TRL also needs `SFTConfig(…, bf16=False, use_cpu=True)`.
+The tokenizer needs a chat template with `{{% generation %}}` around the responses, or one that TRL 1.x knows. On a CPU,
+TRL also needs `SFTConfig(…, bf16=False, use_cpu=True)`.
 
-TRL, where the chat template has `{{% generation %}}` around the responses, or is one that TRL 1.x knows:
+TRL:
 
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
@@ -41,7 +42,7 @@ TRL, where the chat template has `{{% generation %}}` around the responses, or i
     config = SFTConfig(assistant_only_loss=True, max_length={most})
     SFTTrainer({model}, args=config, train_dataset=rows).train()
 
-unsloth:
+unsloth (not run):
 
     from unsloth import FastLanguageModel  # before trl
     from datasets import load_dataset
@@ -53,7 +54,7 @@ unsloth:
     config = SFTConfig(assistant_only_loss=True, max_length={most})
     SFTTrainer(model, processing_class=tokenizer, args=config, train_dataset=rows).train()
 
-axolotl:
+axolotl (not run), beside the keys of your tuning:
 
     base_model: {model}
     sequence_len: {most}

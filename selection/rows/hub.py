@@ -70,7 +70,9 @@ def fetch(source: Source, folder: Path, write_to: Path | None = None) -> Path:
     write_json(path.with_suffix(".json"), about)
     splits = ", ".join(f"{name} ({count:,})" for name, count in about["splits"].items() if name)
     several = ", pooled; name one with #split" if len(about["splits"]) > 1 else ""
-    say(f"data: {_named(about)}{f', splits {splits}' if splits else ''}{several} -> {path}")
+    kept = folder / path.name
+    kept = kept if path == kept else f"would be {kept}"
+    say(f"data: {_named(about)}{f', splits {splits}' if splits else ''}{several} -> {kept}")
     return path
 
 

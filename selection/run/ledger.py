@@ -51,7 +51,8 @@ def scoring_flops(parameters: int, tokens: int, phi: str) -> float:
 
 @dataclass
 class Cost:
-    """One stage's entry. `tokens` without padding; `peak_memory_gb` of the process so far, on a GPU of the stage."""
+    """One stage's entry. `tokens` without padding; `peak_memory_gb` of the process so far, with what
+    it shares with the launcher that imported the libraries; on a GPU of the stage."""
 
     stage: str
     what: str  # model, coreset or method
