@@ -16,6 +16,7 @@ import os
 import runpy
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def _in_a_child(run: Callable[[], None]) -> None:
     came, signals = [], {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until it is known whom to hand them to
     sys.stdout.flush()
-    child = os.fork()
+    # Python 3.12 warns of threads; here they are OpenBLAS's and jemalloc's, which are made for forks.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        child = os.fork()
     if not child:
         end_with_parent()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
