@@ -45,9 +45,9 @@ def main() -> None:
         _import_libraries()
     for stage in stages:
         if count > 1 and Path(stage).name not in _ONE_PROCESS:
-            _in_a_child(lambda stage=stage: _run_many(count, [stage, *arguments]))
+            _in_a_child(_run_many, count, [stage, *arguments])
         else:
-            _in_a_child(lambda stage=stage: _run_here(stage, arguments))
+            _in_a_child(_run_here, stage, arguments)
 
 
 def _import_libraries() -> None:
@@ -59,7 +59,7 @@ def _import_libraries() -> None:
     gc.freeze()  # a child looks through its own objects alone
 
 
-def _in_a_child(run: Callable[[], None]) -> None:
+def _in_a_child(run: Callable[..., None], *arguments) -> None:
     """Run it in a fork that ends as a script ends. A signal reaches the child; its exit code ends this process too."""
     came, signals = [], {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until it is known whom to hand them to
@@ -70,7 +70,7 @@ def _in_a_child(run: Callable[[], None]) -> None:
     if not child:
         end_with_parent()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        run()
+        run(*arguments)
         sys.exit()
 
     def hand_on(number: int, frame) -> None:

@@ -33,8 +33,9 @@ if [ -f .venv/installed ] && [ -z "$(grep -vxF -f .venv/installed <<< "$wanted")
     exit
 fi
 # uv needs a quarter of the time; it does not read pip's settings, e.g. a mirror, so what it cannot install pip may.
-bytecode=--compile-bytecode # as pip does: else the first run takes minutes
-if ! uv pip install --quiet $bytecode --python .venv/bin/python --requirement requirements.txt "$@" > /dev/null 2>&1; then
+# Without bytecode, which pip compiles, the first run takes minutes.
+options=(--quiet --compile-bytecode --python .venv/bin/python)
+if ! uv pip install "${options[@]}" --requirement requirements.txt "$@" > /dev/null 2>&1; then
     .venv/bin/python -m pip install --quiet --requirement requirements.txt "$@"
 fi
 .venv/bin/python - "$wanted" << 'CHECK' || exit 2
