@@ -32,7 +32,7 @@ if [ -f .venv/installed ] && [ -z "$(grep -vxF -f .venv/installed <<< "$wanted")
     say "reusing .venv"
     exit
 fi
-# uv needs a quarter of the time; it does not read pip's settings, e.g. a mirror, so what it cannot install pip may.
+# uv is faster; it does not read pip's settings, e.g. a mirror, so what it cannot install pip may.
 # Without bytecode, which pip compiles, the first run takes minutes.
 options=(--quiet --compile-bytecode --python .venv/bin/python)
 if ! uv pip install "${options[@]}" --requirement requirements.txt "$@" > /dev/null 2>&1; then
