@@ -10,36 +10,25 @@ not suspect; with --out all three go there. A second call takes the list as it i
 right, call again, and clean.json has them. `selection.leave_out: suspects` keeps the listed rows out of every choice.
 """
 
-import json
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 from selection.run.ending import one_line, run_stage
 
-import numpy as np
-import pandas as pd
-from datasets import concatenate_datasets
-
 from selection.coreset import unscored
-from selection.report.agreement import spearman
-from selection.rows.conversation import as_messages
-from selection.rows.split import TrainingSplit, rows_of, split_numbers, training_split
-from selection.rows.tokens import empty_turn, tokenised_rows
+from selection.report.look import look_at_rows
+from selection.rows.split import training_split
 from selection.run.cli import add_dry_run_argument, add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, load_experiment
 from selection.run.errors import UserError
 from selection.run.log import say
-from selection.run.model_folder import model_path
-from selection.run.products import atomic_path, code_version, locked, read_json, refuse_difference, write_json
 from selection.scores.coresets import write_coreset
-from selection.scores.identity import check_run, fingerprint_of, write_experiment
-from selection.scores.pool import Pool, read_suspects, suspects_in_training, without
-from selection.scores.row_figures import load_row_scorer, row_figures
-from selection.scores.suspects import KINDS, find_suspects, possible_gain
+from selection.scores.identity import check_run, write_experiment
+from selection.scores.pool import suspects_in_training, without
+from selection.scores.suspects import KINDS, possible_gain
 from selection.start import start
 
 _SHOWN, _LETTERS = 3, 100  # rows of each kind that are said, and letters of each
@@ -49,32 +38,18 @@ def main() -> None:
     experiment, out, dry_run = load()
     split, folder = training_split(experiment, dry_run), out or experiment.pool
     check_run(experiment, split)
-    model = small_or_target(experiment, folder)
-    if dry_run:
-        would = "take the list of" if (folder / "suspects.jsonl").exists() else f"look at every row with {model} ->"
-        print(f"would {would} {folder / 'suspects.jsonl'}")
+    found = look_at_rows(experiment, split, folder, dry_run)
+    if found is None:
         return
-    about = {"data_fingerprint": split.fingerprint, "template": experiment.template}
-    about |= {"cutoff_len": experiment.cutoff_len, "model_fingerprint": fingerprint_of(experiment, model)}
-    paths = [folder / name for name in ("pool.json", "suspects.jsonl")]
-    with locked(folder):  # two jobs of a grid may ask at the same time
-        if all(path.exists() for path in paths):
-            stored = read_json(paths[0], Pool)
-            refuse_difference(folder, stored, stored | about, "remove it, or give another --out")
-            say(f"reusing {paths[1]}: remove it to look again")
-        else:
-            look(experiment, split, folder, model, about)
     write_experiment(experiment)
-    pool, suspects = read_json(paths[0], Pool), read_suspects(paths[1])
-    counts = Counter(suspect.get("kind", "listed") for suspect in suspects)
-    kinds = f" ({', '.join(f'{kind} {count}' for kind, count in counts.items())})" if counts else ""
-    print(f"{len(suspects)} of {pool['rows']} rows are suspect{kinds} -> {paths[1]}")
+    pool, suspects = found
     left_out = suspects_in_training(experiment, folder)
     clean = without(unscored(experiment), left_out)
     ids = [split.ids[row] for row in clean.index]
     about = {"left_out": left_out}
     path = write_coreset(out or experiment.coresets, "clean", None, clean.index, ids, clean, about)
     print(f"clean: {len(clean.index)} of {len(split.rows)} training rows -> {path}")
+    counts = Counter(suspect.get("kind", "listed") for suspect in suspects)
     for kind, count in counts.items():
         say(f"\n{kind}: {count} rows ({KINDS.get(kind, 'not of check_pool.py')})")
         for suspect in [each for each in suspects if each.get("kind", "listed") == kind][:_SHOWN]:
@@ -104,55 +79,6 @@ def load() -> tuple[Experiment, Path | None, bool]:
         dry = Path(nowhere) if given.dry_run else None
         path, _ = start(given.target, given.data, given.small, given.template, overrides=given.set, dry=dry)
         return load_experiment(path), given.out, given.dry_run
-
-
-def small_or_target(experiment: Experiment, folder: Path) -> str:
-    """The model that looks at the rows; the one that did so before, also where the small model has come since."""
-    models = experiment.small_model, experiment.target_model
-    if (path := folder / "pool.json").exists() and (before := read_json(path, Pool)["model"]) in models:
-        return before
-    try:
-        model_path(experiment.small_model)
-        return experiment.small_model
-    except UserError:
-        say(f"small model {experiment.small_model} is not there yet: the target looks at the rows")
-        return experiment.target_model
-
-
-def look(experiment: Experiment, split: TrainingSplit, folder: Path, model: str, about: dict) -> None:
-    """Write suspects.jsonl, then pool.json, which says that both are whole."""
-    started = time.monotonic()
-    parts = {"train": split.rows} | ({} if experiment.eval_data else {"eval": rows_of(experiment, "eval")})
-    numbers = np.concatenate([split_numbers(experiment)[name] for name in parts])
-    tokenised = concatenate_datasets([tokenised_rows(experiment, model, *part) for part in parts.items()])
-    scorer = load_row_scorer(model, experiment.selection.precision)
-    columns = row_figures(tokenised, scorer, empty_turn(experiment, model))
-    entry = experiment.row_format.entry
-    turns = [as_messages(row, entry) for rows in parts.values() for row in rows]
-    prompts = ["\n".join(turn["content"] for turn in messages[:-1]) for messages in turns]
-    answers = [messages[-1]["content"] for messages in turns]
-    order = np.argsort(numbers)  # as the rows stand in the data
-    columns = {name: values[order] for name, values in columns.items()}
-    prompts, answers = ([texts[row] for row in order] for texts in (prompts, answers))
-    found = find_suspects(prompts, answers, columns)
-    write_suspects(folder / "suspects.jsonl", found, prompts, answers, numbers[order].tolist())
-    by_length = spearman(columns["effort"], columns["n_response_tokens"])
-    about |= {"model": model, "rows": len(order), "suspects": len(found)}
-    about |= {"kinds": {kind: int((found.kind == kind).sum()) for kind in KINDS}}
-    about |= {"effort_by_length": None if np.isnan(by_length) else round(by_length, 3)}
-    about |= {"seconds": round(time.monotonic() - started, 1), "code_version": code_version()}
-    write_json(folder / "pool.json", about)
-
-
-def write_suspects(path: Path, found: pd.DataFrame, prompts: list[str], answers: list[str], rows: list[int]) -> None:
-    """`rows`: the rows' numbers in the data, where some may be left out."""
-    found = found.round(4).replace([np.inf, -np.inf], np.nan).astype(object)
-    with atomic_path(path) as draft, draft.open("w", encoding="utf-8") as file:
-        for suspect in found.where(found.notna(), None).to_dict("records"):
-            own, first = suspect["row"], suspect["group"]
-            suspect |= {"row": rows[own], "group": rows[first] if first >= 0 else first}
-            suspect |= {"prompt": prompts[own], "answer": answers[own]}
-            file.write(json.dumps(suspect, ensure_ascii=False) + "\n")
 
 
 def shortened(text: str) -> str:

@@ -24,7 +24,8 @@ from selection.run.ending import run_stage
 import torch
 from datasets import Dataset
 
-from selection.method.effort import EffortScorer, plan_batches, tokens_per_batch
+from selection.effort_score import small_columns
+from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
 from selection.method.staff import coreset_size, floor_share
 from selection.rows.llama_factory import common_arguments, import_llama_factory, quiet, user_errors
 from selection.rows.split import speculative_rows, training_split
@@ -80,7 +81,8 @@ def make_plan(
 ) -> tuple[dict[str, Stage], dict[float, Stage]]:
     """The costs of every stage by name, in the order of the table; and of tuning on each coreset, by rate.
 
-    Args: `lengths` (tokens of each row of the training split) and `speeds`, by "small" and "target".
+    Args: `lengths` (tokens of each row of the training split) and `speeds`, by "small" and "target"; lengths also of
+    the "responses" alone, which a look at the rows reads.
     Without the split, evaluation and cutting a speculator. Verification's rows are an upper bound, as strata may be
     small; its tokens, and a coreset's, are those of mean rows. Raises: UserError where tuning cannot be planned
     (`tuning_keys`), and for a rate that keeps no row."""
@@ -109,7 +111,13 @@ def make_plan(
             tuned_on = len(speculative_rows(experiment, num_rows))
             stages[ledger.SPECULATIVE_TUNING] = stage("small", tuned_on, tunes=True)
         stages[ledger.SPECULATIVE_SCORES] = stage("target" if experiment.direct else "small", num_rows)
-    if not experiment.direct:
+    if settings.leave_out == "suspects":  # of responses without their prompts, where scores have the other figures
+        model = "target" if experiment.direct else "small"
+        looked, alone = stage(model, num_rows), sum(lengths["responses"])
+        tokens = alone if experiment.direct and "hidden_state" in small_columns(experiment) else looked.tokens + alone
+        flops, seconds = (each * tokens / looked.tokens for each in looked[2:])
+        stages[ledger.LOOK] = Stage(num_rows, tokens, flops, seconds)
+    if not experiment.direct and "staff" in settings.methods:
         stages[ledger.VERIFICATION] = stage("target", drawn)
     stages[SELECTION] = total(*stages.values())
     with refusals():
@@ -343,9 +351,11 @@ def main() -> None:
         elsewhere = experiment.model_copy(update={"output_dir": folder})
         split = training_split(elsewhere)
         # What no plan can be made for is refused before anything is measured.
-        make_plan(experiment, dict.fromkeys(models, [1] * len(split.rows)), dict.fromkeys(models, Speed(1, 1, 1)))
+        ones = dict.fromkeys([*models, "responses"], [1] * len(split.rows))
+        make_plan(experiment, ones, dict.fromkeys(models, Speed(1, 1, 1)))
         tokenised = {name: tokenised_rows(elsewhere, model, "train", split.rows) for name, model in models.items()}
         lengths = {name: [len(ids) for ids in rows["input_ids"]] for name, rows in tokenised.items()}
+        lengths["responses"] = [len(row) - row.count(IGNORED_LABEL) for row in tokenised["target"]["labels"]]
         loras = {name: tuning_lora(tuning_keys(experiment, name)) for name in models}
         shapes = {name: shape_of(model_path(models[name]), loras[name]) for name in models}
         free = torch.cuda.mem_get_info(device())[0] if device().type == "cuda" else None

@@ -76,7 +76,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Experiment | None, Selection]
     parser.add_argument("--rate", type=float, nargs="+", help=f"fractions of the rows to keep; {rates}")
     for name in _KEYS:
         key = Selection.model_fields[name]
-        choices = get_args(key.annotation) or None
+        choices = [choice for choice in get_args(key.annotation) if choice != "recommended"] or None  # of a whole run
         text = f"selection.{name}; default: the YAML's, else {key.default}"
         parser.add_argument(f"--{name}", type=str if choices else key.annotation, choices=choices, help=text)
     add_dry_run_argument(parser)

@@ -87,7 +87,7 @@ tee -p "$scratch/printed" < "$scratch/stdout" &
 tee=$!
 stage "${stages[@]}" --config_path "$config" "$@" > "$scratch/stdout"
 wait "$tee"
-coreset=$(sed -n 's/.* rows -> \(.*\.json\)$/\1/p' "$scratch/printed" | head -n 1)
+coreset=$(sed -n 's/.* at rate .* -> \(.*\.json\)$/\1/p' "$scratch/printed" | head -n 1)
 if [ "${REPORT:-now}" = now ] && [ ${#quiet[@]} -eq 0 ] && [ "$coreset" ]; then
     next finetune/finetune-select.py --config_path "$config" "$@" --select_path "$coreset"
     next scripts/export.py "$(dirname "$(dirname "$coreset")")" --coreset "$(basename "$coreset" .json)"

@@ -23,7 +23,15 @@ from selection.rows.hub import Source, fetch, find_source
 from selection.rows.llama_factory import check_template
 from selection.rows.read import in_format, raw_rows, refuse_unusable
 from selection.run.cli import add_dry_run_argument, add_set_argument, argument_parser
-from selection.run.config import REPOSITORY, DatasetFormat, Experiment, Selection, from_repository, load_experiment
+from selection.run.config import (
+    REPOSITORY,
+    DatasetFormat,
+    Experiment,
+    Selection,
+    from_repository,
+    load_experiment,
+    with_recommended,
+)
 from selection.run.errors import UserError
 from selection.run.families import Pair, find_pair, local_folder
 from selection.run.log import say
@@ -84,8 +92,10 @@ def start(
             raise UserError(f"--set {text}: give {option} instead")
         override(given, text)
     sources = [data_source(each) for each in data]
-    settings = given.get("selection")
-    direct = isinstance(settings, dict) and settings.get("speculation") == "direct"
+    values = read_yaml(REPOSITORY / "configs" / "own_data.yaml")
+    for text in overrides:
+        override(values, text)
+    direct = choose_mode(values, given, small)
     if direct and small:
         raise UserError("--small: speculation direct has no small model: leave one of the two out")
     pair = choose_models(target, small, template, direct)
@@ -100,13 +110,11 @@ def start(
         say(f"speculator: {layers} layers, half of the target's, in {small}; --small M for one made otherwise")
     folders = run / "source", dry and dry / "source"
     data = [fetch(each, *folders) if isinstance(each, Source) else each for each in sources]
-    values = read_yaml(REPOSITORY / "configs" / "own_data.yaml") | {"template": pair.template}
     paths, inside = {"output_dir": run, "small_model": small, "target_model": pair.target}, f"{REPOSITORY}/"
+    values["template"] = pair.template
     values |= {key: str(path).removeprefix(inside) for key, path in paths.items()}
     sets = [{"path": str(path).removeprefix(inside)} for path in data]
     values["dataset"] = sets if len(sets) > 1 else sets[0]["path"]
-    for text in overrides:
-        override(values, text)
     experiment = check_keys(Experiment, values, "the experiment")
     described = experiment.dataset_format if "dataset_format" in given else None
     read = [look_at(path, described, experiment.max_samples) for path in data]
@@ -136,6 +144,20 @@ def start(
     return write_once(experiment, dry), cut
 
 
+def choose_mode(values: dict[str, Any], given: dict[str, Any], small: str | None) -> bool:
+    """Where neither the mode nor --small is `given`, that of configs/own_data.yaml stays in `values`, and it is said;
+    beside --small the published one. Returns whether there is no small model."""
+    settings, asked = values.get("selection"), given.get("selection")
+    if not isinstance(settings, dict):  # which is refused later
+        return False
+    if not isinstance(asked, dict) or "mode" not in asked:
+        mode = settings["mode"] = "paper" if small else settings.get("mode", "paper")
+        other = "no --small" if small else "--small M, or --set selection.mode=paper, for STAFF as published"
+        what = "STAFF as published" if mode == "paper" else "rows of every cluster, without suspect ones"
+        say(f"mode: {mode}, {what}; {other}")
+    return with_recommended(settings).get("speculation") == "direct"
+
+
 def default_run_folder(data: Path, name: str) -> Path:
     """runs/<data>-<name>; where another data file's run lies there, with the ending too: runs/<data.jsonl>-<name>."""
     short, long = (REPOSITORY / "runs" / f"{stem}-{name}" for stem in (data.stem, data.name))
@@ -162,7 +184,7 @@ def choose_models(target: str, small: str | None = None, template: str | None = 
         raise UserError(f"--target: {known.why}: give --template, {how}")
     say(f"target: {known.target}" + (f", of the family {known.family} {known.why}" if known.family else ""))
     if direct:
-        small, found = known.target, "the target itself, as speculation is direct"
+        small, found = known.target, "the target itself: no other model is tuned"
     elif small is not None:
         small, found = str(local_folder(small) or small), "as given"
         model_path(small)
@@ -252,11 +274,13 @@ def choose_strata(settings: dict[str, Any], train: int) -> None:
     published = Selection()
     chosen = strata_for(train, published)
     k, b = settings.setdefault("num_strata", chosen[0]), settings.setdefault("verify_per_stratum", chosen[1])
-    most = "" if settings.get("speculation") == "direct" else ", so that the target scores at most a fifth of them"
+    meant = with_recommended(settings)
+    most = "" if meant.get("speculation") == "direct" else ", so that the target scores at most a fifth of them"
     why = {chosen: f"lowered for {train:,} training rows{most}"}
     why |= {(published.num_strata, published.verify_per_stratum): "as published"}
     why = why.get((k, b), "as given")
-    say(f"strata: K = {k}, b_v = {b} rows of each verified, {why}; --set selection.num_strata=K for others")
+    if "staff" in meant.get("methods", ["staff"]):
+        say(f"strata: K = {k}, b_v = {b} rows of each verified, {why}; --set selection.num_strata=K for others")
 
 
 def write_once(experiment: Experiment, dry: Path | None = None) -> Path:

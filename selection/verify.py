@@ -3,7 +3,8 @@
     python verify.py --config_path ../configs/demo.yaml        # in selection/
 
 Needs the speculative scores (effort_score.py). Scores at most num_strata x verify_per_stratum samples, or all under
-verify: all. Writes <run folder>/scores/target and <run folder>/verification.json.
+verify: all, and none where staff is not among selection.methods, as nothing else reads V_i. Writes
+<run folder>/scores/target and <run folder>/verification.json.
 """
 
 import sys
@@ -19,6 +20,7 @@ from selection.run.cli import argument_parser, load_scoring_arguments
 from selection.run.config import Experiment
 from selection.run.errors import UserError
 from selection.run.ledger import VERIFICATION, share_costs
+from selection.run.log import say
 from selection.run.processes import processes
 from selection.scores.folder import read_scores
 from selection.scores.identity import check_run
@@ -29,6 +31,9 @@ from selection.scores.verification import Settings, cut_strata, draw, stratified
 
 def main() -> None:
     experiment, arguments = load_scoring_arguments(argument_parser(__doc__))
+    if "staff" not in experiment.selection.methods:
+        say(f"{VERIFICATION}: nothing to do, selection.methods has no staff")
+        return
     split = training_split(experiment, arguments.dry_run)
     settings, folder = Settings.of(experiment.selection), experiment.target_scores
     if arguments.dry_run and (split is None or not _is_scored(experiment)):

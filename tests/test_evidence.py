@@ -27,7 +27,6 @@ from sklearn.isotonic import IsotonicRegression
 from transformers import AutoModelForCausalLM
 
 from finetune.likelihood import held_out_losses
-from scripts.check_pool import write_suspects
 from scripts.paper import pools, purity, subsets
 from scripts.paper.worth import falling, worth
 from selection.method.baselines import rs2
@@ -35,10 +34,12 @@ from selection.method.interval import null_ratios
 from selection.method.staff import verification_ratio
 from selection.report.annotated import annotated
 from selection.report.charts import bars
+from selection.report.look import write_suspects
 from selection.report.run_data import read_run
 from selection.rows.split import rows_of, split_numbers, training_split
 from selection.rows.tokens import empty_turn, tokenised_rows, tokenised_split
 from selection.run.config import Method, load_experiment
+from selection.run.ledger import LOOK, read_ledger, selection_costs
 from selection.run.metrics import read_metrics
 from selection.scores import suspects as pool_suspects
 from selection.scores.coresets import check_fits, read_coreset
@@ -225,9 +226,10 @@ def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tm
     experiment, call = load_experiment(pool[0]), ("scripts/check_pool.py", "--config_path", pool[0])
     path = experiment.pool / "suspects.jsonl"
     said = run_script(*call, "--dry-run").stdout
-    assert said == f"would look at every row with {experiment.small_model} -> {path}\n" and not experiment.pool.exists()
+    would = f"look at the rows: would look at every row with {experiment.small_model} -> {path}\n"
+    assert said == would and not experiment.pool.exists()
     done = run_script(*call)
-    assert run_script(*call, "--dry_run").stdout == f"would take the list of {path}\n"
+    assert run_script(*call, "--dry_run").stdout == f"look at the rows: would take the list of {path}\n"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     summary = json.loads((experiment.pool / "pool.json").read_text())
     assert summary["rows"] == 30 and 1 < len(lines) == summary["suspects"] == sum(summary["kinds"].values()) < 30
@@ -306,6 +308,42 @@ def test_suspects_have_their_rows_numbers_in_the_data_where_bad_rows_are_left_ou
     write_suspects(tmp_path / "s.jsonl", found, ["p", "q"], ["a", "b"], [3, 7])
     named = [(each["row"], each["group"], each["prompt"]) for each in read_suspects(tmp_path / "s.jsonl")]
     assert named == [(7, 3, "q"), (3, -1, "p")]
+
+
+def test_recommended_is_suspects_out_and_rows_of_every_cluster_by_one_pass_of_the_target(pool, tmp_path, capsys):
+    def options(name: str) -> list:
+        return [
+            "--config_path",
+            pool[0],
+            "--set",
+            "selection.mode=recommended",
+            "--set",
+            f"output_dir={tmp_path / name}",
+        ]
+
+    run_main("selection.effort_score", *options("run"))
+    run_main("scripts.check_pool", *options("other"))  # which has no scores to take the figures from
+    (run, lines), (other, again) = (
+        (load_experiment(pool[0], options(name)[3::2]), read_suspects(tmp_path / name / "pool" / "suspects.jsonl"))
+        for name in ("run", "other")
+    )
+    assert run.small_model == run.target_model and 0 < len(lines) < 30
+    for one, two in zip(lines, again, strict=True):
+        assert (one["row"], one["kind"]) == (two["row"], two["kind"])
+        assert one["unexplained"] == pytest.approx(two["unexplained"], abs=2e-3)
+    (paid,), (alone,) = ([cost for cost in read_ledger(each.folder) if cost.stage == LOOK] for each in (run, other))
+    assert paid.tokens == 0 < alone.tokens and paid.more_tokens == alone.more_tokens > 0
+    assert paid in selection_costs(run, "clusters")
+
+    capsys.readouterr()
+    run_main("selection.verify", *options("run"))
+    assert "nothing to do" in capsys.readouterr().err and not run.verification.exists()
+    run_main("selection.coreset", *options("run"), "--rate", "0.2")
+    coreset = read_coreset(run.coresets / "clusters-0.2.json")
+    assert len(coreset.indices) == 6 and not {line["row"] for line in lines} & set(coreset.indices.tolist())
+    run_main("scripts.report", run.folder)
+    page = (run.folder / "report.html").read_text()
+    assert "there is no small model" in page and "same order?" not in page
 
 
 def test_leaving_suspects_out_is_choosing_among_the_other_rows(make_experiment, tmp_path):

@@ -208,7 +208,7 @@ def begin(tiny_model, rows, tmp_path):
 
 
 def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_model, tmp_path):
-    path, cut = begin(overrides=["training.lora_rank=4"])
+    path, cut = begin(overrides=["training.lora_rank=4", "selection.mode=paper"])
     run, draft, experiment = tmp_path / "run", str(tmp_path / "run" / "tiny-2-layers"), load_experiment(path)
     assert experiment.dataset == str(tmp_path / "my.jsonl")
     assert path == run / "start.yaml" and set(yaml.safe_load(path.read_text())) == set(type(experiment).model_fields)
@@ -225,12 +225,26 @@ def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_mod
         assert getattr(experiment, key) == getattr(published, key)
 
 
+def test_a_start_recommends_and_a_small_model_asks_for_the_published_method(begin, tiny_model, capsys):
+    path, cut = begin()
+    settings = load_experiment(path).selection
+    assert cut == [] and (settings.mode, settings.methods) == ("recommended", ["clusters", "random"])
+    said = capsys.readouterr().err
+    assert "mode: recommended" in said and "selection.mode=paper" in said and "strata" not in said
+    path, cut = begin(small=str(tiny_model))
+    assert cut == [] and load_experiment(path).selection.mode == "paper"
+    said = capsys.readouterr().err
+    assert "mode: paper" in said and "strata: K" in said
+    with pytest.raises(UserError, match="--small: speculation direct has no small model"):
+        begin(small=str(tiny_model), overrides=["selection.mode=recommended"])
+
+
 def test_direct_speculation_cuts_no_small_model(begin, tiny_model, capsys):
     direct = ["selection.mode=extended", "selection.speculation=direct"]
     path, cut = begin(overrides=direct)
     assert cut == [] and load_experiment(path).small_model == str(tiny_model)
     said = capsys.readouterr().err
-    assert f"small model: {tiny_model}, the target itself, as speculation is direct\n" in said
+    assert f"small model: {tiny_model}, the target itself: no other model is tuned\n" in said
     assert "at most a fifth" not in said  # it scores all
     with pytest.raises(UserError, match="--small: speculation direct has no small model"):
         begin(small=str(tiny_model), overrides=direct)

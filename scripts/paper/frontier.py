@@ -172,7 +172,8 @@ def filled_in(effort: np.ndarray, free: np.ndarray, share: float, seed: int) -> 
     if share == 1:
         return effort
     known = np.random.default_rng(seed).choice(len(effort), int(share * len(effort)), replace=False)
-    fit = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 3, 11))).fit(free[known], np.log(effort[known]))
+    logs = np.log(np.maximum(effort[known], effort[effort > 0].min()))  # an effort may be 0
+    fit = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 3, 11))).fit(free[known], logs)
     filled = np.exp(fit.predict(free))
     filled[known] = effort[known]
     return filled

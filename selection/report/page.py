@@ -49,7 +49,12 @@ PHI = {
     "last_layer": "all weight matrices of the last layer",
     "all_lora": "every A and B of the tuned LoRA",
 }
-MODES = {"paper": "as published", "released": "as the authors' code", "extended": "as published, with additions"}
+MODES = {
+    "paper": "as published",
+    "released": "as the authors' code",
+    "extended": "as published, with additions",
+    "recommended": "recommended: suspects left out, then rows of every cluster",
+}
 
 
 def write_report(experiment: Experiment) -> Path:

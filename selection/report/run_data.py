@@ -75,7 +75,10 @@ def read_run(experiment: Experiment) -> tuple[pd.DataFrame, list[Shown], list[st
     if not shown:
         raise UserError(refused[0])
     named = {"row": "row", "effort": "effort", "target": "target_effort", "length": "n_response_tokens"}
-    return pd.DataFrame({name: train[column].to_numpy() for name, column in named.items()}), shown, refused
+    figures = pd.DataFrame({name: train[column].to_numpy() for name, column in named.items()})
+    if experiment.direct:  # its scores stand under effort: there are no two to compare
+        figures["target"] = np.nan
+    return figures, shown, refused
 
 
 def _shown(experiment: Experiment, path: Path, about: dict, train: pa.Table, first: Shown | None) -> Shown:

@@ -49,15 +49,21 @@ Variant = Literal[
     "staff_direct",
 ]
 ANY_SCORES = (*NO_SCORES, "length")  # rows and tokens alone; other baselines read the tuned target
-Mode = Literal["paper", "released", "extended"]
+Mode = Literal["paper", "released", "extended", "recommended"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and transformers take
 _Fraction = Annotated[float, Field(gt=0, le=1)]
 _Part = Annotated[float, Field(gt=0, lt=1)]
 
 
 def rules_of(mode: str) -> str:
-    """STAFF's rules under a mode, "paper" or "released"; extended has the paper's, with additions."""
+    """STAFF's rules under a mode, "paper" or "released"; the others have the paper's, with additions."""
     return "released" if mode == "released" else "paper"
+
+
+def with_recommended(settings: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `selection:`, with what `mode: recommended` means where they are not given."""
+    meant = {"speculation": "direct", "leave_out": "suspects", "methods": ["clusters", "random"]}
+    return meant | settings if settings.get("mode") == "recommended" else settings
 
 
 class Section(BaseModel):
@@ -78,7 +84,9 @@ class Share(Section):
 
 class Selection(Section):
     # The published method, or the authors' code where they differ (README.md); extended: published, and
-    # length_control, speculation, budgets, within_stratum and hardest_by may be given. (ours)
+    # length_control, speculation, budgets, within_stratum and hardest_by may be given; recommended: extended, with
+    # speculation direct, leave_out suspects and methods [clusters, random] where these are not given: what gained most
+    # where it was measured (data/results). (ours)
     mode: Mode = "paper"
     # Rows that the target scores, the drawn ones or all; by_mode: all under released. (paper: sampled; released: all)
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"
@@ -103,7 +111,7 @@ class Selection(Section):
     hardest_by: Literal["effort", "ifd", "loss_difference"] = "effort"
     # suspects: rows listed in the run folder's pool/suspects.jsonl (scripts/check_pool.py) count as rows without a
     # score: strata, draws and V_i are over the others, which fill a coreset of ⌊rate · all rows⌋ as far as they go. The
-    # small model still learns from all. (ours)
+    # small model still learns from all. effort_score.py makes the list where there is none. (ours)
     leave_out: Literal["none", "suspects"] = "none"
     # Coresets to cut. staff, length and the rules from ifd on read the small model's scores, random and rs2 none, all
     # others the tuned target's. rs2: a fresh random subset for each pass of target_training. (paper; released:
@@ -139,13 +147,18 @@ class Selection(Section):
     self_test: int = Field(default=4, ge=0)  # rows that plain autograd scores first; a difference stops the run (ours)
     seed: Seed = 42  # of the fresh LoRA's A, the verification draws and every choice of rows (ours; released: none)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recommend(cls, values: Any) -> Any:
+        return with_recommended(values) if isinstance(values, dict) else values
+
     @field_validator(*_ADDITIONS, "verify", mode="before")
     @classmethod
     def _check_additions(cls, value: Any, info) -> Any:
         if value == "adaptive":
             raise ValueError("adaptive verification was removed (data/results/NOTES.md says why): leave the key out")
         published = cls.model_fields[info.field_name].default
-        if info.field_name != "verify" and value != published and info.data.get("mode") != "extended":
+        if info.field_name != "verify" and value != published and info.data.get("mode") in ("paper", "released"):
             raise ValueError("neither the paper nor the released code has it: give selection.mode extended with it")
         return value
 
@@ -218,7 +231,8 @@ class Experiment(Section):
     """A whole experiment. Relative paths count from the repository, whatever the working directory."""
 
     output_dir: str  # run folder: split, tuned models, scores, coresets, evaluations, cost ledger (ours)
-    small_model: str  # θ_s, the speculative model: a folder or a name on the model hub (paper)
+    # θ_s, the speculative model: a folder or a name on the model hub; under speculation direct the target. (paper)
+    small_model: str
     target_model: str  # θ_t: a folder or a name on the model hub (paper)
     template: str  # chat template of the model family (LLaMA-Factory)
     # JSON, JSONL, CSV, Parquet or Arrow file, or a list of data sets: pooled in this order, split once. Rows of other
@@ -266,11 +280,13 @@ class Experiment(Section):
             raise ValueError("num_train_epochs must be a number, not below 0")
         return keys
 
-    @model_validator(mode="after")
-    def _speculate(self) -> "Experiment":
-        if self.direct:
-            self.small_model = self.target_model
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _speculate(cls, values: Any) -> Any:
+        settings = isinstance(values, dict) and values.get("selection")
+        if isinstance(settings, dict) and with_recommended(settings).get("speculation") == "direct":
+            return {**values, "small_model": values.get("target_model", "")}
+        return values
 
     @model_validator(mode="after")
     def _check_rules(self) -> "Experiment":

@@ -27,6 +27,7 @@ from selection.run.products import checked, locked, parse_json, read_record, rea
 
 CUTTING, SPECULATIVE_TUNING = "cutting the speculator", "speculative tuning"
 SPECULATIVE_SCORES, VERIFICATION, CORESETS = "speculative scores", "verification", "coresets"
+LOOK = "look at the rows"  # that lists suspects
 TARGET_TUNING, TARGET_SCORES, EVALUATION = "target tuning", "target scores", "evaluation"
 SPECULATIVE_STAGES = (CUTTING, SPECULATIVE_TUNING, SPECULATIVE_SCORES)
 _SCORING_STAGES = (SPECULATIVE_SCORES, VERIFICATION, TARGET_SCORES)
@@ -66,7 +67,7 @@ class Cost:
     finished: str = ""
     processes: int = 1
     folder: str = ""  # scores: the id of their folder
-    more_tokens: _Count = 0  # scores: of further forward passes for the losses that rules read (scores/losses.py)
+    more_tokens: _Count = 0  # of further forward passes: for losses that rules read (scores/losses.py), for a look
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -159,7 +160,8 @@ def selection_costs(experiment: Experiment, method: str, shared: bool = True) ->
 
     STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them
     where `shared`; verification. A rule on the small model's scores: the same without verification, ifd and middle also
-    without tuning. A baseline that reads the tuned target's scores: tuning on everything, and these scores."""
+    also without tuning. A baseline that reads the tuned target's scores: tuning on everything, and these scores. All:
+    the look at the rows, where suspects are left out."""
     ours, paid = read_ledger(experiment.folder), []
     if method == "staff" or method in SMALL_RULES:
         theirs, n = read_ledger(experiment.speculative_folder), sharing_runs(experiment)
@@ -173,7 +175,8 @@ def selection_costs(experiment: Experiment, method: str, shared: bool = True) ->
         paid += _scoring(ours, VERIFICATION) if method == "staff" else []
     elif method not in ANY_SCORES:
         paid = _last(ours, TARGET_TUNING, "full") + _scoring(ours, TARGET_SCORES)
-    return paid + _last(ours, CORESETS, method)
+    looked = _last(ours, LOOK) if experiment.selection.leave_out == "suspects" else []
+    return paid + looked + _last(ours, CORESETS, method)
 
 
 def _last(costs: list[Cost], stage: str, what: str | None = None) -> list[Cost]:

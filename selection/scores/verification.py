@@ -54,12 +54,12 @@ class Settings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a verification and a coreset keep: under mode extended more, and `leave_out` where it is not "none"."""
+        """What a verification and a coreset keep: under additions more, and `leave_out` where it is not "none"."""
         stratified_by = "effort" if self.length_control == "none" else "length residual of effort"
         later = {name: getattr(self, name) for name, published in LATER.items() if getattr(self, name) != published}
         kept = {name: value for name, value in asdict(self).items() if name not in LATER}
         kept |= {"stratified_by": stratified_by, **later}
-        return kept if self.mode == "extended" else {name: kept[name] for name in (*_REQUIRED, *later)}
+        return kept if self.mode in ("extended", "recommended") else {name: kept[name] for name in (*_REQUIRED, *later)}
 
     @property
     def made_from(self) -> dict[str, Any]:
