@@ -44,6 +44,9 @@ from selection.scores.models import DTYPES, load_for_scoring, parameters_of, wit
 SELECTION, GRAND = "selection in all", "GraNd's selection: that and all scores"
 FULL = f"{ledger.TARGET_TUNING} on everything"
 SPECULATIONS = "published", "{share: 0.2, passes: 1}", "untuned", "direct"
+WAYS = {f"speculation {kind}": ["selection.mode=extended", f"selection.speculation={kind}"] for kind in SPECULATIONS}
+MEANT = ["speculation=direct", "leave_out=suspects", "methods=[clusters]"]  # whatever the YAML has
+WAYS["mode recommended"] = [f"selection.{key}" for key in ("mode=recommended", *MEANT)]
 SPREAD = "selection.device_map auto"
 _PAD_TO_MULTIPLE_OF = 8  # tuning's batches, as LLaMA-Factory pads them
 
@@ -165,10 +168,10 @@ def verdict(rate: float, selection: float, coreset: float, full: float, reuses: 
     return f"at rate {rate:g} selection does not pay: {said}; {when}"
 
 
-def format_speculations(plans: dict[str, dict[str, Stage]]) -> str:
-    """What selection costs by each way to come by scores, from `make_plan`'s stages by its name."""
-    full = plans["direct"][FULL].seconds
-    lines = [f"{'selection in all, by selection.speculation':<67}{'FLOPs':>11}{'time':>12}   of tuning on everything"]
+def format_ways(plans: dict[str, dict[str, Stage]]) -> str:
+    """What selection costs by each of WAYS, from `make_plan`'s stages by its name."""
+    full = plans["mode recommended"][FULL].seconds
+    lines = [f"{'selection in all, by selection.…':<67}{'FLOPs':>11}{'time':>12}   of tuning on everything"]
     for name, stages in plans.items():
         *_, flops, seconds = stages[SELECTION]
         lines.append(f"{name:<67}{flops:>11.2e}{seconds:>10,.1f} s{seconds / full:>10.1%}")
@@ -343,10 +346,8 @@ def main() -> None:
         raise UserError("--reuses and --seconds: give at least 1 run and more than 0 seconds")
     experiment = load_experiment(arguments.config_path, arguments.set)
     models = {"small": experiment.small_model, "target": experiment.target_model}
-    kinds = {} if experiment.direct else dict.fromkeys(SPECULATIONS)  # direct knows no small model to compare with
-    for kind in kinds:
-        changes = [*arguments.set, "selection.mode=extended", f"selection.speculation={kind}"]
-        kinds[kind] = load_experiment(arguments.config_path, changes)
+    ways = {} if experiment.direct else WAYS  # direct knows no small model to compare with
+    ways = {way: load_experiment(arguments.config_path, arguments.set + changes) for way, changes in ways.items()}
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         elsewhere = experiment.model_copy(update={"output_dir": folder})
         split = training_split(elsewhere)
@@ -363,8 +364,8 @@ def main() -> None:
         print(format_memory(needs, free, spread=experiment.selection.device_map is not None), flush=True)
         speeds = calibrate(elsewhere, tokenised, arguments.seconds)
     print("\n" + format_plan(*make_plan(experiment, lengths, speeds), arguments.reuses))
-    if kinds:
-        print(f"\n{format_speculations({kind: make_plan(each, lengths, speeds)[0] for kind, each in kinds.items()})}")
+    if ways:
+        print(f"\n{format_ways({way: make_plan(each, lengths, speeds)[0] for way, each in ways.items()})}")
     print("\ntimes are of one process on one device, without device_map and quantization_bit")
 
 

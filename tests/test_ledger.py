@@ -51,6 +51,9 @@ def test_each_method_pays_for_its_own_stages_once(experiment):
         assert seconds(run, method) == [500.0, 20.0]
     assert seconds(run, "d2") == [500.0, 20.0, 0.5]
     assert seconds(experiment(COSTS, **UNTUNED), "staff") == [11.0, 5.0, 2.0, 1.0, 0.5]
+    look, left_out = Cost(ledger.LOOK, "target", seconds=3.0), {"selection": {"leave_out": "suspects"}}
+    assert seconds(experiment([*COSTS, look], **left_out), "random") == [3.0, 0.5]  # the look is every method's price
+    assert seconds(experiment([*COSTS, look]), "random") == [0.5]
 
 
 def test_tuning_on_everything_is_measured_or_scaled_and_says_which(experiment):
@@ -65,3 +68,5 @@ def test_tuning_on_everything_is_measured_or_scaled_and_says_which(experiment):
     assert found() == (pytest.approx(320.0), "scaled from the small model's by tokens and size, 4.0 ×")
     assert found(ON_CORESET, **UNTUNED)[0] == pytest.approx(480.0)  # 100 tokens were scored
     assert summarise(experiment([], **UNTUNED)).full_tuning_seconds is None
+    # Verification took 1 s for 10 of the 100 tokens that were scored.
+    assert "direct): about 10.0 s (scaled" in ledger.format_summary(summarise(experiment([*COSTS, FULL])))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts import plan
-from scripts.plan import Speed, Stage, format_plan, make_plan, verdict
+from scripts.plan import WAYS, Speed, Stage, format_plan, format_ways, make_plan, verdict
 from selection.rows.split import training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import load_experiment
@@ -121,6 +121,18 @@ def test_the_stages_by_hand(experiment):
     for line, (name, (rows, tokens, flops, seconds)) in zip(lines[1:9], expected.items(), strict=True):
         assert line.startswith(name) and line.endswith(f"{rows:>9}{tokens:>14}{flops:>11.2e}{seconds:>10,.1f} s")
     assert lines[-2:] == [verdict(rate, 906, coresets[rate].seconds, 3360, 2) for rate in (0.5, 0.1)]
+
+
+def test_a_look_at_the_rows_costs_the_responses_alone_where_the_target_has_scored_them(experiment):
+    lengths, more = LENGTHS | {"responses": [3] * 20}, ["selection.leave_out=suspects"]
+    recommended, _ = make_plan(experiment(*WAYS["mode recommended"]), lengths, SPEEDS)
+    assert list(recommended)[:3] == ["speculative scores", "look at the rows", "selection in all"]
+    assert recommended["speculative scores"] == (20, 140, 2 * 30 * 140, 210)
+    assert recommended["look at the rows"] == (20, 60, 2 * 30 * 60, 90)
+    assert recommended["selection in all"] == (20, 200, 2 * 30 * 200, 300)
+    assert make_plan(experiment(*more), lengths, SPEEDS)[0]["look at the rows"] == (20, 180, 2 * 10 * 180, 90)
+    said = format_ways({"published": make_plan(experiment(), LENGTHS, SPEEDS)[0], "mode recommended": recommended})
+    assert said.splitlines()[2].split()[-4:] == ["1.20e+04", "300.0", "s", "8.9%"]
 
 
 def test_configuration_decides_rows_and_flops_or_is_refused(experiment):

@@ -121,6 +121,7 @@ class CostSummary:
     full_tuning_basis: str  # "measured", or what that figure was scaled from
     sharing_runs: int = 1  # runs that share the speculative stages, this one included
     coresets: int = 1  # of STAFF, one a rate, cut from this selection
+    direct_seconds: float | None = None  # that the untuned target would take to score every row itself
 
     selection_total = property(lambda self: sum(self.selection_seconds.values()))
 
@@ -131,7 +132,12 @@ def summarise(experiment: Experiment) -> CostSummary:
     for cost in selection_costs(experiment, "staff"):
         selection[cost.stage] += cost.seconds
     rates = len(list(experiment.coresets.glob("staff-*.json")))
-    return CostSummary(selection, *_full_tuning(experiment), sharing_runs(experiment), rates)
+    verified = _scoring(read_ledger(experiment.folder), VERIFICATION)
+    scored = sum(cost.tokens for cost in _scoring(read_ledger(experiment.speculative_folder), SPECULATIVE_SCORES))
+    direct = None
+    if tokens := sum(cost.tokens for cost in verified):
+        direct = sum(cost.seconds for cost in verified) * scored / tokens
+    return CostSummary(selection, *_full_tuning(experiment), sharing_runs(experiment), rates, direct)
 
 
 def _full_tuning(experiment: Experiment) -> tuple[float | None, str]:
@@ -229,4 +235,7 @@ def format_summary(summary: CostSummary) -> str:
     if full := summary.full_tuning_seconds:
         basis = f"{full:.1f} s ({summary.full_tuning_basis})"
         lines.append(f"  tuning the target on everything: {basis}; selection costs {total / full:.0%} of it")
+    if full and (direct := summary.direct_seconds):
+        how = f"about {direct:.1f} s (scaled by tokens from verification), {direct / full:.0%} of it"
+        lines.append(f"  the untuned target scoring every row itself (selection.speculation direct): {how}")
     return "\n".join(lines)
