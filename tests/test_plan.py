@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts import plan
-from scripts.plan import WAYS, Speed, Stage, format_plan, format_ways, make_plan, verdict
+from scripts.plan import SELECTION, WAYS, Speed, Stage, format_plan, format_ways, make_plan, verdict
 from selection.rows.split import training_split
 from selection.rows.tokens import tokenised_rows
 from selection.run.config import load_experiment
@@ -131,8 +131,14 @@ def test_a_look_at_the_rows_costs_the_responses_alone_where_the_target_has_score
     assert recommended["look at the rows"] == (20, 60, 2 * 30 * 60, 90)
     assert recommended["selection in all"] == (20, 200, 2 * 30 * 200, 300)
     assert make_plan(experiment(*more), lengths, SPEEDS)[0]["look at the rows"] == (20, 180, 2 * 10 * 180, 90)
-    said = format_ways({"published": make_plan(experiment(), LENGTHS, SPEEDS)[0], "mode recommended": recommended})
-    assert said.splitlines()[2].split()[-4:] == ["1.20e+04", "300.0", "s", "8.9%"]
+    published = make_plan(experiment(), LENGTHS, SPEEDS)[0]
+    said = format_ways({"speculation published": published, "mode recommended": recommended}).splitlines()
+    assert said[2].split()[-4:] == ["1.20e+04", "300.0", "s", "8.9%"] and said[3].endswith(": mode recommended")
+    no_tuning = dict(published, **{SELECTION: published["verification"]})  # a small model that costs next to nothing
+    said = format_ways(
+        {"speculation published": no_tuning, "speculation untuned": no_tuning, "mode recommended": recommended}
+    )
+    assert said.endswith(": speculation published")
 
 
 def test_configuration_decides_rows_and_flops_or_is_refused(experiment):

@@ -147,11 +147,6 @@ class Selection(Section):
     self_test: int = Field(default=4, ge=0)  # rows that plain autograd scores first; a difference stops the run (ours)
     seed: Seed = 42  # of the fresh LoRA's A, the verification draws and every choice of rows (ours; released: none)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _recommend(cls, values: Any) -> Any:
-        return with_recommended(values) if isinstance(values, dict) else values
-
     @field_validator(*_ADDITIONS, "verify", mode="before")
     @classmethod
     def _check_additions(cls, value: Any, info) -> Any:
@@ -283,9 +278,10 @@ class Experiment(Section):
     @model_validator(mode="before")
     @classmethod
     def _speculate(cls, values: Any) -> Any:
-        settings = isinstance(values, dict) and values.get("selection")
-        if isinstance(settings, dict) and with_recommended(settings).get("speculation") == "direct":
-            return {**values, "small_model": values.get("target_model", "")}
+        if isinstance(values, dict) and isinstance(settings := values.get("selection"), dict):
+            values = values | {"selection": with_recommended(settings)}
+            if values["selection"].get("speculation") == "direct":
+                values["small_model"] = values.get("target_model", "")
         return values
 
     @model_validator(mode="after")

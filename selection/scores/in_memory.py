@@ -43,8 +43,9 @@ def select_coreset(
     chosen = validated(Selection(), settings | {"rates": [rate]}, "select_coreset")
     if unknown := {"hidden_state", "loss_untuned"} & set(Settings.of(chosen).columns):
         raise UserError(f"select_coreset has no {min(unknown)} of the rows: leave within_stratum and hardest_by out")
-    if chosen.leave_out != "none":
-        raise UserError("leave_out reads the list in a run folder: take the rows out of the data set instead")
+    if chosen.leave_out != "none" or chosen.mode == "recommended":
+        what = "leave_out and mode recommended read the list in a run folder"
+        raise UserError(f"{what}: take the rows out of the data set instead")
     tokens, rules, every = tokens_of(dataset, tokenizer, cutoff_len), Settings.of(chosen), np.arange(len(dataset))
     with refusals():
         speculative = _scores(small, tokens, every, chosen, "the small model")
