@@ -4,7 +4,8 @@
 #     bash selection.sh [--config_path] CONFIG [--dry_run] [--quiet] [--set key=value …]
 #     bash selection.sh --target MODEL --data FILE … [--dry_run] [--quiet] [--set key=value …] [more: start.py --help]
 # With --target, template and settings are found and said, and the mode is recommended: no small model is tuned; with
-# --small, or --set selection.mode=paper, STAFF as published. Without both: the demo, whose two models are made first. Uses all visible GPUs; NPROC=N asks for N processes.
+# --small, or --set selection.mode=paper, STAFF as published. Without both: the demo, whose two models are made first.
+# Uses all visible GPUs; NPROC=N asks for N processes.
 # Needs the models and the data that CONFIG names. Writes its run folder (output_dir), coresets/ in the end.
 #     --dry_run          say what would be done, what is there, and what it would cost; nothing is written there
 #     --quiet            say nothing but results, warnings and errors; default: what is done and reused, and costs

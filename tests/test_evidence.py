@@ -282,7 +282,7 @@ def test_committed_coresets_choose_among_the_rows_that_pools_makes(tmp_path):
     changes = [f"{key}={json.dumps(str(path))}" for key, path in (files | {"output_dir": tmp_path / "run"}).items()]
     split = training_split(load_experiment(REPOSITORY / "configs" / "pools" / "go_biology.yaml", changes))
     paths = list((REPOSITORY / "selection" / "selected_data" / "go_biology").glob("*/*.json"))
-    assert len(paths) == 9 * 5 * 3
+    assert len(paths) == 10 * 5 * 3
     for path in paths:
         coreset = read_coreset(path)
         check_fits(coreset, split.ids, split.fingerprint, str(path))
