@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, costs, report.
+# Selection from end to end: speculative tuning (reused if done), scores, suspect rows, verification, coresets, report.
 #     bash selection.sh ../configs/demo.yaml          in selection/
 #     bash selection.sh [--config_path] CONFIG [--dry_run] [--quiet] [--set key=value …]
 #     bash selection.sh --target MODEL --data FILE … [--dry_run] [--quiet] [--set key=value …] [more: start.py --help]
-# With --target, small model, template and settings are found and said. Without both: the demo, whose two models are made
-# first. Uses all visible GPUs; NPROC=N asks for N processes.
+# With --target, template and settings are found and said, under mode recommended, or with --small as published. Without
+# both: the demo, whose two models are made first. Uses all visible GPUs; NPROC=N asks for N processes.
 # Needs the models and the data that CONFIG names. Writes its run folder (output_dir), coresets/ in the end.
 #     --dry_run          say what would be done, what is there, and what it would cost; nothing is written there
 #     --quiet            say nothing but results, warnings and errors; default: what is done and reused, and costs

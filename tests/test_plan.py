@@ -139,6 +139,8 @@ def test_a_look_at_the_rows_costs_the_responses_alone_where_the_target_has_score
         {"speculation published": no_tuning, "speculation untuned": no_tuning, "mode recommended": recommended}
     )
     assert said.endswith(": speculation published")
+    lent = make_plan(experiment("speculative_run=runs/lender", "selection.methods=[clusters]"), LENGTHS, SPEEDS)[0]
+    assert lent[SELECTION].seconds == 0  # another run has paid
 
 
 def test_configuration_decides_rows_and_flops_or_is_refused(experiment):
