@@ -8,6 +8,7 @@ fast both models are scored and tuned here, and multiplies. Prints tables. Times
 device, as busy as it is now: do not trust ten per cent.
 """
 
+import contextlib
 import itertools
 import random
 import sys
@@ -351,9 +352,11 @@ def main() -> None:
         raise UserError("--reuses and --seconds: give at least 1 run and more than 0 seconds")
     experiment = load_experiment(arguments.config_path, arguments.set)
     models = {"small": experiment.small_model, "target": experiment.target_model}
+    ways = {}
     # direct knows no small model to compare with, and what another run has paid for is no price of a way
-    ways = {} if experiment.direct or experiment.borrows else WAYS
-    ways = {way: load_experiment(arguments.config_path, arguments.set + changes) for way, changes in ways.items()}
+    for way, changes in ({} if experiment.direct or experiment.borrows else WAYS).items():
+        with contextlib.suppress(UserError):  # S2L and others go one way only
+            ways[way] = load_experiment(arguments.config_path, arguments.set + changes)
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         elsewhere = experiment.model_copy(update={"output_dir": folder})
         split = training_split(elsewhere)
