@@ -3,11 +3,12 @@
     python scripts/check_pool.py --config_path configs/demo.yaml
     python scripts/check_pool.py --target Qwen/Qwen2.5-7B --data my.jsonl
 
-Needs the small model (the target where there is none yet) and the data; nothing is tuned. One pass over all rows,
-held-out ones too. Writes <run folder>/pool/suspects.jsonl, a line for each suspect row, worst first (row: its number in
-the data, from 0), pool.json beside it, and <run folder>/coresets/clean.json, a coreset of all training rows that are
-not suspect; with --out all three go there. A second call takes the list as it is: delete the lines of rows that are
-right, call again, and clean.json has them. `selection.leave_out: suspects` keeps the listed rows out of every choice.
+Needs the small model (the target where there is none, or none yet) and the data; nothing is tuned. One pass over all
+rows, held-out ones too. Writes <run folder>/pool/suspects.jsonl, a line for each suspect row, worst first (row: its
+number in the data, from 0), pool.json beside it, and <run folder>/coresets/clean.json, a coreset of all training rows
+that are not suspect; with --out all three go there. A second call takes the list as it is: delete the lines of rows
+that are right, call again, and clean.json has them. `selection.leave_out: suspects` keeps the listed rows out of every
+choice.
 """
 
 import sys
@@ -66,7 +67,7 @@ def load() -> tuple[Experiment, Path | None, bool]:
     add_experiment_arguments(parser, required=False)
     parser.add_argument("--target", metavar="MODEL", help="instead of --config_path; default: none")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="with --target: as start.py's; default: none")
-    parser.add_argument("--small", metavar="MODEL", help="with --target: speculative model; default: the family's")
+    parser.add_argument("--small", metavar="MODEL", help="with --target: speculative model, which looks; default: none")
     parser.add_argument("--template", metavar="NAME", help="with --target: chat template; default: the family's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of the run folder; default: none")
     add_dry_run_argument(parser)

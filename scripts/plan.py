@@ -8,6 +8,7 @@ fast both models are scored and tuned here, and multiplies. Prints tables. Times
 device, as busy as it is now: do not trust ten per cent.
 """
 
+import contextlib
 import itertools
 import random
 import sys
@@ -47,7 +48,7 @@ SPECULATIONS = "published", "{share: 0.2, passes: 1}", "untuned", "direct"
 WAYS = {f"speculation {kind}": ["selection.mode=extended", f"selection.speculation={kind}"] for kind in SPECULATIONS}
 _MEANT = ["speculation=direct", "leave_out=suspects", "methods=[clusters]"]  # whatever the YAML has
 WAYS["mode recommended"] = [f"selection.{key}" for key in ("mode=recommended", *_MEANT)]
-# No worse than the published way where that was measured (data/results/README.md, "Selection at a tenth of the price").
+# No worse than the published way where that was measured (data/results).
 AS_GOOD = "speculation published", "speculation direct", "mode recommended"
 SPREAD = "selection.device_map auto"
 _PAD_TO_MULTIPLE_OF = 8  # tuning's batches, as LLaMA-Factory pads them
@@ -104,7 +105,7 @@ def make_plan(
         return Stage(rows, tokens, flops, tokens * (speed.tuning if tunes else speed.scoring))
 
     def total(*stages: Stage) -> Stage:
-        rows, *figures = zip(*stages, strict=True)
+        rows, *figures = zip(Stage(0, 0, 0.0, 0.0), *stages, strict=True)
         return Stage(max(rows), *map(sum, figures))
 
     drawn, stages = num_rows, {}
@@ -212,7 +213,8 @@ def memory_needs(
     if not experiment.borrows:
         needs |= {ledger.SPECULATIVE_TUNING: tuning("small")} if experiment.tuned_small else {}
         needs[ledger.SPECULATIVE_SCORES] = scoring("target" if experiment.direct else "small")
-    needs |= {} if experiment.direct else {ledger.VERIFICATION: scoring("target")}
+    if not experiment.direct and "staff" in settings.methods:
+        needs[ledger.VERIFICATION] = scoring("target")
     return needs | {ledger.TARGET_TUNING: tuning("target")}
 
 
@@ -350,8 +352,11 @@ def main() -> None:
         raise UserError("--reuses and --seconds: give at least 1 run and more than 0 seconds")
     experiment = load_experiment(arguments.config_path, arguments.set)
     models = {"small": experiment.small_model, "target": experiment.target_model}
-    ways = {} if experiment.direct else WAYS  # direct knows no small model to compare with
-    ways = {way: load_experiment(arguments.config_path, arguments.set + changes) for way, changes in ways.items()}
+    ways = {}
+    # direct knows no small model to compare with, and what another run has paid for is no price of a way
+    for way, changes in ({} if experiment.direct or experiment.borrows else WAYS).items():
+        with contextlib.suppress(UserError):  # S2L and others go one way only
+            ways[way] = load_experiment(arguments.config_path, arguments.set + changes)
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         elsewhere = experiment.model_copy(update={"output_dir": folder})
         split = training_split(elsewhere)

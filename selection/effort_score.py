@@ -17,12 +17,12 @@ from selection.run.ending import run_stage
 import numpy as np
 
 from selection.method.baselines import columns_of
-from selection.report.look import look_at_rows
+from selection.report.look import is_listed, look_at_rows
 from selection.rows.split import TrainingSplit, training_split
 from selection.run.cli import argument_parser, load_scoring_arguments
 from selection.run.config import SMALL_RULES, Experiment
 from selection.run.errors import UserError
-from selection.run.ledger import SPECULATIVE_SCORES, TARGET_SCORES
+from selection.run.ledger import SPECULATIVE_SCORES, TARGET_SCORES, share_costs
 from selection.run.log import say
 from selection.run.processes import processes
 from selection.scores.checks import check_machine, check_models, check_rows
@@ -70,11 +70,15 @@ def score(experiment: Experiment, arguments: argparse.Namespace) -> TrainingSpli
     check_run(experiment, split)
     check_rows(experiment, len(split.rows))
     check_quotas(experiment)
+    if experiment.selection.leave_out == "suspects":  # a list that cannot be taken is refused before anything is paid
+        is_listed(experiment, split, experiment.pool)
     if borrows:
         read = [name for name in columns if name not in experiment.selection.columns]
         if absent := [name for name in read if not has_column(folder, name)]:
             todo = "give that run the same methods and settings, and score again"
             raise UserError(f"{folder}, of speculative_run, has no column {', '.join(absent)}: {todo}")
+        if processes().leads and not dry_run:
+            share_costs(experiment)
         (print if dry_run else say)(f"{stage}: reusing {folder}, of speculative_run")
         return split
     score_rows(experiment, split, model, tuned, np.arange(len(split.rows)), folder, stage, dry_run, columns)

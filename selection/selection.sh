@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Selection from end to end: speculative tuning (reused if done), scores, verification, coresets, costs, report.
+# Selection from end to end: speculative tuning (reused if done), scores, suspect rows, verification, coresets, report.
 #     bash selection.sh ../configs/demo.yaml          in selection/
 #     bash selection.sh [--config_path] CONFIG [--dry_run] [--quiet] [--set key=value …]
 #     bash selection.sh --target MODEL --data FILE … [--dry_run] [--quiet] [--set key=value …] [more: start.py --help]

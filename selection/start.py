@@ -1,4 +1,4 @@
-"""Write the experiment of a target and a data file: small model, template, form of the rows and defaults are found.
+"""Write the experiment of a target and a data file: template, form of the rows and defaults are found.
 
     python start.py --target Qwen/Qwen2.5-7B --data my.jsonl
 
@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--target", required=True, metavar="MODEL", help="to tune: a folder or a hub name; required")
     about = "data files, owner/name[:config][@revision][#split] of the hub, or save_to_disk folders; required"
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help=about)
-    parser.add_argument("--small", metavar="MODEL", help="speculative model; default: the family's smallest, or cut")
+    about = "speculative model, and with it mode paper; default: under that mode the family's smallest, or cut"
+    parser.add_argument("--small", metavar="MODEL", help=about)
     parser.add_argument("--template", metavar="NAME", help="LLaMA-Factory's chat template; default: the family's")
     about = "run folder; default: runs/<data>-<target>, with the data file's ending where that is of another file"
     parser.add_argument("--run", type=Path, metavar="FOLDER", help=about)
@@ -97,7 +98,7 @@ def start(
         override(values, text)
     direct = choose_mode(values, given, small)
     if direct and small:
-        raise UserError("--small: speculation direct has no small model: leave one of the two out")
+        raise UserError("--small: mode recommended and speculation direct have no small model: leave it or them out")
     pair = choose_models(target, small, template, direct)
     name = Path(pair.target).name
     first = Path(sources[0].file_name) if isinstance(sources[0], Source) else sources[0]
@@ -152,9 +153,11 @@ def choose_mode(values: dict[str, Any], given: dict[str, Any], small: str | None
         return False
     if not isinstance(asked, dict) or "mode" not in asked:
         mode = settings["mode"] = "paper" if small else settings.get("mode", "paper")
-        other = "no --small" if small else "--small M, or --set selection.mode=paper, for STAFF as published"
-        what = "STAFF as published" if mode == "paper" else "rows of every cluster, without suspect ones"
-        say(f"mode: {mode}, {what}; {other}")
+        about = "mode: paper, STAFF as published; without --small it is recommended"
+        if mode == "recommended":
+            about = "mode: recommended: no suspect rows, and rows of every cluster, unless --set says otherwise; "
+            about += "--small M, or --set selection.mode=paper, for STAFF as published"
+        say(about)
     return with_recommended(settings).get("speculation") == "direct"
 
 
@@ -180,7 +183,8 @@ def choose_models(target: str, small: str | None = None, template: str | None = 
     if template is not None:
         check_template(template)
     elif known.template is None:
-        how = "LLaMA-Factory's name of its chat template, and --small, else a smaller model is cut out of it"
+        how = "LLaMA-Factory's name of its chat template"
+        how += "" if direct or small else ", and --small, else a smaller model is cut out of it"
         raise UserError(f"--target: {known.why}: give --template, {how}")
     say(f"target: {known.target}" + (f", of the family {known.family} {known.why}" if known.family else ""))
     if direct:

@@ -32,7 +32,8 @@ from selection.scores.verification import Settings, cut_strata, draw, stratified
 def main() -> None:
     experiment, arguments = load_scoring_arguments(argument_parser(__doc__))
     if "staff" not in experiment.selection.methods:
-        say(f"{VERIFICATION}: nothing to do, selection.methods has no staff")
+        tell = print if arguments.dry_run else say
+        tell(f"{VERIFICATION}: nothing to do, as selection.methods has no staff, which alone reads V_i")
         return
     split = training_split(experiment, arguments.dry_run)
     settings, folder = Settings.of(experiment.selection), experiment.target_scores

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import get_args
@@ -39,6 +40,7 @@ from selection.report.run_data import read_run
 from selection.rows.split import rows_of, split_numbers, training_split
 from selection.rows.tokens import empty_turn, tokenised_rows, tokenised_split
 from selection.run.config import Method, load_experiment
+from selection.run.errors import UserError
 from selection.run.ledger import LOOK, read_ledger, selection_costs
 from selection.run.metrics import read_metrics
 from selection.scores import suspects as pool_suspects
@@ -310,40 +312,51 @@ def test_suspects_have_their_rows_numbers_in_the_data_where_bad_rows_are_left_ou
     assert named == [(7, 3, "q"), (3, -1, "p")]
 
 
-def test_recommended_is_suspects_out_and_rows_of_every_cluster_by_one_pass_of_the_target(pool, tmp_path, capsys):
-    def options(name: str) -> list:
-        return [
-            "--config_path",
-            pool[0],
-            "--set",
-            "selection.mode=recommended",
-            "--set",
-            f"output_dir={tmp_path / name}",
-        ]
+def test_recommended_is_suspects_out_and_rows_of_every_cluster_by_one_pass_of_the_target(
+    make_experiment, rows, other_target, tmp_path, capsys
+):
+    training_split(here := load_experiment(make_experiment(rows)))
+    numbers = split_numbers(here)
+    rows[numbers["eval"][1]] = rows[numbers["train"][0]]  # held out, but scored as its copy; the first one is not
+    config = make_experiment(rows, "copies")
 
-    run_main("selection.effort_score", *options("run"))
+    def options(name: str, *more: str) -> list:
+        changes = ["selection.mode=recommended", f"output_dir={tmp_path / name}", *more]
+        return ["--config_path", config, *(part for change in changes for part in ("--set", change))]
+
+    run_main("selection.effort_score", *options("mine"))
     run_main("scripts.check_pool", *options("other"))  # which has no scores to take the figures from
     (run, lines), (other, again) = (
-        (load_experiment(pool[0], options(name)[3::2]), read_suspects(tmp_path / name / "pool" / "suspects.jsonl"))
-        for name in ("run", "other")
+        (load_experiment(config, options(name)[3::2]), read_suspects(tmp_path / name / "pool" / "suspects.jsonl"))
+        for name in ("mine", "other")
     )
     assert run.small_model == run.target_model and 0 < len(lines) < 30
     for one, two in zip(lines, again, strict=True):
         assert (one["row"], one["kind"]) == (two["row"], two["kind"])
         assert one["unexplained"] == pytest.approx(two["unexplained"], abs=2e-3)
     (paid,), (alone,) = ([cost for cost in read_ledger(each.folder) if cost.stage == LOOK] for each in (run, other))
-    assert paid.tokens == 0 < alone.tokens and paid.more_tokens == alone.more_tokens > 0
+    assert 0 < paid.tokens < alone.tokens / 3 and paid.more_tokens == alone.more_tokens > 0  # of five held-out rows
     assert paid in selection_costs(run, "clusters")
 
     capsys.readouterr()
-    run_main("selection.verify", *options("run"))
+    run_main("selection.verify", *options("mine"))
     assert "nothing to do" in capsys.readouterr().err and not run.verification.exists()
-    run_main("selection.coreset", *options("run"), "--rate", "0.2")
-    coreset = read_coreset(run.coresets / "clusters-0.2.json")
-    assert len(coreset.indices) == 6 and not {line["row"] for line in lines} & set(coreset.indices.tolist())
+    run_main("selection.coreset", *options("mine"), "--rate", "0.2")
+    chosen = numbers["train"][read_coreset(run.coresets / "clusters-0.2.json").indices]
+    assert len(chosen) == 4 and not {line["row"] for line in lines} & set(chosen.tolist())
     run_main("scripts.report", run.folder)
     page = (run.folder / "report.html").read_text()
     assert "there is no small model" in page and "same order?" not in page
+
+    # A list of another model's, and one that is no list of these rows, are refused before anything is scored.
+    listed = tmp_path / "new" / "pool" / "suspects.jsonl"
+    shutil.copytree(other.pool, listed.parent)
+    with pytest.raises(UserError, match="model_fingerprint: stored"):
+        run_main("selection.effort_score", *options("new", f"target_model={other_target}"))
+    write_jsonl(listed, [{"row": 99}])
+    with pytest.raises(UserError, match="lists row 99"):
+        run_main("selection.effort_score", *options("new"))
+    assert not (tmp_path / "new" / "scores").exists()
 
 
 def test_leaving_suspects_out_is_choosing_among_the_other_rows(make_experiment, tmp_path):

@@ -235,7 +235,7 @@ def test_a_start_recommends_and_a_small_model_asks_for_the_published_method(begi
     assert cut == [] and load_experiment(path).selection.mode == "paper"
     said = capsys.readouterr().err
     assert "mode: paper" in said and "strata: K" in said
-    with pytest.raises(UserError, match="--small: speculation direct has no small model"):
+    with pytest.raises(UserError, match="--small: mode recommended and speculation direct have no small model"):
         begin(small=str(tiny_model), overrides=["selection.mode=recommended"])
 
 
@@ -246,7 +246,7 @@ def test_direct_speculation_cuts_no_small_model(begin, tiny_model, capsys):
     said = capsys.readouterr().err
     assert f"small model: {tiny_model}, the target itself: no other model is tuned\n" in said
     assert "at most a fifth" not in said  # it scores all
-    with pytest.raises(UserError, match="--small: speculation direct has no small model"):
+    with pytest.raises(UserError, match="speculation direct have no small model"):
         begin(small=str(tiny_model), overrides=direct)
 
 

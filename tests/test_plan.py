@@ -139,6 +139,8 @@ def test_a_look_at_the_rows_costs_the_responses_alone_where_the_target_has_score
         {"speculation published": no_tuning, "speculation untuned": no_tuning, "mode recommended": recommended}
     )
     assert said.endswith(": speculation published")
+    lent = make_plan(experiment("speculative_run=runs/lender", "selection.methods=[clusters]"), LENGTHS, SPEEDS)[0]
+    assert lent[SELECTION].seconds == 0  # another run has paid
 
 
 def test_configuration_decides_rows_and_flops_or_is_refused(experiment):
@@ -320,7 +322,8 @@ def test_memory_of_the_stages_and_what_to_change_where_a_gpu_is_too_small(experi
 
 def test_the_script_counts_the_true_tokens(make_experiment, rows, tiny_model):
     path = make_experiment(rows, small_training={"num_train_epochs": 2}, target_training={"num_train_epochs": 3})
-    done = run_script("scripts/plan.py", "--config_path", path, "--seconds", 1, "--reuses", 4)
+    rules = "selection.methods=[staff,s2l]"  # S2L reads a tuned small model
+    done = run_script("scripts/plan.py", "--config_path", path, "--seconds", 1, "--reuses", 4, "--set", rules)
     experiment = load_experiment(str(path))
     tokenised = tokenised_rows(experiment, str(tiny_model), "train", training_split(experiment).rows)
     tokens = sum(map(sum, tokenised["attention_mask"]))
@@ -337,6 +340,8 @@ def test_the_script_counts_the_true_tokens(make_experiment, rows, tiny_model):
     assert float(lines["speculative scores"][2]) == pytest.approx(2 * parameters_of(str(tiny_model)) * tokens, rel=0.01)
     assert "where one selection serves 4 tuning runs" in done.stdout
     assert re.search(r"^at rate 0\.5 selection (pays|does not pay): \d\.\d\d of the time", done.stdout, re.MULTILINE)
+    compared = done.stdout.partition("\nselection in all, by")[2]
+    assert "\nmode recommended " in compared and "\nspeculation untuned " not in compared
     assert not (experiment.folder / "costs.jsonl").exists()  # nothing was run
     for option, value, said in (("--reuses", 0, "--reuses"), ("--set", "template=llama3", "has no embedding for")):
         assert_one_line_error(run_script("scripts/plan.py", "--config_path", path, option, value, check=False), said)

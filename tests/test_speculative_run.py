@@ -55,6 +55,12 @@ def test_a_second_target_on_the_first_ones_scores_chooses_what_its_own_would_and
     # Tuning on everything is foreseen from what the other run's tuning took.
     assert summary.full_tuning_seconds is not None and "small model" in summary.full_tuning_basis
 
+    # A run of other rules, which verifies nothing, shares too.
+    changes = ("--set", "selection.methods=[clusters]", "--set", f"output_dir={tmp_path / 'third'}")
+    assert stage("selection.effort_score", second, *changes)[0] == 2  # the lender has no hidden states
+    assert stage("selection.effort_score", second, *changes[2:], "--set", "selection.methods=[random]")[0] == 0
+    assert sharing_runs(lender) == 3
+
 
 def test_a_run_that_differs_or_is_not_finished_is_refused_with_one_line(make_experiment, rows, stage, tmp_path):
     first = make_experiment(rows, small_training=UNTUNED)

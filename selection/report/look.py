@@ -22,11 +22,12 @@ from selection.run.products import atomic_path, code_version, locked, read_json,
 from selection.scores.folder import has_column, is_finished, read_scores
 from selection.scores.identity import fingerprint_of, placement
 from selection.scores.models import count_parameters
-from selection.scores.pool import Pool, Suspect, read_suspects
+from selection.scores.pool import Pool, Suspect, read_suspects, suspects_in_training
 from selection.scores.row_figures import load_row_scorer, row_figures
 from selection.scores.suspects import KINDS, find_suspects
 
-_FROM_SCORES = ("loss", "effort", "hidden_state")
+_FILES = "pool.json", "suspects.jsonl"
+_COLUMNS = ("hidden_state",)  # beside loss and effort, all that find_suspects reads of a whole pass
 
 
 def look_at_rows(
@@ -35,25 +36,38 @@ def look_at_rows(
     """What is wrong with the rows of the data, held-out ones too: suspects.jsonl and pool.json in `folder`, made where
     they are not there yet. Returns both as they are now; None under `dry_run`, which only says what would be done.
     Raises: UserError where they are of other data or another model, or damaged."""
-    model, paths = _small_or_target(experiment, folder), [folder / name for name in ("pool.json", "suspects.jsonl")]
+    about, path = (folder / name for name in _FILES)
     if dry_run:
-        would = "take the list of" if paths[1].exists() else f"look at every row with {model} ->"
-        print(f"{LOOK}: would {would} {paths[1]}")
+        there = about.exists() and path.exists()
+        model = _small_or_target(experiment, folder)
+        print(f"{LOOK}: would {'take the list of' if there else f'look at every row with {model} ->'} {path}")
         return None
-    about = {"data_fingerprint": split.fingerprint, "template": experiment.template}
-    about |= {"cutoff_len": experiment.cutoff_len, "model_fingerprint": fingerprint_of(experiment, model)}
     with locked(folder):  # two jobs of a grid may ask at the same time
-        if all(path.exists() for path in paths):
-            stored = read_json(paths[0], Pool)
-            refuse_difference(folder, stored, stored | about, "remove it, or give another --out")
-            say(f"reusing {paths[1]}: remove it to look again")
+        if is_listed(experiment, split, folder):
+            say(f"reusing {path}: remove it to look again")
         else:
-            _look(experiment, split, folder, model, about)
-    pool, suspects = read_json(paths[0], Pool), read_suspects(paths[1])
+            _look(experiment, split, folder)
+    pool, suspects = read_json(about, Pool), read_suspects(path)
     counts = Counter(suspect.get("kind", "listed") for suspect in suspects)
     kinds = f" ({', '.join(f'{kind} {count}' for kind, count in counts.items())})" if counts else ""
-    print(f"{len(suspects)} of {pool['rows']} rows are suspect{kinds} -> {paths[1]}")
+    print(f"{len(suspects)} of {pool['rows']} rows are suspect{kinds} -> {path}")
     return pool, suspects
+
+
+def is_listed(experiment: Experiment, split: TrainingSplit, folder: Path) -> bool:
+    """Whether the list is in `folder`. Raises: as `look_at_rows`."""
+    if not all((folder / name).exists() for name in _FILES):
+        return False
+    stored, model = read_json(folder / _FILES[0], Pool), _small_or_target(experiment, folder)
+    todo = "give the settings it was made with, or remove it to have the rows looked at again"
+    refuse_difference(folder, stored, stored | _made_from(experiment, split, model), todo)
+    suspects_in_training(experiment, folder)
+    return True
+
+
+def _made_from(experiment: Experiment, split: TrainingSplit, model: str) -> dict:
+    about = {"data_fingerprint": split.fingerprint, "template": experiment.template}
+    return about | {"cutoff_len": experiment.cutoff_len, "model_fingerprint": fingerprint_of(experiment, model)}
 
 
 def _small_or_target(experiment: Experiment, folder: Path) -> str:
@@ -69,15 +83,17 @@ def _small_or_target(experiment: Experiment, folder: Path) -> str:
         return experiment.target_model
 
 
-def _look(experiment: Experiment, split: TrainingSplit, folder: Path, model: str, about: dict) -> None:
+def _look(experiment: Experiment, split: TrainingSplit, folder: Path) -> None:
     """Write suspects.jsonl, then pool.json, which says that both are whole."""
-    started, precision = time.monotonic(), choose_precision(experiment.selection.precision)
+    started, model = time.monotonic(), _small_or_target(experiment, folder)
+    about, precision = _made_from(experiment, split, model), choose_precision(experiment.selection.precision)
     parts = {"train": split.rows} | ({} if experiment.eval_data else {"eval": rows_of(experiment, "eval")})
     numbers = np.concatenate([split_numbers(experiment)[name] for name in parts])
     tokenised = [tokenised_rows(experiment, model, *part) for part in parts.items()]
     around = empty_turn(experiment, model)
     with measured(experiment.folder, Cost(LOOK, model, device=device_name(), precision=precision)) as cost:
-        scorer = load_row_scorer(model, precision, **placement(experiment, model, None))
+        tokens, placed = experiment.selection.tokens_per_batch, placement(experiment, model, None)
+        scorer = load_row_scorer(model, precision, _COLUMNS, tokens, **placed)
         cost.parameters = count_parameters(scorer.model)
         figures, known = [], {}
         for rows, stored in zip(tokenised, [_stored_figures(experiment, model), None], strict=False):
@@ -106,9 +122,9 @@ def _stored_figures(experiment: Experiment, model: str) -> dict[str, np.ndarray]
     folder = experiment.small_scores
     if not (experiment.direct and model == experiment.target_model and is_finished(folder)):
         return None
-    if not has_column(folder, "hidden_state"):
+    if not all(has_column(folder, name) for name in _COLUMNS):
         return None
-    scores = read_scores(folder, _FROM_SCORES, ids=False).check_complete()
+    scores = read_scores(folder, ("loss", "effort", *_COLUMNS), ids=False).check_complete()
     return None if len(scores.left_out) else scores.columns
 
 

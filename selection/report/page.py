@@ -53,7 +53,7 @@ MODES = {
     "paper": "as published",
     "released": "as the authors' code",
     "extended": "as published, with additions",
-    "recommended": "recommended: suspects left out, then rows of every cluster",
+    "recommended": "as published, with additions and without suspect rows",
 }
 
 

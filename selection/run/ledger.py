@@ -166,7 +166,7 @@ def selection_costs(experiment: Experiment, method: str, shared: bool = True) ->
 
     STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them
     where `shared`; verification. A rule on the small model's scores: the same without verification, ifd and middle also
-    also without tuning. A baseline that reads the tuned target's scores: tuning on everything, and these scores. All:
+    without tuning. A baseline that reads the tuned target's scores: tuning on everything, and these scores. All:
     the look at the rows, where suspects are left out."""
     ours, paid = read_ledger(experiment.folder), []
     if method == "staff" or method in SMALL_RULES:
