@@ -244,7 +244,8 @@ def jobs_of(cells: list[Cell], arguments: list[str], lender: list[str], after: s
         commands += [stage("scripts/paper/oracle.py")] if "oracle" in unscored else []
         jobs.append(Job(f"{run} unscored", commands))
     if small:
-        commands = look + [[script, *lender] for script in ("finetune/finetune.py", "selection/effort_score.py")]
+        own = [] if experiment.direct else look  # else effort_score.py looks, by the scores that it has
+        commands = own + [[script, *lender] for script in ("finetune/finetune.py", "selection/effort_score.py")]
         commands += [stage("selection/verify.py")] if "staff" in small else []
         commands.append(stage("selection/coreset.py", "--method", *sorted(small)))
         jobs.append(Job(f"{run} small", commands, after))

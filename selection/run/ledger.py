@@ -98,7 +98,8 @@ def measured(run_folder: Path, cost: Cost) -> Iterator[Cost]:
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut off
                 file.write(json.dumps(asdict(cost)).encode() + b"\n")
-            took = f"{cost.tokens} tokens, {cost.seconds:.1f} s, peak memory {cost.peak_memory_gb:.2f} GB"
+            took = f"{cost.tokens + cost.more_tokens} tokens, {cost.seconds:.1f} s"
+            took += f", peak memory {cost.peak_memory_gb:.2f} GB"
             say(f"{cost.stage} of {cost.what}: {cost.samples} samples, {took}")
 
 
@@ -120,18 +121,19 @@ class CostSummary:
     full_tuning_seconds: float | None  # of the target on the whole training split
     full_tuning_basis: str  # "measured", or what that figure was scaled from
     sharing_runs: int = 1  # runs that share the speculative stages, this one included
-    coresets: int = 1  # of STAFF, one a rate, cut from this selection
+    coresets: int = 1  # of that method, one a rate, cut from this selection
     direct_seconds: float | None = None  # that the untuned target would take to score every row itself
 
     selection_total = property(lambda self: sum(self.selection_seconds.values()))
 
 
 def summarise(experiment: Experiment) -> CostSummary:
-    """Selection cost by stage, and the cost of tuning the target on everything."""
-    selection = Counter()
-    for cost in selection_costs(experiment, "staff"):
+    """Selection cost by stage, of STAFF or else the first method, and the cost of tuning the target on everything."""
+    selection, first = Counter(), experiment.selection.methods[0]
+    method = first if first in SMALL_RULES and "staff" not in experiment.selection.methods else "staff"
+    for cost in selection_costs(experiment, method):
         selection[cost.stage] += cost.seconds
-    rates = len(list(experiment.coresets.glob("staff-*.json")))
+    rates = len(list(experiment.coresets.glob(f"{method}-*.json")))
     verified = _scoring(read_ledger(experiment.folder), VERIFICATION)
     scored = sum(cost.tokens for cost in _scoring(read_ledger(experiment.speculative_folder), SPECULATIVE_SCORES))
     direct = None
