@@ -72,7 +72,8 @@ def test_from_a_start_to_a_coreset(kind, tiny_model, rows, tmp_path):
     data, template = write_jsonl(tmp_path / "my.jsonl", rows), "gemma3" if kind == "gemma3" else "chatml"
     begin = ["--target", target, "--template", template, "--data", data, "--run", tmp_path / "run"]
     begin += ["--answer", tmp_path / "answer", "--rate", 0.5, "--set", "cutoff_len=48"]
-    for key in ("training.max_steps=1", "max_samples=12", "precision=fp32", "selection.precision=fp32"):
+    precision = ("precision=fp32", "selection.precision=fp32")
+    for key in ("selection.mode=paper", "training.max_steps=1", "max_samples=12", *precision):
         begin += ["--set", key]
     if kind == "gpt_oss":  # which LLaMA-Factory cannot tune
         assert_one_line_error(run_script("selection/start.py", *begin, check=False), "give small_training.num_train_e")

@@ -238,6 +238,6 @@ def format_summary(summary: CostSummary) -> str:
         basis = f"{full:.1f} s ({summary.full_tuning_basis})"
         lines.append(f"  tuning the target on everything: {basis}; selection costs {total / full:.0%} of it")
     if full and (direct := summary.direct_seconds):
-        how = f"about {direct:.1f} s (scaled by tokens from verification), {direct / full:.0%} of it"
-        lines.append(f"  the untuned target scoring every row itself (selection.speculation direct): {how}")
+        how = f"about {direct:.1f} s (scaled from verification), {direct / full:.0%} of it"
+        lines.append(f"  every row scored by the untuned target instead (speculation direct): {how}")
     return "\n".join(lines)
