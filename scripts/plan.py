@@ -30,7 +30,7 @@ from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, t
 from selection.method.staff import coreset_size, floor_share
 from selection.rows.llama_factory import common_arguments, import_llama_factory, quiet, user_errors
 from selection.rows.split import speculative_rows, training_split
-from selection.rows.tokens import check_embeddings, tokenised_rows
+from selection.rows.tokens import check_embeddings, empty_turn, tokenised_rows
 from selection.run import ledger
 from selection.run.cli import add_experiment_arguments, argument_parser
 from selection.run.config import Experiment, load_experiment
@@ -88,7 +88,7 @@ def make_plan(
     """The costs of every stage by name, in the order of the table; and of tuning on each coreset, by rate.
 
     Args: `lengths` (tokens of each row of the training split) and `speeds`, by "small" and "target"; lengths also of
-    the "responses" alone, which a look at the rows reads.
+    the "responses" behind an empty prompt, which a look at the rows reads.
     Without the split, evaluation and cutting a speculator. Verification's rows are an upper bound, as strata may be
     small; its tokens, and a coreset's, are those of mean rows. Raises: UserError where tuning cannot be planned
     (`tuning_keys`), and for a rate that keeps no row."""
@@ -365,7 +365,8 @@ def main() -> None:
         make_plan(experiment, ones, dict.fromkeys(models, Speed(1, 1, 1)))
         tokenised = {name: tokenised_rows(elsewhere, model, "train", split.rows) for name, model in models.items()}
         lengths = {name: [len(ids) for ids in rows["input_ids"]] for name, rows in tokenised.items()}
-        lengths["responses"] = [len(row) - row.count(IGNORED_LABEL) for row in tokenised["target"]["labels"]]
+        turn = len(empty_turn(elsewhere, experiment.target_model)[0])
+        lengths["responses"] = [turn + len(row) - row.count(IGNORED_LABEL) for row in tokenised["target"]["labels"]]
         loras = {name: tuning_lora(tuning_keys(experiment, name)) for name in models}
         shapes = {name: shape_of(model_path(models[name]), loras[name]) for name in models}
         free = torch.cuda.mem_get_info(device())[0] if device().type == "cuda" else None
