@@ -10,6 +10,7 @@ device, as busy as it is now: do not trust ten per cent.
 
 import contextlib
 import itertools
+import json
 import random
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from selection.rows.split import speculative_rows, training_split
 from selection.rows.tokens import check_embeddings, empty_turn, tokenised_rows
 from selection.run import ledger
 from selection.run.cli import add_experiment_arguments, argument_parser
-from selection.run.config import Experiment, load_experiment
+from selection.run.config import Experiment, load_experiment, with_recommended
 from selection.run.device import choose_precision, device, out_of_memory
 from selection.run.errors import UserError, refusals
 from selection.run.log import say
@@ -46,8 +47,8 @@ SELECTION, GRAND = "selection in all", "GraNd's selection: that and all scores"
 FULL = f"{ledger.TARGET_TUNING} on everything"
 SPECULATIONS = "published", "{share: 0.2, passes: 1}", "untuned", "direct"
 WAYS = {f"speculation {kind}": ["selection.mode=extended", f"selection.speculation={kind}"] for kind in SPECULATIONS}
-_MEANT = ["speculation=direct", "leave_out=suspects", "methods=[clusters]"]  # whatever the YAML has
-WAYS["mode recommended"] = [f"selection.{key}" for key in ("mode=recommended", *_MEANT)]
+_MEANT = with_recommended({"mode": "recommended"})  # whatever the YAML has
+WAYS["mode recommended"] = [f"selection.{key}={json.dumps(value)}" for key, value in _MEANT.items()]
 # No worse than the published way where that was measured (data/results).
 AS_GOOD = "speculation published", "speculation direct", "mode recommended"
 SPREAD = "selection.device_map auto"
