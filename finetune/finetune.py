@@ -33,9 +33,12 @@ def main() -> None:
         stage, model, folder = TARGET_TUNING, experiment.target_model, experiment.tuned_target("full")
     keys = experiment.speculative_training if small else experiment.target_training
     if folder is None:
-        tell("speculative tuning: none, scores come from an untuned model")
+        scores = f"speculation direct: {model} scores every row" if experiment.direct else "scores by an untuned model"
+        tell(f"speculative tuning: none, {scores}")
         return
-    from selection.scores.checks import check_machine, check_models, check_rows  # takes seconds, which --help need not
+    # These take seconds, which --help need not.
+    from selection.report.look import check_list
+    from selection.scores.checks import check_machine, check_models, check_rows
 
     if not arguments.dry_run and not folder.exists():
         check_machine(experiment)
@@ -47,6 +50,7 @@ def main() -> None:
     check_rows(experiment, len(split.rows))
     check_quotas(experiment)
     check_run(experiment, split)
+    check_list(experiment, split)
     if small and experiment.borrows:
         tell(f"{stage}: reusing {folder}, of speculative_run")
         return

@@ -17,7 +17,7 @@ from selection.run.ending import run_stage
 import numpy as np
 
 from selection.method.baselines import columns_of
-from selection.report.look import is_listed, look_at_rows
+from selection.report.look import check_list, look_at_rows
 from selection.rows.split import TrainingSplit, training_split
 from selection.run.cli import argument_parser, load_scoring_arguments
 from selection.run.config import SMALL_RULES, Experiment
@@ -70,8 +70,7 @@ def score(experiment: Experiment, arguments: argparse.Namespace) -> TrainingSpli
     check_run(experiment, split)
     check_rows(experiment, len(split.rows))
     check_quotas(experiment)
-    if experiment.selection.leave_out == "suspects":  # a list that cannot be taken is refused before anything is paid
-        is_listed(experiment, split, experiment.pool)
+    check_list(experiment, split)
     if borrows:
         read = [name for name in columns if name not in experiment.selection.columns]
         if absent := [name for name in read if not has_column(folder, name)]:

@@ -228,7 +228,7 @@ def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tm
     experiment, call = load_experiment(pool[0]), ("scripts/check_pool.py", "--config_path", pool[0])
     path = experiment.pool / "suspects.jsonl"
     said = run_script(*call, "--dry-run").stdout
-    would = f"look at the rows: would look at every row with {experiment.small_model} -> {path}\n"
+    would = f"look at the rows: would list suspect rows with {experiment.small_model} -> {path}\n"
     assert said == would and not experiment.pool.exists()
     done = run_script(*call)
     assert run_script(*call, "--dry_run").stdout == f"look at the rows: would take the list of {path}\n"
@@ -324,6 +324,7 @@ def test_recommended_is_suspects_out_and_rows_of_every_cluster_by_one_pass_of_th
         changes = ["selection.mode=recommended", f"output_dir={tmp_path / name}", *more]
         return ["--config_path", config, *(part for change in changes for part in ("--set", change))]
 
+    run_main("finetune.finetune", *options("mine"))
     run_main("selection.effort_score", *options("mine"))
     run_main("scripts.check_pool", *options("other"))  # which has no scores to take the figures from
     (run, lines), (other, again) = (
@@ -338,7 +339,7 @@ def test_recommended_is_suspects_out_and_rows_of_every_cluster_by_one_pass_of_th
     assert 0 < paid.tokens < alone.tokens / 3 and paid.more_tokens == alone.more_tokens > 0  # of five held-out rows
     assert paid in selection_costs(run, "clusters")
 
-    capsys.readouterr()
+    assert f"none, speculation direct: {run.target_model} scores every row" in capsys.readouterr().err
     run_main("selection.verify", *options("mine"))
     assert "nothing to do" in capsys.readouterr().err and not run.verification.exists()
     run_main("selection.coreset", *options("mine"), "--rate", "0.2")
@@ -354,9 +355,10 @@ def test_recommended_is_suspects_out_and_rows_of_every_cluster_by_one_pass_of_th
     with pytest.raises(UserError, match="model_fingerprint: stored"):
         run_main("selection.effort_score", *options("new", f"target_model={other_target}"))
     write_jsonl(listed, [{"row": 99}])
-    with pytest.raises(UserError, match="lists row 99"):
-        run_main("selection.effort_score", *options("new"))
-    assert not (tmp_path / "new" / "scores").exists()
+    for name, *more in (["selection.effort_score"], ["finetune.finetune", "selection.speculation=published"]):
+        with pytest.raises(UserError, match="lists row 99"):
+            run_main(name, *options("new", *more))
+    assert not any((tmp_path / "new" / name).exists() for name in ("scores", "small"))
 
 
 def test_leaving_suspects_out_is_choosing_among_the_other_rows(make_experiment, tmp_path):

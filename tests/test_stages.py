@@ -255,7 +255,7 @@ def test_stages_say_which_stage_is_missing_and_no_pass_is_none(make_experiment, 
     call("scripts.costs", config, error="no cost ledger yet")
 
     config = make_experiment(rows, small_training={"num_train_epochs": 0})  # a speculator that scores as it is
-    assert "none, scores come from an untuned model" in call("finetune.finetune", config)
+    assert "none, scores by an untuned model" in call("finetune.finetune", config)
     call("selection.effort_score", config)
     experiment = load_experiment(config)
     assert np.array_equal(read_scores(experiment.small_scores).effort, score(experiment, tmp_path / "scores").effort)

@@ -40,10 +40,10 @@ def look_at_rows(
     if dry_run:
         there = about.exists() and path.exists()
         model = _small_or_target(experiment, folder)
-        print(f"{LOOK}: would {'take the list of' if there else f'look at every row with {model} ->'} {path}")
+        print(f"{LOOK}: would {'take the list of' if there else f'list suspect rows with {model} ->'} {path}")
         return None
     with locked(folder):  # two jobs of a grid may ask at the same time
-        if is_listed(experiment, split, folder):
+        if _is_listed(experiment, split, folder):
             say(f"reusing {path}: remove it to look again")
         else:
             _look(experiment, split, folder)
@@ -54,8 +54,13 @@ def look_at_rows(
     return pool, suspects
 
 
-def is_listed(experiment: Experiment, split: TrainingSplit, folder: Path) -> bool:
-    """Whether the list is in `folder`. Raises: as `look_at_rows`."""
+def check_list(experiment: Experiment, split: TrainingSplit) -> None:
+    """Raises: UserError for a list that `selection.leave_out` asks for and cannot be taken: before anything is paid."""
+    if experiment.selection.leave_out == "suspects":
+        _is_listed(experiment, split, experiment.pool)
+
+
+def _is_listed(experiment: Experiment, split: TrainingSplit, folder: Path) -> bool:
     if not all((folder / name).exists() for name in _FILES):
         return False
     stored, model = read_json(folder / _FILES[0], Pool), _small_or_target(experiment, folder)
