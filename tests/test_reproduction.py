@@ -69,9 +69,13 @@ def test_jobs_run_the_needed_stages_in_order_and_cells_wait_for_their_coresets(t
     look, tuned = jobs_of([cell], arguments, arguments)
     assert scripts(look) == ["check_pool.py", "coreset.py"] and tuned.needs == look.name
     assert load(arguments).small_model == load(arguments).target_model
-    cell = Cell("biology", "clusters_cleaned", 0.1, 3)  # effort_score.py looks, by what it has scored
-    arguments = stage_arguments(grid(methods=["clusters_cleaned"]), tmp_path, cell)
-    assert scripts(jobs_of([cell], arguments, arguments)[0]) == selection
+    for method, stages in (
+        ("clusters_cleaned", selection),
+        ("easier_half", [*selection[:2], "verify.py", "coreset.py"]),
+    ):
+        cell = Cell("biology", method, 0.1, 3)  # effort_score.py looks, by what it has scored
+        arguments = stage_arguments(grid(methods=[method]), tmp_path, cell)
+        assert scripts(jobs_of([cell], arguments, arguments)[0]) == stages
     only = jobs(grid(), tmp_path, lambda cell: cell.method == "ccs" and cell.rate == 0.5)
     assert [scripts(job) for job in only] == [selection, ["finetune-select.py", "eval.py"]]
 

@@ -34,10 +34,13 @@ from selection.scores.verification import LATER, RULES_VERSION
 
 # Random, Clusters and STAFF with additions, and what these change in a task's experiment. Each has its own coresets, so
 # its own run folders; STAFF's take the speculative scores of STAFF. cleaned: Random among the rows that the target
-# itself, by check_pool.py, does not suspect; clusters_cleaned: Clusters of its hidden states among them.
+# itself, by check_pool.py, does not suspect; clusters_cleaned: Clusters of its hidden states among them;
+# easier_half: at random those of them with less effort for their length.
 VARIANTS = {
     "cleaned": "selection.leave_out=suspects",
     "clusters_cleaned": "selection.leave_out=suspects selection.speculation=direct",
+    "easier_half": "selection.leave_out=suspects selection.speculation=direct selection.length_control=residual "
+    "selection.budgets=size selection.hardest_cutoff=0.5",
     "staff_length": "selection.length_control=residual",
     "staff_size": "selection.budgets=size",
     "staff_neyman": "selection.budgets=neyman",

@@ -41,6 +41,7 @@ METHODS = {
     "oracle": ("Oracle", "#000000", "*"),
     "cleaned": ("Random, suspects left out", "#000000", "X"),
     "clusters_cleaned": ("Clusters, suspects left out", "#009e73", "X"),
+    "easier_half": ("Easier half, suspects left out", "#56b4e9", "X"),
     "rs2": ("RS2", "#bbbbbb", "h"),
     "length": ("Length", "#ddaa33", "s"),
     "grand": ("GraNd", "#117733", "^"),
