@@ -35,7 +35,7 @@ from selection.scores.verification import LATER, RULES_VERSION
 # Random, Clusters and STAFF with additions, and what these change in a task's experiment. Each has its own coresets, so
 # its own run folders; STAFF's take the speculative scores of STAFF. cleaned: Random among the rows that the target
 # itself, by check_pool.py, does not suspect; clusters_cleaned: Clusters of its hidden states among them;
-# easier_half: at random those of them with less effort for their length.
+# easier_half: STAFF without V_i among them, the half with most effort for its length dropped.
 VARIANTS = {
     "cleaned": "selection.leave_out=suspects",
     "clusters_cleaned": "selection.leave_out=suspects selection.speculation=direct",

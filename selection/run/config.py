@@ -36,9 +36,9 @@ _NOT_FOR_TUNING = {
 SMALL_RULES = ("ifd", "middle", "davir", "s2l", "learning_percentage", "clusters", "rds")
 Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2", "moderate", "entropy", *SMALL_RULES]
 NO_SCORES = ("random", "rs2")  # they count rows alone
-_OF_STAFF = ("length", "size", "neyman", "calibrated", "nearest", "ifd", "direct")
 # Random, Clusters and STAFF with additions (scripts/paper/cells.py), in grids.
-Variant = Literal["cleaned", "clusters_cleaned", "easier_half", *(f"staff_{each}" for each in _OF_STAFF)]
+_Addition = Literal["staff_length", "staff_size", "staff_neyman", "staff_calibrated", "staff_nearest", "staff_ifd"]
+Variant = Literal["cleaned", "clusters_cleaned", "easier_half", _Addition, "staff_direct"]
 ANY_SCORES = (*NO_SCORES, "length")  # rows and tokens alone; other baselines read the tuned target
 Mode = Literal["paper", "released", "extended", "recommended"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and transformers take
