@@ -216,6 +216,8 @@ def test_copies_are_counted_and_stay_on_one_side_where_that_is_asked(make_experi
         split([rows[0]] * 9, "all", split="keep_copies_together")
     with pytest.raises(UserError, match="beside eval_data nothing is split"):
         split(rows, "own", split="keep_copies_together", eval_data="own.jsonl")
+    with pytest.raises(UserError, match=r"^eval_data own.jsonl: No such file or directory .looked for "):
+        split(rows, "own", eval_data="own.jsonl")
 
 
 def test_one_file_gives_the_same_run_folder_in_a_list_as_by_itself(make_experiment, rows, tmp_path):

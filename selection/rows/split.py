@@ -193,26 +193,26 @@ def _num_rows(experiment: Experiment) -> int:
 def _made_from(experiment: Experiment, data: bool = True) -> dict[str, Any]:
     """All that the split depends on, or all but the `data`."""
     sets = experiment.data_sets
-    of_each = {"dataset_sha256": [_content(each.path) for each in sets]} if data else {}
+    of_each = {"dataset_sha256": [_content("dataset", each.path) for each in sets]} if data else {}
     of_each["dataset_format"] = [each.dataset_format.entry for each in sets]
     of_each["max_samples"] = [each.max_samples for each in sets]
     made_from = {key: values[0] if len(sets) == 1 else values for key, values in of_each.items()}
     if sets := experiment.eval_set:
-        own = {"eval_dataset_sha256": _content(sets[0].path)} if data else {}
+        own = {"eval_dataset_sha256": _content("eval_data", sets[0].path)} if data else {}
         return made_from | own | {"eval_dataset_format": sets[0].dataset_format.entry}
     made_from |= {} if experiment.split == _PUBLISHED else {"split": experiment.split}  # earlier splits do not say
     return made_from | {"eval_size": experiment.eval_size, "split_seed": experiment.split_seed}
 
 
-def _content(path: str) -> str:
-    """`digest` of a data file, read in blocks. Raises: UserError where it cannot be read."""
+def _content(key: str, path: str) -> str:
+    """`digest` of the data file that `key` names, read in blocks. Raises: UserError where it cannot be read."""
     source = from_repository(path)
     try:
         with source.open("rb") as file:
             sha = hashlib.sha256(source.stat().st_size.to_bytes(8, "little"))
             return hashlib.file_digest(file, lambda: sha).hexdigest()
     except OSError as error:
-        raise UserError(f"dataset {path}: {error.strerror or error} (looked for {source})") from None
+        raise UserError(f"{key} {path}: {error.strerror or error} (looked for {source})") from None
 
 
 def _read_record(experiment: Experiment, made_from: dict) -> _SplitRecord:
