@@ -47,7 +47,7 @@ from selection.scores import suspects as pool_suspects
 from selection.scores.coresets import check_fits, read_coreset
 from selection.scores.pool import read_suspects
 from selection.scores.row_figures import load_row_scorer, row_figures
-from selection.scores.suspects import find_suspects
+from selection.scores.suspects import KINDS, find_suspects, how_far_to_trust
 
 
 def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
@@ -157,8 +157,8 @@ def test_pools_have_the_faults_that_they_name_and_leave_the_held_out_rows_alone(
 
 @pytest.fixture
 def pool(make_experiment, rows, tmp_path):
-    """The experiment of a pool of 30 rows with 9 swapped ones, and which these are."""
-    made = pools.make_pools(rows, rows, 1)["swapped_30"]
+    """The experiment of a pool of 30 rows with 9 stock answers, and which these are."""
+    made = pools.make_pools(rows, rows, 1)["boilerplate_30"]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[:5])
     config = make_experiment([row for row, _ in made], name="pool", eval_data=held_out)
     kinds = [kind for _, kind in made]
@@ -187,6 +187,15 @@ def test_figures_of_rows_are_those_of_single_passes(pool):
         # chatml ends a response with <|im_end|> and a line break.
         assert columns["end_loss"][number] == pytest.approx(loss(alone, len(around[0]))[-2:].sum(), rel=1e-4)
         assert columns["n_response_tokens"][number] == len(ids) - start
+    # All 30 rows were tried, each behind the prompt of another one; and with the first half of its response.
+    prompts = [row["input_ids"][: row["labels"].count(-100)] for row in rows]
+    tried = np.random.default_rng(0).permutation(30).tolist()
+    for other, number in ((tried[4], tried[5]), (tried[-1], tried[0])):
+        response = rows[number]["input_ids"][len(prompts[number]) :]
+        alone = prompts[other] + response
+        assert columns["loss_swapped"][number] == pytest.approx(loss(alone, len(prompts[other])).mean(), rel=1e-4)
+        half = around[0] + response[: (len(response) - 2) // 2] + response[-2:]
+        assert columns["end_loss_cut"][number] == pytest.approx(loss(half, len(around[0]))[-2:].sum(), rel=1e-4)
     assert all(np.isfinite(values).all() and len(values) == 30 for values in purity.suspicions(columns).values())
 
 
@@ -200,10 +209,11 @@ def test_suspects_are_what_a_pool_was_made_with():
     made = pools.make_pools(clean[:400], other, 1)
     kinds = {"boilerplate_30": {"stock answer"}, "cut_30": {"cut off"}, "copies_50": {"copy", "near copy"}}
     kinds |= {"other_30": {"other language"}, "clean": set()}
+    says |= {"loss_swapped": np.full(400, 1.5), "end_loss_cut": np.full(400, 5.0)}
     for name, wanted in kinds.items():
         texts = [(row["instruction"] + row["input"], row["output"]) for row, _ in made[name]]
         says["end_loss"] = np.array([1.0 if answer.endswith(".") else 6.0 for _, answer in texts])
-        found = find_suspects(*map(list, zip(*texts, strict=True)), says)
+        found, _ = find_suspects(*map(list, zip(*texts, strict=True)), says)
         faulty = np.array([kind != "clean" for _, kind in made[name]])
         of_kind = found[[bool(wanted & {kind, *also}) for kind, also in zip(found.kind, found.also, strict=True)]]
         if name == "copies_50":  # of two copies the later one is suspect, whichever was the first
@@ -217,11 +227,37 @@ def test_suspects_are_what_a_pool_was_made_with():
 
 def test_labels_are_no_stock_answers_and_a_row_without_figures_is_far_from_all():
     rng = np.random.default_rng(0)
-    says = {name: np.ones(60) for name in ("loss", "n_response_tokens", "loss_without_prompt", "end_loss")}
+    names = ("loss", "n_response_tokens", "loss_without_prompt", "end_loss", "loss_swapped", "end_loss_cut")
+    says = {name: np.ones(60) for name in names}
     says["hidden_state"] = rng.normal(size=(60, 8))
     says["hidden_state"][7] = np.nan
-    found = find_suspects([f"Is {row} a {row % 7}?" for row in range(60)], ["yes", "no"] * 30, says)
+    found, _ = find_suspects([f"Is {row} a {row % 7}?" for row in range(60)], ["yes", "no"] * 30, says)
     assert "stock answer" not in set(found.kind) and "far from all" in set(found.kind[found.row == 7])
+
+
+def test_what_the_model_cannot_tell_from_a_planted_fault_is_no_suspect():
+    """Where half as many own answers look wrong as answers of other rows do, none is called unexplained; an answer
+    without a full stop is cut off where its end is as unlikely as that of one cut in half."""
+    rng, rows = np.random.default_rng(0), 100
+    says = {"n_response_tokens": np.full(rows, 4.0), "loss_without_prompt": np.full(rows, 2.0)}
+    says |= {"hidden_state": rng.normal(size=(rows, 8)), "end_loss": np.linspace(0, 10, rows)}
+    says["end_loss_cut"] = np.r_[np.linspace(8, 12, 41), np.full(rows - 41, np.nan)]
+    says["loss_swapped"] = np.r_[np.full(24, 2.1), np.full(36, 1.9), np.full(40, np.nan)]  # 40 % of 60 are found
+    texts = [f"{row} {row * 7} what?" for row in range(rows)], [f"{row} {row * 3} this" for row in range(rows)]
+    for wrong, told in ((19, True), (20, False), (0, True)):
+        says["loss"] = np.r_[np.full(wrong, 2.1), np.full(rows - wrong, 1.9)]
+        found, share = find_suspects(*texts, says)
+        said = list(zip(found.row, found.kind, found.also, strict=True))
+        flagged = {kind: {row for row, own, also in said if kind in (own, *also)} for kind in KINDS}
+        assert flagged["unexplained"] == set(range(wrong if told else 0))
+        assert share == (0.4 if told else None)
+        assert flagged["cut off"] == set(np.flatnonzero(says["end_loss"] > 9))
+        assert how_far_to_trust(share).startswith("of answers" if told else "answers of other rows are not looked for")
+    # Stock answers have no prompt of their own: they say nothing of whether the model can tell.
+    texts[1][19:40], says["loss"] = ["I cannot say"] * 21, np.r_[np.full(40, 2.1), np.full(60, 1.9)]
+    says["loss_swapped"][:60] = np.r_[np.full(48, 2.1), np.full(12, 1.9)]
+    found, share = find_suspects(*texts, says)
+    assert share == pytest.approx(27 / 39) and (found.kind == "unexplained").sum() == 19
 
 
 def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tmp_path):

@@ -64,7 +64,7 @@ def main() -> None:
             auc, pure = roc_auc_score(faulty, values), faulty[worst].mean()
             purity.append(about | {"score": name, "auc": round(auc, 4), "purity": round(pure, 4)})
         texts = [(f"{row['instruction']} {row['input']}", row["output"]) for row in read_rows(source)]
-        found = find_suspects(*map(list, zip(*texts, strict=True)), columns)
+        found, _ = find_suspects(*map(list, zip(*texts, strict=True)), columns)
         for kind in KINDS:
             own = found.row[found.kind == kind]
             suspects.append(about | {"kind": kind, "rows": len(own), "faulty": int(faulty[own].sum())})

@@ -1,9 +1,11 @@
 """Figures of every row from one pass of an untuned model: effort, loss with and without the prompt, hidden state."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 
-from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, tokens_per_batch
+from selection.method.effort import IGNORED_LABEL, EffortScorer, plan_batches, response_losses, tokens_per_batch
 from selection.run.device import choose_precision
 from selection.run.ledger import Cost
 from selection.run.log import progress_bar
@@ -13,18 +15,31 @@ from selection.scores.models import load_for_scoring
 from selection.scores.within_memory import score_within_memory
 
 _COLUMNS = ("el2n", "entropy", "hidden_state")
+_TRIED = 200  # rows whose answers are tried with a known fault: the share that shows it is then known to 0.07 (95 %)
 _Sample = tuple[tuple[int, ...], tuple[int, ...]]  # token ids and labels
 
 
 class RowScorer(EffortScorer):
-    """An EffortScorer whose `score` also gives `losses_without_prompt`; where `alone`, these only."""
+    """An EffortScorer whose `score` also gives `losses_without_prompt`, these only under `reads` "alone"; under
+    "faults" loss_swapped, of what it is given, and end_loss_cut alone, of the first halves of the responses."""
 
-    around, alone = ([], []), False
+    around, reads = ([], []), "all"
 
     def score(self, input_ids, labels) -> dict[str, torch.Tensor]:
-        scores = {} if self.alone else super().score(input_ids, labels)
+        if self.reads == "faults":
+            swapped = response_losses(self.model, input_ids, labels).double()
+            halves = [_first_half([label for label in own if label != IGNORED_LABEL], self.around[1]) for own in labels]
+            cut = losses_without_prompt(self.model, halves, self.around)["end_loss"]
+            return {"loss_swapped": swapped.cpu(), "end_loss_cut": cut.cpu()}
+        scores = {} if self.reads == "alone" else super().score(input_ids, labels)
         losses = losses_without_prompt(self.model, labels, self.around)
         return scores | {name: values.cpu() for name, values in losses.items()}
+
+
+def _first_half(response: list[int], after: list[int]) -> list[int]:
+    """The first half of a response's tokens, with the template's `after` behind it."""
+    said = response[: -len(after)] if after and response[-len(after) :] == after else response
+    return said[: max(1, len(said) // 2)] + after
 
 
 def load_row_scorer(
@@ -54,30 +69,59 @@ def row_figures(
         loss_without_prompt: mean loss of the response behind an empty prompt, in nats a token;
         end_loss: loss of the template's tokens after the response, in nats, all together, in the same pass: high where
             an answer breaks off; 0 where cutoff_len has cut them;
+        loss_swapped, end_loss_cut: what the loss would be behind another row's prompt, and end_loss after the first
+            half of the response; of at most 200 rows, drawn at random, else NaN;
         n_response_tokens.
     """
     known = {} if known is None else known
-    scorer.around, scorer.alone = around, stored is not None
+    scorer.around, scorer.reads = around, "all" if stored is None else "alone"
     after, end = around[1], max(1, len(around[1]))
     samples = [(tuple(row["input_ids"]), tuple(row["labels"])) for row in tokenised]
     responses = {sample: [label for label in sample[1] if label != IGNORED_LABEL] for sample in samples}
     first = {sample: row for row, sample in reversed(list(enumerate(samples)))}
     missing = [sample for sample in responses if sample not in known]
-    with progress_bar(total=len(missing), unit="samples", desc="figures") as progress:
-        for numbers in plan_batches(range(len(missing)), [len(ids) for ids, _ in missing], scorer.largest_batch):
+    tried = np.random.default_rng(0).permutation(len(samples))[:_TRIED]
+    faults = {name: np.full(len(samples), np.nan) for name in ("loss_swapped", "end_loss_cut")}
+    with progress_bar(total=len(missing) + len(tried), unit="samples", desc="figures") as progress:
+        for numbers, figures in _scored(scorer, missing, [first[sample] for sample in missing], len(samples)):
             batch = [missing[number] for number in numbers]
-            ids, labels = zip(*batch, strict=True)
-            rows = [first[sample] for sample in batch]
-            figures = score_within_memory(scorer, ids, labels, [f"row {row} of {len(samples)}" for row in rows])
             if stored is not None:
+                rows = [first[sample] for sample in batch]
                 figures |= {name: torch.from_numpy(values[rows]) for name, values in stored.items()}
             if cost:
                 cost.samples += len(batch)
-                cost.tokens += sum(map(len, ids)) if stored is None else 0
+                cost.tokens += sum(len(ids) for ids, _ in batch) if stored is None else 0
                 cost.more_tokens += sum(len(around[0]) + len(responses[sample]) for sample in batch)
             for number, sample in enumerate(batch):
                 known[sample] = {name: values[number].numpy() for name, values in figures.items()}
             progress.update(len(batch))
-    columns = {name: np.array([known[sample][name] for sample in samples]) for name in known[samples[0]]}
+        scorer.reads = "faults"
+        swapped = [_behind(samples[other], samples[row]) for row, other in zip(tried, np.roll(tried, 1), strict=True)]
+        for numbers, figures in _scored(scorer, swapped, tried, len(samples)):
+            for name, values in faults.items():
+                values[tried[numbers]] = figures[name].numpy()
+            if cost:
+                halves = sum(len(around[0]) + len(responses[samples[tried[n]]]) // 2 for n in numbers)
+                cost.more_tokens += halves + sum(len(swapped[number][0]) for number in numbers)
+            progress.update(len(numbers))
+    columns = {name: np.array([known[sample][name] for sample in samples]) for name in known[samples[0]]} | faults
     columns["end_loss"] *= [list(ids[-end:]) == after for ids, _ in samples]
     return columns | {"n_response_tokens": np.array([len(responses[sample]) for sample in samples])}
+
+
+def _behind(other: _Sample, own: _Sample) -> _Sample:
+    """The response of `own`, with all that stands after its beginning, behind the prompt of `other`."""
+
+    def start(sample: _Sample) -> int:
+        return next(place for place, label in enumerate(sample[1]) if label != IGNORED_LABEL)
+
+    prompt = other[0][: start(other)]
+    return prompt + own[0][start(own) :], (IGNORED_LABEL,) * len(prompt) + own[1][start(own) :]
+
+
+def _scored(scorer: RowScorer, samples: list[_Sample], rows: Sequence[int], count: int) -> Iterator:
+    """Batches of places in `samples` and their figures; `rows` of the `count` ones say in errors which they are."""
+    lengths = [len(ids) for ids, _ in samples]
+    for numbers in plan_batches(range(len(samples)), lengths, scorer.largest_batch):
+        ids, labels = zip(*(samples[number] for number in numbers), strict=True)
+        yield numbers, score_within_memory(scorer, ids, labels, [f"row {rows[n]} of {count}" for n in numbers])

@@ -37,7 +37,9 @@ _LABELS = 0.5  # share of rows with such answers, from which on these are labels
 _ALIKE = 0.9  # cosine of two rows' words
 _END, _CLOSING = ".!?…。！？।؟", "\"'”’»)]*`"  # signs that end a text, and what may stand after them
 _MOST_END = 0.9  # share of answers that do, from which on one that does not is suspect
-_UNLIKELY_END = 4.6  # nats: the model gives the end of an answer less than one chance in a hundred
+_BROKEN = 0.25  # quantile of the end loss of answers cut in half, above which one without such a sign is suspect
+_NOT_TOLD = 0.5  # own answers that look like another row's, by such answers behind another row's prompt: where more do,
+# the model does not see which answer belongs to which prompt
 _FAR = 5.0  # deviations of the distance to the nearest rows, in medians
 
 
@@ -50,20 +52,34 @@ def possible_gain(counts: dict[str, int], rows: int) -> str:
     return f"{shares[kind]:.0%} of the rows: {kind}; {_GAINS[kind]}"
 
 
-def find_suspects(prompts: list[str], answers: list[str], columns: dict[str, np.ndarray]) -> pd.DataFrame:
+def how_far_to_trust(swapped_found: float | None) -> str:
+    """What `find_suspects` says of its second figure, for people."""
+    if swapped_found is None:
+        return "answers of other rows are not looked for: this model can hardly tell them from the right ones"
+    return f"of answers put behind another row's prompt this model finds {swapped_found:.0%}"
+
+
+def find_suspects(
+    prompts: list[str], answers: list[str], columns: dict[str, np.ndarray]
+) -> tuple[pd.DataFrame, float | None]:
     """Suspect rows, worst first: `row`, `kind` (of KINDS), `also` (other kinds), `group` (the first row of copies and
     stock answers, else −1), and the figures loss, loss_without_prompt, unexplained (nats, summed over the response:
-    above 0 the prompt does not help) and end_loss.
+    above 0 the prompt does not help) and end_loss. And the share of the rows' answers that are found to be unexplained
+    behind another row's prompt; None where the model cannot tell these from others, and no row is called so.
 
     Args: texts of N rows, and `row_figures`' columns of them.
     """
     unexplained = columns["n_response_tokens"] * (columns["loss"] - columns["loss_without_prompt"])
     stock, copy, near = _stock_answers(prompts, answers), *_copies(prompts, answers)
+    swapped = columns["loss_swapped"] - columns["loss_without_prompt"]
+    tried, others = np.isfinite(swapped) & (stock < 0), stock < 0
+    found_swapped = float(np.mean(swapped[tried] > 0)) if tried.any() else 0.0
+    told = np.mean(unexplained[others] > 0) < _NOT_TOLD * found_swapped if others.any() else False
     masks = {
         "stock answer": stock >= 0,
         "other language": _other_script(answers),
-        "cut off": _cut_off(answers, columns["end_loss"]),
-        "unexplained": unexplained > 0,
+        "cut off": _cut_off(answers, columns["end_loss"], columns["end_loss_cut"]),
+        "unexplained": (unexplained > 0) & told,
         "far from all": _far(columns["hidden_state"]),
         "copy": copy >= 0,
         "near copy": near >= 0,
@@ -78,7 +94,7 @@ def find_suspects(prompts: list[str], answers: list[str], columns: dict[str, np.
         table[name] = columns[name][rows]
     table["unexplained"] = unexplained[rows]
     order = table.kind.map(list(KINDS).index)
-    return table.iloc[np.lexsort([-table.unexplained, order])].reset_index(drop=True)
+    return table.iloc[np.lexsort([-table.unexplained, order])].reset_index(drop=True), found_swapped if told else None
 
 
 def _plain(text: str) -> str:
@@ -122,10 +138,11 @@ def _copies(prompts: list[str], answers: list[str]) -> tuple[np.ndarray, np.ndar
     return exact, near
 
 
-def _cut_off(answers: list[str], end_loss: np.ndarray) -> np.ndarray:
-    """Answers without a sign that ends a text, where most have one; and where the model did not expect the end."""
+def _cut_off(answers: list[str], end_loss: np.ndarray, end_loss_cut: np.ndarray) -> np.ndarray:
+    """Answers without a sign that ends a text, where most have one; elsewhere those of them whose end the model expects
+    no more than that of an answer cut in half."""
     ends = np.array([answer.rstrip().rstrip(_CLOSING)[-1:] in _END for answer in answers])  # an empty one ends
-    return ~ends & (end_loss > _UNLIKELY_END) if ends.mean() < _MOST_END else ~ends
+    return ~ends if ends.mean() >= _MOST_END else ~ends & (end_loss > np.nanquantile(end_loss_cut, _BROKEN))
 
 
 def _other_script(answers: list[str]) -> np.ndarray:
