@@ -56,7 +56,8 @@ def main() -> None:
         for suspect in [each for each in suspects if each.get("kind", "listed") == kind][:_SHOWN]:
             prompt, answer = (shortened(suspect.get(name, "")) for name in ("prompt", "answer"))
             say(f"  row {suspect['row']}: {prompt} -> {answer}")
-    say(f"\n{how_far_to_trust(pool['swapped_found'])}")
+    if tried := how_far_to_trust(pool.get("tried", {})):
+        say(f"\n{tried}")
     if (by_length := pool["effort_by_length"]) is not None:
         say(f"effort score against response length: rank correlation {by_length:+.2f} (±1: the score is the length)")
     print(f"what selection can gain here: {possible_gain(counts, pool['rows'])}")

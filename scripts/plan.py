@@ -42,6 +42,7 @@ from selection.run.model_folder import model_path
 from selection.scores.gpu_memory import Memory, Shape, scoring_memory, shape_of, tuning_memory
 from selection.scores.identity import tuning_lora
 from selection.scores.models import DTYPES, load_for_scoring, parameters_of, with_fresh_lora
+from selection.scores.row_figures import TRIED
 
 SELECTION, GRAND = "selection in all", "GraNd's selection: that and all scores"
 FULL = f"{ledger.TARGET_TUNING} on everything"
@@ -122,6 +123,7 @@ def make_plan(
         model = "target" if experiment.direct else "small"
         looked, alone = stage(model, num_rows), sum(lengths["responses"])
         tokens = alone if experiment.direct and "hidden_state" in small_columns(experiment) else looked.tokens + alone
+        tokens += round(min(TRIED, num_rows) / num_rows * (looked.tokens + alone / 2))
         flops, seconds = (each * tokens / looked.tokens for each in looked[2:])
         stages[ledger.LOOK] = Stage(num_rows, tokens, flops, seconds)
     if not experiment.direct and "staff" in settings.methods:

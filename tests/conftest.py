@@ -275,7 +275,7 @@ def write_pool(experiment, suspects: list[dict]) -> Path:
 
     split = training_split(experiment)
     about = {"model": "x", "rows": 100, "effort_by_length": -0.5, "data_fingerprint": split.fingerprint}
-    about |= {"swapped_found": 0.5}
+    about |= {"tried": {"unexplained": [0.1, 0.5]}}
     write_json(experiment.pool / "pool.json", about)
     return Path(write_jsonl(experiment.pool / "suspects.jsonl", suspects))
 

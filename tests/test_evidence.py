@@ -46,7 +46,7 @@ from selection.run.metrics import read_metrics
 from selection.scores import suspects as pool_suspects
 from selection.scores.coresets import check_fits, read_coreset
 from selection.scores.pool import read_suspects
-from selection.scores.row_figures import load_row_scorer, row_figures
+from selection.scores.row_figures import _behind, load_row_scorer, row_figures
 from selection.scores.suspects import KINDS, find_suspects, how_far_to_trust
 
 
@@ -236,28 +236,42 @@ def test_labels_are_no_stock_answers_and_a_row_without_figures_is_far_from_all()
 
 
 def test_what_the_model_cannot_tell_from_a_planted_fault_is_no_suspect():
-    """Where half as many own answers look wrong as answers of other rows do, none is called unexplained; an answer
-    without a full stop is cut off where its end is as unlikely as that of one cut in half."""
+    """Where half as many own answers look faulty as such with the fault put in, none is listed for it."""
     rng, rows = np.random.default_rng(0), 100
     says = {"n_response_tokens": np.full(rows, 4.0), "loss_without_prompt": np.full(rows, 2.0)}
     says |= {"hidden_state": rng.normal(size=(rows, 8)), "end_loss": np.linspace(0, 10, rows)}
     says["end_loss_cut"] = np.r_[np.linspace(8, 12, 41), np.full(rows - 41, np.nan)]
     says["loss_swapped"] = np.r_[np.full(24, 2.1), np.full(36, 1.9), np.full(40, np.nan)]  # 40 % of 60 are found
     texts = [f"{row} {row * 7} what?" for row in range(rows)], [f"{row} {row * 3} this" for row in range(rows)]
+
+    def look() -> tuple[dict[str, set[int]], dict]:
+        found, tried = find_suspects(*texts, says)
+        said = list(zip(found.row, found.kind, found.also, strict=True))
+        return {kind: {row for row, own, also in said if kind in (own, *also)} for kind in KINDS}, tried
+
     for wrong, told in ((19, True), (20, False), (0, True)):
         says["loss"] = np.r_[np.full(wrong, 2.1), np.full(rows - wrong, 1.9)]
-        found, share = find_suspects(*texts, says)
-        said = list(zip(found.row, found.kind, found.also, strict=True))
-        flagged = {kind: {row for row, own, also in said if kind in (own, *also)} for kind in KINDS}
+        flagged, tried = look()
         assert flagged["unexplained"] == set(range(wrong if told else 0))
-        assert share == (0.4 if told else None)
-        assert flagged["cut off"] == set(np.flatnonzero(says["end_loss"] > 9))
-        assert how_far_to_trust(share).startswith("of answers" if told else "answers of other rows are not looked for")
+        assert flagged["cut off"] == set(np.flatnonzero(says["end_loss"] > 9)) and len(flagged["cut off"]) == 10
+        assert tried == {"unexplained": [wrong / rows, 0.4], "cut off": [0.1, 0.75]}
+        unexplained = how_far_to_trust(tried).partition("; ")[2]
+        assert unexplained.startswith("unexplained: " + ("the model finds 40%" if told else "none is listed, 20% look"))
+    says["end_loss"] = says["end_loss"] + 3
+    assert len(look()[0]["cut off"]) == 0 and look()[1]["cut off"] == [0.4, 0.75]
+    says["end_loss_cut"][:] = np.nan  # answers of one token have no half
+    assert not look()[0]["cut off"] and "cut off" not in how_far_to_trust(look()[1])
     # Stock answers have no prompt of their own: they say nothing of whether the model can tell.
     texts[1][19:40], says["loss"] = ["I cannot say"] * 21, np.r_[np.full(40, 2.1), np.full(60, 1.9)]
     says["loss_swapped"][:60] = np.r_[np.full(48, 2.1), np.full(12, 1.9)]
-    found, share = find_suspects(*texts, says)
-    assert share == pytest.approx(27 / 39) and (found.kind == "unexplained").sum() == 19
+    flagged, tried = look()
+    assert tried["unexplained"] == [0.241, 0.692] and len(flagged["unexplained"]) == 40
+
+
+def test_a_borrowed_prompt_makes_no_row_longer_than_all_others():
+    other, own = ((1, 2, 3, 4, 5), (-100, -100, -100, 4, 5)), ((7, 8, 9, 9), (-100, 8, -100, 9))
+    assert _behind(other, own, 9) == ((1, 2, 3, 8, 9, 9), (-100, -100, -100, 8, -100, 9))
+    assert _behind(other, own, 5) == ((2, 3, 8, 9, 9), (-100, -100, 8, -100, 9))
 
 
 def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tmp_path):

@@ -128,9 +128,9 @@ def test_a_look_at_the_rows_costs_the_responses_alone_where_the_target_has_score
     recommended, _ = make_plan(experiment(*WAYS["mode recommended"]), lengths, SPEEDS)
     assert list(recommended)[:3] == ["speculative scores", "look at the rows", "selection in all"]
     assert recommended["speculative scores"] == (20, 140, 2 * 30 * 140, 210)
-    assert recommended["look at the rows"] == (20, 60, 2 * 30 * 60, 90)
-    assert recommended["selection in all"] == (20, 200, 2 * 30 * 200, 300)
-    assert make_plan(experiment(*more), lengths, SPEEDS)[0]["look at the rows"] == (20, 180, 2 * 10 * 180, 90)
+    assert recommended["look at the rows"] == (20, 230, 2 * 30 * 230, 345)
+    assert recommended["selection in all"] == (20, 370, 2 * 30 * 370, 555)
+    assert make_plan(experiment(*more), lengths, SPEEDS)[0]["look at the rows"] == (20, 330, 2 * 10 * 330, 165)
     published = make_plan(experiment(), LENGTHS, SPEEDS)[0]
     said = format_ways({"speculation published": published, "mode recommended": recommended}).splitlines()
     assert said[2].split()[-4:] == ["1.20e+04", "300.0", "s", "8.9%"] and said[3].endswith(": mode recommended")

@@ -1,4 +1,4 @@
-"""Which score finds the faults of a pool? Nothing is tuned: one pass of a model over every distinct row.
+"""Which score finds the faults of a pool? Nothing is tuned: one pass of a model over every distinct row, and a trial.
 
     python scripts/paper/purity.py --config_path configs/pools/go_biology.yaml --pools runs/pools/go_biology --out OUT
 

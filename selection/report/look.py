@@ -111,12 +111,12 @@ def _look(experiment: Experiment, split: TrainingSplit, folder: Path) -> None:
     order = np.argsort(numbers)  # as the rows stand in the data
     columns = {name: values[order] for name, values in columns.items()}
     prompts, answers = ([texts[row] for row in order] for texts in (prompts, answers))
-    found, swapped_found = find_suspects(prompts, answers, columns)
+    found, tried = find_suspects(prompts, answers, columns)
     write_suspects(folder / "suspects.jsonl", found, prompts, answers, numbers[order].tolist())
     by_length = spearman(columns["effort"], columns["n_response_tokens"])
     about |= {"model": model, "rows": len(order), "suspects": len(found)}
     about |= {"kinds": {kind: int((found.kind == kind).sum()) for kind in KINDS}}
-    about |= {"swapped_found": None if swapped_found is None else round(swapped_found, 3)}
+    about |= {"tried": tried}
     about |= {"effort_by_length": None if np.isnan(by_length) else round(by_length, 3)}
     about |= {"seconds": round(time.monotonic() - started, 1), "code_version": code_version()}
     write_json(folder / "pool.json", about)

@@ -125,11 +125,8 @@ def read_pool(experiment: Experiment) -> dict[str, Any] | None:
     how many rows, and the worst of them with shortened texts; `unread`: why there is no list. None: it was not run."""
     if not (path := experiment.pool / "pool.json").exists():
         return None
-    from selection.scores.suspects import (
-        KINDS,
-        how_far_to_trust,
-        possible_gain,
-    )  # imports scikit-learn, for runs with a pool alone
+    # It imports scikit-learn, for runs with a pool alone.
+    from selection.scores.suspects import KINDS, how_far_to_trust, possible_gain
 
     try:
         about, suspects = read_json(path, Pool), read_suspects(path.with_name("suspects.jsonl"))
@@ -144,7 +141,7 @@ def read_pool(experiment: Experiment) -> dict[str, Any] | None:
         if own
     ]
     gain = possible_gain({kind: len(own) for kind, own in by_kind.items()}, about["rows"])
-    said = {"gain": gain, "trust": how_far_to_trust(about["swapped_found"]), "unread": ""}
+    said = {"gain": gain, "trust": how_far_to_trust(about.get("tried", {})), "unread": ""}
     return about | {"suspects": len(suspects), "kinds": kinds} | said
 
 

@@ -39,7 +39,7 @@ class Pool(TypedDict):
     model: str  # that looked at the rows
     rows: PositiveInt  # of the data
     effort_by_length: float | None  # Spearman's of effort score and response tokens
-    swapped_found: float | None  # the second figure of `find_suspects`
+    tried: NotRequired[dict[str, tuple[float, float]]]  # as `find_suspects` gives it
     data_fingerprint: str
 
 

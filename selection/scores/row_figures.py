@@ -15,7 +15,7 @@ from selection.scores.models import load_for_scoring
 from selection.scores.within_memory import score_within_memory
 
 _COLUMNS = ("el2n", "entropy", "hidden_state")
-_TRIED = 200  # rows whose answers are tried with a known fault: the share that shows it is then known to 0.07 (95 %)
+TRIED = 100  # rows whose answers are tried with a planted fault: the share that shows it is known to 0.1 (95 %)
 _Sample = tuple[tuple[int, ...], tuple[int, ...]]  # token ids and labels
 
 
@@ -37,7 +37,7 @@ class RowScorer(EffortScorer):
 
 
 def _first_half(response: list[int], after: list[int]) -> list[int]:
-    """The first half of a response's tokens, with the template's `after` behind it."""
+    """The first half of a response's tokens, with the template's `after` behind it; of one token, that token."""
     said = response[: -len(after)] if after and response[-len(after) :] == after else response
     return said[: max(1, len(said) // 2)] + after
 
@@ -69,8 +69,9 @@ def row_figures(
         loss_without_prompt: mean loss of the response behind an empty prompt, in nats a token;
         end_loss: loss of the template's tokens after the response, in nats, all together, in the same pass: high where
             an answer breaks off; 0 where cutoff_len has cut them;
-        loss_swapped, end_loss_cut: what the loss would be behind another row's prompt, and end_loss after the first
-            half of the response; of at most 200 rows, drawn at random, else NaN;
+        loss_swapped: what the loss would be behind another row's prompt; of several turns the first prompt alone is
+            another's. Of at most TRIED rows of each call, drawn at random, whose prompts differ, else NaN;
+        end_loss_cut: of the same rows, end_loss after the first half of the response; NaN where that is all of it;
         n_response_tokens.
     """
     known = {} if known is None else known
@@ -80,7 +81,7 @@ def row_figures(
     responses = {sample: [label for label in sample[1] if label != IGNORED_LABEL] for sample in samples}
     first = {sample: row for row, sample in reversed(list(enumerate(samples)))}
     missing = [sample for sample in responses if sample not in known]
-    tried = np.random.default_rng(0).permutation(len(samples))[:_TRIED]
+    tried = np.random.default_rng(0).permutation(len(samples))[:TRIED]
     faults = {name: np.full(len(samples), np.nan) for name in ("loss_swapped", "end_loss_cut")}
     with progress_bar(total=len(missing) + len(tried), unit="samples", desc="figures") as progress:
         for numbers, figures in _scored(scorer, missing, [first[sample] for sample in missing], len(samples)):
@@ -95,28 +96,37 @@ def row_figures(
             for number, sample in enumerate(batch):
                 known[sample] = {name: values[number].numpy() for name, values in figures.items()}
             progress.update(len(batch))
-        scorer.reads = "faults"
-        swapped = [_behind(samples[other], samples[row]) for row, other in zip(tried, np.roll(tried, 1), strict=True)]
+        scorer.reads, longest = "faults", max(len(ids) for ids, _ in samples)
+        swapped = [
+            _behind(samples[other], samples[row], longest) for row, other in zip(tried, np.roll(tried, 1), strict=True)
+        ]
         for numbers, figures in _scored(scorer, swapped, tried, len(samples)):
             for name, values in faults.items():
                 values[tried[numbers]] = figures[name].numpy()
             if cost:
-                halves = sum(len(around[0]) + len(responses[samples[tried[n]]]) // 2 for n in numbers)
-                cost.more_tokens += halves + sum(len(swapped[number][0]) for number in numbers)
+                halves = [_first_half(responses[samples[tried[number]]], after) for number in numbers]
+                cost.more_tokens += sum(len(around[0]) + len(half) for half in halves)
+                cost.more_tokens += sum(len(swapped[number][0]) for number in numbers)
             progress.update(len(numbers))
     columns = {name: np.array([known[sample][name] for sample in samples]) for name in known[samples[0]]} | faults
+    same = [sample == samples[row] for sample, row in zip(swapped, tried, strict=True)]
+    faults["loss_swapped"][tried[same]] = np.nan
+    whole = [_first_half(responses[sample], after) == responses[sample] for sample in samples]
+    faults["end_loss_cut"][whole] = np.nan
     columns["end_loss"] *= [list(ids[-end:]) == after for ids, _ in samples]
     return columns | {"n_response_tokens": np.array([len(responses[sample]) for sample in samples])}
 
 
-def _behind(other: _Sample, own: _Sample) -> _Sample:
-    """The response of `own`, with all that stands after its beginning, behind the prompt of `other`."""
+def _behind(other: _Sample, own: _Sample, longest: int) -> _Sample:
+    """The response of `own`, with all that stands after its beginning, behind the prompt of `other`, or its end where
+    both have more than `longest` tokens: a model may have no more places."""
 
     def start(sample: _Sample) -> int:
         return next(place for place, label in enumerate(sample[1]) if label != IGNORED_LABEL)
 
-    prompt = other[0][: start(other)]
-    return prompt + own[0][start(own) :], (IGNORED_LABEL,) * len(prompt) + own[1][start(own) :]
+    rest = own[0][start(own) :]
+    prompt = other[0][max(0, start(other) + len(rest) - longest) : start(other)]
+    return prompt + rest, (IGNORED_LABEL,) * len(prompt) + own[1][start(own) :]
 
 
 def _scored(scorer: RowScorer, samples: list[_Sample], rows: Sequence[int], count: int) -> Iterator:

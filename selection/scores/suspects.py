@@ -38,8 +38,7 @@ _ALIKE = 0.9  # cosine of two rows' words
 _END, _CLOSING = ".!?…。！？।؟", "\"'”’»)]*`"  # signs that end a text, and what may stand after them
 _MOST_END = 0.9  # share of answers that do, from which on one that does not is suspect
 _BROKEN = 0.25  # quantile of the end loss of answers cut in half, above which one without such a sign is suspect
-_NOT_TOLD = 0.5  # own answers that look like another row's, by such answers behind another row's prompt: where more do,
-# the model does not see which answer belongs to which prompt
+_NOT_TOLD = 0.5  # rows that look faulty, as a share of those with the fault put in that do: from here on none is listed
 _FAR = 5.0  # deviations of the distance to the nearest rows, in medians
 
 
@@ -52,34 +51,40 @@ def possible_gain(counts: dict[str, int], rows: int) -> str:
     return f"{shares[kind]:.0%} of the rows: {kind}; {_GAINS[kind]}"
 
 
-def how_far_to_trust(swapped_found: float | None) -> str:
-    """What `find_suspects` says of its second figure, for people."""
-    if swapped_found is None:
-        return "answers of other rows are not looked for: this model can hardly tell them from the right ones"
-    return f"of answers put behind another row's prompt this model finds {swapped_found:.0%}"
+def how_far_to_trust(tried: dict[str, list[float]]) -> str:
+    """What `find_suspects` says of the faults that were tried, for people."""
+    said = []
+    for kind, (own, planted) in tried.items():
+        if own < _NOT_TOLD * planted:
+            said.append(f"{kind}: the model finds {planted:.0%} of the answers in which that fault was put")
+        elif planted:
+            why = "the model cannot judge these rows, or half of them are wrong"
+            said.append(f"{kind}: none is listed, {own:.0%} look so, {planted:.0%} with that fault put in: {why}")
+    return "; ".join(said)
 
 
 def find_suspects(
     prompts: list[str], answers: list[str], columns: dict[str, np.ndarray]
-) -> tuple[pd.DataFrame, float | None]:
+) -> tuple[pd.DataFrame, dict[str, list[float]]]:
     """Suspect rows, worst first: `row`, `kind` (of KINDS), `also` (other kinds), `group` (the first row of copies and
     stock answers, else −1), and the figures loss, loss_without_prompt, unexplained (nats, summed over the response:
-    above 0 the prompt does not help) and end_loss. And the share of the rows' answers that are found to be unexplained
-    behind another row's prompt; None where the model cannot tell these from others, and no row is called so.
+    above 0 the prompt does not help) and end_loss. And of the kinds that a model that does not know the task cannot
+    judge: the share of answers that look so, and of answers that such a fault was put in. Where the first is half of
+    the second or more, none is listed.
 
     Args: texts of N rows, and `row_figures`' columns of them.
     """
     unexplained = columns["n_response_tokens"] * (columns["loss"] - columns["loss_without_prompt"])
     stock, copy, near = _stock_answers(prompts, answers), *_copies(prompts, answers)
-    swapped = columns["loss_swapped"] - columns["loss_without_prompt"]
-    tried, others = np.isfinite(swapped) & (stock < 0), stock < 0
-    found_swapped = float(np.mean(swapped[tried] > 0)) if tried.any() else 0.0
-    told = np.mean(unexplained[others] > 0) < _NOT_TOLD * found_swapped if others.any() else False
+    swapped, own = columns["loss_swapped"] - columns["loss_without_prompt"], stock < 0
+    cut, tried = _cut_off(answers, columns["end_loss"], columns["end_loss_cut"])
+    tried["unexplained"] = [_share(unexplained[own] > 0), _share(swapped[own & np.isfinite(swapped)] > 0)]
+    told = {kind: looks < _NOT_TOLD * planted for kind, (looks, planted) in tried.items()}
     masks = {
         "stock answer": stock >= 0,
         "other language": _other_script(answers),
-        "cut off": _cut_off(answers, columns["end_loss"], columns["end_loss_cut"]),
-        "unexplained": (unexplained > 0) & told,
+        "cut off": cut & told.get("cut off", True),
+        "unexplained": (unexplained > 0) & told["unexplained"],
         "far from all": _far(columns["hidden_state"]),
         "copy": copy >= 0,
         "near copy": near >= 0,
@@ -94,7 +99,7 @@ def find_suspects(
         table[name] = columns[name][rows]
     table["unexplained"] = unexplained[rows]
     order = table.kind.map(list(KINDS).index)
-    return table.iloc[np.lexsort([-table.unexplained, order])].reset_index(drop=True), found_swapped if told else None
+    return table.iloc[np.lexsort([-table.unexplained, order])].reset_index(drop=True), tried
 
 
 def _plain(text: str) -> str:
@@ -138,11 +143,21 @@ def _copies(prompts: list[str], answers: list[str]) -> tuple[np.ndarray, np.ndar
     return exact, near
 
 
-def _cut_off(answers: list[str], end_loss: np.ndarray, end_loss_cut: np.ndarray) -> np.ndarray:
+def _cut_off(
+    answers: list[str], end_loss: np.ndarray, end_loss_cut: np.ndarray
+) -> tuple[np.ndarray, dict[str, list[float]]]:
     """Answers without a sign that ends a text, where most have one; elsewhere those of them whose end the model expects
-    no more than that of an answer cut in half."""
+    as little as that of most answers cut in half, and what `find_suspects` says of this trial."""
     ends = np.array([answer.rstrip().rstrip(_CLOSING)[-1:] in _END for answer in answers])  # an empty one ends
-    return ~ends if ends.mean() >= _MOST_END else ~ends & (end_loss > np.nanquantile(end_loss_cut, _BROKEN))
+    if ends.mean() >= _MOST_END:
+        return ~ends, {}
+    halves = end_loss_cut[np.isfinite(end_loss_cut)]
+    broken = end_loss > (np.quantile(halves, _BROKEN) if len(halves) else np.inf)
+    return ~ends & broken, {"cut off": [_share(broken), 1 - _BROKEN if len(halves) else 0.0]}
+
+
+def _share(found: np.ndarray) -> float:
+    return round(float(np.mean(found)), 3) if len(found) else 0.0
 
 
 def _other_script(answers: list[str]) -> np.ndarray:
