@@ -133,7 +133,7 @@ def test_a_look_at_the_rows_costs_the_responses_alone_where_the_target_has_score
     assert make_plan(experiment(*more), lengths, SPEEDS)[0]["look at the rows"] == (20, 330, 2 * 10 * 330, 165)
     published = make_plan(experiment(), LENGTHS, SPEEDS)[0]
     said = format_ways({"speculation published": published, "mode recommended": recommended}).splitlines()
-    assert said[2].split()[-4:] == ["1.20e+04", "300.0", "s", "8.9%"] and said[3].endswith(": mode recommended")
+    assert said[2].split()[-4:] == ["2.22e+04", "555.0", "s", "16.5%"] and said[3].endswith(": mode recommended")
     no_tuning = dict(published, **{SELECTION: published["verification"]})  # a small model that costs next to nothing
     said = format_ways(
         {"speculation published": no_tuning, "speculation untuned": no_tuning, "mode recommended": recommended}
