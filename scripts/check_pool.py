@@ -29,7 +29,7 @@ from selection.run.log import say
 from selection.scores.coresets import write_coreset
 from selection.scores.identity import check_run, write_experiment
 from selection.scores.pool import suspects_in_training, without
-from selection.scores.suspects import KINDS, how_far_to_trust, possible_gain
+from selection.scores.suspects import KINDS, possible_gain
 from selection.start import start
 
 _SHOWN, _LETTERS = 3, 100  # rows of each kind that are said, and letters of each
@@ -56,11 +56,9 @@ def main() -> None:
         for suspect in [each for each in suspects if each.get("kind", "listed") == kind][:_SHOWN]:
             prompt, answer = (shortened(suspect.get(name, "")) for name in ("prompt", "answer"))
             say(f"  row {suspect['row']}: {prompt} -> {answer}")
-    if tried := how_far_to_trust(pool.get("tried", {})):
-        say(f"\n{tried}")
     if (by_length := pool["effort_by_length"]) is not None:
-        say(f"effort score against response length: rank correlation {by_length:+.2f} (±1: the score is the length)")
-    print(f"what selection can gain here: {possible_gain(counts, pool['rows'])}")
+        say(f"\neffort score against response length: rank correlation {by_length:+.2f} (±1: the score is the length)")
+    print(f"what selection can gain here: {possible_gain(counts, pool['rows'], pool.get('tried', {}))}")
 
 
 def load() -> tuple[Experiment, Path | None, bool]:

@@ -319,12 +319,16 @@ def test_a_pool_is_looked_at_before_anything_is_paid_and_leaves_cleaned(pool, tm
 
 
 def test_what_selection_can_gain_is_what_was_measured():
-    measured = (REPOSITORY / "data" / "results" / "worth_go_biology" / "tables.md").read_text()
-    for text in (*pool_suspects._GAINS.values(), pool_suspects._NO_GAIN):
-        figure = re.search(r"[\d.]+ \([\d.]+ to [\d.]+\)", text)
-        assert figure and figure.group() in measured, text
-    assert "few rows" in pool_suspects.possible_gain({"stock answer": 4, "listed": 90}, 100)
-    assert "30% of the rows: stock answer" in pool_suspects.possible_gain({"stock answer": 30, "cut off": 29}, 100)
+    texts = {"go_biology": (*pool_suspects._GAINS.values(), pool_suspects._NO_GAIN)}
+    for data, said in (texts | {"kazakh_english": (pool_suspects._UNREAD,)}).items():
+        measured = (REPOSITORY / "data" / "results" / f"worth_{data}" / "tables.md").read_text()
+        for text in said:
+            figures = re.findall(r"−?[\d.]+ \(−?[\d.]+ to −?[\d.]+\)", text)
+            assert figures and all(figure in measured for figure in figures), text
+    gain, stock = pool_suspects.possible_gain, {"stock answer": 30, "cut off": 29}
+    assert "few rows" in gain({"stock answer": 4, "listed": 90}, 100, {"unexplained": [0.1, 0.4]})
+    assert "30% of the rows: stock answer" in gain(stock, 100, {})  # a list from before the trial
+    assert gain(stock, 100, {"unexplained": [0.2, 0.4]}) == pool_suspects._UNREAD
 
 
 def test_committed_coresets_choose_among_the_rows_that_pools_makes(tmp_path):

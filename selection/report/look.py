@@ -24,7 +24,7 @@ from selection.scores.identity import fingerprint_of, placement
 from selection.scores.models import count_parameters
 from selection.scores.pool import Pool, Suspect, read_suspects, suspects_in_training
 from selection.scores.row_figures import load_row_scorer, row_figures
-from selection.scores.suspects import KINDS, find_suspects
+from selection.scores.suspects import KINDS, find_suspects, how_far_to_trust
 
 _FILES = "pool.json", "suspects.jsonl"
 _COLUMNS = ("hidden_state",)  # beside loss and effort, all that find_suspects reads of a whole pass
@@ -51,6 +51,8 @@ def look_at_rows(
     counts = Counter(suspect.get("kind", "listed") for suspect in suspects)
     kinds = f" ({', '.join(f'{kind} {count}' for kind, count in counts.items())})" if counts else ""
     print(f"{len(suspects)} of {pool['rows']} rows are suspect{kinds} -> {path}")
+    if trust := how_far_to_trust(pool.get("tried", {})):
+        say(trust)
     return pool, suspects
 
 

@@ -140,8 +140,9 @@ def read_pool(experiment: Experiment) -> dict[str, Any] | None:
         for kind, own in by_kind.items()
         if own
     ]
-    gain = possible_gain({kind: len(own) for kind, own in by_kind.items()}, about["rows"])
-    said = {"gain": gain, "trust": how_far_to_trust(about.get("tried", {})), "unread": ""}
+    tried = about.get("tried", {})
+    gain = possible_gain({kind: len(own) for kind, own in by_kind.items()}, about["rows"], tried)
+    said = {"gain": gain, "trust": how_far_to_trust(tried), "unread": ""}
     return about | {"suspects": len(suspects), "kinds": kinds} | said
 
 

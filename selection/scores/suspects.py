@@ -31,6 +31,12 @@ _GAINS = {
 }
 _GAINS["near copy"] = _GAINS["copy"]
 _NO_GAIN = "on a clean pool a row of --method rs2 was worth 1.21 (1.10 to 1.36) random ones, and more rows gain most"
+# The same on pools of Kazakh to English (data/results/worth_kazakh_english).
+_UNREAD = (
+    "this model cannot judge the rows, and on such ones selection.mode=recommended was −0.030 (−0.064 to 0.005) from "
+    "Random on a clean pool; where 30 % were stock answers it gained 0.123 (0.088 to 0.159), random rows without these "
+    "0.163 (0.123 to 0.207): leave suspects out and choose at random"
+)
 _FEW = 0.05  # share of rows below which a fault is too rare to gain by
 _STOCK = 3  # rows with other prompts that share an answer
 _LABELS = 0.5  # share of rows with such answers, from which on these are labels and none is suspect
@@ -42,8 +48,11 @@ _NOT_TOLD = 0.5  # rows that look faulty, as a share of those with the fault put
 _FAR = 5.0  # deviations of the distance to the nearest rows, in medians
 
 
-def possible_gain(counts: dict[str, int], rows: int) -> str:
-    """What selection can gain on a pool with `counts` of suspects by kind among its `rows`, from what was measured."""
+def possible_gain(counts: dict[str, int], rows: int, tried: dict[str, list[float]]) -> str:
+    """What selection can gain on a pool with `counts` of suspects by kind among its `rows`, from what was measured;
+    `tried` as `find_suspects` gives it."""
+    if "unexplained" in tried and not _told(*tried["unexplained"]):
+        return _UNREAD
     shares = {kind: counts.get(kind, 0) / rows for kind in _GAINS}
     kind = max(shares, key=shares.get)
     if shares[kind] < _FEW:
@@ -55,7 +64,7 @@ def how_far_to_trust(tried: dict[str, list[float]]) -> str:
     """What `find_suspects` says of the faults that were tried, for people."""
     said = []
     for kind, (own, planted) in tried.items():
-        if own < _NOT_TOLD * planted:
+        if _told(own, planted):
             said.append(f"{kind}: the model finds {planted:.0%} of the answers in which that fault was put")
         elif planted:
             why = "the model cannot judge these rows, or half of them are wrong"
@@ -79,7 +88,7 @@ def find_suspects(
     swapped, own = columns["loss_swapped"] - columns["loss_without_prompt"], stock < 0
     cut, tried = _cut_off(answers, columns["end_loss"], columns["end_loss_cut"])
     tried["unexplained"] = [_share(unexplained[own] > 0), _share(swapped[own & np.isfinite(swapped)] > 0)]
-    told = {kind: looks < _NOT_TOLD * planted for kind, (looks, planted) in tried.items()}
+    told = {kind: _told(*shares) for kind, shares in tried.items()}
     masks = {
         "stock answer": stock >= 0,
         "other language": _other_script(answers),
@@ -154,6 +163,10 @@ def _cut_off(
     halves = end_loss_cut[np.isfinite(end_loss_cut)]
     broken = end_loss > (np.quantile(halves, _BROKEN) if len(halves) else np.inf)
     return ~ends & broken, {"cut off": [_share(broken), 1 - _BROKEN if len(halves) else 0.0]}
+
+
+def _told(own: float, planted: float) -> bool:
+    return own < _NOT_TOLD * planted
 
 
 def _share(found: np.ndarray) -> float:
