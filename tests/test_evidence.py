@@ -260,7 +260,7 @@ def test_what_the_model_cannot_tell_from_a_planted_fault_is_no_suspect():
     says["end_loss"] = says["end_loss"] + 3
     assert len(look()[0]["cut off"]) == 0 and look()[1]["cut off"] == [0.4, 0.75]
     says["end_loss_cut"][:] = np.nan  # answers of one token have no half
-    assert not look()[0]["cut off"] and "cut off" not in how_far_to_trust(look()[1])
+    assert not look()[0]["cut off"] and "cut off" not in look()[1]
     # Stock answers have no prompt of their own: they say nothing of whether the model can tell.
     texts[1][19:40], says["loss"] = ["I cannot say"] * 21, np.r_[np.full(40, 2.1), np.full(60, 1.9)]
     says["loss_swapped"][:60] = np.r_[np.full(48, 2.1), np.full(12, 1.9)]

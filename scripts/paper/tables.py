@@ -235,13 +235,11 @@ def format_tables(grid: Grid, estimates: Estimates) -> str:
         where = "; ".join(sorted(set(cells.precision + " on " + cells.device)))
         mode = " and ".join(cells["mode"].unique())
         about.append(f"- {task}: target {first.target}, {counts}, mode {mode}, {where}, commit {commits}")
-    return TEMPLATE.read_text(
-        encoding="utf-8"
-    ).format(
+    return TEMPLATE.read_text(encoding="utf-8").format(
         about="\n".join(about),
         seeds=", ".join(map(str, grid.seeds)),
         state=some if missing else f"No cell of this grid is missing ({size}).",
-        worth=join(dict.fromkeys(worth_table(grid, estimates, task) for task in grid.tasks)),  # no worth: said once
+        worth=join(dict.fromkeys(worth_table(grid, estimates, task) for task in grid.tasks)),
         first=join(score_table(grid, estimates, grid.metrics[0], task) for task in grid.tasks),
         verdicts="\n".join(f"- {verdict(grid, other, estimates)}" for other in AGAINST),
         fewer="† fewer seeds than the others. " * fewer,

@@ -81,9 +81,7 @@ def row_figures(
     responses = {sample: [label for label in sample[1] if label != IGNORED_LABEL] for sample in samples}
     first = {sample: row for row, sample in reversed(list(enumerate(samples)))}
     missing = [sample for sample in responses if sample not in known]
-    tried = np.random.default_rng(0).permutation(len(samples))[:TRIED]
-    faults = {name: np.full(len(samples), np.nan) for name in ("loss_swapped", "end_loss_cut")}
-    with progress_bar(total=len(missing) + len(tried), unit="samples", desc="figures") as progress:
+    with progress_bar(total=len(missing), unit="samples", desc="figures") as progress:
         for numbers, figures in _scored(scorer, missing, [first[sample] for sample in missing], len(samples)):
             batch = [missing[number] for number in numbers]
             if stored is not None:
@@ -96,25 +94,32 @@ def row_figures(
             for number, sample in enumerate(batch):
                 known[sample] = {name: values[number].numpy() for name, values in figures.items()}
             progress.update(len(batch))
-        scorer.reads, longest = "faults", max(len(ids) for ids, _ in samples)
-        swapped = [
-            _behind(samples[other], samples[row], longest) for row, other in zip(tried, np.roll(tried, 1), strict=True)
-        ]
-        for numbers, figures in _scored(scorer, swapped, tried, len(samples)):
-            for name, values in faults.items():
-                values[tried[numbers]] = figures[name].numpy()
-            if cost:
-                halves = [_first_half(responses[samples[tried[number]]], after) for number in numbers]
-                cost.more_tokens += sum(len(around[0]) + len(half) for half in halves)
-                cost.more_tokens += sum(len(swapped[number][0]) for number in numbers)
-            progress.update(len(numbers))
-    columns = {name: np.array([known[sample][name] for sample in samples]) for name in known[samples[0]]} | faults
-    same = [sample == samples[row] for sample, row in zip(swapped, tried, strict=True)]
-    faults["loss_swapped"][tried[same]] = np.nan
-    whole = [_first_half(responses[sample], after) == responses[sample] for sample in samples]
-    faults["end_loss_cut"][whole] = np.nan
+    columns = {name: np.array([known[sample][name] for sample in samples]) for name in known[samples[0]]}
     columns["end_loss"] *= [list(ids[-end:]) == after for ids, _ in samples]
+    columns |= _with_faults(samples, scorer, cost)
     return columns | {"n_response_tokens": np.array([len(responses[sample]) for sample in samples])}
+
+
+def _with_faults(samples: list[_Sample], scorer: RowScorer, cost: Cost | None) -> dict[str, np.ndarray]:
+    """`row_figures`' loss_swapped and end_loss_cut."""
+    scorer.reads, longest = "faults", max(len(ids) for ids, _ in samples)
+    tried = np.random.default_rng(0).permutation(len(samples))[:TRIED]
+    swapped = [
+        _behind(samples[other], samples[row], longest) for row, other in zip(tried, np.roll(tried, 1), strict=True)
+    ]
+    responses = [[label for label in samples[row][1] if label != IGNORED_LABEL] for row in tried]
+    halves = [_first_half(response, scorer.around[1]) for response in responses]
+    columns = {name: np.full(len(samples), np.nan) for name in ("loss_swapped", "end_loss_cut")}
+    for numbers, figures in _scored(scorer, swapped, tried, len(samples)):
+        for name, values in columns.items():
+            values[tried[numbers]] = figures[name].numpy()
+    if cost:
+        cost.more_tokens += sum(len(ids) for ids, _ in swapped)
+        cost.more_tokens += sum(len(scorer.around[0]) + len(half) for half in halves)
+    same = [sample == samples[row] for sample, row in zip(swapped, tried, strict=True)]
+    columns["loss_swapped"][tried[same]] = np.nan
+    columns["end_loss_cut"][tried[[half == whole for half, whole in zip(halves, responses, strict=True)]]] = np.nan
+    return columns
 
 
 def _behind(other: _Sample, own: _Sample, longest: int) -> _Sample:

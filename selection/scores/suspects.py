@@ -66,7 +66,7 @@ def how_far_to_trust(tried: dict[str, list[float]]) -> str:
     for kind, (own, planted) in tried.items():
         if _told(own, planted):
             said.append(f"{kind}: the model finds {planted:.0%} of the answers in which that fault was put")
-        elif planted:
+        else:
             why = "the model cannot judge these rows, or half of them are wrong"
             said.append(f"{kind}: none is listed, {own:.0%} look so, {planted:.0%} with that fault put in: {why}")
     return "; ".join(said)
@@ -161,8 +161,10 @@ def _cut_off(
     if ends.mean() >= _MOST_END:
         return ~ends, {}
     halves = end_loss_cut[np.isfinite(end_loss_cut)]
-    broken = end_loss > (np.quantile(halves, _BROKEN) if len(halves) else np.inf)
-    return ~ends & broken, {"cut off": [_share(broken), 1 - _BROKEN if len(halves) else 0.0]}
+    if not len(halves):  # answers of one token
+        return np.zeros_like(ends), {}
+    broken = end_loss > np.quantile(halves, _BROKEN)
+    return ~ends & broken, {"cut off": [_share(broken), 1 - _BROKEN]}
 
 
 def _told(own: float, planted: float) -> bool:
