@@ -64,11 +64,13 @@ def test_jobs_run_the_needed_stages_in_order_and_cells_wait_for_their_coresets(t
     for method, stages in (("random", ["coreset.py"]), ("grand", selection)):
         made = jobs(grid(tasks=cleaned, methods=[method]), tmp_path)
         assert scripts(made[0]) == ["check_pool.py", *stages]
-    cell = Cell("biology", "cleaned", 0.1, 3)
-    arguments = stage_arguments(grid(methods=["cleaned"]), tmp_path, cell)
-    look, tuned = jobs_of([cell], arguments, arguments)
-    assert scripts(look) == ["check_pool.py", "coreset.py"] and tuned.needs == look.name
-    assert load(arguments).small_model == load(arguments).target_model
+    for method, rule in (("cleaned", "random"), ("rs2_cleaned", "rs2")):
+        cell = Cell("biology", method, 0.1, 3)
+        arguments = stage_arguments(grid(methods=[method]), tmp_path, cell)
+        look, tuned = jobs_of([cell], arguments, arguments)
+        assert scripts(look) == ["check_pool.py", "coreset.py"] and tuned.needs == look.name
+        assert look.commands[1][-1] == rule and cell.tuned == f"{rule}-0.1"
+        assert load(arguments).small_model == load(arguments).target_model
     for method, stages in (
         ("clusters_cleaned", selection),
         ("easier_half", [*selection[:2], "verify.py", "coreset.py"]),

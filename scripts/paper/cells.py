@@ -34,10 +34,11 @@ from selection.scores.verification import LATER, RULES_VERSION
 
 # Random, Clusters and STAFF with additions, and what these change in a task's experiment. Each has its own coresets, so
 # its own run folders; STAFF's take the speculative scores of STAFF. cleaned: Random among the rows that the target
-# itself, by check_pool.py, does not suspect; clusters_cleaned: Clusters of its hidden states among them;
+# itself, by check_pool.py, does not suspect; rs2_cleaned: RS2; clusters_cleaned: Clusters of its hidden states;
 # easier_half: STAFF without V_i among them, the half with most effort for its length dropped.
 VARIANTS = {
     "cleaned": "selection.leave_out=suspects",
+    "rs2_cleaned": "selection.leave_out=suspects",
     "clusters_cleaned": "selection.leave_out=suspects selection.speculation=direct",
     "easier_half": "selection.leave_out=suspects selection.speculation=direct selection.length_control=residual "
     "selection.budgets=size selection.hardest_cutoff=0.5",
@@ -61,7 +62,7 @@ class Cell:
     @property
     def rule(self) -> str:
         """The method as the stages know it."""
-        rules = {"cleaned": "random", "clusters_cleaned": "clusters"}
+        rules = {"cleaned": "random", "rs2_cleaned": "rs2", "clusters_cleaned": "clusters"}
         return rules.get(self.method, "staff") if self.method in VARIANTS else self.method
 
     @property
@@ -175,9 +176,9 @@ def cells_of(grid: Grid) -> list[Cell]:
 def stage_arguments(grid: Grid, runs: Path, cell: Cell) -> list[str]:
     """The stages' command line for the run folder of a cell."""
     task, values = grid.tasks[cell.task], {"output_dir": str(runs / cell.run)}
-    if cell.method == "cleaned":
+    if cell.method in ("cleaned", "rs2_cleaned"):
         task_of = load(stage_arguments(grid, runs, replace(cell, method="random")))
-        values |= {"selection.methods": ["random"], "small_model": task_of.target_model}
+        values |= {"selection.methods": [cell.rule], "small_model": task_of.target_model}
     elif cell.method in VARIANTS:
         values |= {"selection.methods": [cell.rule], "selection.mode": "extended"}
         if cell.lender != cell:

@@ -40,6 +40,7 @@ METHODS = {
     "random": ("Random", "#777777", "o"),
     "oracle": ("Oracle", "#000000", "*"),
     "cleaned": ("Random, suspects left out", "#000000", "X"),
+    "rs2_cleaned": ("RS2, suspects left out", "#bbbbbb", "X"),
     "clusters_cleaned": ("Clusters, suspects left out", "#009e73", "X"),
     "easier_half": ("Easier half, suspects left out", "#56b4e9", "X"),
     "rs2": ("RS2", "#bbbbbb", "h"),

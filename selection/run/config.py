@@ -38,7 +38,7 @@ Method = Literal["staff", "random", "rs2", "length", "grand", "el2n", "ccs", "d2
 NO_SCORES = ("random", "rs2")  # they count rows alone
 # Random, Clusters and STAFF with additions (scripts/paper/cells.py), in grids.
 _Addition = Literal["staff_length", "staff_size", "staff_neyman", "staff_calibrated", "staff_nearest", "staff_ifd"]
-Variant = Literal["cleaned", "clusters_cleaned", "easier_half", _Addition, "staff_direct"]
+Variant = Literal["cleaned", "rs2_cleaned", "clusters_cleaned", "easier_half", _Addition, "staff_direct"]
 ANY_SCORES = (*NO_SCORES, "length")  # rows and tokens alone; other baselines read the tuned target
 Mode = Literal["paper", "released", "extended", "recommended"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and transformers take
