@@ -42,11 +42,10 @@ from selection.run.config import (
 )
 from selection.run.errors import UserError, refusals
 from selection.run.ledger import CORESETS, Cost, measured
-from selection.run.log import say
 from selection.scores.coresets import coreset_name, quotas_of, write_coreset
 from selection.scores.folder import Scores, check_features, is_finished, read_ids, read_scores
 from selection.scores.identity import check_run, write_experiment
-from selection.scores.pool import LeftOut, all_rows, better_at_random, rows_left_out, without
+from selection.scores.pool import LeftOut, all_rows, rows_left_out, without
 from selection.scores.verification import (
     Settings,
     cut_strata,
@@ -109,10 +108,6 @@ def main() -> None:
     if experiment is not None and arguments.scores is None:
         in_run = "staff" in arguments.method and arguments.verification == experiment.verification
         check_run(experiment, verified=in_run)
-        if {"clusters", "random"} <= set(arguments.method) and (why := better_at_random(experiment)):
-            say(f"random first: {why}")
-            # selection.sh names the first coreset in its next commands.
-            arguments.method = sorted(arguments.method, key=lambda method: method != "random")
     coresets = []  # written once everything is known to be right
     for method in arguments.method:
         if method == "rds" and arguments.dry_run:

@@ -43,7 +43,6 @@ from selection.run.config import Method, load_experiment
 from selection.run.errors import UserError
 from selection.run.ledger import LOOK, read_ledger, selection_costs
 from selection.run.metrics import read_metrics
-from selection.run.products import write_json
 from selection.scores import suspects as pool_suspects
 from selection.scores.coresets import check_fits, read_coreset
 from selection.scores.pool import read_suspects
@@ -82,6 +81,8 @@ def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
     assert held_out_losses(experiment, None, "fp16") == pytest.approx(own, abs=0.02)
     assert "rouge-l" not in metrics and not (experiment.folder / "eval" / "untuned" / "predictions.jsonl").exists()
     assert read_metrics(experiment.folder / "eval" / "rs2-0.5")["nll"] < metrics["nll"]
+    exported = run_script("scripts/export.py", experiment.folder, "--coreset", "rs2-0.5").stdout
+    assert "tune for 1.5 passes over these rows" in exported
     Path(held_out).write_text(Path(held_out).read_text() + json.dumps(rows[0]) + "\n")
     done = run_script("finetune/eval.py", "--config_path", config, "--tuned", "untuned", check=False)
     assert_one_line_error(done, "belongs to other data")
@@ -400,13 +401,6 @@ def test_recommended_is_suspects_out_and_rows_of_every_cluster_by_one_pass_of_th
     run_main("selection.coreset", *options("mine"), "--rate", "0.2")
     chosen = numbers["train"][read_coreset(run.coresets / "clusters-0.2.json").indices]
     assert len(chosen) == 4 and not {line["row"] for line in lines} & set(chosen.tolist())
-    for tried, first in {(0.1, 0.6): "clusters", (0.4, 0.6): "random"}.items():  # the model cannot judge the rows
-        pool = json.loads((run.pool / "pool.json").read_text())
-        write_json(run.pool / "pool.json", pool | {"tried": {"unexplained": tried}})
-        capsys.readouterr()
-        run_main("selection.coreset", *options("mine"), "--rate", "0.2")
-        said = capsys.readouterr()
-        assert said.out.startswith(f"{first} at rate") and ("choose at random" in said.err) == (first == "random")
     run_main("scripts.report", run.folder)
     page = (run.folder / "report.html").read_text()
     assert "there is no small model" in page and "same order?" not in page

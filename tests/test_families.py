@@ -228,7 +228,7 @@ def test_a_start_writes_a_whole_experiment_of_published_settings(begin, tiny_mod
 def test_a_start_recommends_and_a_small_model_asks_for_the_published_method(begin, tiny_model, capsys):
     path, cut = begin()
     settings = load_experiment(path).selection
-    assert cut == [] and (settings.mode, settings.methods) == ("recommended", ["clusters", "random"])
+    assert cut == [] and (settings.mode, settings.methods) == ("recommended", ["rs2", "clusters", "random"])
     said = capsys.readouterr().err
     assert "mode: recommended" in said and "selection.mode=paper" in said and "strata" not in said
     path, cut = begin(small=str(tiny_model))

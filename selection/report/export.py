@@ -88,6 +88,8 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
     with rebuilding(folder, identity) as draft:
         said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
         said += _about_the_cut(experiment, coreset)
+        if passes := coreset.num_train_epochs:
+            said.append(f"tune for {passes:g} passes over these rows: they stand for several passes over fewer (RS2)")
         about = f"# {coreset.name} of {experiment.folder.name}\n\n" + "".join(f"- {line}\n" for line in said)
         kind, file = ("parquet", "chat.parquet") if (draft / "chat.parquet").exists() else ("json", "chat.jsonl")
         model = json.dumps(model_path(experiment.target_model), ensure_ascii=False)  # Python and YAML read it alike

@@ -53,7 +53,7 @@ def rules_of(mode: str) -> str:
 
 def with_recommended(settings: dict[str, Any]) -> dict[str, Any]:
     """The keys of `selection:`, with what `mode: recommended` means where they are not given."""
-    meant = {"speculation": "direct", "leave_out": "suspects", "methods": ["clusters", "random"]}
+    meant = {"speculation": "direct", "leave_out": "suspects", "methods": ["rs2", "clusters", "random"]}
     return meant | settings if settings.get("mode") == "recommended" else settings
 
 
@@ -76,8 +76,8 @@ class Share(Section):
 class Selection(Section):
     # The published method, or the authors' code where they differ (README.md); extended: published, and
     # length_control, speculation, budgets, within_stratum and hardest_by may be given; recommended: extended, with
-    # speculation direct, leave_out suspects and methods [clusters, random] where these are not given: what gained most
-    # where it was measured (data/results). (ours)
+    # speculation direct, leave_out suspects and methods [rs2, clusters, random] where these are not given: what gained
+    # most where it was measured (data/results). (ours)
     mode: Mode = "paper"
     # Rows that the target scores, the drawn ones or all; by_mode: all under released. (paper: sampled; released: all)
     verify: Literal["by_mode", "sampled", "all"] = "by_mode"

@@ -169,7 +169,7 @@ def selection_costs(experiment: Experiment, method: str, shared: bool = True) ->
     STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them
     where `shared`; verification. A rule on the small model's scores: the same without verification, ifd and middle also
     without tuning. A baseline that reads the tuned target's scores: tuning on everything, and these scores. All:
-    the look at the rows, where suspects are left out."""
+    the look at the rows, where suspects are left out, with the target's scores under speculation direct."""
     ours, paid = read_ledger(experiment.folder), []
     if method == "staff" or method in SMALL_RULES:
         theirs, n = read_ledger(experiment.speculative_folder), sharing_runs(experiment)
@@ -183,6 +183,9 @@ def selection_costs(experiment: Experiment, method: str, shared: bool = True) ->
         paid += _scoring(ours, VERIFICATION) if method == "staff" else []
     elif method not in ANY_SCORES:
         paid = _last(ours, TARGET_TUNING, "full") + _scoring(ours, TARGET_SCORES)
+    elif experiment.direct and experiment.selection.leave_out == "suspects":
+        scoring = _scoring(ours, SPECULATIVE_SCORES)  # the look takes its figures from them
+        paid = [replace(c, more_tokens=0) for c in scoring]
     looked = _last(ours, LOOK) if experiment.selection.leave_out == "suspects" else []
     return paid + looked + _last(ours, CORESETS, method)
 

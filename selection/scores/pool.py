@@ -87,17 +87,6 @@ def rows_left_out(experiment: Experiment | None) -> LeftOut | None:
     return suspects_in_training(experiment, experiment.pool)
 
 
-def better_at_random(experiment: Experiment) -> str:
-    """Why random rows are better than those of clusters in a recommended run, by what the look at its rows found;
-    empty: they are not, or it has not looked."""
-    path, selection = experiment.pool / "pool.json", experiment.selection
-    if selection.mode != "recommended" or selection.leave_out != "suspects" or not path.exists():
-        return ""
-    from selection.scores.suspects import cannot_judge  # which imports scikit-learn, for such runs alone
-
-    return cannot_judge(read_json(path, Pool).get("tried", {}))
-
-
 def without(scores: Scores, left_out: LeftOut | None) -> Scores:
     """The scores as if scoring had left these rows out. Raises: UserError where no row is left."""
     if not left_out:

@@ -51,19 +51,13 @@ _FAR = 5.0  # deviations of the distance to the nearest rows, in medians
 def possible_gain(counts: dict[str, int], rows: int, tried: dict[str, list[float]]) -> str:
     """What selection can gain on a pool with `counts` of suspects by kind among its `rows`, from what was measured;
     `tried` as `find_suspects` gives it."""
-    if why := cannot_judge(tried):
-        return why
+    if "unexplained" in tried and not _told(*tried["unexplained"]):
+        return _UNREAD
     shares = {kind: counts.get(kind, 0) / rows for kind in _GAINS}
     kind = max(shares, key=shares.get)
     if shares[kind] < _FEW:
         return f"few rows are suspect: {_NO_GAIN}"
     return f"{shares[kind]:.0%} of the rows: {kind}; {_GAINS[kind]}"
-
-
-def cannot_judge(tried: dict[str, list[float]]) -> str:
-    """Why rows had better be drawn at random, where the model does not know right answers from wrong ones; else
-    empty."""
-    return _UNREAD if "unexplained" in tried and not _told(*tried["unexplained"]) else ""
 
 
 def how_far_to_trust(tried: dict[str, list[float]]) -> str:
