@@ -67,6 +67,7 @@ METHODS = {
     "clusters": ("Clusters", "#0077bb", "P"),
 }
 AGAINST = ("random", "ccs", "length")
+FRESH = ("rs2", "rs2_cleaned")  # other rows in each pass: worth counts the rows of one pass, as of Random
 # Of every metric more is better: nll's is the log likelihood a response token, in nats.
 NAMES = {"nll": "log likelihood", "rouge_l": "ROUGE-L", "bleu_4": "BLEU-4"}
 PLACES = {"nll": 3, "rouge_l": 2, "bleu_4": 2}  # decimals
@@ -292,10 +293,10 @@ def worth_table(grid: Grid, estimates: Estimates, task: str) -> str:
             row = [METHODS[method][0]]
             for rate in grid.rates if method != "full" and (method, task) != ("random", of) else []:
                 one = estimates["nll", method, ""].get((task, rate))
-                if one is None or (method == "rs2" and rate not in rates):
+                if one is None or (method in FRESH and rate not in rates):
                     row.append(MISSING)
                     continue
-                size = sizes[rates.index(rate)] if method == "rs2" else means[column][task, method, rate]
+                size = sizes[rates.index(rate)] if method in FRESH else means[column][task, method, rate]
                 found = worth(sizes, losses, -np.array([one.mean, *one.replicates]), size)
                 low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
                 beyond = "≤ " if -one.mean > losses[0, 0] else "≥ " if -one.mean < losses[0, -1] else ""
