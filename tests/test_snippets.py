@@ -150,7 +150,7 @@ def test_the_notebook_runs_on_the_users_own_by_two_edits(tiny_model, tmp_path, m
     for cell in cells:
         exec(compile(cell, "quickstart.ipynb", "exec"), space)
     assert called == ["selection.sh", "export.py", "finetune-select.py", "eval.py"]
-    assert space["rows"].staff_chosen.sum() == len(space["chosen"]) == 7 and "&lt;html" in space["page"]
+    assert space["rows"].staff_chosen.sum() == len(space["chosen"]) == 28 and "&lt;html" in space["page"]
     assert space["RUN"] == tmp_path / "runs" / "my-SmolLM2-360M-Instruct"
     assert list((space["RUN"] / "trl").glob("checkpoint-*/adapter_model.safetensors"))
 
