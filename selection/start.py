@@ -155,7 +155,7 @@ def choose_mode(values: dict[str, Any], given: dict[str, Any], small: str | None
         mode = settings["mode"] = "paper" if small else settings.get("mode", "paper")
         about = "mode: paper, STAFF as published; without --small it is recommended"
         if mode == "recommended":
-            about = "mode: recommended: no suspect rows, and others in each pass, unless --set says otherwise; "
+            about = "mode: recommended: no suspect rows, and fresh rows in each pass, unless --set says otherwise; "
             about += "--small M, or --set selection.mode=paper, for STAFF as published"
         say(about)
     return with_recommended(settings).get("speculation") == "direct"

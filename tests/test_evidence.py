@@ -82,7 +82,9 @@ def test_evaluation_by_log_likelihood_alone(make_experiment, rows, tmp_path):
     assert "rouge-l" not in metrics and not (experiment.folder / "eval" / "untuned" / "predictions.jsonl").exists()
     assert read_metrics(experiment.folder / "eval" / "rs2-0.5")["nll"] < metrics["nll"]
     exported = run_script("scripts/export.py", experiment.folder, "--coreset", "rs2-0.5").stdout
-    assert "tune for 1.5 passes over these rows" in exported
+    assert "passes over these rows: 1.5, " in exported
+    page = (experiment.folder / "export" / "rs2-0.5" / "README.md").read_text()
+    assert page.count(", num_train_epochs=1.5)") == 2 and "\n    num_epochs: 1.5\n" in page
     Path(held_out).write_text(Path(held_out).read_text() + json.dumps(rows[0]) + "\n")
     done = run_script("finetune/eval.py", "--config_path", config, "--tuned", "untuned", check=False)
     assert_one_line_error(done, "belongs to other data")

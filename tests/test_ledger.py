@@ -55,7 +55,9 @@ def test_each_method_pays_for_its_own_stages_once(experiment):
     assert seconds(experiment([*COSTS, look], **left_out), "random") == [3.0, 0.5]  # the look is every method's price
     assert seconds(experiment([*COSTS, look]), "random") == [0.5]
     recommended = {"selection": {"mode": "recommended"}}  # where the target's scores are the look's too
-    assert seconds(experiment([*COSTS, look], **recommended), "rs2") == [5.0, 2.0, 3.0]
+    run = experiment([*COSTS, look], **recommended, small_model="a/b")
+    assert seconds(run, "rs2") == [5.0, 2.0, 3.0] == list(seconds(run, "clusters"))
+    assert summarise(run).selection_total == 10.0
 
 
 def test_tuning_on_everything_is_measured_or_scaled_and_says_which(experiment):

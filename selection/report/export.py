@@ -39,7 +39,7 @@ TRL:
     from trl import SFTConfig, SFTTrainer
 
     rows = load_dataset("{kind}", data_files="{file}", split="train")
-    config = SFTConfig(assistant_only_loss=True, max_length={most})
+    config = SFTConfig(assistant_only_loss=True, max_length={most}{trl})
     SFTTrainer({model}, args=config, train_dataset=rows).train()
 
 unsloth (not run):
@@ -51,13 +51,13 @@ unsloth (not run):
     rows = load_dataset("{kind}", data_files="{file}", split="train")
     model, tokenizer = FastLanguageModel.from_pretrained({model}, max_seq_length={most})
     model = FastLanguageModel.get_peft_model(model)
-    config = SFTConfig(assistant_only_loss=True, max_length={most})
+    config = SFTConfig(assistant_only_loss=True, max_length={most}{trl})
     SFTTrainer(model, processing_class=tokenizer, args=config, train_dataset=rows).train()
 
 axolotl (not run), beside the keys of your tuning:
 
     base_model: {model}
-    sequence_len: {most}
+    sequence_len: {most}{axolotl}
     datasets:
       - path: {file}
         ds_type: {kind}
@@ -89,11 +89,13 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
         said = _write_annotated(experiment, split, path, draft) + _write_chosen(experiment, split, coreset, draft)
         said += _about_the_cut(experiment, coreset)
         if passes := coreset.num_train_epochs:
-            said.append(f"tune for {passes:g} passes over these rows: they stand for several passes over fewer (RS2)")
+            said.append(f"passes over these rows: {passes:g}, which stand for more passes over fewer rows (RS2)")
         about = f"# {coreset.name} of {experiment.folder.name}\n\n" + "".join(f"- {line}\n" for line in said)
         kind, file = ("parquet", "chat.parquet") if (draft / "chat.parquet").exists() else ("json", "chat.jsonl")
         model = json.dumps(model_path(experiment.target_model), ensure_ascii=False)  # Python and YAML read it alike
-        about += _TRAINERS.format(kind=kind, file=file, model=model, most=experiment.cutoff_len)
+        epochs = {"trl": f", num_train_epochs={passes:g}", "axolotl": f"\n    num_epochs: {passes:g}"} if passes else {}
+        keys = {name: epochs.get(name, "") for name in ("trl", "axolotl")}
+        about += _TRAINERS.format(kind=kind, file=file, model=model, most=experiment.cutoff_len, **keys)
         (draft / "README.md").write_text(about, encoding="utf-8")
     return said
 

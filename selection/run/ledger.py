@@ -128,9 +128,11 @@ class CostSummary:
 
 
 def summarise(experiment: Experiment) -> CostSummary:
-    """Selection cost by stage, of STAFF or else the first method, and the cost of tuning the target on everything."""
-    selection, first = Counter(), experiment.selection.methods[0]
-    method = first if first in SMALL_RULES and "staff" not in experiment.selection.methods else "staff"
+    """Selection cost by stage, of STAFF or else the first rule on the same scores, and the cost of tuning the target on
+    everything."""
+    selection, methods = Counter(), experiment.selection.methods
+    rules = [method for method in methods if method in SMALL_RULES and "staff" not in methods]
+    method = (rules or ["staff"])[0]
     for cost in selection_costs(experiment, method):
         selection[cost.stage] += cost.seconds
     rates = len(list(experiment.coresets.glob(f"{method}-*.json")))
@@ -169,24 +171,23 @@ def selection_costs(experiment: Experiment, method: str, shared: bool = True) ->
     STAFF: cutting the speculator (from its draft.json), tuning it, its scores, all divided by the runs that share them
     where `shared`; verification. A rule on the small model's scores: the same without verification, ifd and middle also
     without tuning. A baseline that reads the tuned target's scores: tuning on everything, and these scores. All:
-    the look at the rows, where suspects are left out, with the target's scores under speculation direct."""
+    the look at the rows, where suspects are left out; under speculation direct it takes its figures from the target's
+    scores, so that all pay for them too."""
     ours, paid = read_ledger(experiment.folder), []
-    if method == "staff" or method in SMALL_RULES:
+    look = experiment.selection.leave_out == "suspects"
+    if method == "staff" or method in SMALL_RULES or (method in ANY_SCORES and look and experiment.direct):
         theirs, n = read_ledger(experiment.speculative_folder), sharing_runs(experiment)
         tuned = experiment.tuned_small and method not in ("ifd", "middle")  # these read the untuned model
         paid = _cutting(experiment) + (_last(theirs, SPECULATIVE_TUNING) if tuned else [])
         scoring = _scoring(theirs, SPECULATIVE_SCORES)
-        paid += [replace(c, more_tokens=0) for c in scoring] if method == "staff" else scoring  # others read those
+        paid += scoring if method in SMALL_RULES else [replace(c, more_tokens=0) for c in scoring]  # which read those
         if n > 1 and shared:
             divided = ("samples", "tokens", "more_tokens", "seconds")
             paid = [replace(c, **{name: getattr(c, name) / n for name in divided}) for c in paid]
         paid += _scoring(ours, VERIFICATION) if method == "staff" else []
     elif method not in ANY_SCORES:
         paid = _last(ours, TARGET_TUNING, "full") + _scoring(ours, TARGET_SCORES)
-    elif experiment.direct and experiment.selection.leave_out == "suspects":
-        scoring = _scoring(ours, SPECULATIVE_SCORES)  # the look takes its figures from them
-        paid = [replace(c, more_tokens=0) for c in scoring]
-    looked = _last(ours, LOOK) if experiment.selection.leave_out == "suspects" else []
+    looked = _last(ours, LOOK) if look else []
     return paid + looked + _last(ours, CORESETS, method)
 
 
