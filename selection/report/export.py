@@ -93,9 +93,9 @@ def export(experiment: Experiment, path: Path, folder: Path) -> list[str]:
         about = f"# {coreset.name} of {experiment.folder.name}\n\n" + "".join(f"- {line}\n" for line in said)
         kind, file = ("parquet", "chat.parquet") if (draft / "chat.parquet").exists() else ("json", "chat.jsonl")
         model = json.dumps(model_path(experiment.target_model), ensure_ascii=False)  # Python and YAML read it alike
-        epochs = {"trl": f", num_train_epochs={passes:g}", "axolotl": f"\n    num_epochs: {passes:g}"} if passes else {}
-        keys = {name: epochs.get(name, "") for name in ("trl", "axolotl")}
-        about += _TRAINERS.format(kind=kind, file=file, model=model, most=experiment.cutoff_len, **keys)
+        trl, axolotl = (f", num_train_epochs={passes:g}", f"\n    num_epochs: {passes:g}") if passes else ("", "")
+        keys = {"kind": kind, "file": file, "model": model, "most": experiment.cutoff_len}
+        about += _TRAINERS.format(**keys, trl=trl, axolotl=axolotl)
         (draft / "README.md").write_text(about, encoding="utf-8")
     return said
 
