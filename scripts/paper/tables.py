@@ -316,7 +316,8 @@ def verdict(grid: Grid, other: str, estimates: Estimates) -> str:
     says = {0: "STAFF against {}: no difference can be shown", 1: "STAFF beats {}", -1: "STAFF is worse than {}"}
     whole, pairs = pool(found), len(grid.tasks) * len(grid.rates)
     over = f"{len(found)} of {pairs}" if len(found) < pairs else f"all {pairs}"
-    seeds = " to ".join(map(str, sorted({one.num_seeds for one in found})))
+    counts = {one.num_seeds for one in found}
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     figure = f"{says[whole.sign].format(label)}: {with_interval(whole, PLACES[metric])} {NAMES[metric]}"
     return f"{figure}, mean over {over} pairs of task and rate, seeds of each: {seeds}."
 

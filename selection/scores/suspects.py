@@ -22,11 +22,11 @@ KINDS = {
 # Held-out log likelihood of 60 rows of pools of 1,000, in nats a response token (data/results/worth_go_biology), with
 # 95 % intervals.
 _GAINS = {
-    "stock answer": "selection.mode=recommended gained 0.094 (0.072 to 0.114) where 30 % were",
-    "other language": "selection.mode=recommended gained 0.037 (0.013 to 0.060) where 30 % were of another task",
+    "stock answer": "selection.mode=recommended gained 0.117 (0.087 to 0.152) where 30 % were",
+    "other language": "selection.mode=recommended gained 0.055 (0.027 to 0.087) where 30 % were of another task",
     "cut off": "choosing none of them gained 0.036 (0.026 to 0.048) where 30 % were",
-    "unexplained": "selection.mode=recommended was +0.019 (−0.006 to 0.039) from Random where 30 % were wrong: read "
-    "them and mend them",
+    "unexplained": "selection.mode=recommended was +0.019 (−0.006 to 0.039) from Random where 30 % were wrong, and "
+    "gained 0.055 (0.027 to 0.087) where 30 % were of another task: read them and mend them",
     "copy": "selection.mode=recommended gained 0.045 (0.012 to 0.080) where 50 % were",
 }
 _GAINS["near copy"] = _GAINS["copy"]
