@@ -370,7 +370,7 @@ def test_suspects_have_their_rows_numbers_in_the_data_where_bad_rows_are_left_ou
     assert named == [(7, 3, "q"), (3, -1, "p")]
 
 
-def test_recommended_is_suspects_out_and_rows_of_every_cluster_by_one_pass_of_the_target(
+def test_recommended_is_suspects_out_then_rs2_and_clusters_by_one_pass_of_the_target(
     make_experiment, rows, other_target, tmp_path, capsys
 ):
     training_split(here := load_experiment(make_experiment(rows)))

@@ -21,12 +21,13 @@ KINDS = {
 }
 # Held-out log likelihood of 60 rows of pools of 1,000, in nats a response token (data/results/worth_go_biology), with
 # 95 % intervals.
+_OTHER_TASK = "gained 0.055 (0.027 to 0.087) where 30 % were of another task"
 _GAINS = {
     "stock answer": "selection.mode=recommended gained 0.117 (0.087 to 0.152) where 30 % were",
-    "other language": "selection.mode=recommended gained 0.055 (0.027 to 0.087) where 30 % were of another task",
+    "other language": f"selection.mode=recommended {_OTHER_TASK}",
     "cut off": "choosing none of them gained 0.036 (0.026 to 0.048) where 30 % were",
     "unexplained": "selection.mode=recommended was +0.019 (−0.006 to 0.039) from Random where 30 % were wrong, and "
-    "gained 0.055 (0.027 to 0.087) where 30 % were of another task: read them and mend them",
+    f"{_OTHER_TASK}: read them and mend them",
     "copy": "selection.mode=recommended gained 0.045 (0.012 to 0.080) where 50 % were",
 }
 _GAINS["near copy"] = _GAINS["copy"]
